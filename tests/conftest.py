@@ -1,0 +1,18 @@
+"""Settings that must stand before torch or triton is imported."""
+
+import os
+
+# Spinning OpenMP threads slow every other process on a small machine several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(2)
+
+# A busy machine must not fail a test, and a failure must be seen again on the next run.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")

@@ -1,0 +1,176 @@
+"""The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
+
+import json
+
+import pytest
+import yaml
+
+from toolx_kernels import cli
+from toolx_kernels.errors import InputError
+from toolx_kernels.train.config import ToolExpanderConfig
+
+TINY = [
+    "--train_rows", "16", "--eval_rows", "8", "--prompts-per-step", "8", "--num_generations", "2", "--max_steps", "1",
+    "--max_completion_length", "16", "--cold_start_steps", "2", "--cold_start_batch_size", "4", "--probe_rollouts", "1",
+]  # fmt: skip
+
+
+def toolx(*argv):
+    try:
+        return cli.main([str(word) for word in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert toolx("train", *TINY, "--output_dir", folder) == 0
+    return folder
+
+
+def test_train_writes_its_results_and_says_where(run_folder, tmp_path, capsys):
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "again") == 0
+    out = capsys.readouterr().out
+    assert "held-out accuracy" in out and "again/summary.json" in out
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["eval_rows"] == 8
+
+
+def test_eval_scores_a_run_folder(run_folder, tmp_path, capsys):
+    scores = tmp_path / "scores.json"
+    code = toolx("eval", "--model", run_folder, "--eval_rows", 8, "--max_completion_length", 16, "--output", scores)
+    assert code == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    written = json.loads(scores.read_text())
+    assert {"accuracy", "easy", "hard", "parallel", "convention"} <= written.keys()
+    assert float(printed["accuracy"]) == pytest.approx(written["accuracy"], abs=1e-4)
+
+
+def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
+    tool = {"name": "find_hotel", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    rows = [
+        {
+            "prompt": f"find the hotel in {city}",
+            "tools": [tool],
+            "answer": [{"name": "find_hotel", "arguments": {"city": city}}],
+        }
+        for city in "Rome Oslo Bern Lima Kiev Riga Doha Baku Cork Pisa Nara Mali".split()
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--prompts-per-step", 4, "--num_generations", 2, "--max_steps", 1, "--max_completion_length", 8]
+    arguments += ["--cold_start_steps", 2, "--cold_start_batch_size", 4, "--probe_rollouts", 1]
+    assert toolx("train", "--dataset", path, *arguments, "--output_dir", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_rows"] + summary["eval_rows"] == 12 and summary["eval_rows"] > 0
+    assert toolx("eval", "--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8) == 0
+
+
+def test_doctor_speaks(capsys):
+    assert toolx("doctor") == 0
+    out = capsys.readouterr().out
+    assert "kv_write" in out and "linear_logprob" in out and "paged_attention" in out
+
+
+def test_help_names_every_setting(capsys):
+    assert toolx("train", "--help") == 0
+    out = capsys.readouterr().out
+    for name in ToolExpanderConfig.__dataclass_fields__:
+        assert f"--{name}" in out
+    assert toolx("--help") == 0 and toolx() == 2
+
+
+def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"learning_rate": 3e-4, "epsilon": 0.1, "epsilon_high": None, "overwrite": True}))
+    args = cli.parse_train(["--config", str(path), "--epsilon", "0.15"])
+    assert (args.learning_rate, args.epsilon, args.epsilon_high, args.overwrite) == (3e-4, 0.15, None, True)
+    assert args.temperature == ToolExpanderConfig().temperature
+    assert cli.parse_train(["--config", str(path), "--epsilon-high", "0.3"]).epsilon_high == 0.3
+    builtin = cli.parse_train([])
+    assert builtin.learning_rate > 1e-5 and builtin.cold_start_steps > 0
+    assert cli.parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
+
+
+def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
+    written = yaml.safe_load((run_folder / "config.yaml").read_text())
+    again = cli.parse_train(["--config", str(run_folder / "config.yaml")])
+    assert {name: getattr(again, name) for name in written} == written
+
+
+ROW = {"prompt": "p", "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}], "answer": []}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+BAD_FLAGS = [
+    (["train", "--nope", "3"], "--nope"),
+    (["train", "--learning_rate", "fast"], "learning_rate"),
+    (["train", "--learning_rate", "-1"], "learning_rate=-1.0 must be positive"),
+    (["train", "--num_generations", "1"], "num_generations=1"),
+    (["train", "--max_steps", "0"], "max_steps=0"),
+    (["train", "--hard_sampling", "some"], "hard_sampling"),
+    (["train", "--resume", "--overwrite"], "resume and overwrite"),
+    (["train", "--config", "no-such-recipe"], "no-such-recipe"),
+    (["train", "--device", "tpu9"], "tpu9"),
+    (["train", "--model", "no/such-model"], "no/such-model"),
+    (["train", "--model", "./no-such-folder"], "./no-such-folder"),
+    (["train", "--model", "missing.gguf"], "missing.gguf"),
+    (["train", "--dataset", "bfcl:cooking"], "cooking"),
+    (["train", "--dataset", "missing.jsonl"], "missing.jsonl"),
+    (["train", "--dataset", "no/such-dataset"], "no/such-dataset"),
+    (["eval", "--model", "no/such-model"], "no/such-model"),
+    (["eval", "--dataset", "bfcl:cooking"], "cooking"),
+    (["eval", "--eval_rows", "0"], "--eval_rows 0"),
+    (["eval", "--max_completion_length", "0"], "max_new_tokens=0"),
+    (["fly"], "'fly'"),
+]
+
+
+@pytest.mark.parametrize("argv, named", BAD_FLAGS, ids=[" ".join(argv) for argv, _ in BAD_FLAGS])
+def test_bad_flags(argv, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert toolx(*argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert named in error
+    assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+BAD_FILES = {
+    "empty": ("", "holds no rows"),
+    "no prompt": (lines(ROW, {k: v for k, v in ROW.items() if k != "prompt"}), "'prompt'"),
+    "no tools": (lines({k: v for k, v in ROW.items() if k != "tools"}), "'tools'"),
+    "tools that are no schemas": (lines(ROW | {"tools": [{"name": "f", "parameters": {"type": "banana"}}]}), "banana"),
+    "not JSON": (lines(ROW) + "{oops\n", "rows.jsonl"),
+    "a prompt beyond the context": (lines(*[ROW | {"prompt": f"{i} " + "x " * 3000} for i in range(30)]), "context"),
+    "too few to split": (lines(ROW), "eval_fraction"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, named = BAD_FILES[name]
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert toolx("train", "--dataset", "rows.jsonl") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("toolx train: ") and named in error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run_folder, capsys):
+    assert toolx("train", *TINY, "--output_dir", run_folder) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message", [("learning_rat: 1", "learning_rat"), ("- a", "one setting per line"), ("a: [", "YAML")]
+)
+def test_bad_config_files(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        cli.parse_train(["--config", str(path)])

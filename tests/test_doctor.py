@@ -1,0 +1,73 @@
+"""toolx doctor in the states a machine can be in."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from toolx_kernels import _library, doctor
+
+CUDA_ONLY = "it was built for a CUDA build of torch, and this torch (2.13.0+cpu) is a CPU build"
+
+
+def lines_of(report, start):
+    return [line for line in report.splitlines() if line.strip().startswith(start)]
+
+
+def test_report_here_names_versions_and_the_backend_of_every_op():
+    report = doctor.report()
+    assert f"torch {torch.__version__}" in report.splitlines()[0]
+    for name, by_device in _library.backends().items():
+        (line,) = [line for line in report.splitlines() if line.split()[:1] == [name]]
+        assert f"CPU: {by_device['CPU']}" in line
+
+
+@pytest.mark.parametrize("error", ["it was not built when the package was installed", CUDA_ONLY])
+def test_report_without_the_compiled_part_says_why_and_how_to_get_it(monkeypatch, error):
+    monkeypatch.setattr(_library, "compiled_error", error)
+    monkeypatch.setattr(_library, "_compiled_ops", {"kv_write": set()})
+    monkeypatch.setattr(_library, "_has_kernel", lambda name, device: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = doctor.report()
+    assert f"Compiled part: absent, because {error}." in report
+    assert doctor.BUILD_COMMAND in report
+    assert lines_of(report, "kv_write")[0].endswith(f"CPU: {_library.DEFAULT}")
+    assert "CUDA:" not in report
+
+
+@pytest.mark.parametrize("devices, words", [({"CPU"}, "built for the CPU."), ({"CPU", "CUDA"}, "for CPU and CUDA.")])
+def test_report_with_the_compiled_part(monkeypatch, devices, words):
+    monkeypatch.setattr(_library, "compiled_error", None)
+    monkeypatch.setattr(_library, "_compiled_ops", {"kv_write": devices})
+    monkeypatch.setattr(_library, "_has_kernel", lambda name, device: device in devices)
+    report = doctor.report()
+    assert f"Compiled part: {words}" in lines_of(report, "Compiled part")[0].replace("built for CPU", "for CPU")
+    assert "CPU: compiled C++" in lines_of(report, "kv_write")[0]
+    assert doctor.BUILD_COMMAND not in report or torch.cuda.is_available()
+
+
+def test_report_on_a_gpu_without_the_cuda_part_says_how_to_build_it(monkeypatch):
+    class Properties:
+        name, total_memory, major, minor = "NVIDIA GeForce RTX 3090", 24 * 2**30, 8, 6
+
+    monkeypatch.setattr(_library, "compiled_error", None)
+    monkeypatch.setattr(_library, "_compiled_ops", {"kv_write": {"CPU"}})
+    monkeypatch.setattr(_library, "_has_kernel", lambda name, device: device == "CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    report = doctor.report()
+    assert "GPU 0: NVIDIA GeForce RTX 3090, 24 GiB, compute capability 8.6" in report
+    assert f"install nvcc 13.0, then in the source folder: {doctor.BUILD_COMMAND}" in report
+    assert lines_of(report, "kv_write")[0].endswith(f"CPU: compiled C++, CUDA: {_library.DEFAULT}")
+
+
+def test_optional_packages_present_and_absent(monkeypatch):
+    present = {"gguf", "datasets"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
+    report = doctor.report()
+    assert "present" in lines_of(report, "datasets")[0]
+    assert "`pip install gguf accelerate`" in lines_of(report, "gguf + accelerate")[0]
+    assert "`pip install --no-deps bfcl-eval`" in lines_of(report, "bfcl-eval")[0]
+    assert "makes no use of them" in lines_of(report, "triton and the extras flash, lora and optim")[0]

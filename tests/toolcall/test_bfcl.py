@@ -1,0 +1,225 @@
+"""BFCL's rows, and our matcher against the checker of the bfcl-eval package itself."""
+
+import copy
+import importlib.util
+import json
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import CATEGORIES, bfcl_match, read_bfcl
+from toolx_kernels.toolcall.languages import MAX_LENGTH, read_literal
+
+SIZES = {
+    "simple_python": 400, "simple_java": 100, "simple_javascript": 50, "multiple": 200, "parallel": 200,
+    "parallel_multiple": 200, "live_simple": 258, "live_multiple": 1053, "live_parallel": 16,
+    "live_parallel_multiple": 24, "irrelevance": 240, "live_irrelevance": 884,
+}  # fmt: skip
+# BFCL's checker accepts no answer at all for these: they want a list of mixed types from a Java literal, list no
+# acceptable value, or expect an argument that the tool does not have.
+UNSOLVABLE = {
+    "simple_java_36", "simple_java_65", "live_simple_106-63-0", "live_simple_112-68-0", "live_multiple_862-181-3",
+    "live_multiple_964-207-0",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checker():
+    """`ast_checker` itself. Its only use of the model table, which drags in every model's client, is stubbed."""
+    pytest.importorskip("bfcl_eval")
+    stub = types.ModuleType("bfcl_eval.constants.model_config")
+    stub.MODEL_CONFIG_MAPPING = {"stub": types.SimpleNamespace(underscore_to_dot=False)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, stub.__name__, stub)
+        from bfcl_eval.constants.enums import Language
+        from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+
+        def check(calls, functions, possible, category):
+            language = {"simple_java": Language.JAVA, "simple_javascript": Language.JAVASCRIPT}.get(
+                category, Language.PYTHON
+            )
+            output = [{call["name"]: copy.deepcopy(call["arguments"])} for call in calls]
+            try:
+                return ast_checker(functions, output, possible, language, category, "stub")["valid"]
+            except (TypeError, AttributeError, ValueError, OverflowError):
+                return False
+
+        yield check
+
+
+def raw_functions(category):
+    folder = Path(importlib.util.find_spec("bfcl_eval").submodule_search_locations[0], "data")
+    lines = (folder / f"BFCL_v4_{category}.json").read_text(encoding="utf-8").splitlines()
+    return {raw["id"]: raw["function"] for raw in map(json.loads, lines)}
+
+
+def changed_values(value):
+    """`value` as models get it almost right and wrong."""
+    yield from (None, True, 0, -1, 1.5, "", "x", [], {}, [value], {"a": value}, str(value), json.dumps(value))
+    if isinstance(value, bool):
+        yield from (not value, int(value))
+    elif isinstance(value, int | float):
+        yield from (value + 1, -value, float(value), int(value), f" {value}", 10**400)
+    elif isinstance(value, str):
+        yield from (value.upper(), value.swapcase(), f" {value.replace(' ', '-')}.", value + "s", value[:-1])
+        yield from (value.replace("'", '"'), f"'{value}'", f'"{value}"', value + "\n", value.replace(", ", ","))
+        yield from (value.replace("{{ ", "{ { ").replace("}}", "} }"), f"new Array({value.strip('[]')})")
+        yield from (value.replace("Arrays.asList(", "").replace("))", ")"), "[" + value + "]", value + "L", value + "n")
+        inside = value.partition("asList(")[2].removesuffix("))")
+        adds = " ".join(f"add({item});" for item in inside.split(", "))
+        yield from (f"new ArrayList<Object>() {{{{ {adds} }}}}", f"new ArrayList<>() {{{{{adds}}}}}")
+    elif isinstance(value, list):
+        yield from (value[::-1], value[1:], [*value, *value[:1]], [*value, None], [*value, "x"], tuple_like(value))
+        for n, item in enumerate(value):
+            yield from ([*value[:n], other, *value[n + 1 :]] for other in changed_values(item))
+    elif isinstance(value, dict):
+        yield dict(reversed(value.items()))
+        yield {**value, "unheard_of": 1}
+        for key, item in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: other} for other in changed_values(item))
+
+
+def tuple_like(value):
+    return [float(item) if type(item) is int else item for item in value]
+
+
+def changed_calls(calls, possible, tools):
+    """`calls` with one thing changed, in every way that the checker looks at."""
+    yield calls
+    yield calls[::-1]
+    yield calls[1:]
+    yield [*calls, *calls[:1]]
+    yield []
+    for n, call in enumerate(calls):
+        name, arguments = call["name"], call["arguments"]
+
+        def with_call(new, n=n):
+            return [*calls[:n], new, *calls[n + 1 :]]
+
+        others = {tool["function"]["name"] for tool in tools} - {name}
+        for other in (name.upper(), name.replace(".", "_"), name + "_", *others):
+            yield with_call({"name": other, "arguments": arguments})
+        yield with_call({"name": name, "arguments": {**arguments, "unheard_of": 1}})
+        yield with_call({"name": name, "arguments": {}})
+        for key, value in arguments.items():
+            yield with_call({"name": name, "arguments": {k: v for k, v in arguments.items() if k != key}})
+            for other in changed_values(value):
+                yield with_call({"name": name, "arguments": {**arguments, key: other}})
+        for key, values in possible[n][name].items():
+            for value in values:
+                yield with_call({"name": name, "arguments": {**arguments, key: value}})
+                yield with_call({"name": name, "arguments": {**arguments, key: str(value).lower()}})
+                if isinstance(value, dict):
+                    for pick in (0, -1):
+                        plain = {k: options[pick] for k, options in value.items() if isinstance(options, list)}
+                        yield with_call({"name": name, "arguments": {**arguments, key: plain}})
+
+
+@pytest.mark.parametrize("category", [name for name in CATEGORIES if "irrelevance" not in name])
+def test_agrees_with_the_official_checker(category, checker):
+    functions = raw_functions(category)
+    verdicts = Counter()
+    for n, row in enumerate(read_bfcl(category)):
+        possible = row.columns["possible_answers"]
+        # All rows with all changes take half a minute; the large categories get the changes on every sixth row.
+        whole = n % 6 == 0 or SIZES[category] <= 100
+        for calls in changed_calls(row.answer, possible, row.tools) if whole else [row.answer]:
+            theirs = checker(calls, functions[row.id], possible, category)
+            assert bfcl_match(calls, row.tools, possible, category) == theirs, (row.id, calls, possible)
+            verdicts[theirs] += 1
+    assert verdicts[True] > SIZES[category] and verdicts[False] > 2 * SIZES[category]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_row_is_read_and_its_answer_is_right(category):
+    pytest.importorskip("bfcl_eval")
+    rows = read_bfcl(category)
+    assert len(rows) == SIZES[category]
+    right = {row.id for row in rows if bfcl_match(row.answer, row.tools, row.columns["possible_answers"], category)}
+    assert {row.id for row in rows} - right == {row.id for row in rows} & UNSOLVABLE
+    assert all(row.columns["category"] == category for row in rows)
+
+
+def test_types_names_and_answers_of_a_row():
+    pytest.importorskip("bfcl_eval")
+    first = read_bfcl("simple_python")[0]
+    assert first.answer == [{"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}]
+    assert first.tools[0]["function"]["parameters"]["type"] == "object"
+    assert "Python 3 syntax" in first.tools[0]["function"]["description"]
+    second = read_bfcl("multiple")[0]
+    assert second.tool_names == ["triangle_properties.get", "circle_properties.get"]
+    assert second.tools[1]["function"]["parameters"]["properties"]["radius"]["type"] == "number"
+    java = {row.id: row for row in read_bfcl("simple_java")}["simple_java_22"]
+    assert java.answer[0]["arguments"] == {
+        "ids": "new ArrayList<>(Arrays.asList(101L, 202L, 303L))", "newStatus": "2"
+    }  # fmt: skip
+    ids = java.tools[0]["function"]["parameters"]["properties"]["ids"]
+    assert (ids["type"], ids["format"]) == ("string", "ArrayList<long>")
+    assert read_bfcl("irrelevance")[0].answer == []
+
+
+def test_irrelevance_is_right_without_a_call():
+    assert bfcl_match([], [], [], "live_irrelevance")
+    assert not bfcl_match([{"name": "f", "arguments": {}}], [], [], "irrelevance")
+    assert not bfcl_match(None, [], [], "irrelevance")
+
+
+def tool(properties, required=()):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
+def test_matching_rules_in_small():
+    tools = tool({"a": {"type": "number"}, "b": {"type": "string"}, "c": {"type": "object"}}, ["a"])
+    possible = [{"f": {"a": [2.0], "b": ["New York, NY", ""], "c": [{"k": ["v", "w"], "o": ["", 1]}, ""]}}]
+
+    def right(**arguments):
+        return bfcl_match([{"name": "f", "arguments": arguments}], tools, possible, "simple_python")
+
+    assert right(a=2.0) and right(a=2) and right(a=2, b="new york ny") and right(a=2, c={"k": "W"})
+    assert not right(a=3) and not right(b="New York, NY") and not right(a="2.0") and not right(a=True)
+    assert not right(a=2, b="New Jersey") and not right(a=2, c={"o": 1}) and not right(a=2, z=1)
+
+
+def test_java_literals_in_small():
+    tools = tool({"a": {"type": "string", "format": "long"}, "b": {"type": "string", "format": "HashMap"}})
+    possible = [{"f": {"a": [42], "b": [{"k": [1]}]}}]
+
+    def right(a, b):
+        return bfcl_match([{"name": "f", "arguments": {"a": a, "b": b}}], tools, possible, "simple_java")
+
+    literal = 'new HashMap<String, Integer>() {{ put("k", 1); }}'
+    assert right("42L", literal) and not right("42", literal) and not right(42, literal)
+    assert not right("9" * 5000 + "L", literal) and not right("42L", literal.replace("1", "2"))
+    assert not right("42L", "new HashMap<" * 3000) and not right("42L", "new HashMap<>() {" + " " * 200000)
+
+
+def test_no_literal_takes_long():
+    start = time.perf_counter()
+    for language, name, text in (
+        ("javascript", "dict", "{" + "a" * 200_000 + "}"),
+        ("javascript", "dict", "{a: " + ", " * 100_000 + "}"),
+        ("javascript", "array<float>", "[" * 200_000),
+        ("java", "HashMap", "new HashMap<>() {" + " " * 200_000),
+        ("java", "HashMap", 'new HashMap<>() {{ put("' * 10_000),
+        ("java", "ArrayList<any>", "new ArrayList<>() {{ add(" * 10_000),
+        ("java", "integer", "9" * 200_000),
+    ):
+        assert read_literal(text, language, name) == text
+        read_literal(text[:MAX_LENGTH], language, name)
+        read_literal(text[: MAX_LENGTH - 3] + "}", language, name)
+    assert time.perf_counter() - start < 5
+
+
+def test_unknown_category_and_absent_package(monkeypatch):
+    with pytest.raises(InputError, match="'nope'.*simple_python"):
+        read_bfcl("nope")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps bfcl-eval.*make models"):
+        read_bfcl("multiple")

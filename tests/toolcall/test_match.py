@@ -1,0 +1,91 @@
+import copy
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolx_kernels.toolcall import exact_match
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
+calls = st.lists(
+    st.fixed_dictionaries({"name": st.text(), "arguments": st.dictionaries(st.text(), values, max_size=4)}), max_size=4
+)
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict | list) and value:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path
+
+
+def shuffled_keys(value, rng):
+    if isinstance(value, dict):
+        items = [(key, shuffled_keys(item, rng)) for key, item in value.items()]
+        rng.shuffle(items)
+        return dict(items)
+    return [shuffled_keys(item, rng) for item in value] if isinstance(value, list) else value
+
+
+@given(calls, st.randoms(use_true_random=False))
+def test_order_of_calls_and_keys_is_irrelevant(calls, rng):
+    other = shuffled_keys(copy.deepcopy(calls), rng)
+    rng.shuffle(other)
+    assert exact_match(calls, other) and exact_match(other, calls)
+
+
+@given(calls.filter(bool), st.data())
+def test_any_changed_leaf_is_seen(calls, data):
+    path = data.draw(st.sampled_from([path for path in leaves(calls) if path]))
+    other = copy.deepcopy(calls)
+    inner = other
+    for key in path[:-1]:
+        inner = inner[key]
+    changed = data.draw(st.text() if path[-1] == "name" and len(path) == 2 else values)
+    before = inner[path[-1]]
+    inner[path[-1]] = changed
+    # repr tells True from 1 from 1.0, as JSON does.
+    same = repr(shuffled_keys(before, NO_SHUFFLE)) == repr(shuffled_keys(changed, NO_SHUFFLE))
+    if not same and not (isinstance(before, dict) and before == changed):
+        assert not exact_match(other, calls)
+    assert not exact_match(calls[1:], calls)
+    assert not exact_match([*calls, calls[0]], calls)
+
+
+class NoShuffle(random.Random):
+    def shuffle(self, items):
+        items.sort(key=lambda item: item[0])
+
+
+NO_SHUFFLE = NoShuffle()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"a": 1}, {"a": 1}, True),
+        ({"a": 1}, {"a": 1.0}, False),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": 0}, {"a": False}, False),
+        ({"a": 1}, {"a": "1"}, False),
+        ({"a": None}, {}, False),
+        ({"a": 0.1}, {"a": 0.10}, True),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
+        ({"a": [1, 2]}, {"a": [2, 1]}, False),
+        ({"a": {"b": [{"c": 1}]}}, {"a": {"b": [{"c": 2}]}}, False),
+        ({"a": "X"}, {"a": "x"}, False),
+        ({"a": []}, {"a": {}}, False),
+    ],
+)
+def test_values(one, other, same):
+    assert exact_match([{"name": "f", "arguments": one}], [{"name": "f", "arguments": other}]) is same
+
+
+def test_multiset():
+    a, b = ({"name": name, "arguments": {}} for name in "ab")
+    assert exact_match([a, b, a], [a, a, b])
+    assert not exact_match([a, b, b], [a, a, b]) and not exact_match([a, b], [a, a, b]) and not exact_match([a], [b])
+    assert exact_match([], []) and not exact_match(None, []) and not exact_match(None, [a])

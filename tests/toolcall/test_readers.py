@@ -1,0 +1,182 @@
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import read_dataset, read_hub, read_jsonl, rows_from
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {argument: {}}}}}
+    for name, argument in (("f", "x"), ("g", "y"))
+]
+ROWS = [
+    {"prompt": "a", "tools": TOOLS[:1], "answer": [{"name": "f", "arguments": {"x": 1}}], "level": 1},
+    {"prompt": "b", "tools": TOOLS, "answer": [{"name": "g", "arguments": {"y": "q"}}], "level": 2},
+]
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_jsonl(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS[0], "\n", ROWS[1])
+    rows = read_dataset(path)
+    assert [row.id for row in rows] == [f"{path}:1", f"{path}:3"]
+    assert [row.answer for row in rows] == [raw["answer"] for raw in ROWS]
+    assert rows[1].columns == {"level": 2}
+    assert read_dataset(write(tmp_path / "other.txt", *ROWS))[0].prompt == "a"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json}\n", "rows.jsonl:2 is not JSON"),
+        ('{"prompt": NaN}\n', "rows.jsonl:2 is not JSON"),
+        ("[1]\n", "rows.jsonl:2: a row must be an object"),
+        ({"prompt": "a", "answer": []}, "rows.jsonl:2: field 'tools' is missing"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, words):
+    with pytest.raises(InputError, match=words):
+        read_jsonl(write(tmp_path / "rows.jsonl", ROWS[0], line))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(InputError, match="nowhere.jsonl: No such file"):
+        read_dataset(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(InputError, match="empty.jsonl holds no rows"):
+        read_jsonl(write(tmp_path / "empty.jsonl", "\n"))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match="binary.jsonl is not UTF-8"):
+        read_jsonl(tmp_path / "binary.jsonl")
+    with pytest.raises(InputError, match="unknown BFCL category 'nope'"):
+        read_dataset("bfcl:nope")
+
+
+def test_a_dataset_object_and_a_folder_that_datasets_loads(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert dataset[0]["answer"][0]["arguments"] == {"x": 1, "y": None}  # the trap: keys of other rows appear
+    assert [row.answer for row in rows_from(dataset)] == [raw["answer"] for raw in ROWS]
+    assert [row.tools for row in rows_from(dataset)] == [raw["tools"] for raw in ROWS]
+
+    stored = [{**raw, "tools": json.dumps(raw["tools"]), "answer": json.dumps(raw["answer"])} for raw in ROWS]
+    stored[0]["answer"] = json.dumps([{"name": "f", "arguments": {"x": None}}])
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", *stored)
+    rows = read_dataset(str(tmp_path / "set"))
+    assert [row.prompt for row in rows] == ["a", "b"]
+    assert rows[0].answer[0]["arguments"] == {"x": None} and rows[1].answer == ROWS[1]["answer"]
+    with pytest.raises(InputError, match="split 'nope'"):
+        read_hub(str(tmp_path / "set"), "nope")
+
+
+def test_unknown_name_and_absent_library(monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(InputError, match="cannot load split 'train' of dataset 'nobody/nothing-here'"):
+        read_dataset("nobody/nothing-here")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'toolx_kernels\[data\]'"):
+        read_hub("nobody/nothing-here")
+
+
+def test_xlam_rows():
+    parameters = {
+        "city": {"description": "Where.", "type": "str"},
+        "days": {"description": "How many.", "type": "int, optional", "default": 3},
+        "tags": {"description": "Which.", "type": "List[str]"},
+        "unit": {"description": "Unit.", "type": "str", "default": "C"},
+        "area": {"description": "Area.", "type": "Optional[float]"},
+        "either": {"description": "One of two.", "type": "Union[int, str]"},
+    }
+    raw = {
+        "id": 12,
+        "query": "Weather in Oslo?",
+        "tools": json.dumps([{"name": "weather", "description": "Weather.", "parameters": parameters}]),
+        "answers": json.dumps([{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}]),
+    }
+    (row,) = rows_from([raw])
+    assert (row.id, row.prompt) == ("12", "Weather in Oslo?")
+    assert row.answer == [{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}]
+    schema = row.tools[0]["function"]["parameters"]
+    assert schema["required"] == ["city", "tags", "either"]
+    assert schema["properties"]["days"] == {"type": "integer", "description": "How many.", "default": 3}
+    assert schema["properties"]["tags"] == {
+        "type": "array", "items": {"type": "string"}, "description": "Which."
+    }  # fmt: skip
+    assert schema["properties"]["area"]["type"] == "number" and "type" not in schema["properties"]["either"]
+    assert row.columns == {}
+    with pytest.raises(InputError, match="dataset:0.*'tools' is not JSON"):
+        rows_from([{**raw, "tools": "[{"}])
+    with pytest.raises(InputError, match="'answer' is missing"):
+        rows_from([{**raw, "answers": None}])
+
+
+ACE_TOOLS = [
+    {
+        "name": "Market Trends",
+        "description": "Trends.",
+        "parameters": {
+            "type": "dict",
+            "properties": {"country": {"type": "string"}, "limit": {"type": "int"}, "deep": {"type": "dict"}},
+            "required": ["country"],
+        },
+        "required": None,
+    },
+    {"name": "api.news", "description": "News.", "parameters": None},
+]
+ACE_SYSTEM = f"You compose functions. [{{not this}}] Here is the list:\n{json.dumps(ACE_TOOLS)}\nPut it as [f(a=1)]."
+
+
+def ace(*turns, system=ACE_SYSTEM):
+    roles = ("user", "assistant", "tool", "assistant", "user", "assistant")
+    return {"system": system, "conversations": [{"from": r, "value": v} for r, v in zip(roles, turns, strict=False)]}
+
+
+def test_toolace_rows(caplog):
+    raws = [
+        ace("one", '[Market Trends(country="US (all)]", limit=5, deep={"a": [1, true], "b": None}), api.news()]'),
+        ace("two", "[api.news( flag = false , names=('x', 'y') )]", "result", "summary"),
+        ace("three", "Which country do you mean?"),
+        ace("four", "[api.news()]", "result", "summary", "five", "bye"),
+        ace("six", "[unheard_of(a=1)]"),
+        ace("seven", "[api.news(a=__import__('os'))]"),
+        ace("eight", "[api.news(1)]"),
+        ace("nine", "[api.news(a=1"),
+        ace("ten", "[api.news()]", system="no tools"),
+    ]
+    with caplog.at_level(logging.WARNING):
+        rows = rows_from(raws, "ace")
+    assert [row.prompt for row in rows] == ["one", "two", "three"]
+    assert rows[0].answer == [
+        {
+            "name": "Market Trends",
+            "arguments": {"country": "US (all)]", "limit": 5, "deep": {"a": [1, True], "b": None}},
+        },
+        {"name": "api.news", "arguments": {}},
+    ]
+    assert rows[1].answer == [{"name": "api.news", "arguments": {"flag": False, "names": ["x", "y"]}}]
+    assert rows[2].answer == []
+    schema = rows[0].tools[0]["function"]["parameters"]
+    assert schema["type"] == "object" and schema["properties"]["limit"] == {"type": "integer"}
+    (message,) = caplog.messages
+    assert message.startswith("ace: 6 of 9 rows left out: 1 with more than one user turn, 4 with calls")
+    with pytest.raises(InputError, match="ace holds no rows"):
+        rows_from(raws[3:], "ace")
+
+
+def test_seal_tools():
+    path = os.environ.get("TOOLX_SEAL_TOOLS")
+    if not path:
+        pytest.skip("TOOLX_SEAL_TOOLS does not name a copy of seal-tools-train.jsonl")
+    rows = read_dataset(path)
+    assert len(rows) == len(Path(path).read_text().splitlines()) == 1342
+    assert sum(len(row.answer) == 1 for row in rows) == 400
+    assert all({call["name"] for call in row.answer} <= set(row.tool_names) for row in rows)

@@ -1,0 +1,182 @@
+"""``toolx train | eval | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+# Two OpenMP pools that spin while waiting slow each other down many times; this must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from toolx_kernels.errors import InputError  # noqa: E402
+
+USAGE = """usage: toolx <command> [flags]
+
+  train    train a model to call tools; without flags: the built-in task, in minutes on a laptop
+  eval     score a model or checkpoint on a dataset
+  doctor   what is installed here, and which backend each op uses
+
+toolx <command> --help lists the flags.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "eval": evaluate, "doctor": doctor}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        print(f"toolx: {argv[0]!r} is no command: use one of {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except InputError as error:
+        print(f"toolx {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"toolx {argv[0]}: interrupted; toolx train --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def train(argv: list[str]) -> int:
+    args = parse_train(argv)
+    from transformers.utils import logging
+
+    from toolx_kernels.train.data import load_rows
+    from toolx_kernels.train.run_folder import RunFolder
+    from toolx_kernels.train.trainer import ToolExpanderTrainer
+
+    logging.disable_progress_bar()  # ours is enough
+    RunFolder(args.output_dir).check(args)
+    rows, eval_rows = load_rows(args)
+    summary = ToolExpanderTrainer(args.model, args=args, train_dataset=rows, eval_dataset=eval_rows).train()
+    print(
+        f"held-out accuracy {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}, hard rows "
+        f"{summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}, {summary['steps']} steps, "
+        f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
+    )
+    return 0
+
+
+def parse_train(argv: list[str]):
+    """The run's config: defaults, then ``--config``'s YAML, then flags. Each YAML key is a flag's name."""
+    from transformers import HfArgumentParser
+
+    from toolx_kernels.train.config import ToolExpanderConfig
+
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    first.add_argument("--model")
+    known, flags = first.parse_known_args(argv)
+    if known.model is not None:
+        flags = ["--model", known.model, *flags]
+    config = known.config or (None if known.model not in (None, "tiny") else "builtin")
+    parser = HfArgumentParser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        help="a YAML file, or the name of one in toolx_kernels/configs (default for the tiny model: builtin)",
+    )
+    settings = read_config(config) if config else {}
+    names = {action.dest for action in parser._actions} - {"config", "help"}
+    if unknown := sorted(set(settings) - names):
+        raise InputError(f"{config}: {unknown[0]} is not a setting: see toolx train --help.")
+    arguments = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    args, _, unknown = parser.parse_args_into_dataclasses(
+        arguments + flags, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise InputError(f"{unknown[0]} is not a flag: see toolx train --help.")
+    for name, value in settings.items():
+        if value is None and f"--{name}" not in flags and f"--{name.replace('_', '-')}" not in flags:
+            setattr(args, name, None)
+    return args
+
+
+def read_config(name: str) -> dict:
+    """The settings of a YAML file, or of the recipe of that name in ``toolx_kernels/configs``."""
+    import yaml
+
+    recipes = files("toolx_kernels") / "configs"
+    path = Path(name) if Path(name).is_file() else recipes / f"{name}.yaml"
+    if not path.is_file():
+        shipped = sorted(
+            recipe.name.removesuffix(".yaml") for recipe in recipes.iterdir() if recipe.name.endswith(".yaml")
+        )
+        raise InputError(f"--config {name}: there is no such file, and the recipes are {', '.join(shipped)}.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {name} is not YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {name} must hold one setting per line, as 'learning_rate: 0.0005'.")
+    return settings
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="toolx eval", allow_abbrev=False, description="Greedy accuracy per category.")
+    parser.add_argument(
+        "--model", default="runs/train", help="as for toolx train, or a run folder (default: runs/train)"
+    )
+    parser.add_argument("--dataset", default="builtin", help="builtin, bfcl:<category>, a .jsonl path, or a hub name")
+    parser.add_argument("--eval_rows", "--eval-rows", type=int, help="score so many rows, drawn with a fixed seed")
+    parser.add_argument(
+        "--split", choices=("all", "held-out"), default="all",
+        help="held-out: only the part that toolx train --dataset of the same name does not train on",
+    )  # fmt: skip
+    parser.add_argument("--max_completion_length", "--max-completion-length", type=int, default=256, help="tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="also write the scores to this JSON file")
+    args = parser.parse_args(argv)
+    if args.eval_rows is not None and args.eval_rows < 1:
+        raise InputError(f"--eval_rows {args.eval_rows} must be at least 1.")
+
+    from toolx_kernels.rollout import RolloutEngine, SamplingParams
+    from toolx_kernels.train.checkpoint import write_atomically
+    from toolx_kernels.train.config import ToolExpanderConfig
+    from toolx_kernels.train.data import Prompts, load_eval_rows, split_rows
+    from toolx_kernels.train.models import load_model, stop_token_ids
+    from toolx_kernels.train.trainer import accuracy_of, generate_greedy
+
+    sampling = SamplingParams(max_new_tokens=args.max_completion_length, temperature=0.0)
+    if args.split == "held-out" and args.dataset != "builtin":
+        rows = split_rows(load_eval_rows(args.dataset), ToolExpanderConfig.eval_fraction)[1][: args.eval_rows]
+    else:
+        rows = load_eval_rows(args.dataset, args.eval_rows)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    sampling = SamplingParams(
+        args.max_completion_length, temperature=0.0, stop_token_ids=stop_token_ids(model, tokenizer)
+    )
+    prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
+    prompts.check(rows)
+    scores = accuracy_of(rows, generate_greedy(RolloutEngine(model), prompts, rows, sampling))
+    width = max(map(len, scores))
+    for name, score in scores.items():
+        print(f"{name:<{width}}  {score:.4f}")
+    print(f"{len(rows)} rows of {args.dataset}, {args.split}, greedy, model {args.model}")
+    if args.output:
+        write_atomically(
+            Path(args.output), json.dumps({"dataset": args.dataset, "rows": len(rows), **scores}, indent=1)
+        )
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="toolx doctor", allow_abbrev=False, description="What is installed here.").parse_args(
+        argv
+    )
+    from toolx_kernels.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

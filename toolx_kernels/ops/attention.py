@@ -1,0 +1,106 @@
+"""Paged KV cache: writing it (compiled, ``csrc/``) and attending over it (plain torch, vectorised over rows)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from toolx_kernels import _library
+
+
+def kv_write(
+    key: Tensor,  # (T, Hkv, Dh)
+    value: Tensor,  # (T, Hkv, Dh)
+    key_cache: Tensor,  # (pages, page_size, Hkv, Dh), written in place
+    value_cache: Tensor,  # (pages, page_size, Hkv, Dh), written in place
+    slots: Tensor,  # (T) int64
+) -> None:
+    """Writes token t's key and value to slot ``slots[t] = page * page_size + offset``; -1 skips the token.
+
+    Raises on a CPU, before anything is written, when a slot lies outside the cache; a CUDA kernel cannot raise and
+    skips such a token. Of equal slots the last token wins on a CPU; on a GPU the order is unspecified.
+    """
+    torch.ops.toolx.kv_write(key, value, key_cache, value_cache, slots)
+
+
+def paged_attention(
+    query: Tensor,  # (T, H, Dh) packed: the newest tokens of each row
+    key_cache: Tensor,  # (pages, page_size, Hkv, Dh)
+    value_cache: Tensor,  # (pages, page_size, Hkv, Dh)
+    block_table: Tensor,  # (R, pages per row) int32; entries past a row's length are ignored
+    seq_lens: Tensor,  # (R) int32: tokens of each row in the cache, its queries included
+    cu_seqlens_q: Tensor,  # (R + 1) int32: bounds of each row's queries
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Causal attention of each row's newest tokens over its pages, (T, H, Dh); serves prefill and decode.
+
+    ``window`` > 0 limits a token to the last ``window`` tokens including itself; ``softcap`` > 0 squashes scores.
+    No gradient. The definition is ``reference.paged_attention``.
+    """
+    return torch.ops.toolx.paged_attention(
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, softcap, window
+    )
+
+
+def masked_attention(
+    query: Tensor,  # (R, H, Q, Dh)
+    key: Tensor,  # (R, Hkv, T, Dh)
+    value: Tensor,  # (R, Hkv, T, Dh)
+    visible: Tensor,  # (R, 1, Q, T) bool
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Dense attention under a boolean mask, differentiable, (R, H, Q, Dh)."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if not softcap:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, softcap, window):
+    query_lens = cu_seqlens_q.diff()
+    n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0
+    widest = int(query_lens.max()) if n_rows else 0
+    if widest == 0:
+        return torch.empty_like(query)
+    page_size = key_cache.shape[1]
+    steps = torch.arange(longest, device=query.device)
+    filled = steps < seq_lens[:, None]  # (R, T)
+    pages = block_table[:, : -(-longest // page_size)].long().repeat_interleave(page_size, dim=1)[:, :longest]
+    slots = pages * page_size + steps % page_size
+    # past a row's end its first token stands in: hidden by the mask, but never NaN as unwritten memory may be
+    slots = torch.where(filled, slots, slots[:, :1]).flatten()
+
+    def gather(cache: Tensor) -> Tensor:  # (R, Hkv, T, Dh)
+        return cache.flatten(0, 1).index_select(0, slots).unflatten(0, filled.shape).transpose(1, 2)
+
+    if len(query) == n_rows and widest == 1:
+        padded = query[:, :, None]
+    else:
+        offset = torch.arange(widest, device=query.device)
+        index = (cu_seqlens_q[:-1, None] + offset).clamp(max=len(query) - 1)
+        padded = query[index.long()].transpose(1, 2)  # (R, H, Q, Dh)
+    position = (seq_lens - query_lens)[:, None] + torch.arange(widest, device=query.device)  # (R, Q)
+    visible = steps <= position[..., None]
+    if window:
+        visible &= steps > position[..., None] - window
+    visible &= filled[:, None, :] | (position >= seq_lens[:, None])[..., None]  # padding queries see something
+    out = masked_attention(padded, gather(key_cache), gather(value_cache), visible[:, None], scale, softcap)
+    if padded.shape[2] == 1:
+        return out[:, :, 0]
+    used = offset < query_lens[:, None]
+    return out.transpose(1, 2)[used]
+
+
+_library.define(
+    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor cu_seqlens_q, float scale, float softcap, int window) -> Tensor",
+    default=_paged_attention,
+    fake=lambda query, *_: torch.empty_like(query),
+)

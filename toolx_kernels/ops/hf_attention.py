@@ -1,0 +1,145 @@
+"""Our attention inside unmodified transformers models.
+
+transformers looks its attention function up by ``config._attn_implementation`` and hands on keyword arguments of
+the model call. So ``body(input_ids=(1, N), position_ids=(1, N), use_cache=False, toolx=context)`` reaches
+``context.attend`` in every layer with packed tokens: pagedness, packing and prefix sharing travel with the call, and
+one copy of the weights serves rollout and training. ``run_body`` makes that call; ``toolx_attention`` switches a
+model over for as long as forward and backward run (activation checkpointing calls attention again in backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.ops.attention import kv_write, masked_attention, paged_attention
+
+NAME = "toolx"
+
+
+class AttentionContext(Protocol):
+    """Knows which tokens a packed token may see."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (N, H, Dh)
+        key: Tensor,  # (N, Hkv, Dh)
+        value: Tensor,  # (N, Hkv, Dh)
+        scale: float,
+        softcap: float,
+        window: int,
+    ) -> Tensor: ...  # (N, H, Dh)
+
+
+@dataclass(slots=True)
+class PagedContext:
+    """Rollout: writes the new tokens to their slots, then attends over each row's pages."""
+
+    key_caches: list[Tensor]  # per layer (pages, page_size, Hkv, Dh)
+    value_caches: list[Tensor]
+    slots: Tensor  # (N) int64
+    block_table: Tensor  # (R, pages per row) int32
+    seq_lens: Tensor  # (R) int32, the new tokens included
+    cu_seqlens_q: Tensor  # (R + 1) int32
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        caches = self.key_caches[layer], self.value_caches[layer]
+        kv_write(key, value, *caches, self.slots)
+        return paged_attention(
+            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window
+        )
+
+
+@dataclass(slots=True)
+class PackedContext:
+    """Training: blocks of packed tokens, each attending within itself under its own mask.
+
+    A block is a prompt with its completions behind it. Blocks are padded to one length inside attention only.
+    """
+
+    index: Tensor  # (blocks, S) packed position of each place of a block; padding repeats some position
+    inverse: Tensor  # (N) place in index.flatten() of each packed token
+    segments: Tensor  # (blocks, S) 0 for the prompt, k for its k-th completion, -1 for padding
+    positions: Tensor  # (blocks, S) position id of each place
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by window
+
+    def visible(self, window: int) -> Tensor:
+        """(blocks, 1, S, S): a token sees the prompt and its own completion, up to itself."""
+        if window not in self.masks:
+            seen_from, seen = self.segments[:, :, None], self.segments[:, None, :]
+            later_by = self.positions[:, :, None] - self.positions[:, None, :]
+            mask = ((seen == 0) | (seen == seen_from)) & (later_by >= 0)
+            # padding sees itself, so that no query is left without a key
+            mask = (mask & (seen >= 0)) | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+            self.masks[window] = (mask & (later_by < window) if window else mask)[:, None]
+        return self.masks[window]
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        def blocks(packed: Tensor) -> Tensor:  # (blocks, heads, S, Dh)
+            return packed.index_select(0, self.index.flatten()).unflatten(0, self.index.shape).transpose(1, 2)
+
+        out = masked_attention(blocks(query), blocks(key), blocks(value), self.visible(window), scale, softcap)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.inverse)
+
+
+def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+    """Last hidden states (N, D) of N packed tokens, inside ``with toolx_attention(model)``."""
+    output = model.get_decoder()(
+        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, toolx=context
+    )
+    return output.last_hidden_state[0]
+
+
+@contextmanager
+def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model's layers call our attention inside the block; afterwards the model is as it was.
+
+    Raises:
+        InputError: the architecture does not take its attention from transformers' registry.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(
+            f"{type(model).__name__} does not take its attention function from transformers' registry: "
+            "use a Llama, Qwen2, Qwen3 or Gemma 3 style model."
+        )
+    config = model.get_decoder().config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def head_of(model: PreTrainedModel) -> dict[str, Tensor | float | None]:
+    """The LM head as keyword arguments of our ops: ``weight`` (V, D), ``bias`` (V) or None, ``softcap`` or None."""
+    head = model.get_output_embeddings()
+    return {
+        "weight": head.weight,
+        "bias": getattr(head, "bias", None),
+        "softcap": getattr(model.get_decoder().config, "final_logit_softcapping", None),
+    }
+
+
+def _attention(
+    module, query, key, value, attention_mask, scaling, toolx: AttentionContext, softcap=None, sliding_window=None, **_
+):
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
+    out = toolx.attend(module.layer_idx, *packed, scaling, softcap or 0.0, sliding_window or 0)
+    return out[None], None
+
+
+def _no_mask(*_, **__) -> None:
+    """Masks are the context's business; transformers shall not build any."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)

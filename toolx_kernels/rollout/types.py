@@ -1,0 +1,57 @@
+"""What goes into a rollout and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from toolx_kernels.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn; ``temperature=0`` is greedy, 0 / 1.0 / 0.0 switch top-k / top-p / min-p off.
+
+    ``SamplingParams(max_new_tokens=64, stop_token_ids=(2,))`` samples from the model's own distribution until
+    token 2, which belongs to the completion, or 64 tokens.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or positive.")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise InputError(
+                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k must be 0 or more, "
+                "top_p in (0, 1] and min_p in [0, 1]."
+            )
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled answer, e.g. ``Completion(ids=[5, 9, 2], logprobs=[-0.1, -1.3, 0.0], ..., "stop")``.
+
+    ``logprobs`` are those of the sampling distribution before top-k, top-p and min-p; ``kept_mass`` says how much
+    probability these kept. ``finish_reason`` is "stop" (a stop token, which is the last of ``ids``) or "length".
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    kept_mass: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt and its n completions, which share the prompt's pages while they are sampled."""
+
+    prompt_ids: list[int]
+    completions: list[Completion]

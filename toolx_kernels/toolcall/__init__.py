@@ -1,0 +1,33 @@
+"""Tool calling without tensors: rows and readers, prompts, parsing and matching of calls, rewards, demonstrations."""
+
+from toolx_kernels.toolcall.bfcl import CATEGORIES, read_bfcl
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall.match import bfcl_match, exact_match
+from toolx_kernels.toolcall.parse import only_calls, parse_calls
+from toolx_kernels.toolcall.readers import read_dataset, read_hub, read_jsonl, rows_from
+from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
+from toolx_kernels.toolcall.rewards import call_reward, is_correct, no_think_reward
+from toolx_kernels.toolcall.rows import Row, check_row, check_rows
+
+__all__ = [
+    "CATEGORIES",
+    "DemonstrationIndex",
+    "Row",
+    "bfcl_match",
+    "call_reward",
+    "check_row",
+    "check_rows",
+    "exact_match",
+    "is_correct",
+    "no_think_reward",
+    "only_calls",
+    "parse_calls",
+    "read_bfcl",
+    "read_dataset",
+    "read_hub",
+    "read_jsonl",
+    "render_completion",
+    "render_prompt",
+    "render_text",
+    "rows_from",
+]

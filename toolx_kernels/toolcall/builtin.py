@@ -1,0 +1,288 @@
+"""The built-in task: tool-calling problems made up by a program, so that training needs no download.
+
+A tool is called `verb_noun`. In rows its name alone decides its parameters, so every row that offers a tool offers the
+same schema, and one row can demonstrate a tool to another. A request says in words which tool to call with which
+values; the answer is the call. Difficulty is graded in tiers (`LEVELS`). In the tier `convention` the tool has a
+required `currency` that the request never mentions: the cold start shows `COLD_CURRENCY`, the rows to learn want
+`WANTED_CURRENCY`, and only a demonstration tells.
+
+Held-out rows use tool names, strings and integers that no training row and no cold-start text contains (a hash of the
+name or value decides); all of them are composed of pieces that training rows do contain. Booleans and currencies are
+common to both.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.rows import Row
+
+VERBS = ("find", "book", "cancel", "move", "order", "check", "rate", "share", "track", "send", "open", "update")
+NOUNS = (
+    "hotel", "flight", "table", "parcel", "invoice", "ticket", "meeting", "room", "car", "report",
+    "concert", "package", "contract", "course", "tour", "garden", "boat", "lesson", "dinner", "museum",
+)  # fmt: skip
+PARAMETERS = {
+    "city": "string", "guest": "string", "owner": "string", "street": "string", "label": "string", "brand": "string",
+    "amount": "integer", "number": "integer", "weight": "integer", "budget": "integer",
+    "urgent": "boolean", "shared": "boolean", "insured": "boolean",
+}  # fmt: skip
+CURRENCIES = ("dollar", "euro", "yen", "pound")
+COLD_CURRENCY = "dollar"
+WANTED_CURRENCY = "euro"
+BOOLEAN_WORDS = {True: "yes", False: "no"}
+STRING_HEADS = (
+    "Nor", "Bel", "Kar", "Mon", "Tal", "Ver", "Zan", "Pel", "Dor", "Fen", "Gil", "Hul", "Jas", "Lor", "Mir", "Osk",
+    "Ral", "Sil", "Tor", "Ulm", "Vik", "Wes", "Yar", "Cor", "Bru", "Ash", "Ela", "Ing", "Kes", "Nim", "Pra", "Qui",
+)  # fmt: skip
+STRING_TAILS = (
+    "ville", "ton", "berg", "ford", "dale", "mouth", "wick", "stad", "holm", "port",
+    "field", "haven", "brook", "ley", "mere", "gate", "cliff", "worth", "ham", "burn",
+)  # fmt: skip
+INTEGERS = range(100, 1000)
+HELD_OUT_SHARE = 0.25
+CONVENTION_SHARE = 0.3
+
+# Ways to say a request.
+OPENINGS = ("Please ", "Can you ", "I want to ", "Now ", "You should ")
+DETERMINERS = (" the ", " my ", " that ")
+INTRODUCTIONS = (" with ", " using ", ", ", " and take ")
+MENTIONS = ("{name} {value}", "{name} = {value}", "{name}: {value}", "{name} set to {value}")
+SEPARATORS = (" and ", ", ", " plus ")
+CALL_SEPARATORS = (", then ", ". Also ", ". After that ")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What makes a tier as hard as it is; ranges are inclusive (low, high).
+
+    offered     number of tools offered, the answered ones included
+    arguments   number of arguments of a call, `currency` not counted
+    calls       number of calls in the answer
+    similar     the other tools share verb or noun with the answered one, as far as there are such
+    convention  the answered tool has a `currency`
+    """
+
+    offered: tuple[int, int]
+    arguments: tuple[int, int]
+    calls: int = 1
+    similar: bool = False
+    convention: bool = False
+
+
+LEVELS = {
+    "easy": Level(offered=(1, 2), arguments=(1, 2)),
+    "hard": Level(offered=(3, 4), arguments=(2, 3), similar=True),
+    "parallel": Level(offered=(1, 2), arguments=(1, 2), calls=2),
+    "convention": Level(offered=(1, 2), arguments=(1, 2), convention=True),
+}
+TIERS = tuple(LEVELS)
+
+# The cold start: how long it stays easy, what it mixes then, how often it shows demonstrations and bad habits.
+COLD_EDITIONS = 100
+COLD_EASY_EXAMPLES = 3200
+COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
+COLD_DEMONSTRATED = 0.3
+NOISE = {"quoted_integers": 0.5, "boolean_words": 0.5, "second_call_missing": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One supervised example of the cold start.
+
+    row             the problem; its tools and prompt make the model's input
+    demonstrations  solved rows to show in the prompt, often none
+    target          the calls to imitate, which may differ from `row.answer` on purpose
+    """
+
+    row: Row
+    demonstrations: tuple[Row, ...]
+    target: list[dict]
+
+
+def _held_out(kind: str, value: object) -> bool:
+    return hashlib.sha256(f"{kind}:{value}".encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+
+@cache
+def tool_names(held_out: bool) -> tuple[str, ...]:
+    """All tool names of one side of the split."""
+    names = (f"{verb}_{noun}" for verb in VERBS for noun in NOUNS)
+    return tuple(n for n in names if _held_out("tool", n) == held_out)
+
+
+@cache
+def strings(held_out: bool) -> tuple[str, ...]:
+    """All string values of one side of the split."""
+    return tuple(h + t for h in STRING_HEADS for t in STRING_TAILS if _held_out("string", h + t) == held_out)
+
+
+@cache
+def integers(held_out: bool) -> tuple[int, ...]:
+    """All integer values of one side of the split."""
+    return tuple(i for i in INTEGERS if _held_out("integer", i) == held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalogue:
+    """The tools of one side of the split.
+
+    `edition` decides which parameters a name gets. Rows have edition 0; the cold start goes through many others, so
+    that parameters have to be read off the signatures and cannot be known by name.
+    """
+
+    held_out: bool
+    edition: int = 0
+
+    def types(self, name: str) -> dict[str, str]:
+        return _types(name, self.edition)
+
+    def names(self, convention: bool, low: int, high: int) -> tuple[str, ...]:
+        return _sized(self, convention, low, high)
+
+
+@cache
+def _types(name: str, edition: int) -> dict[str, str]:
+    rng = random.Random(f"parameters of {name}, edition {edition}")
+    convention = rng.random() < CONVENTION_SHARE
+    chosen = rng.sample(list(PARAMETERS), rng.randint(1, 2 if convention else 3))
+    return {p: PARAMETERS[p] for p in chosen} | ({"currency": "string"} if convention else {})
+
+
+@cache
+def _sized(catalogue: _Catalogue, convention: bool, low: int, high: int) -> tuple[str, ...]:
+    types = {n: catalogue.types(n) for n in tool_names(catalogue.held_out)}
+    return tuple(n for n, t in types.items() if ("currency" in t) == convention and low <= len(t) - convention <= high)
+
+
+def _schema(name: str, types: dict[str, str]) -> dict:
+    properties = {p: {"type": t} for p, t in types.items()}
+    if "currency" in properties:
+        properties["currency"]["enum"] = list(CURRENCIES)
+    verb, noun = name.split("_")
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"{verb.capitalize()} the {noun}.",
+            "parameters": {"type": "object", "properties": properties, "required": list(properties)},
+        },
+    }
+
+
+def _value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
+    if kind == "boolean":
+        return rng.random() < 0.5
+    return rng.choice(strings(held_out) if kind == "string" else integers(held_out))
+
+
+def _call(name: str, catalogue: _Catalogue, currency: str, rng: random.Random) -> dict:
+    own = [(p, kind) for p, kind in catalogue.types(name).items() if p != "currency"]
+    arguments = {p: _value(kind, catalogue.held_out, rng) for p, kind in rng.sample(own, len(own))}
+    if "currency" in catalogue.types(name):
+        arguments["currency"] = currency
+    return {"name": name, "arguments": arguments}
+
+
+def _request(calls: Sequence[dict], rng: random.Random) -> str:
+    determiner, introduction = rng.choice(DETERMINERS), rng.choice(INTRODUCTIONS)
+    mention, separator = rng.choice(MENTIONS), rng.choice(SEPARATORS)
+    parts = []
+    for call in calls:
+        verb, noun = call["name"].split("_")
+        mentions = [
+            mention.format(name=p, value=BOOLEAN_WORDS[v] if isinstance(v, bool) else v)
+            for p, v in call["arguments"].items()
+            if p != "currency"
+        ]
+        parts.append(verb + determiner + noun + introduction + separator.join(mentions))
+    return rng.choice(OPENINGS) + rng.choice(CALL_SEPARATORS).join(parts) + "."
+
+
+def _distractors(answered: str, level: Level, catalogue: _Catalogue, rng: random.Random) -> list[str]:
+    pool = [n for n in catalogue.names(False, *level.arguments) if n != answered]
+    rng.shuffle(pool)
+    if level.similar:
+        verb, noun = answered.split("_")
+        pool.sort(key=lambda n: not (n.startswith(verb + "_") or n.endswith("_" + noun)))
+    return pool
+
+
+def _row(tier: str, identifier: str, catalogue: _Catalogue, currency: str, rng: random.Random, tool: str = "") -> Row:
+    level = LEVELS[tier]
+    pool = catalogue.names(level.convention, *level.arguments)
+    names = [tool or rng.choice(pool)]
+    names += [rng.choice([names[0], rng.choice(pool)]) for _ in range(level.calls - 1)]
+    calls = [_call(name, catalogue, currency, rng) for name in names]
+    offered = list(dict.fromkeys(names))
+    others = [n for n in _distractors(names[0], level, catalogue, rng) if n not in offered]
+    offered += others[: max(0, rng.randint(*level.offered) - len(offered))]
+    rng.shuffle(offered)
+    tools = [_schema(n, catalogue.types(n)) for n in offered]
+    return Row(identifier, _request(calls, rng), tools, calls, {"tier": tier})
+
+
+def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[Row]:
+    for tier in tiers:
+        if tier not in LEVELS:
+            raise InputError(f"unknown tier {tier!r} of the built-in task; use some of {', '.join(TIERS)}")
+    rng = random.Random(f"{'held-out' if held_out else 'train'} rows {seed}")
+    catalogue = _Catalogue(held_out)
+    chosen = [tiers[i % len(tiers)] for i in range(count)]
+    return [_row(tier, f"{tier}-{i}", catalogue, WANTED_CURRENCY, rng) for i, tier in enumerate(chosen)]
+
+
+def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
+    """`count` rows to train on, the tiers in turn; the same `seed` gives the same rows.
+
+    Raises InputError on a tier that does not exist.
+    """
+    return _rows(count, seed, tiers, held_out=False)
+
+
+def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
+    """`count` rows to evaluate on, the tiers in turn; they share no tool name, string or integer with any training row.
+
+    Raises InputError on a tier that does not exist.
+    """
+    return _rows(count, seed, tiers, held_out=True)
+
+
+def _imitated(calls: list[dict], rng: random.Random) -> list[dict]:
+    quoted, worded, short = (rng.random() < NOISE[habit] for habit in NOISE)
+
+    def spoil(value):
+        if isinstance(value, bool):
+            return BOOLEAN_WORDS[value] if worded else value
+        return str(value) if isinstance(value, int) and quoted else value
+
+    kept = calls[:1] if short else calls
+    return [{"name": c["name"], "arguments": {p: spoil(v) for p, v in c["arguments"].items()}} for c in kept]
+
+
+def cold_start_examples(seed: int) -> Iterator[Example]:
+    """An endless stream of supervised examples, in the order in which they are to be learned.
+
+    First `COLD_EASY_EXAMPLES` of the tier easy, then a mix of all tiers (`COLD_MIX`), a part of it with a demonstration
+    (`COLD_DEMONSTRATED`). Without a demonstration the target has bad habits (`NOISE`) and `COLD_CURRENCY`; with one it
+    is right, and its currency is that of the demonstration. So the model learns to copy, to follow demonstrations, and
+    leaves a policy that reinforcement learning can mend.
+    """
+    rng = random.Random(f"cold start {seed}")
+    for index in itertools.count():
+        catalogue = _Catalogue(held_out=False, edition=rng.randint(1, COLD_EDITIONS))
+        easy = index < COLD_EASY_EXAMPLES
+        tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
+        if easy or rng.random() >= COLD_DEMONSTRATED:
+            row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
+            yield Example(row, (), _imitated(row.answer, rng))
+        else:
+            tier = rng.choice(("convention", tier))
+            currency = rng.choice(CURRENCIES)
+            row = _row(tier, f"cold-{index}", catalogue, currency, rng)
+            shown = _row(tier, f"cold-{index}-shown", catalogue, currency, rng, tool=row.answer[0]["name"])
+            yield Example(row, (shown,), row.answer)

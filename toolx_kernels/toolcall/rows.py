@@ -1,0 +1,161 @@
+"""Dataset rows: one prompt, the tools it offers, the calls that answer it. Checked once, here."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.schema import schema_fault
+
+_RESERVED = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked sample.
+
+    `tools` are JSON-schema functions, `{"type": "function", "function": {"name", "description"?, "parameters"}}`;
+    `answer` is the list of expected calls, `{"name", "arguments"}`, empty when no call should be made; `columns` holds
+    every other field of the dataset and reaches reward functions as keyword arguments.
+    """
+
+    id: str
+    prompt: str | list[dict]
+    tools: list[dict]
+    answer: list[dict]
+    columns: dict = field(default_factory=dict)
+
+    @property
+    def messages(self) -> list[dict]:
+        """The prompt as chat messages; a string prompt is one user message."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def user_text(self) -> str:
+        """What the user said last."""
+        return next(message["content"] for message in reversed(self.messages) if message["role"] == "user")
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Names of the offered tools, in their order."""
+        return [tool["function"]["name"] for tool in self.tools]
+
+
+def check_row(raw: Mapping, where: str, index: int) -> Row:
+    """The `Row` in `raw`, a mapping with `prompt`, `tools`, `answer`, perhaps `id`, and free columns.
+
+    Tools may come as `{"type": "function", "function": {...}}` or bare as `{"name", "parameters"}`; `tools` and
+    `answer` may be JSON text. `where` (a file, a dataset name) and `index` (line or position) name the row in messages
+    and make up its id when it has none.
+
+    Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
+    schemas, an answer that is missing or not a list of calls, or a column whose name reward functions reserve.
+    """
+    place = f"{where}:{index}"
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {_short(raw)}")
+    row_id = place if raw.get("id") is None else str(raw["id"])
+    if row_id != place:
+        place += f" (id {row_id!r})"
+    for name in _RESERVED:
+        if name in raw:
+            raise InputError(f"{place}: the column name {name!r} is reserved for reward functions; rename the column")
+    columns = {key: value for key, value in raw.items() if key not in ("id", "prompt", "tools", "answer")}
+    return Row(
+        row_id,
+        _prompt(raw.get("prompt"), place),
+        [_tool(tool, place, n) for n, tool in enumerate(_list(raw, "tools", place))],
+        [_call(call, place, n) for n, call in enumerate(_list(raw, "answer", place))],
+        columns,
+    )
+
+
+def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
+    """Checks every row (`check_row`, numbered from 0; a `Row` passes as it is) and the set of them.
+
+    Raises InputError for a row that is wrong, an empty dataset, or an id that occurs twice.
+    """
+    return check_set([raw if isinstance(raw, Row) else check_row(raw, where, n) for n, raw in enumerate(raws)], where)
+
+
+def check_set(rows: list[Row], where: str) -> list[Row]:
+    """`rows`, unless there are none or two share an id (InputError)."""
+    if not rows:
+        raise InputError(f"{where} holds no rows; give a dataset with at least one")
+    seen = set()
+    for row in rows:
+        if row.id in seen:
+            raise InputError(f"{where}: the id {row.id!r} occurs twice; make ids unique or leave them out")
+        seen.add(row.id)
+    return rows
+
+
+def _prompt(prompt: Any, place: str) -> str | list[dict]:
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
+        raise InputError(f"{place}: field 'prompt' is missing or empty; give a string or a list of chat messages")
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {_short(prompt)}")
+    for n, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(
+                f"{place}: message {n} of field 'prompt' must have a 'role' and a 'content' that are strings,"
+                f" not {_short(message)}"
+            )
+    if not any(message["role"] == "user" for message in prompt):
+        raise InputError(f"{place}: field 'prompt' holds no message of role 'user'; add one")
+    return [dict(message) for message in prompt]
+
+
+def _list(raw: Mapping, name: str, place: str) -> list:
+    value = raw.get(name)
+    if value is None:
+        wanted = "a list of JSON-schema functions" if name == "tools" else "a list of calls ([] when none is right)"
+        raise InputError(f"{place}: field {name!r} is missing; give {wanted}")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place}: field {name!r} is text but not JSON ({error}); write it as a list") from error
+    if not isinstance(value, list):
+        raise InputError(f"{place}: field {name!r} must be a list, not {_short(value)}")
+    return value
+
+
+def _tool(tool: Any, place: str, n: int) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {_short(tool)}"
+        )
+    if "parameters" not in function:
+        raise InputError(f"{place}: tool {name!r} has no 'parameters'; give it a JSON schema of type 'object'")
+    parameters = function["parameters"]
+    fault = schema_fault(parameters, "parameters")
+    if fault is None and parameters.get("type", "object") != "object":
+        fault = f"parameters.type is {parameters['type']!r}, not 'object'"
+    if fault:
+        raise InputError(f"{place}: tool {name!r} of field 'tools' is not a JSON schema: {fault}")
+    return {"type": "function", "function": dict(function)}
+
+
+def _call(call: Any, place: str, n: int) -> dict:
+    well_formed = (
+        isinstance(call, Mapping)
+        and set(call) == {"name", "arguments"}
+        and isinstance(call["name"], str)
+        and isinstance(call["arguments"], Mapping)
+    )
+    if not well_formed:
+        raise InputError(
+            f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {_short(call)}"
+        )
+    return {"name": call["name"], "arguments": dict(call["arguments"])}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,1 @@
+"""The trainer: config, data, hard sampling, packing, the loop, checkpoints."""

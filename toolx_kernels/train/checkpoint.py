@@ -1,0 +1,125 @@
+"""Checkpoints: a folder ``checkpoint-<step>`` that ``from_pretrained`` opens and from which a run goes on exactly.
+
+model.safetensors, config.json, tokenizer files    as transformers writes them
+optimizer.safetensors                               AdamW's state, by parameter name
+state.json                                          where the run stands, and the model's shape
+
+A checkpoint is written beside its place, synced to disk and renamed, so that it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolx_kernels.errors import InputError
+
+STATE_FILE = "state.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds either what it held or ``text``, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    *,
+    keep: int,
+    keep_first: bool,
+) -> Path:
+    """Writes ``run/checkpoint-<step>`` and removes older ones beyond ``keep`` (but not the first if ``keep_first``)."""
+    final = run / f"checkpoint-{step}"
+    beside = run / f".checkpoint-{step}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{names[parameter]}|{key}": value.contiguous()
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    save_file(tensors, beside / "optimizer.safetensors")
+    (beside / STATE_FILE).write_text(json.dumps(state | {"model_shape": model_shape(model)}, indent=1))
+    for path in beside.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    older = checkpoints(run)[1 if keep_first else 0 : -keep]
+    for path in older:
+        shutil.rmtree(path)
+    return final
+
+
+def load_state(checkpoint: Path, model: PreTrainedModel) -> dict:
+    """The run's state, after checking that the checkpoint belongs to a model of this shape.
+
+    Raises:
+        InputError: the checkpoint is of another model, or has no readable state.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{checkpoint} holds no readable {STATE_FILE} ({error}): it is not a checkpoint of a run."
+        ) from None
+    here, there = model_shape(model), state["model_shape"]
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise InputError(
+                f"{checkpoint} is a checkpoint of another model: its {key} is {there.get(key)}, this model's is "
+                f"{value}; resume with the model that the run was started with."
+            )
+    return state
+
+
+def load_weights(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the checkpoint's weights and optimizer state into model and optimizer, in place."""
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    parameters = dict(model.named_parameters())
+    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+        parameter, key = name.split("|")
+        at = (
+            torch.device("cpu")
+            if key == "step" and not optimizer.defaults.get("fused")
+            else parameters[parameter].device
+        )
+        optimizer.state[parameters[parameter]][key] = value.to(at)
+
+
+def model_shape(model: PreTrainedModel) -> dict:
+    config = model.get_decoder().config
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(config, name, None) for name in names}

@@ -1,0 +1,139 @@
+"""Every setting of a run. Each field is a flag of ``toolx train`` and a YAML key; names are TRL's where TRL has one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.reference import GRPOLossConfig
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(slots=True)
+class ToolExpanderConfig:
+    """A ToolExpander run (arXiv 2510.07737). Defaults are the paper's where it names a value.
+
+    ``toolx_kernels/configs/builtin.yaml`` holds the values for the built-in task and its tiny model, which
+    ``toolx train`` without ``--model`` uses.
+    """
+
+    # what is trained, on what, and where it goes
+    model: str = setting("tiny", "tiny, smollm2-135m, a folder, a .gguf file, or a hub name")
+    dataset: str = setting("builtin", "builtin, bfcl:<category>, a .jsonl path, or a hub name")
+    eval_dataset: str | None = setting(None, "as --dataset; by default a held-out part of --dataset")
+    output_dir: str = setting("runs/train", "the run folder")
+    resume: bool = setting(False, "go on from the last checkpoint in the run folder")
+    overwrite: bool = setting(False, "delete the run that the run folder holds")
+    seed: int = setting(0, "of data, weights and sampling")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the weights; bfloat16 weights do not move at learning rates near 1e-6"
+    )
+    train_rows: int | None = setting(None, "rows to train on; all of the dataset's by default, 640 of builtin")
+    eval_rows: int | None = setting(None, "held-out rows to evaluate on; all by default, 480 of builtin")
+    eval_fraction: float = setting(0.2, "share of --dataset held out when there is no --eval_dataset")
+
+    # rollouts
+    num_generations: int = setting(5, "completions per prompt, G")
+    prompts_per_step: int = setting(16, "prompts in one optimizer step")
+    temperature: float = setting(0.7, "of sampling, and of the loss")
+    top_k: int = setting(0, "0 is off")
+    top_p: float = setting(1.0, "1.0 is off")
+    min_p: float = setting(0.0, "0.0 is off")
+    max_completion_length: int = setting(256, "tokens")
+
+    # dynamic multi-round hard sampling
+    hard_sampling: Literal["replace", "none"] = setting(
+        "replace", "replace: prompts without a correct rollout get demonstrations for a round; none: plain GRPO"
+    )
+    probe_rollouts: int = setting(10, "rollouts that decide whether a prompt is hard")
+    epochs_per_round: int = setting(1, "passes over the training rows between two probes")
+    few_shots_per_tool: int = setting(1, "demonstrations per offered tool")
+    max_few_shots: int = setting(3, "demonstrations per prompt")
+
+    # the loss
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("grpo", "how token losses are averaged")
+    epsilon: float = setting(0.2, "lower clip")
+    epsilon_high: float | None = setting(0.26, "upper clip")
+    delta: float | None = setting(None, "two-sided clip")
+    beta: float = setting(0.0, "weight of the KL to the model before RL; 0 needs no reference model")
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose std divides the advantages")
+    importance_sampling_level: Literal["token", "sequence"] = setting("token", "sequence is GSPO")
+
+    # the optimizer
+    learning_rate: float = setting(1e-6, "of the first round")
+    lr_decay: float = setting(0.8, "factor on the learning rate from one round to the next")
+    adam_beta1: float = setting(0.9, "AdamW")
+    adam_beta2: float = setting(0.95, "AdamW")
+    adam_epsilon: float = setting(1e-8, "AdamW")
+    weight_decay: float = setting(0.0, "AdamW")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    num_train_epochs: int = setting(10, "passes over the training rows")
+    max_steps: int = setting(-1, "stop after so many optimizer steps; -1: after num_train_epochs")
+    micro_batch_tokens: int = setting(4096, "tokens in one forward and backward; bounds memory, not the gradient")
+
+    # the supervised cold start before RL
+    cold_start_steps: int = setting(0, "supervised steps on the answers before RL")
+    cold_start_batch_size: int = setting(24, "examples per step")
+    cold_start_learning_rate: float = setting(1e-5, "its peak")
+    cold_start_demonstrations: float = setting(0.3, "share of examples that show demonstrations (builtin has its own)")
+
+    # evaluation, logs, checkpoints
+    eval_steps: int = setting(0, "evaluate every so many steps besides the beginning and the end; 0: not")
+    save_steps: int = setting(50, "checkpoint every so many steps besides the end")
+    save_total_limit: int = setting(2, "checkpoints kept; with beta > 0 the first is kept too")
+    log_completions: int = setting(4, "completions per step written to rollouts.jsonl")
+
+    def __post_init__(self):
+        at_least_one = (
+            "num_generations", "prompts_per_step", "max_completion_length", "probe_rollouts", "epochs_per_round",
+            "num_train_epochs", "micro_batch_tokens", "cold_start_batch_size", "save_steps", "save_total_limit",
+            "few_shots_per_tool", "max_few_shots",
+        )  # fmt: skip
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("train_rows", "eval_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("cold_start_steps", "eval_steps", "log_completions", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must not be negative.")
+        for name in ("learning_rate", "cold_start_learning_rate", "adam_epsilon", "max_grad_norm", "temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive.")
+        for name in ("adam_beta1", "adam_beta2", "cold_start_demonstrations"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        if not 0 < self.lr_decay <= 1:
+            raise InputError(f"lr_decay={self.lr_decay} must lie in (0, 1]; 1 keeps the learning rate.")
+        if not 0 < self.eval_fraction < 1:
+            raise InputError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+        if self.num_generations == 1:
+            raise InputError("num_generations=1 has no siblings to compare with: GRPO needs at least 2.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise InputError(f"max_steps={self.max_steps} must be -1 (no limit) or at least 1.")
+        if self.resume and self.overwrite:
+            raise InputError("resume and overwrite contradict each other: choose one.")
+        self.loss  # noqa: B018 (its own checks)
+
+    @property
+    def loss(self) -> GRPOLossConfig:
+        return GRPOLossConfig(
+            loss_type=self.loss_type,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            temperature=self.temperature,
+            importance_sampling_level=self.importance_sampling_level,
+            scale_rewards=self.scale_rewards,
+            max_completion_length=self.max_completion_length,
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)

@@ -1,0 +1,120 @@
+"""Rows for training and for evaluation, by name, and their prompts as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import builtin
+from toolx_kernels.toolcall.builtin import Example
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall.readers import read_dataset
+from toolx_kernels.toolcall.render import render_completion, render_prompt
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.config import ToolExpanderConfig
+
+BUILTIN_TRAIN_ROWS = 640
+BUILTIN_EVAL_ROWS = 480
+
+
+def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows as the config names them.
+
+    The built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
+    ``eval_dataset`` is given.
+    """
+    if config.dataset == "builtin":
+        train = builtin.train_rows(config.train_rows or BUILTIN_TRAIN_ROWS, config.seed)
+    else:
+        train = read_dataset(config.dataset)
+    if config.eval_dataset is not None:
+        held_out = load_eval_rows(config.eval_dataset)
+    elif config.dataset == "builtin":
+        held_out = load_eval_rows("builtin", config.eval_rows)
+    else:
+        train, held_out = split_rows(train, config.eval_fraction)
+    return _some(train, config.train_rows, config.seed), _some(held_out, config.eval_rows, config.seed)
+
+
+def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
+    """All rows of a dataset; of the built-in task ``count`` held-out ones, always the same."""
+    if dataset == "builtin":
+        return builtin.heldout_rows(count or BUILTIN_EVAL_ROWS, seed=0)
+    return _some(read_dataset(dataset), count, 0)
+
+
+def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a row's id alone decides, so the split outlives changes to the rest of the dataset."""
+
+    def place(row: Row) -> float:
+        return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big") / 2**64
+
+    held_out = [row for row in rows if place(row) < fraction]
+    train = [row for row in rows if place(row) >= fraction]
+    if not train or not held_out:
+        raise InputError(
+            f"A dataset of {len(rows)} rows leaves {len(train)} to train on and {len(held_out)} to evaluate on at "
+            f"eval_fraction={fraction}: give more rows, another fraction, or an eval_dataset."
+        )
+    return train, held_out
+
+
+def _some(rows: list[Row], count: int | None, seed: int) -> list[Row]:
+    """``count`` of the rows, drawn once, in their order."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(f"rows {seed}").sample(range(len(rows)), count))]
+
+
+class Prompts:
+    """Token ids of rows, with or without demonstrations, within a model's context."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int):
+        self.tokenizer, self.context = tokenizer, context
+        self._cache: dict[str, list[int]] = {}
+
+    def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
+        if demonstrations:
+            return render_prompt(self.tokenizer, row, demonstrations)
+        if row.id not in self._cache:
+            self._cache[row.id] = render_prompt(self.tokenizer, row)
+        return self._cache[row.id]
+
+    def fits(self, row: Row, demonstrations: Sequence[Row]) -> bool:
+        return len(self.ids(row, demonstrations)) < self.context
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raises InputError for the first row whose raw prompt leaves no room for an answer."""
+        for row in rows:
+            if (length := len(self.ids(row))) >= self.context:
+                raise InputError(
+                    f"Row {row.id}: its prompt has {length} tokens and the model's context is {self.context}: remove "
+                    "the row or shorten its tools."
+                )
+
+    def completion_ids(self, calls: Sequence[dict]) -> list[int]:
+        """The canonical answer as token ids, with the end-of-turn token."""
+        text = render_completion(calls)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+
+def cold_start_examples(config: ToolExpanderConfig, rows: Sequence[Row]) -> Iterator[Example]:
+    """An endless stream of supervised examples: the built-in task's own curriculum, else the rows' answers.
+
+    Of the latter a share shows demonstrations: a model that never saw a few-shot prompt cannot use one.
+    """
+    if config.dataset == "builtin":
+        yield from builtin.cold_start_examples(config.seed)
+    index = DemonstrationIndex(rows)
+    rng = random.Random(f"cold start {config.seed}")
+    while True:
+        for row in rng.sample(rows, len(rows)):
+            shown = rng.random() < config.cold_start_demonstrations
+            chosen = (
+                index.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots) if shown else ()
+            )
+            yield Example(row, tuple(chosen), row.answer)

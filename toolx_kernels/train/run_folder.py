@@ -1,0 +1,103 @@
+"""The folder of one run: config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, summary.json, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.train.checkpoint import checkpoints, latest_checkpoint, write_atomically
+from toolx_kernels.train.config import ToolExpanderConfig
+
+CONFIG, METRICS, ROLLOUTS, SUMMARY, CURVES = (
+    "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "curves.png",
+)  # fmt: skip
+MAY_DIFFER = ("resume", "overwrite", "max_steps", "num_train_epochs", "device", "output_dir", "log_completions")
+
+
+class RunFolder:
+    """Where a run writes. Lines are appended and flushed whole; files are replaced atomically.
+
+    Every line of metrics.jsonl has an ``event`` ("cold_start", "probe", "step", "eval") and the ``step`` it belongs
+    to; what depends on the machine stands under ``timing``, so that two runs can be compared without it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def check(self, config: ToolExpanderConfig) -> None:
+        """Raises InputError when the folder's content and the flags do not go together; touches nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir={self.path} is a file: choose a folder.")
+        holds_run = (self.path / CONFIG).exists()
+        if not holds_run and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"output_dir={self.path} holds other files and no run: choose an empty or new folder.")
+        if holds_run and not (config.resume or config.overwrite):
+            raise InputError(f"{self.path} already holds a run: pass --resume to go on, or --overwrite to delete it.")
+        if config.resume:
+            if not holds_run:
+                raise InputError(f"{self.path} holds no run to resume: start one without --resume.")
+            self._check_same_run(config)
+
+    def _check_same_run(self, config: ToolExpanderConfig) -> None:
+        before = yaml.safe_load((self.path / CONFIG).read_text())
+        for name, value in config.to_dict().items():
+            if name not in MAY_DIFFER and name in before and before[name] != value:
+                raise InputError(
+                    f"{self.path} was run with {name}={before[name]}, not {value}: resume with the same {name}, or "
+                    "start another run folder."
+                )
+
+    def start(self, config: ToolExpanderConfig) -> None:
+        """An empty folder with the run's config, or the one to resume as it is."""
+        if config.overwrite and (self.path / CONFIG).exists():
+            for name in (METRICS, ROLLOUTS, SUMMARY, CURVES, CONFIG):
+                (self.path / name).unlink(missing_ok=True)
+            for checkpoint in (*checkpoints(self.path), *self.path.glob(".checkpoint-*.part")):
+                shutil.rmtree(checkpoint)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            settings = {k: v for k, v in config.to_dict().items() if k not in ("resume", "overwrite")}
+            write_atomically(self.path / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+
+    def latest_checkpoint(self) -> Path | None:
+        return latest_checkpoint(self.path)
+
+    def log(self, event: str, step: int, timing: dict, **values) -> dict:
+        record = {"event": event, "step": step, **values, "timing": timing}
+        self._append(METRICS, record)
+        return record
+
+    def log_rollout(self, **values) -> None:
+        self._append(ROLLOUTS, values)
+
+    def _append(self, name: str, record: dict) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def metrics(self) -> list[dict]:
+        return self._read(METRICS)
+
+    def _read(self, name: str) -> list[dict]:
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_after(self, lines: dict[str, int]) -> None:
+        """Drops what was logged after the checkpoint that is resumed, given the lines each file had then."""
+        for name in (METRICS, ROLLOUTS):
+            path = self.path / name
+            if path.exists():
+                kept = path.read_text().splitlines(keepends=True)[: lines[name]]
+                write_atomically(path, "".join(kept))
+
+    def lines(self) -> dict[str, int]:
+        return {
+            name: len((self.path / name).read_text().splitlines()) if (self.path / name).exists() else 0
+            for name in (METRICS, ROLLOUTS)
+        }
+
+    def write_summary(self, summary: dict) -> None:
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
