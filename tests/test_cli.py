@@ -64,7 +64,11 @@ def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
     assert toolx("train", "--dataset", path, *arguments, "--output_dir", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["train_rows"] + summary["eval_rows"] == 12 and summary["eval_rows"] > 0
-    assert toolx("eval", "--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8) == 0
+    for split, count in (("all", 12), ("held-out", summary["eval_rows"])):
+        scores = tmp_path / f"{split}.json"
+        arguments = ["--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8, "--output", scores]
+        assert toolx("eval", *arguments, "--split", split) == 0
+        assert json.loads(scores.read_text())["rows"] == count
 
 
 def test_doctor_speaks(capsys):
@@ -123,9 +127,10 @@ BAD_FLAGS = [
     (["train", "--dataset", "missing.jsonl"], "missing.jsonl"),
     (["train", "--dataset", "no/such-dataset"], "no/such-dataset"),
     (["eval", "--model", "no/such-model"], "no/such-model"),
-    (["eval", "--dataset", "bfcl:cooking"], "cooking"),
-    (["eval", "--eval_rows", "0"], "--eval_rows 0"),
-    (["eval", "--max_completion_length", "0"], "max_new_tokens=0"),
+    (["eval"], "There is no run in runs/train"),
+    (["eval", "--model", "tiny", "--dataset", "bfcl:cooking"], "cooking"),
+    (["eval", "--model", "tiny", "--eval_rows", "0"], "--eval_rows 0"),
+    (["eval", "--model", "tiny", "--max_completion_length", "0"], "--max_completion_length 0"),
     (["fly"], "'fly'"),
 ]
 

@@ -130,24 +130,27 @@ def evaluate(argv: list[str]) -> int:
         "--split", choices=("all", "held-out"), default="all",
         help="held-out: only the part that toolx train --dataset of the same name does not train on",
     )  # fmt: skip
+    parser.add_argument("--eval_fraction", "--eval-fraction", type=float, default=0.2, help="as in toolx train")
     parser.add_argument("--max_completion_length", "--max-completion-length", type=int, default=256, help="tokens")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="also write the scores to this JSON file")
     args = parser.parse_args(argv)
-    if args.eval_rows is not None and args.eval_rows < 1:
-        raise InputError(f"--eval_rows {args.eval_rows} must be at least 1.")
+    for flag in ("eval_rows", "max_completion_length"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
+
+    if args.model == parser.get_default("model") and not Path(args.model).exists():
+        raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
 
     from toolx_kernels.rollout import RolloutEngine, SamplingParams
     from toolx_kernels.train.checkpoint import write_atomically
-    from toolx_kernels.train.config import ToolExpanderConfig
     from toolx_kernels.train.data import Prompts, load_eval_rows, split_rows
+    from toolx_kernels.train.evaluate import accuracy_of, generate_greedy
     from toolx_kernels.train.models import load_model, stop_token_ids
-    from toolx_kernels.train.trainer import accuracy_of, generate_greedy
 
-    sampling = SamplingParams(max_new_tokens=args.max_completion_length, temperature=0.0)
     if args.split == "held-out" and args.dataset != "builtin":
-        rows = split_rows(load_eval_rows(args.dataset), ToolExpanderConfig.eval_fraction)[1][: args.eval_rows]
+        rows = split_rows(load_eval_rows(args.dataset), args.eval_fraction)[1][: args.eval_rows]
     else:
         rows = load_eval_rows(args.dataset, args.eval_rows)
     model, tokenizer = load_model(args.model, args.dtype, args.device)

@@ -75,14 +75,15 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int):
         self.tokenizer, self.context = tokenizer, context
-        self._cache: dict[str, list[int]] = {}
+        # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address
+        self._cache: dict[int, tuple[Row, list[int]]] = {}
 
     def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
         if demonstrations:
             return render_prompt(self.tokenizer, row, demonstrations)
-        if row.id not in self._cache:
-            self._cache[row.id] = render_prompt(self.tokenizer, row)
-        return self._cache[row.id]
+        if id(row) not in self._cache:
+            self._cache[id(row)] = row, render_prompt(self.tokenizer, row)
+        return self._cache[id(row)][1]
 
     def fits(self, row: Row, demonstrations: Sequence[Row]) -> bool:
         return len(self.ids(row, demonstrations)) < self.context

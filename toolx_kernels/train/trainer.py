@@ -170,6 +170,7 @@ class ToolExpanderTrainer:
             "probed_rows": len(probed),
             "train_rows": len(self.rows),
             "eval_rows": len(self.eval_rows),
+            "evaluated_on": args.eval_dataset or f"rows of {args.dataset} held out from training",
             "steps": state.step,
             "sampled_tokens": state.tokens,
             "wall_seconds": round(time.perf_counter() - started, 1),

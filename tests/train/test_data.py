@@ -1,0 +1,66 @@
+"""Rows by name, their split, and their prompts."""
+
+from dataclasses import replace
+
+import pytest
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import builtin
+from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import Prompts, cold_start_examples, load_rows, split_rows
+from toolx_kernels.train.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return builtin.train_rows(60, 0)
+
+
+def test_the_split_depends_on_ids_alone(rows):
+    train, held_out = split_rows(rows, 0.3)
+    assert {row.id for row in train} | {row.id for row in held_out} == {row.id for row in rows}
+    assert not {row.id for row in train} & {row.id for row in held_out}
+    assert 5 < len(held_out) < 31
+    fewer_train, fewer_held_out = split_rows(rows[::2], 0.3)
+    assert {row.id for row in fewer_held_out} <= {row.id for row in held_out}
+    assert {row.id for row in split_rows(rows, 0.5)[1]} > {row.id for row in held_out}
+    with pytest.raises(InputError, match="A dataset of 1 rows leaves"):
+        split_rows(rows[:1], 0.2)
+
+
+def test_builtin_rows_follow_the_config():
+    train, held_out = load_rows(ToolExpanderConfig(train_rows=24, eval_rows=12, seed=3))
+    assert (len(train), len(held_out)) == (24, 12)
+    assert [row.prompt for row in train] == [row.prompt for row in builtin.train_rows(24, 3)]
+    other_train, same_held_out = load_rows(ToolExpanderConfig(train_rows=24, eval_rows=12, seed=4))
+    assert [row.prompt for row in other_train] != [row.prompt for row in train]
+    assert same_held_out == held_out, "runs with different seeds are scored on the same rows"
+
+
+def test_rows_of_one_id_in_two_datasets_keep_their_own_prompts(rows):
+    tokenizer = tiny_tokenizer()
+    prompts = Prompts(tokenizer, 1024)
+    other = replace(rows[1], id=rows[0].id)
+    for row in (rows[0], other, rows[0]):
+        assert prompts.ids(row) == render_prompt(tokenizer, row)
+    shown = prompts.ids(rows[0], rows[2:3])
+    assert shown == render_prompt(tokenizer, rows[0], rows[2:3]) != prompts.ids(rows[0])
+
+
+def test_completions_end_with_the_end_of_turn(rows):
+    tokenizer = tiny_tokenizer()
+    ids = Prompts(tokenizer, 1024).completion_ids(rows[0].answer)
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True).startswith("<tool_call>")
+
+
+def test_the_cold_start_of_other_datasets_shows_answers_and_some_demonstrations(rows):
+    config = ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.5)
+    stream = cold_start_examples(config, rows)
+    epoch = [next(stream) for _ in rows]
+    assert sorted(e.row.id for e in epoch) == sorted(row.id for row in rows)
+    assert all(e.target == e.row.answer and e.row not in e.demonstrations for e in epoch)
+    assert 0 < sum(bool(e.demonstrations) for e in epoch) < len(epoch)
+    never = cold_start_examples(ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.0), rows)
+    assert not any(next(never).demonstrations for _ in rows)
