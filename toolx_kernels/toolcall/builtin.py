@@ -87,7 +87,7 @@ COLD_EDITIONS = 100
 COLD_EASY_EXAMPLES = 3200
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
 COLD_DEMONSTRATED = 0.3
-NOISE = {"quoted_integers": 0.5, "boolean_words": 0.5, "second_call_missing": 0.5}
+NOISE = {"quoted_integers": 0.6, "boolean_words": 0.6, "second_call_missing": 0.6}
 
 
 @dataclass(frozen=True, slots=True)

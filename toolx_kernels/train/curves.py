@@ -39,6 +39,8 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     optimizer.set(title="gradient norm and learning rate")
     rate = optimizer.twinx()
     line(rate, steps, "learning_rate", "learning rate (right)", color="C7")
+    for axis in (text, length, optimizer, rate):  # room for the legend above the lines
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
     for axis in (accuracy, hard, text, optimizer):
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
@@ -47,7 +49,8 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
             pair for axis in (left, right) if axis for pair in zip(*axis.get_legend_handles_labels(), strict=True)
         ]
         if handles:
-            left.legend(*zip(*handles, strict=True), fontsize=8)
+            where = "upper right" if right else "best"
+            (right or left).legend(*zip(*handles, strict=True), fontsize=8, loc=where)
     figure.suptitle(title)
     beside = path.with_name(path.name + ".part")
     figure.savefig(beside, dpi=110, format="png")
