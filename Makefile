@@ -37,8 +37,9 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	@$(PY) -c "from toolx_kernels import _library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
 	@touch $@
 
+# Starts anew each time, unless ARGS says otherwise.
 train: setup
-	$(VENV)/bin/toolx train --overwrite $(ARGS)
+	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)

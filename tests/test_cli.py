@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory):
 def test_train_writes_its_results_and_says_where(run_folder, tmp_path, capsys):
     assert toolx("train", *TINY, "--output_dir", tmp_path / "again") == 0
     out = capsys.readouterr().out
-    assert "held-out accuracy" in out and "again/summary.json" in out
+    assert "held out from training" in out and "again/summary.json" in out
     summary = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["eval_rows"] == 8
 
@@ -43,7 +43,7 @@ def test_eval_scores_a_run_folder(run_folder, tmp_path, capsys):
     assert code == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     written = json.loads(scores.read_text())
-    assert {"accuracy", "easy", "hard", "parallel", "convention"} <= written.keys()
+    assert written["parts"].keys() == {"easy", "hard", "parallel", "convention"} and written["rows"] == 8
     assert float(printed["accuracy"]) == pytest.approx(written["accuracy"], abs=1e-4)
 
 
@@ -90,11 +90,13 @@ def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
     path.write_text(yaml.safe_dump({"learning_rate": 3e-4, "epsilon": 0.1, "epsilon_high": None, "overwrite": True}))
     args = cli.parse_train(["--config", str(path), "--epsilon", "0.15"])
     assert (args.learning_rate, args.epsilon, args.epsilon_high, args.overwrite) == (3e-4, 0.15, None, True)
-    assert args.temperature == ToolExpanderConfig().temperature
-    assert cli.parse_train(["--config", str(path), "--epsilon-high", "0.3"]).epsilon_high == 0.3
+    assert cli.parse_train(["--config", str(path), "--epsilon-high=0.3"]).epsilon_high == 0.3
     builtin = cli.parse_train([])
     assert builtin.learning_rate > 1e-5 and builtin.cold_start_steps > 0
+    assert args.cold_start_steps == builtin.cold_start_steps, "the tiny model's recipe lies under a user's file"
     assert cli.parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
+    path.write_text("learning_rate: 5e-4")  # text to YAML 1.1
+    assert cli.parse_train(["--config", str(path)]).learning_rate == 5e-4
 
 
 def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
@@ -113,13 +115,21 @@ def lines(*rows):
 BAD_FLAGS = [
     (["train", "--nope", "3"], "--nope"),
     (["train", "--learning_rate", "fast"], "learning_rate"),
-    (["train", "--learning_rate", "-1"], "learning_rate=-1.0 must be positive"),
+    (["train", "--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
     (["train", "--num_generations", "1"], "num_generations=1"),
     (["train", "--max_steps", "0"], "max_steps=0"),
     (["train", "--hard_sampling", "some"], "hard_sampling"),
     (["train", "--resume", "--overwrite"], "resume and overwrite"),
     (["train", "--config", "no-such-recipe"], "no-such-recipe"),
     (["train", "--device", "tpu9"], "tpu9"),
+    (["train", "--device", "meta"], "meta"),
+    (["train", "--top_p", "0"], "top_p=0.0"),
+    (["train", "--adam_beta2", "1"], "adam_beta2=1.0"),
+    (["train", "--seed", "99999999999999999999"], "seed=99999999999999999999"),
+    (["train", "--learning_rate", "inf"], "learning_rate=inf"),
+    (["train", "--conf", "builtin"], "--conf"),
+    (["eval", "--model", "tiny", "--output", "nowhere/scores.json"], "nowhere/scores.json"),
+    (["eval", "--model", "tiny", "--output", "."], "--output . is a folder"),
     (["train", "--model", "no/such-model"], "no/such-model"),
     (["train", "--model", "./no-such-folder"], "./no-such-folder"),
     (["train", "--model", "missing.gguf"], "missing.gguf"),
@@ -166,13 +176,36 @@ def test_bad_files(name, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "file" / "run") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_resume_needs_no_other_flag(run_folder, tmp_path):
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "run") == 0
+    assert toolx("train", "--resume", "--max_steps", 2, "--output_dir", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
 def test_a_second_run_into_the_same_folder_is_refused(run_folder, capsys):
     assert toolx("train", *TINY, "--output_dir", run_folder) == 2
     assert "--resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "text, message", [("learning_rat: 1", "learning_rat"), ("- a", "one setting per line"), ("a: [", "YAML")]
+    "text, message",
+    [
+        ("learning_rat: 1", "learning_rat"),
+        ("1: 2\nx: 3", "1 is not a setting"),
+        ("- a", "one setting per line"),
+        ("a: [", "YAML"),
+        ("learning_rate: null", "learning_rate=None must be a number"),
+        ("hard_sampling: null", "hard_sampling=None is unknown"),
+        ("num_generations: 2.5", "num_generations=2.5 must be a whole number"),
+        ("overwrite: 1", "overwrite=1 must be true or false"),
+        ("epsilon: [0.2]", "must be a number"),
+    ],
 )
 def test_bad_config_files(text, message, tmp_path):
     path = tmp_path / "bad.yaml"

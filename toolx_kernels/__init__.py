@@ -1,43 +1,56 @@
 """Fused GRPO kernels and a minimal trainer that teaches small language models to call tools.
 
-The loss and its parts need torch alone. The engine and the trainer need transformers, which is slow to import, so they
-are loaded when they are first asked for.
+Every public name is loaded when it is first asked for: the loss needs torch alone, the engine and the trainer need
+transformers as well, and the command line must set OpenMP's environment before torch is loaded.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from toolx_kernels.errors import InputError
-from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.ops.attention import kv_write, paged_attention
-from toolx_kernels.ops.linear_grpo import linear_grpo_loss
-from toolx_kernels.ops.linear_logprob import linear_logprob
-from toolx_kernels.ops.sampling import sample
-from toolx_kernels.reference import GRPOLossConfig, GRPOOutput, Sample, TokenStats
+if TYPE_CHECKING:
+    from toolx_kernels.errors import InputError as InputError
+    from toolx_kernels.ops.advantages import group_advantages as group_advantages
+    from toolx_kernels.ops.attention import kv_write as kv_write
+    from toolx_kernels.ops.attention import paged_attention as paged_attention
+    from toolx_kernels.ops.linear_grpo import linear_grpo_loss as linear_grpo_loss
+    from toolx_kernels.ops.linear_logprob import linear_logprob as linear_logprob
+    from toolx_kernels.ops.sampling import sample as sample
+    from toolx_kernels.reference import GRPOLossConfig as GRPOLossConfig
+    from toolx_kernels.reference import GRPOOutput as GRPOOutput
+    from toolx_kernels.reference import Sample as Sample
+    from toolx_kernels.reference import TokenStats as TokenStats
+    from toolx_kernels.rollout import RolloutEngine as RolloutEngine
+    from toolx_kernels.rollout import SamplingParams as SamplingParams
+    from toolx_kernels.train.config import ToolExpanderConfig as ToolExpanderConfig
+    from toolx_kernels.train.trainer import ToolExpanderTrainer as ToolExpanderTrainer
 
-_LAZY = {
-    "RolloutEngine": "toolx_kernels.rollout",
-    "SamplingParams": "toolx_kernels.rollout",
-    "ToolExpanderConfig": "toolx_kernels.train.config",
-    "ToolExpanderTrainer": "toolx_kernels.train.trainer",
+_HOME = {
+    "InputError": "errors",
+    "group_advantages": "ops.advantages",
+    "kv_write": "ops.attention",
+    "paged_attention": "ops.attention",
+    "linear_grpo_loss": "ops.linear_grpo",
+    "linear_logprob": "ops.linear_logprob",
+    "sample": "ops.sampling",
+    "GRPOLossConfig": "reference",
+    "GRPOOutput": "reference",
+    "Sample": "reference",
+    "TokenStats": "reference",
+    "RolloutEngine": "rollout",
+    "SamplingParams": "rollout",
+    "ToolExpanderConfig": "train.config",
+    "ToolExpanderTrainer": "train.trainer",
 }
 
-__all__ = [
-    "GRPOLossConfig",
-    "GRPOOutput",
-    "InputError",
-    "Sample",
-    "TokenStats",
-    "group_advantages",
-    "kv_write",
-    "linear_grpo_loss",
-    "linear_logprob",
-    "paged_attention",
-    "sample",
-    *_LAZY,
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

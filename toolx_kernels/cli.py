@@ -40,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"toolx {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"toolx {argv[0]}: {error.filename or 'file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"toolx {argv[0]}: interrupted; toolx train --resume goes on from the last checkpoint.", file=sys.stderr)
+        remedy = "; the same command with --resume goes on from the last checkpoint" if argv[0] == "train" else ""
+        print(f"toolx {argv[0]}: interrupted{remedy}.", file=sys.stderr)
         return 130
 
 
@@ -49,6 +53,7 @@ def train(argv: list[str]) -> int:
     args = parse_train(argv)
     from transformers.utils import logging
 
+    from toolx_kernels.toolcall import builtin
     from toolx_kernels.train.data import load_rows
     from toolx_kernels.train.run_folder import RunFolder
     from toolx_kernels.train.trainer import ToolExpanderTrainer
@@ -56,47 +61,59 @@ def train(argv: list[str]) -> int:
     logging.disable_progress_bar()  # ours is enough
     RunFolder(args.output_dir).check(args)
     rows, eval_rows = load_rows(args)
-    summary = ToolExpanderTrainer(args.model, args=args, train_dataset=rows, eval_dataset=eval_rows).train()
+    summary = ToolExpanderTrainer(
+        args.model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        cold_start=builtin.cold_start_examples(args.seed) if args.dataset == "builtin" else None,
+    ).train()
     print(
-        f"held-out accuracy {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}, hard rows "
-        f"{summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}, {summary['steps']} steps, "
+        f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} held out from training: "
+        f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f}; hard rows {summary['hard_before']} -> "
+        f"{summary['hard_after']} of {summary['probed_rows']}; {summary['steps']} steps, "
         f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
     )
     return 0
 
 
 def parse_train(argv: list[str]):
-    """The run's config: defaults, then ``--config``'s YAML, then flags. Each YAML key is a flag's name."""
+    """The run's config: defaults, then the recipe of the tiny model, then ``--config``'s YAML, then flags.
+
+    With ``--resume`` the settings that the run was started with stand in for recipe and YAML.
+    """
     from transformers import HfArgumentParser
 
     from toolx_kernels.train.config import ToolExpanderConfig
+    from toolx_kernels.train.run_folder import CONFIG, RunFolder
 
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    first.add_argument("--model")
-    known, flags = first.parse_known_args(argv)
-    if known.model is not None:
-        flags = ["--model", known.model, *flags]
-    config = known.config or (None if known.model not in (None, "tiny") else "builtin")
-    parser = HfArgumentParser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message}; see toolx train --help.")
+
+    parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
     parser.add_argument(
-        "--config",
-        help="a YAML file, or the name of one in toolx_kernels/configs (default for the tiny model: builtin)",
+        "--config", help="a YAML file, or the name of one in toolx_kernels/configs; the tiny model starts from builtin"
     )
-    settings = read_config(config) if config else {}
-    names = {action.dest for action in parser._actions} - {"config", "help"}
-    if unknown := sorted(set(settings) - names):
-        raise InputError(f"{config}: {unknown[0]} is not a setting: see toolx train --help.")
-    arguments = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-    args, _, unknown = parser.parse_args_into_dataclasses(
-        arguments + flags, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise InputError(f"{unknown[0]} is not a flag: see toolx train --help.")
-    for name, value in settings.items():
-        if value is None and f"--{name}" not in flags and f"--{name.replace('_', '-')}" not in flags:
-            setattr(args, name, None)
-    return args
+    for action in parser._actions:  # only what was typed
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    flags = vars(parser.parse_args(argv))
+    config = flags.pop("config", None)
+    settings = {**(read_config(config) if config else {}), **flags}
+    names = list(ToolExpanderConfig.__dataclass_fields__)
+    if unknown := [name for name in settings if name not in names]:
+        raise InputError(f"{config}: {unknown[0]!r} is not a setting: see toolx train --help.")
+    run = Path(str(settings.get("output_dir") or ToolExpanderConfig().output_dir))
+    if settings.get("resume") and (run / CONFIG).exists():
+        started = RunFolder(run).config()
+        settings = {**{name: started[name] for name in names if name in started}, **settings, "output_dir": str(run)}
+    settings = {"model": "tiny", "dataset": "builtin"} | {
+        k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
+    }
+    if settings["model"] == "tiny":
+        settings = read_config("builtin") | settings
+    return ToolExpanderConfig(**settings)
 
 
 def read_config(name: str) -> dict:
@@ -112,15 +129,22 @@ def read_config(name: str) -> dict:
         raise InputError(f"--config {name}: there is no such file, and the recipes are {', '.join(shipped)}.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--config {name} is not YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(settings, dict):
         raise InputError(f"--config {name} must hold one setting per line, as 'learning_rate: 0.0005'.")
     return settings
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence instead of a page of usage."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help.")
+
+
 def evaluate(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="toolx eval", allow_abbrev=False, description="Greedy accuracy per category.")
+    parser = _Parser(prog="toolx eval", allow_abbrev=False, description="Greedy accuracy per category.")
     parser.add_argument(
         "--model", default="runs/train", help="as for toolx train, or a run folder (default: runs/train)"
     )
@@ -140,17 +164,21 @@ def evaluate(argv: list[str]) -> int:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
 
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise InputError(f"--output {args.output}: there is no such folder.")
+    if args.output and Path(args.output).is_dir():
+        raise InputError(f"--output {args.output} is a folder: name a file.")
     if args.model == parser.get_default("model") and not Path(args.model).exists():
         raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
 
     from toolx_kernels.rollout import RolloutEngine, SamplingParams
     from toolx_kernels.train.checkpoint import write_atomically
-    from toolx_kernels.train.data import Prompts, load_eval_rows, split_rows
+    from toolx_kernels.train.data import Prompts, load_eval_rows, some_rows, split_rows
     from toolx_kernels.train.evaluate import accuracy_of, generate_greedy
     from toolx_kernels.train.models import load_model, stop_token_ids
 
     if args.split == "held-out" and args.dataset != "builtin":
-        rows = split_rows(load_eval_rows(args.dataset), args.eval_fraction)[1][: args.eval_rows]
+        rows = some_rows(split_rows(load_eval_rows(args.dataset), args.eval_fraction)[1], args.eval_rows)
     else:
         rows = load_eval_rows(args.dataset, args.eval_rows)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
@@ -159,22 +187,21 @@ def evaluate(argv: list[str]) -> int:
     )
     prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
     prompts.check(rows)
-    scores = accuracy_of(rows, generate_greedy(RolloutEngine(model), prompts, rows, sampling))
-    width = max(map(len, scores))
-    for name, score in scores.items():
+    accuracy, parts = accuracy_of(rows, generate_greedy(RolloutEngine(model), prompts, rows, sampling))
+    width = max(map(len, ("accuracy", *parts)))
+    for name, score in (("accuracy", accuracy), *parts.items()):
         print(f"{name:<{width}}  {score:.4f}")
     print(f"{len(rows)} rows of {args.dataset}, {args.split}, greedy, model {args.model}")
     if args.output:
+        scores = {"model": args.model, "dataset": args.dataset, "split": args.split, "rows": len(rows)}
         write_atomically(
-            Path(args.output), json.dumps({"dataset": args.dataset, "rows": len(rows), **scores}, indent=1)
+            Path(args.output), json.dumps(scores | {"accuracy": accuracy, "parts": parts}, indent=1) + "\n"
         )
     return 0
 
 
 def doctor(argv: list[str]) -> int:
-    argparse.ArgumentParser(prog="toolx doctor", allow_abbrev=False, description="What is installed here.").parse_args(
-        argv
-    )
+    _Parser(prog="toolx doctor", allow_abbrev=False, description="What is installed here.").parse_args(argv)
     from toolx_kernels.doctor import report
 
     print(report())

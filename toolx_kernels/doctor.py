@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from toolx_kernels import _library
+from toolx_kernels import (
+    _library,
+    ops,  # noqa: F401 (defines what is reported)
+)
 
 BUILD_COMMAND = "TOOLX_BUILD_EXT=1 pip install --no-build-isolation -e ."
 

@@ -26,6 +26,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None  # (N) in nats, or None when it was not asked for
 
 
+LOG_RATIO_BOUND = 60.0  # exp() of more overflows fp32, and 0 * inf in its gradient is NaN
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
@@ -75,8 +76,11 @@ class GRPOLossConfig:
         for name in ("epsilon", "epsilon_high", "beta"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise InputError(f"{name}={value} must not be negative.")
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} must be positive: the loss needs a distribution.")
+        if not self.epsilon < 1:
+            raise InputError(f"epsilon={self.epsilon} must be below 1: the lower clip is 1 - epsilon.")
+        for name in ("temperature", "importance_sampling_cap"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise InputError(f"{name}={value} must be positive and finite.")
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise InputError(f"delta={self.delta} must exceed 1 + epsilon_high = {1 + self.clip_high}.")
         if self.loss_type == "dr_grpo" and not self.max_completion_length:
@@ -211,14 +215,16 @@ def linear_grpo_loss(
         live[rows] = True
         logprobs = all_stats.logprobs[rows]
         old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
+        if advantages[b] == 0:
+            old = logprobs.detach()  # only the KL term is left, whatever the old log-probs hold
         log_ratio = logprobs - old
         if config.importance_sampling_level == "sequence":
             log_ratio = log_ratio.mean().expand_as(log_ratio)
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
         unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
         clipped = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
         losses = -torch.minimum(unclipped * advantages[b], clipped * advantages[b])
-        if sampler_logprobs is not None:
+        if sampler_logprobs is not None and advantages[b] != 0:
             losses = losses * (old - sampler_logprobs[rows]).exp().clamp(max=config.importance_sampling_cap)
         if config.beta:
             gap = ref_logprobs[rows] - logprobs
@@ -261,8 +267,9 @@ def kv_write(
         at = int(outside.nonzero()[0])
         raise ValueError(f"slots[{at}] = {int(slots[at])} is outside [-1, {n_slots}): the cache has {n_slots} slots.")
     kept = slots >= 0
-    key_cache.flatten(0, 1)[slots[kept]] = key[kept]
-    value_cache.flatten(0, 1)[slots[kept]] = value[kept]
+    page, offset = slots[kept] // key_cache.shape[1], slots[kept] % key_cache.shape[1]
+    key_cache[page, offset] = key[kept]
+    value_cache[page, offset] = value[kept]
 
 
 def paged_attention(

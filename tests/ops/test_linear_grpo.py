@@ -50,6 +50,7 @@ def run(function, case, config, keep=()):
     return output, torch.autograd.grad(output.loss, leaves.values())
 
 
+LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 CONFIGS = {
     "on-policy": (GRPOLossConfig(), ()),
     "off-policy": (GRPOLossConfig(epsilon_high=0.26), ("old_logprobs",)),
@@ -60,6 +61,8 @@ CONFIGS = {
     "sequence": (GRPOLossConfig(importance_sampling_level="sequence", epsilon=0.05), ("old_logprobs",)),
     "kl": (GRPOLossConfig(beta=0.1), ("old_logprobs", "ref_logprobs")),
     "sampler": (GRPOLossConfig(importance_sampling_cap=1.2), ("old_logprobs", "sampler_logprobs")),
+    "sampler and kl": (GRPOLossConfig(beta=0.1, importance_sampling_cap=1.2), LOGPROBS),
+    "two-sided sequence": (GRPOLossConfig(importance_sampling_level="sequence", delta=1.3), ("old_logprobs",)),
     "hot": (GRPOLossConfig(temperature=1.7), ()),
 }
 
@@ -147,6 +150,57 @@ def test_groups_of_equal_reward_are_not_computed_and_change_nothing():
     assert (grads[0][:first_group] == 0).all()
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_tokens_and_completions_without_gradient_count_in_the_normaliser(loss_type):
+    """And a denominator that is given replaces it."""
+    config = GRPOLossConfig(loss_type=loss_type, max_completion_length=16)
+    case = make_case(rewards=[1.0] * 4 + [1.0, 0.2, 0.0, 1.0], masked=(2, 25))
+    ours, _ = run(linear_grpo_loss, case, config)
+    truth, _ = run(reference.linear_grpo_loss, case, config)
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-11, atol=1e-13)
+    tokens = sum(LENGTHS) - 2
+    normaliser = {"grpo": 8, "bnpo": tokens, "dapo": tokens, "dr_grpo": 8 * 16}[loss_type]
+    for function in (linear_grpo_loss, reference.linear_grpo_loss):
+        given, _ = run(function, case | {"denominator": 3 * normaliser}, config)
+        torch.testing.assert_close(3 * given.loss, truth.loss, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("gap", [-200.0, 200.0, torch.inf])
+@pytest.mark.parametrize("name", ["off-policy", "two-sided", "sequence"])
+def test_ratios_that_overflow_leave_finite_gradients(name, gap):
+    config, _ = CONFIGS[name]
+    case = make_case(torch.float32)
+    case["old_logprobs"] = case["old_logprobs"] - gap
+    for function in (linear_grpo_loss, reference.linear_grpo_loss):
+        output, grads = run(function, case, config, ("old_logprobs",))
+        assert output.loss.isfinite() and all(grad.isfinite().all() for grad in grads)
+
+
+def test_what_was_left_out_may_be_fed_back():
+    """.logprobs is NaN on rows without a gradient, and is what the next update starts its ratios from."""
+    case = make_case(rewards=[1.0] * 4 + [1.0, 0.2, 0.0, 1.0])
+    expected, expected_grads = run(linear_grpo_loss, case, GRPOLossConfig())
+    case["old_logprobs"] = case["sampler_logprobs"] = expected.logprobs
+    for function in (linear_grpo_loss, reference.linear_grpo_loss):
+        for config in (GRPOLossConfig(), GRPOLossConfig(compute_all_logprobs=True)):
+            output, grads = run(function, case, config, ("old_logprobs", "sampler_logprobs"))
+            torch.testing.assert_close(output.loss, expected.loss)
+            torch.testing.assert_close(grads, expected_grads)
+        output, grads = run(function, case, GRPOLossConfig(beta=0.1), LOGPROBS)
+        assert output.loss.isfinite() and all(grad.isfinite().all() for grad in grads)
+
+
+def test_old_logprobs_with_a_graph_do_not_cancel_the_gradient():
+    case = make_case()
+    hidden = case["hidden"].clone().requires_grad_()
+    old = reference.linear_logprob(hidden, case["weight"], case["targets"]).logprobs
+    arguments = {k: v for k, v in case.items() if not k.endswith("_logprobs")} | {"hidden": hidden}
+    (attached,) = torch.autograd.grad(linear_grpo_loss(**arguments, old_logprobs=old).loss, hidden)
+    (detached,) = torch.autograd.grad(linear_grpo_loss(**arguments).loss, hidden)
+    torch.testing.assert_close(attached, detached)
+    assert attached.abs().sum() > 0
+
+
 def test_nothing_live_gives_a_zero_loss_that_backward_accepts():
     for change in ({"rewards": torch.ones(8)}, {"mask": torch.zeros(sum(LENGTHS), dtype=torch.bool)}):
         for function in (linear_grpo_loss, reference.linear_grpo_loss):
@@ -182,6 +236,8 @@ def test_temperature_per_row_is_the_config_temperature_when_equal():
         ({"cu_seqlens": torch.tensor([0, 5])}, {}, "must rise from 0 to N = 31"),
         ({"cu_seqlens": torch.tensor([0, 9, 5, 31])}, {}, "must rise from 0 to N = 31"),
         ({}, {"beta": 0.1}, "beta=0.1 needs ref_logprobs"),
+        ({"mask": torch.ones(sum(LENGTHS), dtype=torch.int64)}, {}, r"mask is torch.int64: pass mask.bool\(\)"),
+        ({"rewards": None, "advantages": torch.full((8,), torch.nan)}, {}, r"advantages\[0\] = nan is not finite"),
     ],
 )
 def test_bad_input_is_named(change, config, message):
@@ -195,7 +251,9 @@ def test_bad_input_is_named(change, config, message):
     [
         ({"loss_type": "ppo"}, "loss_type='ppo' is unknown"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must not be negative"),
-        ({"temperature": 0}, "temperature=0 must be positive"),
+        ({"epsilon": 1.0}, "epsilon=1.0 must be below 1"),
+        ({"importance_sampling_cap": -1.0}, "importance_sampling_cap=-1.0 must be positive"),
+        ({"temperature": 0}, "temperature=0 must be positive and finite"),
         ({"delta": 1.1}, "delta=1.1 must exceed"),
         ({"loss_type": "dr_grpo"}, "max_completion_length"),
     ],

@@ -209,7 +209,7 @@ def test_under_compile_with_changing_lengths():
         torch.testing.assert_close(compiled(tensors["hidden"], tensors["weight"], options["targets"]), expected)
 
 
-def test_under_autocast_and_activation_checkpointing():
+def test_under_activation_checkpointing():
     tensors, options = make_case(7, 16, 64, torch.float32, False)
     _, expected = run(linear_logprob, tensors, options, entropy=False)
 
@@ -218,9 +218,46 @@ def test_under_autocast_and_activation_checkpointing():
             lambda h, w: linear_logprob(h, w, **kw), hidden, weight, use_reentrant=False
         )
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, actual = run(checkpointed, tensors, options, entropy=False)
+    _, actual = run(checkpointed, tensors, options, entropy=False)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_costs_no_precision(dtype):
+    tensors, options = make_case(33, 24, 1013, torch.float32, True)
+    expected = run(linear_logprob, tensors, options)
+    with torch.autocast("cpu", dtype=dtype):
+        actual = run(linear_logprob, tensors, options)
+    assert all(torch.equal(a, b) for a, b in zip(actual[0], expected[0], strict=True))
+    assert all(torch.equal(actual[1][name], expected[1][name]) for name in expected[1])
+
+
+@pytest.mark.parametrize("used", ["logprobs", "lse", "entropy"])
+def test_each_output_alone_carries_its_gradient(used):
+    tensors, options = make_case(9, 16, 64, torch.float64, True)
+    grads = []
+    for function in (linear_logprob, reference.linear_logprob):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        stats = function(leaves["hidden"], leaves["weight"], bias=leaves["bias"], entropy=True, **options)
+        out = getattr(stats, used)
+        grads.append(torch.autograd.grad((out * torch.linspace(-1, 2, 9)).sum(), leaves.values()))
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+
+
+def test_compiled_backward_of_transposed_hidden():
+    tensors, options = make_case(7, 16, 64, torch.float32, False)
+    strided = tensors["hidden"].T.contiguous().requires_grad_()
+
+    def loss(hidden_t):
+        return linear_logprob((hidden_t * 1.5).T, tensors["weight"], options["targets"]).logprobs.sum()
+
+    (expected,) = torch.autograd.grad(loss(strided), strided)
+    (actual,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(strided), strided)
+    torch.testing.assert_close(actual, expected)
+    arguments = (strided.detach().T, tensors["weight"], options["targets"], torch.ones(7), None, 0.0, True)
+    logprobs, lse, entropy = torch.ops.toolx.linear_logprob(*arguments)
+    backward = (*arguments[:6], lse, entropy, logprobs, lse, entropy, True, True, False)
+    torch.library.opcheck(torch.ops.toolx.linear_logprob_backward.default, backward)
 
 
 @pytest.mark.parametrize(
@@ -243,11 +280,12 @@ def test_bad_input_is_named(change, message):
         linear_logprob(**(arguments | change))
 
 
-def test_sweep_stays_within_its_bounds():
+def test_sweep_stays_within_its_bounds(monkeypatch):
+    monkeypatch.undo()
     for n, v, d in [(1, 1, 1), (1, 152_000, 1536), (65_536, 151_936, 4096), (4096, 49_152, 576), (8, 256_000, 8192)]:
         for device in ("cpu", "cuda"):
             rows, columns = tiles.choose_sweep(n, v, d, torch.device(device))
             assert 1 <= rows <= n and 1 <= columns <= v
-            assert rows * columns <= max(1, n * v // 4)
-            budget = tiles.CPU_WORKSPACE_BYTES if device == "cpu" else tiles.GPU_WORKSPACE_BYTES
-            assert rows * columns * 4 <= budget
+            alive = 4 * (2 * columns * d + tiles.TILES * rows * columns)  # bytes
+            workspace = tiles.CPU_WORKSPACE_BYTES if device == "cpu" else tiles.GPU_WORKSPACE_BYTES
+            assert alive <= min(workspace, max(n * v, tiles.SMALLEST_BUDGET_BYTES)), (n, v, d, device)

@@ -5,9 +5,10 @@ import torch
 
 from tests.models import ARCHITECTURES, VOCAB, small_model
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.hf_attention import head_of, toolx_attention
+from toolx_kernels.ops.hf_attention import _attention, head_of, toolx_attention
 from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.rollout import RolloutEngine, SamplingParams
+from toolx_kernels.rollout import engine as engine_module
 from toolx_kernels.train.batch import PackedGroup, pack
 
 GREEDY = SamplingParams(20, temperature=0.0, stop_token_ids=(2,))
@@ -164,9 +165,12 @@ def test_the_pool_is_kept_and_grows():
 )
 def test_bad_prompts_are_named_before_anything_runs(prompt, n, options, message):
     model = small_model("llama")
+    engine = RolloutEngine(model, **options)
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
-        RolloutEngine(model, **options).generate([[5], prompt], n, GREEDY, row_ids=[7, 8])
+        engine.generate([[5], prompt], n, GREEDY, row_ids=[7, 8])
+    with pytest.raises(InputError, match="1 row_ids for 2 prompts"):
+        engine.generate([[5], [6]], 1, GREEDY, row_ids=[7])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,58 @@ def test_bad_sampling_parameters_are_named(settings):
         SamplingParams(**({"max_new_tokens": 4} | settings))
     with pytest.raises(InputError, match="page_size=0"):
         RolloutEngine(small_model("llama"), page_size=0)
+
+
+def test_prefill_in_several_batches(monkeypatch):
+    model = small_model("llama")
+    expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 30)
+    assert ids(RolloutEngine(model).generate(prompts(), 1, GREEDY)) == expected
+
+
+def test_every_position_draws_its_own_noise():
+    model = small_model("llama", tied=False)
+    model.lm_head.weight.data.zero_()
+    [group] = RolloutEngine(model).generate(prompts((9,)), 2, SamplingParams(16))
+    assert all(len(set(c.ids)) > 8 for c in group.completions), "uniform tokens hardly repeat"
+
+
+def test_the_pool_follows_the_models_dtype():
+    model = small_model("llama")
+    engine = RolloutEngine(model)
+    engine.generate(prompts(), 1, GREEDY)
+    model.double()
+    assert ids(engine.generate(prompts(), 1, GREEDY)) == ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
+    assert engine.pool.key_caches[0].dtype == torch.float64
+
+
+def test_window_and_softcap_reach_the_context():
+    seen = []
+
+    class Context:
+        def attend(self, layer, query, key, value, scale, softcap, window):
+            seen.append((layer, tuple(query.shape), tuple(key.shape), scale, softcap, window))
+            return query
+
+    module = type("Layer", (), {"layer_idx": 3})()
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    out, _ = _attention(module, query, key, key, None, scaling=0.5, toolx=Context(), softcap=2.0, sliding_window=7)
+    assert seen == [(3, (5, 4, 8), (5, 2, 8), 0.5, 2.0, 7)]
+    assert torch.equal(out, query.transpose(1, 2))
+
+
+@pytest.mark.parametrize("scaled", ["granite", "cohere"])
+def test_architectures_that_scale_their_logits_are_refused(scaled):
+    import transformers
+
+    settings = dict(vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=4, pad_token_id=0)  # fmt: skip
+    if scaled == "granite":
+        model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**settings, logits_scaling=8.0))
+    else:
+        model = transformers.CohereForCausalLM(transformers.CohereConfig(**settings))
+    with pytest.raises(InputError, match="log-probs differ by"):
+        RolloutEngine(model)
 
 
 def test_no_prompts():

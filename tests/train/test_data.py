@@ -17,7 +17,11 @@ def rows():
     return builtin.train_rows(60, 0)
 
 
-def test_the_split_depends_on_ids_alone(rows):
+def test_the_split_depends_on_content_alone(rows):
+    renamed = [replace(row, id=f"elsewhere:{n}") for n, row in enumerate(rows)]
+    assert [row.prompt for row in split_rows(renamed, 0.3)[1]] == [row.prompt for row in split_rows(rows, 0.3)[1]]
+    twice = split_rows([*rows, *renamed], 0.3)
+    assert not {row.user_text for row in twice[0]} & {row.user_text for row in twice[1]}
     train, held_out = split_rows(rows, 0.3)
     assert {row.id for row in train} | {row.id for row in held_out} == {row.id for row in rows}
     assert not {row.id for row in train} & {row.id for row in held_out}
@@ -30,10 +34,10 @@ def test_the_split_depends_on_ids_alone(rows):
 
 
 def test_builtin_rows_follow_the_config():
-    train, held_out = load_rows(ToolExpanderConfig(train_rows=24, eval_rows=12, seed=3))
+    train, held_out = load_rows(ToolExpanderConfig(dataset="builtin", train_rows=24, eval_rows=12, seed=3))
     assert (len(train), len(held_out)) == (24, 12)
     assert [row.prompt for row in train] == [row.prompt for row in builtin.train_rows(24, 3)]
-    other_train, same_held_out = load_rows(ToolExpanderConfig(train_rows=24, eval_rows=12, seed=4))
+    other_train, same_held_out = load_rows(ToolExpanderConfig(dataset="builtin", train_rows=24, eval_rows=12, seed=4))
     assert [row.prompt for row in other_train] != [row.prompt for row in train]
     assert same_held_out == held_out, "runs with different seeds are scored on the same rows"
 
@@ -64,3 +68,16 @@ def test_the_cold_start_of_other_datasets_shows_answers_and_some_demonstrations(
     assert 0 < sum(bool(e.demonstrations) for e in epoch) < len(epoch)
     never = cold_start_examples(ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.0), rows)
     assert not any(next(never).demonstrations for _ in rows)
+
+
+def test_demonstrations_and_answers_stay_within_the_context(rows):
+    tokenizer = tiny_tokenizer()
+    row, demos = rows[0], rows[2:5]
+    raw, with_one = (len(render_prompt(tokenizer, row, shown)) for shown in ((), demos[:1]))
+    assert Prompts(tokenizer, 1024).fitting(row, demos) == demos
+    assert Prompts(tokenizer, with_one + 1).fitting(row, demos) == demos[:1]
+    assert Prompts(tokenizer, with_one + 1).fitting(row, demos, room=2) == []
+    prompts = Prompts(tokenizer, raw + 1)
+    prompts.check(rows[:1])
+    with pytest.raises(InputError, match=f"Row {row.id}: its prompt and answer have"):
+        prompts.check_answers(rows[:1])

@@ -41,8 +41,8 @@ def rows():
     return builtin.train_rows(400, 0, ("easy",))
 
 
-def policy(rows, fits=lambda row, shown: True, **settings):
-    return ReplaceHard(rows, **({"seed": 0, "per_tool": 1, "limit": 3} | settings), fits=fits)
+def policy(rows, fitting=lambda row, shown: shown, **settings):
+    return ReplaceHard(rows, **({"seed": 0, "per_tool": 1, "limit": 3} | settings), fitting=fitting)
 
 
 def test_hard_rows_show_other_rows_of_their_tools_and_no_others_do(rows):
@@ -77,7 +77,7 @@ def test_a_row_whose_tool_occurs_nowhere_else_stays_raw(rows):
 
 
 def test_demonstrations_are_dropped_until_the_prompt_fits(rows):
-    free, tight, none = policy(rows), policy(rows, lambda _, shown: len(shown) <= 1), policy(rows, lambda *_: False)
+    free, tight, none = policy(rows), policy(rows, lambda _, shown: shown[:1]), policy(rows, lambda *_: [])
     for each in (free, tight, none):
         each.start_round(0, range(400))
     assert max(map(len, free.shown.values())) > 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import small_model
 from toolx_kernels.errors import InputError
+from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall import builtin
+from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.models import load_model
 from toolx_kernels.train.trainer import ToolExpanderTrainer
@@ -202,6 +205,101 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"step 4: the loss is .*; the last good checkpoint is .*checkpoint-2"):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights(run, 2).values())
+
+
+def test_weights_that_explode_stop_the_run_though_no_group_has_a_gradient(tmp_path):
+    """Broken weights make all completions alike, so no loss is ever computed that could be NaN."""
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"step 1|step 2|checkpoint 1") as error:
+        make_trainer(run, learning_rate=1e38, save_steps=1).train()
+    assert "not finite" in str(error.value) or "the loss is" in str(error.value)
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    assert not (run / "summary.json").exists()
+
+
+def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
+    calls = []
+    generate = RolloutEngine.generate
+
+    def spy(self, prompts, n, params, *, row_ids=None, step=0, first_rollout=0):
+        if params.temperature:
+            calls.append((step, n, first_rollout))
+            assert params.temperature == 0.7
+        return generate(self, prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout)
+
+    monkeypatch.setattr(RolloutEngine, "generate", spy)
+    make_trainer(tmp_path / "run", temperature=0.7, probe_rollouts=5, cold_start_steps=0).train()
+    training = [call for call in calls if call[0] < 2**31]
+    assert training == [(step, 4, 0) for step in range(6)]
+    for round_index in range(3):  # waves of 1, 3 and 1 of the 5 rollouts
+        waves = [call[1:] for call in calls if call[0] == 2**31 + round_index]
+        assert waves == [(1, 0), (3, 1), (1, 4)]
+    assert all(s["logp_difference"] < 1e-4 for s in metrics(tmp_path / "run", ["step"])), "sampled and trained at 0.7"
+
+
+def test_gradients_are_clipped(tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_grad_norm=0.01)
+    learner, seen = trainer.learner, []
+
+    class Spy:
+        def step(self):
+            seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm())
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    batch = [
+        PackedGroup(trainer.prompts.ids(trainer.rows[0]), [trainer.prompts.completion_ids(trainer.rows[0].answer)])
+    ]
+    assert learner.imitate(batch, Spy())["grad_norm"] > 0.1
+    assert seen[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_cold_start_of_given_rows_imitates_these(tmp_path):
+    trainer = make_trainer(tmp_path / "run", dataset=None)
+    shown = [next(trainer.cold_start).row.id for _ in trainer.rows]
+    assert sorted(shown) == sorted(row.id for row in trainer.rows)
+
+
+DAMAGE = {
+    "truncated weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "no weights": ("model.safetensors", lambda data: None),
+    "no optimizer": ("optimizer.safetensors", lambda data: None),
+    "state that is no object": ("state.json", lambda data: b"[]"),
+    "config that is no object": ("config.json", lambda data: b"[]"),
+    "config of another shape": ("config.json", lambda data: data.replace(b'"hidden_size": 128', b'"hidden_size": 64')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_named(finished, tmp_path, damage):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    name, change = DAMAGE[damage]
+    path = tmp_path / "run" / "checkpoint-6" / name
+    data = change(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(InputError, match="checkpoint-6"):
+        make_trainer(tmp_path / "run", resume=True).train()
+    if name in ("model.safetensors", "config.json"):
+        with pytest.raises(InputError, match="run"):
+            load_model(str(tmp_path / "run"))
+
+
+def test_a_reference_that_is_gone_is_named_before_anything_is_lost(tmp_path):
+    run = tmp_path / "run"
+    make_trainer(run, beta=0.05, max_steps=3).train()
+    shutil.rmtree(run / "checkpoint-0")
+    with pytest.raises(InputError, match="checkpoint-0, and it is gone"):
+        make_trainer(run, beta=0.05, resume=True).train()
+
+
+def test_resuming_a_finished_run_keeps_its_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    first = make_trainer(run, max_steps=2, save_total_limit=1).train()
+    again = make_trainer(run, max_steps=2, save_total_limit=1, resume=True).train()
+    assert again["eval_after"] == first["eval_after"]
+    assert [path.name for path in run.glob("*checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize(

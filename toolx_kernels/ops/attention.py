@@ -55,12 +55,15 @@ def masked_attention(
 ) -> Tensor:
     """Dense attention under a boolean mask, differentiable, (R, H, Q, Dh)."""
     group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    if not softcap:
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    if group > 1:  # the heads that share a key become more queries of it, so that no key is copied
+        query = query.unflatten(1, (-1, group)).flatten(2, 3)
+        visible = visible.repeat(1, 1, group, 1)
+    if softcap:
+        scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+        out = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    else:
+        out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    return out.unflatten(2, (group, -1)).flatten(1, 2) if group > 1 else out
 
 
 def _paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, softcap, window):

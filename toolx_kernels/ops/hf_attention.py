@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.attention import kv_write, masked_attention, paged_attention
+from toolx_kernels.reference import linear_logits
 
 NAME = "toolx"
 
@@ -117,6 +118,44 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+@torch.no_grad()
+def check_supported(model: PreTrainedModel) -> None:
+    """Compares a few log-probs through our attention and head with the model's own.
+
+    Some architectures scale their logits, keep attention sinks or carry state outside attention; trained or sampled
+    through this package they would be silently wrong.
+
+    Raises:
+        InputError: the two differ, or the model cannot be run this way at all.
+    """
+    name = type(model).__name__
+    device, length = model.device, 6
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    ids = torch.arange(length, device=device) * 7919 % vocab_size
+    places = torch.arange(length, device=device)
+    context = PackedContext(places[None], places, torch.zeros_like(places)[None], places[None])
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with toolx_attention(model):
+            ours = linear_logits(run_body(model, ids, places, context), **head_of(model)).log_softmax(-1)
+        theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{name} cannot be run with our attention ({error}): use Llama, Qwen2, Qwen3 or Gemma 3."
+        ) from error
+    finally:
+        for module, mode in training:
+            module.training = mode
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
+    difference = float((ours - theirs).abs().max())
+    if not difference <= tolerance:
+        raise InputError(
+            f"{name} computes something that this package does not know of: log-probs differ by {difference:.2g} from "
+            "the model's own; use a Llama, Qwen2, Qwen3 or Gemma 3 model with finite weights."
+        )
 
 
 def head_of(model: PreTrainedModel) -> dict[str, Tensor | float | None]:

@@ -129,6 +129,11 @@ def _check_vectors(cu_seqlens, rewards, advantages, n_rows, config, given) -> in
             raise InputError(
                 f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
             )
+    if (mask := given["mask"]) is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
+    if advantages is not None and not advantages.isfinite().all():
+        at = int((~advantages.isfinite()).nonzero()[0])
+        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
     if config.beta and given["ref_logprobs"] is None:
         raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
     return n_completions

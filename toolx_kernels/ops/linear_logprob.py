@@ -11,6 +11,8 @@ Rows whose three upstream gradients are zero are left out of the backward pass.
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -88,25 +90,46 @@ class _Head:
     def __init__(self, hidden, weight, temperature, bias, softcap):
         self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
         self.dtype = compute_dtype(hidden)
-        self.scale = temperature.to(self.dtype).reciprocal()
+        self.scale = temperature.to(self.dtype).reciprocal()[:, None]
+        # where nothing stands between the GEMM and the temperature, scaling (N, D) saves a pass over every tile
+        self.folded = bias is None and not softcap
         (n_rows, dim), vocab_size = hidden.shape, weight.shape[0]
         sweep = choose_sweep(n_rows, vocab_size, dim, hidden.device, self.dtype.itemsize)
         self.row_blocks = list(_blocks(n_rows, sweep.rows))
         self.column_blocks = list(_blocks(vocab_size, sweep.columns))
         self.workspace = torch.empty(sweep.rows * sweep.columns, dtype=self.dtype, device=hidden.device)
 
+    def rows(self, rows: slice) -> Tensor:
+        """(rows, D): what the GEMMs multiply with."""
+        hidden = self.hidden[rows].to(self.dtype)
+        return hidden * self.scale[rows] if self.folded else hidden
+
     def logits(self, rows: slice, weight_tile: Tensor, columns: slice) -> Tensor:
         """(rows, columns) in the workspace; the next call overwrites it. weight_tile is already upcast."""
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         z = self.workspace[: shape[0] * shape[1]].view(shape)
-        torch.mm(self.hidden[rows].to(self.dtype), weight_tile.T, out=z)
+        torch.mm(self.rows(rows), weight_tile.T, out=z)
+        if self.folded:
+            return z
         if self.bias is not None:
             z += self.bias[columns]
         if self.softcap:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.mul_(self.scale[rows, None])
+        return z.mul_(self.scale[rows])
 
 
+def _in_full_precision(function):
+    """Autocast would run some of the reductions in bf16."""
+
+    @wraps(function)
+    def wrapped(hidden, *arguments):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *arguments)
+
+    return wrapped
+
+
+@_in_full_precision
 def _forward(hidden, weight, targets, temperature, bias, softcap, entropy):
     vocab_size = weight.shape[0]
     _check_values(targets, temperature, vocab_size)
@@ -141,12 +164,13 @@ def _forward(hidden, weight, targets, temperature, bias, softcap, entropy):
     return target_logit - lse, lse, log_total - moment / total if entropy else lse.new_empty(0)
 
 
+@_in_full_precision
 def _backward(
     hidden, weight, targets, temperature, bias, softcap, lse, entropy, grad_logprobs, grad_lse, grad_entropy,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     dtype = compute_dtype(hidden)
-    has_entropy = entropy.numel() > 0
+    has_entropy = entropy.numel() > 0 and bool((grad_entropy != 0).any())
     live = (grad_logprobs != 0) | (grad_lse != 0)
     if has_entropy:
         live |= grad_entropy != 0
@@ -160,15 +184,15 @@ def _backward(
         rows, hidden_live = None, hidden
     head = _Head(hidden_live, weight, temperature, bias, softcap)
     grad_hidden = torch.zeros(hidden_live.shape if need_hidden else (0, 0), dtype=dtype, device=hidden.device)
-    grad_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    grad_bias = torch.zeros_like(bias) if need_bias else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    grad_bias = torch.empty_like(bias) if need_bias else weight.new_empty(0)
     for columns in head.column_blocks:
         weight_tile = weight[columns].to(dtype)
         weight_sum = torch.zeros_like(weight_tile) if need_weight else None
         bias_sum = weight_tile.new_zeros(len(weight_tile)) if need_bias else None
         for block in head.row_blocks:
             z = head.logits(block, weight_tile, columns)
-            slope = 1 - (z / (head.scale[block, None] * softcap)) ** 2 if softcap else None
+            slope = z.div(head.scale[block] * softcap).square_().neg_().add_(1) if softcap else None
             log_probs = z.sub_(lse[block, None])
             factor = (grad_lse[block] - grad_logprobs[block])[:, None]
             if has_entropy:
@@ -180,17 +204,20 @@ def _backward(
             dz[inside, local[inside]] += grad_logprobs[block][inside]
             if slope is not None:
                 dz.mul_(slope)
-            dz.mul_(head.scale[block, None])
+            if not head.folded:
+                dz.mul_(head.scale[block])
             if need_hidden:
                 grad_hidden[block].addmm_(dz, weight_tile)
             if need_weight:
-                weight_sum.addmm_(dz.T, hidden_live[block].to(dtype))
+                weight_sum.addmm_(dz.T, head.rows(block))
             if need_bias:
                 bias_sum += dz.sum(0)
         if need_weight:
             grad_weight[columns] = weight_sum.to(weight.dtype)
         if need_bias:
             grad_bias[columns] = bias_sum.to(bias.dtype)
+    if need_hidden and head.folded:
+        grad_hidden *= head.scale
     if need_hidden and rows is not None:
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).index_copy_(0, rows, grad_hidden)
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
@@ -224,7 +251,7 @@ def _fake_backward(
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0, 0),
+        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0, 0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
         torch.empty_like(bias) if need_bias else weight.new_empty(0),
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.reference import LOG_RATIO_BOUND, GRPOLossConfig
 
 
 class TokenLosses(NamedTuple):
@@ -32,20 +32,25 @@ def clipped_policy_loss(
     r is ``exp(logp - old)``, per token or per sequence; w the truncated importance weight against the sampler;
     k3 ``exp(ref - logp) - (ref - logp) - 1``.
     """
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    own = logprobs.detach()
+    old = own if old_logprobs is None else old_logprobs.detach().to(own.dtype)
+    # where the advantage is zero only the KL term is left, and the old log-probs may be NaN (rows that were left out)
+    dead = advantages == 0
+    old = torch.where(dead, own, old)
     log_ratio = logprobs - old
     if config.importance_sampling_level == "sequence":
         # segment_reduce adds each completion in order, so two runs give the same bits on a GPU too
         mean = torch.segment_reduce(log_ratio, "sum", lengths=lengths) / lengths.clamp(min=1)
         log_ratio = mean.repeat_interleave(lengths)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
     clipped = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
     losses = -torch.minimum(unclipped * advantages, clipped * advantages)
     if sampler_logprobs is not None:
-        losses = losses * (old - sampler_logprobs).exp().clamp(max=config.importance_sampling_cap)
+        gap = torch.where(dead, 0, old - sampler_logprobs.detach().to(own.dtype))
+        losses = losses * gap.exp().clamp(max=config.importance_sampling_cap)
     if config.beta:
-        losses = losses + config.beta * k3(logprobs, ref_logprobs)
+        losses = losses + config.beta * k3(logprobs, ref_logprobs.detach().to(own.dtype))
     ratio = ratio.detach()
     return TokenLosses(
         losses,

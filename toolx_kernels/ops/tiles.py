@@ -18,14 +18,20 @@ class Sweep(NamedTuple):
     columns: int
 
 
-def choose_sweep(n_rows: int, vocab_size: int, dim: int, device: torch.device, itemsize: int = 4) -> Sweep:
-    """The block for ``n_rows`` tokens: within the workspace, and at most a quarter of ``n_rows * vocab_size``.
+SMALLEST_BUDGET_BYTES = 1 << 20  # below it tiles get so small that the GEMMs are all overhead
+TILES = 4  # logits tiles alive at a time in the backward pass with entropy and softcap
 
-    The workspace counts the logits tile and the upcast slice of the weight, ``columns * (rows + dim)`` elements.
+
+def choose_sweep(n_rows: int, vocab_size: int, dim: int, device: torch.device, itemsize: int = 4) -> Sweep:
+    """The block for ``n_rows`` tokens: all that is alive fits the workspace and a quarter of ``n_rows * vocab_size``.
+
+    Half of the budget goes to slices of the weight and of its gradient, ``2 * columns * dim`` elements, the other half
+    to logits tiles. (The quarter yields to a smallest budget of 1 MiB.)
     """
     on_cpu = device.type == "cpu"
-    budget = (CPU_WORKSPACE_BYTES if on_cpu else GPU_WORKSPACE_BYTES) // itemsize
-    columns = max(1, min(vocab_size, 4096 if on_cpu else 16384, budget // (2 * dim)))
-    tile = min(budget - columns * dim, CPU_TILE_BYTES // itemsize if on_cpu else budget, n_rows * vocab_size // 4)
-    columns = max(1, min(columns, tile))
+    workspace = CPU_WORKSPACE_BYTES if on_cpu else GPU_WORKSPACE_BYTES
+    budget = min(workspace, max(n_rows * vocab_size * itemsize // 4, SMALLEST_BUDGET_BYTES)) // itemsize
+    columns = max(1, min(vocab_size, 4096 if on_cpu else 16384, budget // (4 * dim)))
+    tile = min(budget // (2 * TILES), CPU_TILE_BYTES // itemsize if on_cpu else budget)
+    columns = min(columns, max(1, tile))
     return Sweep(rows=max(1, min(n_rows, tile // columns)), columns=columns)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.hf_attention import PagedContext, head_of, run_body, toolx_attention
+from toolx_kernels.ops.hf_attention import PagedContext, check_supported, head_of, run_body, toolx_attention
 from toolx_kernels.ops.sampling import sample
 from toolx_kernels.rollout.pages import PagePool
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
@@ -57,11 +57,15 @@ class RolloutEngine:
         page_size: tokens per page.
         max_pages: pages in the pool; None sizes it to the work, up to 1 GiB.
         seed: first word of every row's random stream.
+
+    Raises:
+        InputError: the model cannot be run exactly through our attention (see ``check_supported``).
     """
 
     def __init__(self, model: PreTrainedModel, *, page_size: int = 16, max_pages: int | None = None, seed: int = 0):
         if page_size < 1 or (max_pages is not None and max_pages < 1):
             raise InputError(f"page_size={page_size} and max_pages={max_pages} must be at least 1.")
+        check_supported(model)
         self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.config = model.get_decoder().config
         self.pool: PagePool | None = None
@@ -89,6 +93,8 @@ class RolloutEngine:
         if n < 1:
             raise InputError(f"n={n} completions per prompt: n must be at least 1.")
         row_ids = range(len(prompts)) if row_ids is None else row_ids
+        if len(row_ids) != len(prompts):
+            raise InputError(f"{len(row_ids)} row_ids for {len(prompts)} prompts: give one for each.")
         queue = [_Prompt(list(ids), row_id, n) for ids, row_id in zip(prompts, row_ids, strict=True)]
         self._check(queue, params)
         groups = [Group(prompt.ids, [Completion() for _ in range(n)]) for prompt in queue]
@@ -152,7 +158,8 @@ class RolloutEngine:
             per_row = max(self._pages_of_row(prompt, params) for prompt in queue) + 1
             n_pages = max(per_row, min(affordable, per_row * min(MAX_ROWS, len(queue) * n)))
         pool = self.pool
-        if pool is None or pool.n_pages < n_pages or pool.key_caches[0].dtype != weight.dtype:
+        fits = pool is not None and pool.n_pages >= n_pages
+        if not fits or (pool.key_caches[0].dtype, pool.key_caches[0].device) != (weight.dtype, weight.device):
             self.pool = None  # freed before the larger one is made
             self.pool = PagePool(
                 n_pages, self.page_size, config.num_hidden_layers, config.num_key_value_heads, head_dim, like=weight

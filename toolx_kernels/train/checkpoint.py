@@ -16,12 +16,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
 
 STATE_FILE = "state.json"
+# what transformers, safetensors and torch raise over files that are damaged or of another model
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -74,8 +77,14 @@ def save_checkpoint(
     for path in beside.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
+    if final.exists():  # a finished run that was resumed: never a moment without a whole checkpoint
+        outdated = run / f".checkpoint-{step}.old"
+        shutil.rmtree(outdated, ignore_errors=True)
+        final.rename(outdated)
+        beside.rename(final)
+        shutil.rmtree(outdated)
+    else:
+        beside.rename(final)
     older = checkpoints(run)[1 if keep_first else 0 : -keep]
     for path in older:
         shutil.rmtree(path)
@@ -89,12 +98,14 @@ def load_state(checkpoint: Path, model: PreTrainedModel) -> dict:
         InputError: the checkpoint is of another model, or has no readable state.
     """
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        there = state["model_shape"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{checkpoint} holds no readable {STATE_FILE} ({error}): it is not a checkpoint of a run."
+            f"{checkpoint} holds no readable {STATE_FILE} ({_first_line(error)}): remove it to resume from an older "
+            "one."
         ) from None
-    here, there = model_shape(model), state["model_shape"]
+    here = model_shape(model)
     for key, value in here.items():
         if there.get(key) != value:
             raise InputError(
@@ -104,19 +115,37 @@ def load_state(checkpoint: Path, model: PreTrainedModel) -> dict:
     return state
 
 
-def load_weights(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the checkpoint's weights and optimizer state into model and optimizer, in place."""
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Puts the checkpoint's weights into the model, in place.
+
+    Raises:
+        InputError: they cannot be read, or are not this model's.
+    """
+    try:
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{checkpoint} cannot be loaded ({_first_line(error)}): remove it to use an older one."
+        ) from None
+
+
+def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the checkpoint's optimizer state into ``optimizer``, in place."""
     parameters = dict(model.named_parameters())
-    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
-        parameter, key = name.split("|")
-        at = (
-            torch.device("cpu")
-            if key == "step" and not optimizer.defaults.get("fused")
-            else parameters[parameter].device
-        )
-        optimizer.state[parameters[parameter]][key] = value.to(at)
+    try:
+        for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+            parameter, key = name.split("|")
+            optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{checkpoint}/optimizer.safetensors cannot be loaded ({_first_line(error)}): remove the checkpoint to "
+            "resume from an older one."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def model_shape(model: PreTrainedModel) -> dict:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.rollout.types import SamplingParams
 
 
 def setting(default, help: str):
@@ -15,15 +18,16 @@ def setting(default, help: str):
 
 @dataclass(slots=True)
 class ToolExpanderConfig:
-    """A ToolExpander run (arXiv 2510.07737). Defaults are the paper's where it names a value.
+    """A ToolExpander run (arXiv 2510.07737).
 
-    ``toolx_kernels/configs/builtin.yaml`` holds the values for the built-in task and its tiny model, which
-    ``toolx train`` without ``--model`` uses.
+    Rollouts, probe, learning rate, its decay and the number of epochs are the paper's; the loss is that of its
+    self-exemplifying form (no KL, clip 0.2 / 0.26) also where hard rows are replaced, for which the paper has KL 1e-3
+    and clip 0.2 / 0.2. ``toolx_kernels/configs/builtin.yaml`` holds the values for the built-in task's tiny model.
     """
 
     # what is trained, on what, and where it goes
-    model: str = setting("tiny", "tiny, smollm2-135m, a folder, a .gguf file, or a hub name")
-    dataset: str = setting("builtin", "builtin, bfcl:<category>, a .jsonl path, or a hub name")
+    model: str | None = setting(None, "tiny (the default), smollm2-135m, a folder, a .gguf file, or a hub name")
+    dataset: str | None = setting(None, "builtin (the default), bfcl:<category>, a .jsonl path, or a hub name")
     eval_dataset: str | None = setting(None, "as --dataset; by default a held-out part of --dataset")
     output_dir: str = setting("runs/train", "the run folder")
     resume: bool = setting(False, "go on from the last checkpoint in the run folder")
@@ -48,7 +52,8 @@ class ToolExpanderConfig:
 
     # dynamic multi-round hard sampling
     hard_sampling: Literal["replace", "none"] = setting(
-        "replace", "replace: prompts without a correct rollout get demonstrations for a round; none: plain GRPO"
+        "replace",
+        "replace: hard prompts get demonstrations for a round; none: plain GRPO, whose hard prompts are only counted",
     )
     probe_rollouts: int = setting(10, "rollouts that decide whether a prompt is hard")
     epochs_per_round: int = setting(1, "passes over the training rows between two probes")
@@ -89,6 +94,8 @@ class ToolExpanderConfig:
     log_completions: int = setting(4, "completions per step written to rollouts.jsonl")
 
     def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            setattr(self, name, _of_kind(name, getattr(self, name), kind))
         at_least_one = (
             "num_generations", "prompts_per_step", "max_completion_length", "probe_rollouts", "epochs_per_round",
             "num_train_epochs", "micro_batch_tokens", "cold_start_batch_size", "save_steps", "save_total_limit",
@@ -104,11 +111,15 @@ class ToolExpanderConfig:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("learning_rate", "cold_start_learning_rate", "adam_epsilon", "max_grad_norm", "temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)} must be positive.")
-        for name in ("adam_beta1", "adam_beta2", "cold_start_demonstrations"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be positive and finite.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        if not 0 <= self.cold_start_demonstrations <= 1:
+            raise InputError(f"cold_start_demonstrations={self.cold_start_demonstrations} must lie in [0, 1].")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} must lie in [0, 2**32).")
         if not 0 < self.lr_decay <= 1:
             raise InputError(f"lr_decay={self.lr_decay} must lie in (0, 1]; 1 keeps the learning rate.")
         if not 0 < self.eval_fraction < 1:
@@ -119,7 +130,17 @@ class ToolExpanderConfig:
             raise InputError(f"max_steps={self.max_steps} must be -1 (no limit) or at least 1.")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: choose one.")
-        self.loss  # noqa: B018 (its own checks)
+        self.loss, self.sampling()  # noqa: B018 (they check themselves)
+
+    def sampling(self, stop_token_ids: tuple[int, ...] = (), greedy: bool = False) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=self.max_completion_length,
+            temperature=0.0 if greedy else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop_token_ids=stop_token_ids,
+        )
 
     @property
     def loss(self) -> GRPOLossConfig:
@@ -137,3 +158,24 @@ class ToolExpanderConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the field's type, or InputError; YAML reads 5e-4 as text, so numbers may be text."""
+    allowed = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in allowed:
+            raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+        return value
+    if value is None and NoneType in allowed:
+        return None
+    (wanted,) = set(allowed or (kind,)) - {NoneType}
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not wanted:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise InputError(f"{name}={value!r} must be {words[wanted]}.")
+    return value

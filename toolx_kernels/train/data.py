@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
 
@@ -37,21 +38,25 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
         held_out = load_eval_rows("builtin", config.eval_rows)
     else:
         train, held_out = split_rows(train, config.eval_fraction)
-    return _some(train, config.train_rows, config.seed), _some(held_out, config.eval_rows, config.seed)
+    return some_rows(train, config.train_rows, config.seed), some_rows(held_out, config.eval_rows)
 
 
 def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     """All rows of a dataset; of the built-in task ``count`` held-out ones, always the same."""
     if dataset == "builtin":
         return builtin.heldout_rows(count or BUILTIN_EVAL_ROWS, seed=0)
-    return _some(read_dataset(dataset), count, 0)
+    return some_rows(read_dataset(dataset), count)
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a row's id alone decides, so the split outlives changes to the rest of the dataset."""
+    """(train, held out): a row's content alone decides.
+
+    So the split outlives changes to the rest of the dataset, wherever it lies, and equal rows are on one side.
+    """
 
     def place(row: Row) -> float:
-        return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big") / 2**64
+        content = json.dumps([row.messages, row.tools, row.answer], sort_keys=True)
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
 
     held_out = [row for row in rows if place(row) < fraction]
     train = [row for row in rows if place(row) >= fraction]
@@ -63,7 +68,7 @@ def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Ro
     return train, held_out
 
 
-def _some(rows: list[Row], count: int | None, seed: int) -> list[Row]:
+def some_rows(rows: list[Row], count: int | None, seed: int = 0) -> list[Row]:
     """``count`` of the rows, drawn once, in their order."""
     if count is None or count >= len(rows):
         return rows
@@ -85,8 +90,11 @@ class Prompts:
             self._cache[id(row)] = row, render_prompt(self.tokenizer, row)
         return self._cache[id(row)][1]
 
-    def fits(self, row: Row, demonstrations: Sequence[Row]) -> bool:
-        return len(self.ids(row, demonstrations)) < self.context
+    def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> Sequence[Row]:
+        """As many of the demonstrations, from the first on, as leave ``room`` tokens of the context."""
+        while demonstrations and len(self.ids(row, demonstrations)) + room > self.context:
+            demonstrations = demonstrations[:-1]
+        return demonstrations
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raises InputError for the first row whose raw prompt leaves no room for an answer."""
@@ -97,6 +105,16 @@ class Prompts:
                     "the row or shorten its tools."
                 )
 
+    def check_answers(self, rows: Sequence[Row]) -> None:
+        """Raises InputError for the first row whose prompt and answer do not fit together."""
+        for row in rows:
+            length = len(self.ids(row)) + len(self.completion_ids(row.answer))
+            if length > self.context:
+                raise InputError(
+                    f"Row {row.id}: its prompt and answer have {length} tokens and the model's context is "
+                    f"{self.context}: remove the row, or do without a cold start."
+                )
+
     def completion_ids(self, calls: Sequence[dict]) -> list[int]:
         """The canonical answer as token ids, with the end-of-turn token."""
         text = render_completion(calls)
@@ -104,12 +122,10 @@ class Prompts:
 
 
 def cold_start_examples(config: ToolExpanderConfig, rows: Sequence[Row]) -> Iterator[Example]:
-    """An endless stream of supervised examples: the built-in task's own curriculum, else the rows' answers.
+    """An endless stream of supervised examples from the rows' answers.
 
-    Of the latter a share shows demonstrations: a model that never saw a few-shot prompt cannot use one.
+    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one.
     """
-    if config.dataset == "builtin":
-        yield from builtin.cold_start_examples(config.seed)
     index = DemonstrationIndex(rows)
     rng = random.Random(f"cold start {config.seed}")
     while True:

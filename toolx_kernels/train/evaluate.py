@@ -17,13 +17,11 @@ def generate_greedy(engine: RolloutEngine, prompts: Prompts, rows: Sequence[Row]
     return [prompts.tokenizer.decode(group.completions[0].ids, skip_special_tokens=True) for group in groups]
 
 
-def accuracy_of(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, float]:
-    """Share of rows answered rightly: ``accuracy`` over all, then one entry for each tier or BFCL category."""
+def accuracy_of(rows: Sequence[Row], texts: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Share of rows answered rightly: over all, and for each tier or BFCL category that rows name."""
+    right = [is_correct(text, row) for row, text in zip(rows, texts, strict=True)]
     of_part: dict[str, list[bool]] = defaultdict(list)
-    for row, text in zip(rows, texts, strict=True):
-        right = is_correct(text, row)
-        of_part["accuracy"].append(right)
-        part = row.columns.get("tier") or row.columns.get("category")
-        if part:
-            of_part[part].append(right)
-    return {part: sum(right) / len(right) for part, right in of_part.items()}
+    for row, ok in zip(rows, right, strict=True):
+        if part := row.columns.get("tier") or row.columns.get("category"):
+            of_part[str(part)].append(ok)
+    return sum(right) / len(right), {part: sum(oks) / len(oks) for part, oks in of_part.items()}

@@ -49,16 +49,16 @@ class PlainGRPO:
 class ReplaceHard:
     """Hard rows are replaced by few-shot versions of themselves, with randomly chosen demonstrations.
 
-    A hard row for whose tools no other row has a demonstration stays raw. ``fits`` says whether a row still fits the
-    model's context with its demonstrations; they are dropped one by one until it does.
+    A hard row for whose tools no other row has a demonstration stays raw. ``fitting`` cuts the demonstrations of a row
+    down to what the model's context holds.
     """
 
     rows: Sequence[Row]
     seed: int
     per_tool: int
     limit: int
-    fits: Callable[[Row, Sequence[Row]], bool]
-    shown: dict[int, list[Row]] = field(default_factory=dict)
+    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
+    shown: dict[int, Sequence[Row]] = field(default_factory=dict)
     index: DemonstrationIndex = field(init=False)
 
     def __post_init__(self):
@@ -69,9 +69,7 @@ class ReplaceHard:
         for i in hard:
             rng = random.Random(f"{self.seed} {round_index} {self.rows[i].id}")
             chosen = self.index.choose(self.rows[i], rng, per_tool=self.per_tool, limit=self.limit)
-            while chosen and not self.fits(self.rows[i], chosen):
-                chosen = chosen[:-1]
-            if chosen:
+            if chosen := self.fitting(self.rows[i], chosen):
                 self.shown[i] = chosen
 
     def demonstrations(self, row: int) -> Sequence[Row]:

@@ -18,6 +18,7 @@ from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.rollout import Group
 from toolx_kernels.train.batch import PackedBatch, PackedGroup, micro_batches, pack
+from toolx_kernels.train.checkpoint import load_weights
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
@@ -50,8 +51,7 @@ class Learner:
     def freeze_reference(self, checkpoint: Path) -> None:
         """Keeps the model of ``checkpoint`` for the KL term."""
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        before = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-        self.reference.load_state_dict(before.state_dict())
+        load_weights(checkpoint, self.reference)
 
     def imitate(self, groups: Sequence[PackedGroup], optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """One supervised step: mean negative log-prob of all completion tokens."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import re
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.train.checkpoint import latest_checkpoint
+from toolx_kernels.train.checkpoint import LOADING_ERRORS, latest_checkpoint
 from toolx_kernels.train.tiny import tiny_model, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m"
@@ -54,10 +54,9 @@ def load_model(
 def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device={device!r} is unknown: use auto, cpu or cuda.") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:<number>.")
+    resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={device!r}: torch sees no GPU here; use --device cpu.")
     return resolved
@@ -89,7 +88,7 @@ def _from_folder_or_hub(name: str, dtype: str):
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"Model {name!r} cannot be loaded ({reason}): give tiny, {SMOLLM2}, a folder, a .gguf file or a hub name."
@@ -105,8 +104,9 @@ def _from_gguf(path: Path, dtype: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), **arguments)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{path} cannot be read as GGUF ({str(error).splitlines()[0]}): give another file.") from error
+    except (*LOADING_ERRORS, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as GGUF ({reason}): give another file.") from error
     # the weights are plain by now; what says otherwise would keep the model from being saved
     del model.config.quantization_config
     model.hf_quantizer = None

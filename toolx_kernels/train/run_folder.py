@@ -33,7 +33,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output_dir={self.path} is a file: choose a folder.")
         holds_run = (self.path / CONFIG).exists()
-        if not holds_run and self.path.is_dir() and any(self.path.iterdir()):
+        leftovers = (path for path in self.path.iterdir() if path.suffix != ".part") if self.path.is_dir() else ()
+        if not holds_run and any(leftovers):
             raise InputError(f"output_dir={self.path} holds other files and no run: choose an empty or new folder.")
         if holds_run and not (config.resume or config.overwrite):
             raise InputError(f"{self.path} already holds a run: pass --resume to go on, or --overwrite to delete it.")
@@ -43,7 +44,7 @@ class RunFolder:
             self._check_same_run(config)
 
     def _check_same_run(self, config: ToolExpanderConfig) -> None:
-        before = yaml.safe_load((self.path / CONFIG).read_text())
+        before = self.config()
         for name, value in config.to_dict().items():
             if name not in MAY_DIFFER and name in before and before[name] != value:
                 raise InputError(
@@ -51,14 +52,26 @@ class RunFolder:
                     "start another run folder."
                 )
 
+    def config(self) -> dict:
+        """The settings that the run was started with."""
+        path = self.path / CONFIG
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
+        return settings
+
     def start(self, config: ToolExpanderConfig) -> None:
         """An empty folder with the run's config, or the one to resume as it is."""
         if config.overwrite and (self.path / CONFIG).exists():
-            for name in (METRICS, ROLLOUTS, SUMMARY, CURVES, CONFIG):
-                (self.path / name).unlink(missing_ok=True)
-            for checkpoint in (*checkpoints(self.path), *self.path.glob(".checkpoint-*.part")):
+            for checkpoint in (*checkpoints(self.path), *self.path.glob(".checkpoint-*")):
                 shutil.rmtree(checkpoint)
+            for name in (METRICS, ROLLOUTS, SUMMARY, CURVES, CONFIG):  # last what says that there is a run
+                (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before it is resumed
         if not config.resume:
             settings = {k: v for k, v in config.to_dict().items() if k not in ("resume", "overwrite")}
             write_atomically(self.path / CONFIG, yaml.safe_dump(settings, sort_keys=False))
@@ -76,28 +89,24 @@ class RunFolder:
 
     def _append(self, name: str, record: dict) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict]:
-        return self._read(METRICS)
-
-    def _read(self, name: str) -> list[dict]:
-        path = self.path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def forget_after(self, lines: dict[str, int]) -> None:
         """Drops what was logged after the checkpoint that is resumed, given the lines each file had then."""
         for name in (METRICS, ROLLOUTS):
             path = self.path / name
             if path.exists():
-                kept = path.read_text().splitlines(keepends=True)[: lines[name]]
+                kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[: lines[name]]
                 write_atomically(path, "".join(kept))
 
     def lines(self) -> dict[str, int]:
-        return {
-            name: len((self.path / name).read_text().splitlines()) if (self.path / name).exists() else 0
-            for name in (METRICS, ROLLOUTS)
-        }
+        """How many lines each log holds."""
+        paths = {name: self.path / name for name in (METRICS, ROLLOUTS)}
+        return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
 
     def write_summary(self, summary: dict) -> None:
         write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")

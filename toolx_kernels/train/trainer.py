@@ -3,6 +3,9 @@
     cold start -> evaluate -> for each round: probe, replace hard prompts ->
         for each step: sample prompts, roll out, reward, advantages, pack, loss, update -> evaluate -> summary
 
+An epoch is a permutation of the training rows, cut into batches of ``prompts_per_step``; what does not fill a batch
+waits for another epoch. A row is hard by its calls alone, while the default reward also asks for nothing but calls.
+
 What this is not: it updates once per batch, so the policy that samples is the policy that is trained and the ratio
 of the clipped loss is exactly 1; it knows one device and no distributed training. Everything random is a function of
 (seed, step, row), so a resumed run goes on bit for bit where the checkpoint stood.
@@ -10,6 +13,7 @@ of the clipped loss is exactly 1; it knows one device and no distributed trainin
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import time
@@ -17,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,18 +30,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.ops.hf_attention import toolx_attention
-from toolx_kernels.rollout import Group, RolloutEngine, SamplingParams
+from toolx_kernels.rollout import Group, RolloutEngine
+from toolx_kernels.toolcall.builtin import Example
 from toolx_kernels.toolcall.readers import rows_from
 from toolx_kernels.toolcall.rewards import call_reward, is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.batch import PackedGroup
-from toolx_kernels.train.checkpoint import load_state, load_weights, save_checkpoint
+from toolx_kernels.train.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
 from toolx_kernels.train.data import Prompts, cold_start_examples
 from toolx_kernels.train.evaluate import accuracy_of, generate_greedy
-from toolx_kernels.train.hard_sampling import PlainGRPO, Probe, ReplaceHard, probe
+from toolx_kernels.train.hard_sampling import HardSamplePolicy, PlainGRPO, Probe, ReplaceHard, probe
 from toolx_kernels.train.learner import DivergedError, Learner
 from toolx_kernels.train.models import load_model, stop_token_ids
 from toolx_kernels.train.run_folder import CURVES, RunFolder
@@ -70,6 +75,8 @@ class ToolExpanderTrainer:
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
         processing_class: the tokenizer; may be left out when ``model`` is a name.
+        cold_start: examples to imitate before RL, endless; default: the training rows' answers, a part of them with
+            demonstrations. Used when ``args.cold_start_steps`` is set.
 
     Raises:
         InputError: rows, prompts, run folder or model do not fit; before any work is done.
@@ -83,6 +90,7 @@ class ToolExpanderTrainer:
         train_dataset=None,
         eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        cold_start: Iterator[Example] | None = None,
     ):
         self.args = args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
@@ -91,22 +99,28 @@ class ToolExpanderTrainer:
             raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.data.load_rows.")
         self.rows: list[Row] = rows_from(train_dataset)
         self.eval_rows: list[Row] = rows_from(eval_dataset)
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [no_think_reward])
+        for func in self.reward_funcs:
+            if not callable(func):
+                raise InputError(f"reward_funcs holds {func!r}: give functions.")
         if isinstance(model, str):
             model, processing_class = load_model(model, args.dtype, args.device, args.seed)
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer.")
         self.model, self.tokenizer = model.eval(), processing_class
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [no_think_reward])
         context = model.get_decoder().config.max_position_embeddings
         self.prompts = Prompts(self.tokenizer, context)
         self.prompts.check([*self.rows, *self.eval_rows])
-        with toolx_attention(model):
-            pass  # an architecture that cannot take our attention is refused here, not after the cold start
+        if args.cold_start_steps and cold_start is None:
+            self.prompts.check_answers(self.rows)
+            cold_start = cold_start_examples(args, self.rows)
+        self.cold_start = cold_start
         self.engine = RolloutEngine(model, seed=args.seed)
-        self.policy = PlainGRPO()
+        self.stop_token_ids = stop_token_ids(model, self.tokenizer)
+        self.policy: HardSamplePolicy = PlainGRPO()
         if args.hard_sampling == "replace":
             self.policy = ReplaceHard(
-                self.rows, args.seed, args.few_shots_per_tool, args.max_few_shots, self.prompts.fits
+                self.rows, args.seed, args.few_shots_per_tool, args.max_few_shots, self.prompts.fitting
             )
         self.learner = Learner(model, args)
         self.state = RunState()
@@ -170,7 +184,6 @@ class ToolExpanderTrainer:
             "probed_rows": len(probed),
             "train_rows": len(self.rows),
             "eval_rows": len(self.eval_rows),
-            "evaluated_on": args.eval_dataset or f"rows of {args.dataset} held out from training",
             "steps": state.step,
             "sampled_tokens": state.tokens,
             "wall_seconds": round(time.perf_counter() - started, 1),
@@ -178,15 +191,18 @@ class ToolExpanderTrainer:
             "checkpoint": str(checkpoint),
         }
         self.run.write_summary(summary)
-        draw_curves(self.run.metrics(), self.run.path / CURVES, f"{args.model} on {args.dataset}, seed {args.seed}")
+        draw_curves(self.run.metrics(), self.run.path / CURVES, self._title())
         return summary
 
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
         checkpoint = self.run.latest_checkpoint() if self.args.resume else None
+        if checkpoint and self.args.beta and not (self.run.path / "checkpoint-0").exists():
+            raise InputError(f"beta={self.args.beta} needs {self.run.path}/checkpoint-0, and it is gone: start anew.")
         if checkpoint:
             self.state = RunState(**_known(load_state(checkpoint, self.model)))
-            load_weights(checkpoint, self.model, self.learner.optimizer)
+            load_weights(checkpoint, self.model)
+            load_optimizer(checkpoint, self.model, self.learner.optimizer)
             self.run.forget_after(self.state.lines)
         elif self.args.resume:  # it was interrupted before its first checkpoint
             self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
@@ -219,14 +235,8 @@ class ToolExpanderTrainer:
         members = self._members(step)
         rows = [self.rows[i] for i in members]
         shown = [self.policy.demonstrations(i) for i in members]
-        groups = self.engine.generate(
-            [self.prompts.ids(row, demos) for row, demos in zip(rows, shown, strict=True)],
-            args.num_generations,
-            self._sampling(),
-            row_ids=members,
-            step=step,
-        )
-        texts = [[self._text(c.ids) for c in group.completions] for group in groups]
+        with self._naming(f"step {step + 1}"):
+            groups, texts = self._generate(members, shown, args.num_generations, step)
         rolled_out = time.perf_counter()
         rewards = self._rewards(rows, groups, texts)
         correct = [[is_correct(text, row) for text in of_row] for row, of_row in zip(rows, texts, strict=True)]
@@ -237,7 +247,6 @@ class ToolExpanderTrainer:
 
         completions = [c for group in groups for c in group.completions]
         n_tokens = sum(len(c.ids) for c in completions)
-        self.state.tokens += n_tokens
         self._log_rollouts(step, rows, shown, texts, rewards, advantages)
         now = time.perf_counter()
         return self.run.log(
@@ -265,15 +274,15 @@ class ToolExpanderTrainer:
         """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
         args = self.args
         optimizer = self.learner.adamw(args.cold_start_learning_rate)
-        examples = cold_start_examples(args, self.rows)
         for step in range(1, args.cold_start_steps + 1):
             started, progress = time.perf_counter(), step / args.cold_start_steps
             for parameters in optimizer.param_groups:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
-            batch = [
-                PackedGroup(self.prompts.ids(e.row, e.demonstrations), [self.prompts.completion_ids(e.target)])
-                for e in islice(examples, args.cold_start_batch_size)
-            ]
+            batch = []
+            for example in islice(self.cold_start, args.cold_start_batch_size):
+                target = self.prompts.completion_ids(example.target)
+                shown = self.prompts.fitting(example.row, example.demonstrations, room=len(target))
+                batch.append(PackedGroup(self.prompts.ids(example.row, shown), [target]))
             with self._naming(f"cold-start step {step}"):
                 metrics = self.learner.imitate(batch, optimizer)
             self.run.log("cold_start", step, {"seconds": time.perf_counter() - started}, **metrics)
@@ -299,16 +308,22 @@ class ToolExpanderTrainer:
         random.Random(f"epoch {self.args.seed} {epoch}").shuffle(order)
         return order[place * self.args.prompts_per_step :][: self.args.prompts_per_step]
 
-    def _sampling(self, greedy: bool = False) -> SamplingParams:
-        args = self.args
-        return SamplingParams(
-            max_new_tokens=args.max_completion_length,
-            temperature=0.0 if greedy else args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            stop_token_ids=stop_token_ids(self.model, self.tokenizer),
+    def _generate(self, members: list[int], shown: Sequence[Sequence[Row]], n: int, step: int, first_rollout: int = 0):
+        """Samples ``n`` completions of each row's prompt with its demonstrations; returns groups and their texts."""
+        groups = self.engine.generate(
+            [self.prompts.ids(self.rows[i], demos) for i, demos in zip(members, shown, strict=True)],
+            n,
+            self.args.sampling(self.stop_token_ids),
+            row_ids=members,
+            step=step,
+            first_rollout=first_rollout,
         )
+        for i, group in zip(members, groups, strict=True):
+            for completion in group.completions:
+                if not math.isfinite(sum(completion.logprobs) + sum(completion.entropies)):
+                    raise DivergedError(f"the model's log-probs on row {self.rows[i].id} are not finite")
+        self.state.tokens += sum(len(c.ids) for group in groups for c in group.completions)
+        return groups, [[self._text(c.ids) for c in group.completions] for group in groups]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -333,23 +348,16 @@ class ToolExpanderTrainer:
         """Finds the rows among ``members`` whose raw prompts get no correct rollout."""
 
         def correct(members: list[int], n: int, first: int) -> list[bool]:
-            groups = self.engine.generate(
-                [self.prompts.ids(self.rows[i]) for i in members], n, self._sampling(),
-                row_ids=members, step=PROBE_STREAM + round_index, first_rollout=first,
-            )  # fmt: skip
-            self.state.tokens += sum(len(c.ids) for group in groups for c in group.completions)
-            return [
-                any(is_correct(self._text(c.ids), self.rows[i]) for c in group.completions)
-                for i, group in zip(members, groups, strict=True)
-            ]
+            with self._naming(f"probe before step {self.state.step + 1}"):
+                _, texts = self._generate(members, [()] * len(members), n, PROBE_STREAM + round_index, first)
+            return [any(is_correct(t, self.rows[i]) for t in of_row) for i, of_row in zip(members, texts, strict=True)]
 
         return probe(members, self.args.probe_rollouts, correct)
 
-    def evaluate(self) -> dict[str, float]:
-        """Greedy exact-match accuracy on the held-out rows: ``accuracy``, and one entry per tier or category."""
-        return accuracy_of(
-            self.eval_rows, generate_greedy(self.engine, self.prompts, self.eval_rows, self._sampling(greedy=True))
-        )
+    def evaluate(self) -> tuple[float, dict[str, float]]:
+        """Greedy exact-match accuracy on the held-out rows, over all and per tier or category."""
+        greedy = self.args.sampling(self.stop_token_ids, greedy=True)
+        return accuracy_of(self.eval_rows, generate_greedy(self.engine, self.prompts, self.eval_rows, greedy))
 
     def _log_probe(self, found: Probe, round_index: int, rows: int, hard: int, replaced: int | None) -> None:
         self.run.log(
@@ -359,13 +367,21 @@ class ToolExpanderTrainer:
 
     def _evaluate_and_log(self) -> float:
         started = time.perf_counter()
-        scores = self.evaluate()
-        self.run.log("eval", self.state.step, {"seconds": time.perf_counter() - started}, **scores)
-        return scores["accuracy"]
+        accuracy, parts = self.evaluate()
+        timing = {"seconds": time.perf_counter() - started}
+        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts)
+        return accuracy
 
     # ---- the run folder
 
-    def _save(self, started: float):
+    def _title(self) -> str:
+        names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
+        return "{} on {}, seed {}".format(*names, self.args.seed)
+
+    def _save(self, started: float) -> Path:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            with self._naming(f"checkpoint {self.state.step}"):
+                raise DivergedError("the weights are not finite")
         self.state.seconds = time.perf_counter() - started
         self.state.lines = self.run.lines()
         return save_checkpoint(
