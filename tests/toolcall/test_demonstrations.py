@@ -54,6 +54,19 @@ def test_same_answer_in_another_order_of_calls_never_appears():
     assert index.choose(row("self", "u", "ab", ("a", 1), ("b", 2)), random.Random(0)) == []
 
 
+def test_no_call_of_the_own_answer_appears():
+    index = DemonstrationIndex(
+        [
+            row("more calls", "v", "ab", ("a", 1), ("b", 7)),
+            row("fewer calls", "w", "b", ("b", 2)),
+            row("same tools", "x", "ab", ("a", 2), ("b", 1)),
+        ]
+    )
+    for seed in range(20):
+        chosen = index.choose(row("self", "u", "ab", ("a", 1), ("b", 2)), random.Random(seed), per_tool=3)
+        assert [demonstration.id for demonstration in chosen] == ["same tools"]
+
+
 def test_a_row_that_uses_two_offered_tools_is_shown_once():
     index = DemonstrationIndex([row("both", "v", "ab", ("a", 1), ("b", 2), ("a", 3))])
     assert [r.id for r in index.choose(row("self", "u", "ab", ("a", 9)), random.Random(0))] == ["both"]

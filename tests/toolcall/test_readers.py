@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_jsonl(tmp_path):
     [
         ("{not json}\n", "rows.jsonl:2 is not JSON"),
         ('{"prompt": NaN}\n', "rows.jsonl:2 is not JSON"),
+        ('{"prompt": "a", "tools": [], "answer": [], "level": 1e999}\n', "rows.jsonl:2 is not JSON"),
+        ('{"prompt": "a", "tools": [], "answer": [], "prompt": "b"}\n', "rows.jsonl:2 is not JSON"),
         ("[1]\n", "rows.jsonl:2: a row must be an object"),
         ({"prompt": "a", "answer": []}, "rows.jsonl:2: field 'tools' is missing"),
     ],
@@ -45,6 +48,18 @@ def test_jsonl(tmp_path):
 def test_bad_lines_are_named(tmp_path, line, words):
     with pytest.raises(InputError, match=words):
         read_jsonl(write(tmp_path / "rows.jsonl", ROWS[0], line))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\r\n")
+    assert [row.prompt for row in read_jsonl(path)] == ["a"]
+
+
+@pytest.mark.parametrize("spec", ["", "  "])
+def test_an_empty_name(spec):
+    with pytest.raises(InputError, match=f"the dataset name '{spec}' is empty; give bfcl:<category>"):
+        read_dataset(spec)
 
 
 def test_bad_files(tmp_path):
@@ -76,6 +91,14 @@ def test_a_dataset_object_and_a_folder_that_datasets_loads(tmp_path, monkeypatch
     assert rows[0].answer[0]["arguments"] == {"x": None} and rows[1].answer == ROWS[1]["answer"]
     with pytest.raises(InputError, match="split 'nope'"):
         read_hub(str(tmp_path / "set"), "nope")
+
+
+def test_numbers_that_are_not_json_in_a_dataset_object():
+    datasets = pytest.importorskip("datasets")
+    for value in (math.nan, math.inf):
+        raw = {**ROWS[0], "answer": [{"name": "f", "arguments": {"x": value}}]}
+        with pytest.raises(InputError, match=rf"set:0: answer\[0\].arguments.x is {value}"):
+            rows_from(datasets.Dataset.from_list([raw]), "set")
 
 
 def test_unknown_name_and_absent_library(monkeypatch):
@@ -117,6 +140,33 @@ def test_xlam_rows():
         rows_from([{**raw, "tools": "[{"}])
     with pytest.raises(InputError, match="'answer' is missing"):
         rows_from([{**raw, "answers": None}])
+
+
+XLAM = {"query": "q", "tools": [{"name": "f", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("text", "set:1: a row in xLAM's format"),
+        (None, "set:1: a row in xLAM's format"),
+        ({}, "set:1: field 'tools' must be a list of functions"),
+        ({**XLAM, "query": None}, "set:1: field 'prompt' is missing"),
+        ({**XLAM, "tools": None}, "set:1: field 'tools' must be a list of functions"),
+        ({**XLAM, "tools": 5}, "set:1: field 'tools' must be a list of functions"),
+        ({**XLAM, "tools": ["f"]}, "set:1: field 'tools' must be a list of functions"),
+        ({**XLAM, "tools": "[NaN]"}, "set:1: field 'tools' is not JSON"),
+        ({**XLAM, "tools": [{"parameters": {}}]}, "set:1: tool 0"),
+        ({**XLAM, "tools": [{"name": "f", "parameters": ["a"]}]}, "set:1: the parameters of tool 'f'"),
+        ({**XLAM, "tools": [{"name": "f", "parameters": {"a": "str"}}]}, "set:1: the parameters of tool 'f'"),
+        ({**XLAM, "answers": "f()"}, "set:1: field 'answer' is text but not JSON"),
+        ({**XLAM, "answers": [{"name": "g", "arguments": {}}]}, "set:1: call 0 of field 'answer' is of 'g'"),
+        ({**XLAM, "answers": [{"name": "f", "arguments": []}]}, "set:1: call 0 of field 'answer' must be"),
+    ],
+)
+def test_bad_xlam_rows_are_named(bad, words):
+    with pytest.raises(InputError, match=words):
+        rows_from([XLAM, bad], "set")
 
 
 ACE_TOOLS = [
@@ -170,6 +220,33 @@ def test_toolace_rows(caplog):
     assert message.startswith("ace: 6 of 9 rows left out: 1 with more than one user turn, 4 with calls")
     with pytest.raises(InputError, match="ace holds no rows"):
         rows_from(raws[3:], "ace")
+
+
+def system_of(*tools):
+    return f"Tools: {json.dumps(tools)}"
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("text", "set:1: a row in ToolACE's format"),
+        (None, "set:1: a row in ToolACE's format"),
+        ({"system": ACE_SYSTEM}, "set:1: a row in ToolACE's format"),
+        ({**ace("one", "two"), "system": None}, "set:1: a row in ToolACE's format"),
+        ({**ace("one", "two"), "system": 5}, "set:1: a row in ToolACE's format"),
+        ({**ace("one", "two"), "conversations": {"from": "user"}}, "set:1: a row in ToolACE's format"),
+        ({**ace("one", "two"), "conversations": ["one", "two"]}, "set:1: a turn of field 'conversations'"),
+        ({**ace("one", "two"), "conversations": [{"value": "one"}]}, "set:1: a turn of field 'conversations'"),
+        (ace("one", None), "set:1: a turn of field 'conversations'"),
+        (ace("one", "two", system=system_of({"name": "f", "parameters": "x"})), "tool 'f'.*not a JSON schema"),
+        (ace("one", "two", system=system_of({"name": "f", "parameters": [1]})), "tool 'f'.*not a JSON schema"),
+        (ace("one", "two", system=system_of({"name": "f", "parameters": {"a": math.nan}})), r"set:1: tools\[0\]"),
+    ],
+)
+def test_bad_toolace_rows_are_named(bad, words):
+    with pytest.raises(InputError, match=words) as error:
+        rows_from([ace("one", "[api.news()]"), bad], "set")
+    assert "set:1" in str(error.value)
 
 
 def test_seal_tools():

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -96,6 +97,10 @@ def give(rewards):
         ([math.nan, 1.0], ["nan", "'exact'"]),
         ([1.0, math.inf], ["inf", "'loose'"]),
         ([1.0, [1.0]], ["[1.0]", "'loose'"]),
+        ([1e300, 1.0], ["1e+300", "'exact'"]),
+        ([1.0, -3.5e38], ["-3.5e+38", "'loose'"]),
+        ([np.zeros((3, 2)), 1.0], ["array", "'exact'"]),
+        (np.array(1.0), ["returned array(1.)"]),
     ],
 )
 def test_bad_rewards_are_named(rewards, words):
@@ -104,6 +109,55 @@ def test_bad_rewards_are_named(rewards, words):
     message = str(error.value)
     assert "'my_reward'" in message and "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+def test_the_largest_rewards_are_those_of_float32():
+    largest = float(np.finfo(np.float32).max)
+    assert call_reward(give([largest, -largest]), [EXACT, LOOSE], ["x", "y"], [[1], [2]]) == [largest, -largest]
+
+
+def test_a_raising_generator_is_named_with_its_row():
+    def lazy(prompts, completions, completion_ids, level, **columns):
+        for value in level:
+            if value == 0:
+                raise TypeError("no zero\nsecond line")
+            yield 1.0
+
+    rows = [Row(f"row {level}", "p", TOOLS, CALLS, {"level": level}) for level in (1, 0, 2)]
+    with pytest.raises(InputError) as error:
+        call_reward(lazy, rows, ["x"] * 3, [[1]] * 3)
+    assert "'lazy' raised TypeError: no zero on row 'row 0'; mend" in str(error.value)
+    assert call_reward(lazy, rows[::2], ["x"] * 2, [[1]] * 2) == [1.0, 1.0]
+
+
+def test_a_message_of_no_words_and_one_of_many_lines():
+    for message, shown in (("", "raised KeyError; mend"), ("one\ntwo", "raised ValueError: one; mend")):
+
+        def failing(message=message, **columns):
+            raise ValueError(message) if message else KeyError
+
+        with pytest.raises(InputError) as error:
+            call_reward(failing, [EXACT, LOOSE], ["x"] * 2, [[1]] * 2)
+        assert shown in str(error.value)
+
+
+def test_a_function_can_change_neither_the_dataset_nor_its_other_completions():
+    def vandal(prompts, completions, completion_ids, answer, tools, possible_answers, extra, **columns):
+        seen = []
+        for n in range(len(prompts)):
+            seen.append(len(answer[n]) + len(tools[n]) + len(possible_answers[n]) + len(extra[n][0]))
+            answer[n][0]["arguments"].clear()
+            prompts[n][0]["content"] = ""
+            tools[n][0]["function"].clear()
+            for column in (answer[n], tools[n], possible_answers[n], extra[n][0]):
+                column.clear()
+        return seen
+
+    row = Row("r", [{"role": "user", "content": "p"}], copy.deepcopy(TOOLS), copy.deepcopy(CALLS),
+              {"possible_answers": [{"f": {"a": [1]}}], "category": "multiple", "extra": ({"k": 1},)})  # fmt: skip
+    before = copy.deepcopy(row)
+    assert call_reward(vandal, [row, row], ["x", "y"], [[1], [2]]) == [4.0, 4.0]
+    assert row == before
 
 
 def test_a_raising_function_is_named_with_its_row():

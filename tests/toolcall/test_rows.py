@@ -1,9 +1,11 @@
+import itertools
 import json
+import math
 
 import pytest
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import Row, check_row, check_rows
+from toolx_kernels.toolcall import Row, bfcl_match, check_row, check_rows
 
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
 TOOL = {"type": "function", "function": FUNCTION}
@@ -43,6 +45,23 @@ def with_parameters(parameters):
     return changed(tools=[{"name": "f", "parameters": parameters}])
 
 
+def with_argument(value):
+    return changed(answer=[{"name": "f", "arguments": {"a": value}}])
+
+
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"items": value}
+    return value
+
+
+def judged(possible, schema=None, category="simple_python"):
+    schema = {"type": "integer"} if schema is None else schema
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    return changed(tools=[function], answer=[], possible_answers=possible, category=category)
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -74,6 +93,50 @@ def with_parameters(parameters):
         (changed(answer=[CALL, {"name": "f", "arguments": "{}"}]), ["call 1 of field 'answer'"]),
         (changed(answer=["f"]), ["call 0 of field 'answer'"]),
         (changed(prompts=1), ["'prompts'", "reserved"]),
+        (with_parameters({"properties": {"a": {"enum": "red"}}}), ["parameters.properties.a.enum", "list"]),
+        (with_parameters({"properties": {"a": {"anyOf": {"type": "string"}}}}), ["properties.a.anyOf", "list"]),
+        (with_parameters({"properties": {"a": {"oneOf": ["string"]}}}), ["properties.a.oneOf[0]", "object"]),
+        (with_parameters({"allOf": [{}, {"type": "float"}]}), ["parameters.allOf[1].type", "'float'"]),
+        (with_parameters({"properties": {"a": {"default": math.inf}}}), ["tools[0]", "a.default", "inf"]),
+        (with_parameters({"properties": {"a": {"enum": [math.nan]}}}), ["a.enum[0]", "nan"]),
+        (with_parameters(nested(70)), ["tools is nested deeper than 64 levels"]),
+        (with_parameters(nested(3_000)), ["tools is nested deeper than 64 levels"]),
+        (with_argument(math.nan), ["answer[0].arguments.a", "nan"]),
+        (with_argument([{"b": -math.inf}]), ["answer[0].arguments.a[0].b", "-inf"]),
+        (with_argument(nested(70)), ["answer is nested deeper than 64 levels"]),
+        (with_argument({1: "x"}), ["arguments.a", "key 1"]),
+        (with_argument({1, 2}), ["arguments.a", "type set"]),
+        (with_argument("\udfff"), ["arguments.a", "surrogate"]),
+        (changed(answer=[{"name": "f", "arguments": {None: 1}}]), ["answer[0].arguments", "key None"]),
+        (changed(answer='[{"name": "f", "arguments": {"a": NaN}}]'), ["'answer'", "NaN"]),
+        (changed(answer='[{"name": "f", "arguments": {"a": -Infinity}}]'), ["'answer'", "-Infinity"]),
+        (changed(answer='[{"name": "f", "arguments": {"a": 1e999}}]'), ["'answer'", "number"]),
+        (changed(tools='[{"name": "f", "parameters": {"minimum": 1e999}}]'), ["'tools'", "number"]),
+        (changed(answer=[CALL, {"name": "g", "arguments": {}}]), ["call 1", "'g'", "not offer"]),
+        (changed(tools=[TOOL, {"name": "g", "parameters": {}}, FUNCTION]), ["'tools'", "'f' twice"]),
+        (changed(prompt="a \ud800"), ["prompt", "\\ud800"]),
+        (changed(prompt=[{"role": "user", "content": "\udc00"}]), ["prompt[0].content", "\\udc00"]),
+        (changed(tier="accuracy"), ["'tier'", "'accuracy'"]),
+        (changed(tier=3), ["'tier'", "3"]),
+        (changed(category="accuracy"), ["'category'", "'accuracy'"]),
+        (changed(category=["multiple"]), ["'category'", "['multiple']"]),
+        (changed(possible_answers=[{"f": {"a": [1]}}]), ["'possible_answers'", "'category'"]),
+        (judged("f"), ["'possible_answers'", "not a list"]),
+        (judged(["f"]), ["'possible_answers'", "entry 0"]),
+        (judged([{"f": {"a": [1]}, "g": {}}]), ["entry 0"]),
+        (judged([{}]), ["entry 0"]),
+        (judged([{"f": {"a": [1]}}, {"f": {"a": 1}}]), ["entry 1"]),
+        (judged([{"f": [1]}]), ["entry 0"]),
+        (judged([{"g": {"a": [1]}}]), ["entry 0", "'g'", "not offer"]),
+        (judged([{"f": {"a": [math.nan]}}]), ["possible_answers[0].f.a[0]", "nan"]),
+        (judged([{"f": {"a": [[1], 2]}}]), ["'a'", "mixes"]),
+        (judged([{"f": {"a": [{"k": 1}]}}]), ["'a'", "members"]),
+        (judged([{"f": {"a": [[{"k": 1}]]}}]), ["'a'", "members"]),
+        (judged([{"f": {"a": [1]}}], {}), ["'a'", "type None"]),
+        (judged([{"f": {"a": [1]}}], {"type": ["integer", "null"]}), ["'a'", "type ['integer', 'null']"]),
+        (judged([{"f": {"a": [[1]]}}], {"type": "array"}), ["'a'", "items", "None"]),
+        (judged([{"f": {"a": [1]}}], category="simple_java"), ["'a'", "format None"]),
+        (judged([{"f": {"a": [1]}}], {"type": "string", "format": "ArrayList<x>"}, "simple_java"), ["'a'", "'x'"]),
     ],
 )
 def test_bad_rows_are_named(raw, words):
@@ -83,6 +146,59 @@ def test_bad_rows_are_named(raw, words):
     assert "data.jsonl:7" in message and "\n" not in message
     assert isinstance(raw, str) or "'r'" in message
     assert [word for word in words if word not in message] == []
+
+
+def test_a_bad_id_is_named():
+    with pytest.raises(InputError, match=r"data.jsonl:7 \(id '\\ud800'\): id holds the lone surrogate"):
+        check_row(changed(id="\ud800"), "data.jsonl", 7)
+
+
+def test_good_schemas_and_columns_pass():
+    schema = {"anyOf": [{"enum": ["red", 1, None]}, {"oneOf": [{"type": "null"}]}], "allOf": [{}]}
+    raw = {**with_parameters({"properties": {"a": schema}}), "tier": "easy", "category": None, "possible_answers": None}
+    assert check_row(raw, "d", 0).columns == {"level": 3, "tier": "easy", "category": None, "possible_answers": None}
+    assert check_row(with_argument(nested(60)), "d", 0).answer[0]["arguments"] == {"a": nested(60)}
+    assert check_row(judged([{"f": {"a": [1, ""]}}]), "d", 0).columns["category"] == "simple_python"
+    assert check_row(judged([], category="irrelevance"), "d", 0).columns["possible_answers"] == []
+
+
+VALUES = [
+    None, 1, 1.5, "", "x", "1L", "[1]", '{"k": 1}', {}, {"k": 1}, {"k": [1]}, {"k": ""}, {"k": {}}, [], [1], ["x"],
+    [{}], [""], [{"k": [1]}], [{"k": 1}], [{}, {}], [{"k": [1]}, "x"], [[1]],
+]  # fmt: skip
+SCHEMAS = [
+    *({"type": kind} for kind in ("string", "integer", "number", "object", "array", "null")),
+    *({"type": "array", "items": {"type": kind}} for kind in ("string", "integer", "object", "array", "null")),
+]
+FORMATS = ["long", "String", "HashMap", "ArrayList", "ArrayList<HashMap>", "dict", "array", "array<dict>"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "category"),
+    [
+        *((schema, "multiple") for schema in SCHEMAS),
+        *(({"type": "string", "format": f}, f"simple_{name}") for f in FORMATS for name in ("java", "javascript")),
+    ],
+)
+def test_possible_answers_that_pass_can_be_judged_by(schema, category):
+    judged_by = 0
+    for options in ([], *([value] for value in VALUES), *map(list, itertools.permutations(VALUES, 2))):
+        try:
+            row = check_row(judged([{"f": {"a": options}}], schema, category), "d", 0)
+        except InputError:
+            continue
+        for arguments in ({}, {"b": 1}, *({"a": value} for value in VALUES)):
+            calls = [{"name": "f", "arguments": arguments}]
+            assert bfcl_match(calls, row.tools, row.columns["possible_answers"], category) in (True, False)
+        judged_by += 1
+    assert judged_by == 0 or judged_by > 100
+
+
+def test_a_tool_without_properties_can_be_judged():
+    row = check_row({**judged([{"f": {}}]), "tools": [{"name": "f", "parameters": {}}]}, "d", 0)
+    judge = [row.tools, row.columns["possible_answers"], "simple_python"]
+    assert bfcl_match([{"name": "f", "arguments": {}}], *judge)
+    assert not bfcl_match([{"name": "f", "arguments": {"a": 1}}], *judge)
 
 
 def test_bad_datasets():

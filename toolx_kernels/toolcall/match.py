@@ -44,7 +44,7 @@ def bfcl_match(calls: list[dict] | None, tools: list[dict], possible_answers: li
     if len(calls) != len(possible_answers):
         return False
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-    language = next((name for name in ("javascript", "java") if name in category), "python")
+    language = _language(category)
     left = list(calls)
     for expected in possible_answers:
         ((name, acceptable),) = expected.items()
@@ -55,8 +55,62 @@ def bfcl_match(calls: list[dict] | None, tools: list[dict], possible_answers: li
     return True
 
 
+def _language(category: str) -> str:
+    return next((name for name in ("javascript", "java") if name in category), "python")
+
+
+def possible_fault(tools: list[dict], possible_answers: Any, category: str) -> str | None:
+    """What keeps `bfcl_match` from judging by `possible_answers` of a row with checked `tools`, in words, or None."""
+    if not isinstance(possible_answers, list):
+        return "it is not a list with one object for each expected call"
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    for n, expected in enumerate(possible_answers):
+        acceptable = next(iter(expected.values())) if isinstance(expected, dict) and len(expected) == 1 else None
+        if not isinstance(acceptable, dict) or not all(isinstance(options, list) for options in acceptable.values()):
+            return f"entry {n} is not {{name: {{argument: [acceptable values]}}}}"
+        (name,) = expected
+        if name not in schemas:
+            return f"entry {n} calls {name!r}, a tool that the row does not offer"
+        properties = schemas[name].get("properties", {})
+        for key, options in acceptable.items():
+            fault = (key in properties and _type_fault(properties[key], _language(category))) or _options_fault(options)
+            if fault:
+                return f"argument {key!r} of entry {n} {fault}"
+    return None
+
+
+def _type_fault(schema: dict, language: str) -> str | None:
+    if language == "python":
+        outer = schema.get("type")
+        items = schema.get("items")
+        inner = items.get("type") if outer == "array" and isinstance(items, dict) else None
+        known, needs_item = _PYTHON_TYPES, outer == "array"
+    else:
+        stated = schema.get("format")
+        outer, inner = split_type(stated) if isinstance(stated, str) else (None, None)
+        known, needs_item = TYPES[language], inner is not None
+    if not isinstance(outer, str) or outer not in known:
+        field = "type" if language == "python" else "format"
+        return f"has the {field} {outer!r} in its schema; BFCL's rules take {', '.join(known)}"
+    if needs_item and (not isinstance(inner, str) or inner not in known):
+        return f"has items of the type {inner!r} in its schema; BFCL's rules take {', '.join(known)}"
+    return None
+
+
+def _options_fault(options: list) -> str | None:
+    """Values beside an object or an array must be of its kind, or "", and the members of objects lists of values. (A
+    bare string there, as in one row of BFCL, is a list of its characters, to BFCL's checker too.)"""
+    stated = [option for option in options if option != ""]
+    if any(isinstance(option, dict | list) for option in stated) and len(set(map(type, stated))) > 1:
+        return "mixes objects or arrays with values of another kind"
+    members = [member for option in stated for member in (option if isinstance(option, list) else [option])]
+    if not all(isinstance(o, list | str) for member in members if isinstance(member, dict) for o in member.values()):
+        return "has an object whose members are not lists of acceptable values"
+    return None
+
+
 def _fits(call: dict, name: str, schema: dict, acceptable: dict[str, list], language: str) -> bool:
-    arguments, properties = call["arguments"], schema["properties"]
+    arguments, properties = call["arguments"], schema.get("properties", {})
     if call["name"] != name or any(key not in arguments for key in schema.get("required", ())):
         return False
     if any("" not in values and key not in arguments for key, values in acceptable.items()):
@@ -112,9 +166,10 @@ def _has_type(value: Any, acceptable: list, kind: type, item: type | None, state
     )
 
 
-def _fits_object(value: dict, option: dict | str) -> bool:
+def _fits_object(value: Any, option: Any) -> bool:
     return (
-        option != ""
+        isinstance(value, dict)
+        and isinstance(option, dict)
         and all(key in option and _fold(each) in [*map(_fold, option[key])] for key, each in value.items())
         and all(key in value or "" in values for key, values in option.items())
     )

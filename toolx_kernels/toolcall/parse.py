@@ -32,6 +32,27 @@ def only_calls(text: str) -> bool:
     return calls is not None and bare
 
 
+def read_json(text: str) -> Any:
+    """The value of a JSON text, read as strictly as calls are. Raises ValueError for what is not JSON, NaN, Infinity, a
+    number that Python cannot hold and a repeated key; RecursionError for nesting beyond Python's limit."""
+    return _DECODER.decode(text)
+
+
+def is_shallow(value: dict | list | tuple) -> bool:
+    """Whether at most `MAX_DEPTH` objects and arrays lie within each other in `value`, itself counted."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return True
+    return False
+
+
 def _scan(text: str) -> tuple[list[dict] | None, bool]:
     """The calls, and whether only white space lies outside the blocks."""
     calls, bare, end = [], True, 0
@@ -57,22 +78,8 @@ def _is_call(call: Any) -> bool:
         and call.keys() == {"name", "arguments"}
         and isinstance(call["name"], str)
         and isinstance(call["arguments"], dict)
-        and _is_shallow(call)
+        and is_shallow(call)
     )
-
-
-def _is_shallow(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return True
-    return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:

@@ -10,10 +10,12 @@ from typing import Any
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.bfcl import read_bfcl
-from toolx_kernels.toolcall.rows import Row, check_row, check_rows, check_set
+from toolx_kernels.toolcall.parse import read_json
+from toolx_kernels.toolcall.rows import Row, check_row, check_rows, check_set, short
 from toolx_kernels.toolcall.schema import annotation_schema, json_schema
 
 _log = logging.getLogger(__name__)
+_NAMES = "bfcl:<category>, a JSONL file, or a dataset on the Hugging Face hub"
 
 
 def read_dataset(spec: str) -> list[Row]:
@@ -21,6 +23,8 @@ def read_dataset(spec: str) -> list[Row]:
 
     Raises InputError for what cannot be found or read.
     """
+    if not spec.strip():
+        raise InputError(f"the dataset name {spec!r} is empty; give {_NAMES}")
     kind, _, category = spec.partition(":")
     if kind == "bfcl":
         return read_bfcl(category)
@@ -34,10 +38,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
     path = Path(path)
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # Windows editors put a byte order mark first
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(check_row(_parse(line, f"{path}:{number}"), str(path), number))
+                    raw = _parse(line, f"{path}:{number}", "write one JSON object a line")
+                    rows.append(check_row(raw, str(path), number))
     except OSError as error:
         raise InputError(f"cannot read the dataset file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -60,10 +65,7 @@ def read_hub(name: str, split: str = "train") -> list[Row]:
         dataset = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"cannot load split {split!r} of dataset {name!r} ({reason}); give bfcl:<category>, a JSONL file, or a"
-            " dataset on the Hugging Face hub"
-        ) from error
+        raise InputError(f"cannot load split {split!r} of dataset {name!r} ({reason}); give {_NAMES}") from error
     return rows_from(dataset, name)
 
 
@@ -88,15 +90,11 @@ def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset") -> list[
     return check_rows(raws, where)
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, place: str, remedy: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return read_json(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON ({error}); write one JSON object a line") from error
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+        raise InputError(f"{place} is not JSON ({error}); {remedy}") from error
 
 
 def _without_none(value: Any) -> Any:
@@ -105,11 +103,15 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _from_xlam(raw: Mapping, place: str) -> dict:
+def _from_xlam(raw: Any, place: str) -> dict:
     """`parameters` is flat there: name -> `{"type": a Python annotation, "description", "default"?}`; what has a
     default or says "optional" need not be given."""
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"{place}: a row in xLAM's format is an object with query, tools and answers, not {short(raw)}"
+        )
     tools, answer = raw.get("tools"), raw.get("answers")
-    tools = _parse(tools, f"{place}: field 'tools'") if isinstance(tools, str) else tools
+    tools = _parse(tools, f"{place}: field 'tools'", "write it as a list") if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InputError(f"{place}: field 'tools' must be a list of functions, as in xLAM's format")
     return {
@@ -135,19 +137,17 @@ def _xlam_tool(tool: Mapping, place: str) -> dict:
     return {"name": tool.get("name"), "description": tool.get("description", ""), "parameters": schema}
 
 
-def _from_toolace(raws: list[Mapping], where: str) -> list[dict]:
+def _from_toolace(raws: list, where: str) -> list[dict]:
     """The system text holds the tools as a JSON list; the assistant's first reply is `[name(arg=value, ...), ...]`, or
     prose when no call is right."""
     rows, skipped = [], Counter()
     for n, raw in enumerate(raws):
-        turns = raw["conversations"]
-        if sum(turn["from"] == "user" for turn in turns) != 1 or [turn["from"] for turn in turns[:2]] != [
-            "user",
-            "assistant",
-        ]:
+        system, turns = _toolace_fields(raw, f"{where}:{n}")
+        roles = [turn["from"] for turn in turns]
+        if roles.count("user") != 1 or roles[:2] != ["user", "assistant"]:
             skipped["more than one user turn"] += 1
             continue
-        tools = _toolace_tools(raw["system"])
+        tools = _toolace_tools(system)
         if tools is None:
             skipped["no list of tools in the system text"] += 1
             continue
@@ -163,6 +163,22 @@ def _from_toolace(raws: list[Mapping], where: str) -> list[dict]:
     return rows
 
 
+def _toolace_fields(raw: Any, place: str) -> tuple[str, list]:
+    """System text and turns of a row, checked."""
+    system, turns = (raw.get("system"), raw.get("conversations")) if isinstance(raw, Mapping) else (None, None)
+    if not isinstance(system, str) or not isinstance(turns, list):
+        raise InputError(
+            f"{place}: a row in ToolACE's format has a text 'system' and a list 'conversations', not {short(raw)}"
+        )
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            raise InputError(
+                f"{place}: a turn of field 'conversations' must have a 'from' and a 'value' that are strings, not"
+                f" {short(turn)}"
+            )
+    return system, turns
+
+
 def _toolace_tools(system: str) -> list[dict] | None:
     decoder, start = json.JSONDecoder(), system.find("[{")
     while start >= 0:
@@ -176,9 +192,10 @@ def _toolace_tools(system: str) -> list[dict] | None:
                 {
                     "name": tool["name"],
                     "description": tool.get("description") or "",
-                    "parameters": json_schema(tool.get("parameters") or {"type": "object", "properties": {}}),
+                    "parameters": json_schema(parameters) if isinstance(parameters, dict) else parameters,
                 }
                 for tool in tools
+                for parameters in [tool.get("parameters") or {"type": "object", "properties": {}}]
             ]
         start = system.find("[{", start + 1)
     return None

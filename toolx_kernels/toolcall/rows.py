@@ -1,12 +1,13 @@
 """Dataset rows: one prompt, the tools it offers, the calls that answer it. Checked once, here."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.schema import schema_fault
+from toolx_kernels.toolcall.match import possible_fault
+from toolx_kernels.toolcall.parse import read_json
+from toolx_kernels.toolcall.schema import json_fault, schema_fault
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -47,28 +48,34 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 
     Tools may come as `{"type": "function", "function": {...}}` or bare as `{"name", "parameters"}`; `tools` and
     `answer` may be JSON text. `where` (a file, a dataset name) and `index` (line or position) name the row in messages
-    and make up its id when it has none.
+    and make up its id when it has none. Of the free columns `possible_answers` (see `bfcl_match`) goes with `category`;
+    `tier` and `category` name the parts of a score. A column of None counts as absent.
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
-    schemas, an answer that is missing or not a list of calls, or a column whose name reward functions reserve.
+    schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values
+    that are not JSON (`json_fault`), a column whose name reward functions reserve, possible answers that cannot be
+    judged by, or a tier or category that is not text or is "accuracy", the name of the whole score.
     """
     place = f"{where}:{index}"
     if not isinstance(raw, Mapping):
-        raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {_short(raw)}")
+        raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {short(raw)}")
     row_id = place if raw.get("id") is None else str(raw["id"])
     if row_id != place:
         place += f" (id {row_id!r})"
+        _check_json(row_id, "id", place)
     for name in _RESERVED:
         if name in raw:
             raise InputError(f"{place}: the column name {name!r} is reserved for reward functions; rename the column")
+    prompt = _prompt(raw.get("prompt"), place)
+    tools = [_tool(tool, place, n) for n, tool in enumerate(_list(raw, "tools", place))]
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{place}: field 'tools' offers {twice!r} twice; give every tool of a row its own name")
+    answer = [_call(call, place, n, names) for n, call in enumerate(_list(raw, "answer", place))]
     columns = {key: value for key, value in raw.items() if key not in ("id", "prompt", "tools", "answer")}
-    return Row(
-        row_id,
-        _prompt(raw.get("prompt"), place),
-        [_tool(tool, place, n) for n, tool in enumerate(_list(raw, "tools", place))],
-        [_call(call, place, n) for n, call in enumerate(_list(raw, "answer", place))],
-        columns,
-    )
+    _check_columns(columns, tools, place)
+    return Row(row_id, prompt, tools, answer, columns)
 
 
 def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
@@ -91,18 +98,50 @@ def check_set(rows: list[Row], where: str) -> list[Row]:
     return rows
 
 
+def short(value: Any) -> str:
+    """`repr(value)` as one line of at most 80 characters."""
+    text = " ".join(repr(value).split("\n"))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_json(value: Any, name: str, place: str) -> None:
+    if fault := json_fault(value, name):
+        raise InputError(f"{place}: {fault}; mend field {name!r} or leave the row out")
+
+
+def _check_columns(columns: dict, tools: list[dict], place: str) -> None:
+    for name in ("tier", "category"):
+        part = columns.get(name)
+        if part is not None and (not isinstance(part, str) or part == "accuracy"):
+            raise InputError(
+                f"{place}: field {name!r} is {short(part)}; it names a part of the score: give a string other than"
+                " 'accuracy'"
+            )
+    possible = columns.get("possible_answers")
+    if possible is None:
+        return
+    if columns.get("category") is None:
+        raise InputError(
+            f"{place}: field 'possible_answers' needs a field 'category', a BFCL category such as 'multiple'"
+        )
+    _check_json(possible, "possible_answers", place)
+    if fault := possible_fault(tools, possible, columns["category"]):
+        raise InputError(f"{place}: field 'possible_answers' cannot be judged by: {fault}; mend it or leave it out")
+
+
 def _prompt(prompt: Any, place: str) -> str | list[dict]:
     if not prompt or isinstance(prompt, str) and not prompt.strip():
         raise InputError(f"{place}: field 'prompt' is missing or empty; give a string or a list of chat messages")
+    _check_json(prompt, "prompt", place)
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
-        raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {_short(prompt)}")
+        raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {short(prompt)}")
     for n, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise InputError(
                 f"{place}: message {n} of field 'prompt' must have a 'role' and a 'content' that are strings,"
-                f" not {_short(message)}"
+                f" not {short(message)}"
             )
     if not any(message["role"] == "user" for message in prompt):
         raise InputError(f"{place}: field 'prompt' holds no message of role 'user'; add one")
@@ -116,11 +155,12 @@ def _list(raw: Mapping, name: str, place: str) -> list:
         raise InputError(f"{place}: field {name!r} is missing; give {wanted}")
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = read_json(value)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: field {name!r} is text but not JSON ({error}); write it as a list") from error
     if not isinstance(value, list):
-        raise InputError(f"{place}: field {name!r} must be a list, not {_short(value)}")
+        raise InputError(f"{place}: field {name!r} must be a list, not {short(value)}")
+    _check_json(value, name, place)
     return value
 
 
@@ -129,7 +169,7 @@ def _tool(tool: Any, place: str, n: int) -> dict:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {_short(tool)}"
+            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {short(tool)}"
         )
     if "parameters" not in function:
         raise InputError(f"{place}: tool {name!r} has no 'parameters'; give it a JSON schema of type 'object'")
@@ -142,7 +182,7 @@ def _tool(tool: Any, place: str, n: int) -> dict:
     return {"type": "function", "function": dict(function)}
 
 
-def _call(call: Any, place: str, n: int) -> dict:
+def _call(call: Any, place: str, n: int, offered: list[str]) -> dict:
     well_formed = (
         isinstance(call, Mapping)
         and set(call) == {"name", "arguments"}
@@ -151,11 +191,11 @@ def _call(call: Any, place: str, n: int) -> dict:
     )
     if not well_formed:
         raise InputError(
-            f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {_short(call)}"
+            f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {short(call)}"
+        )
+    if call["name"] not in offered:
+        raise InputError(
+            f"{place}: call {n} of field 'answer' is of {call['name']!r}, a tool that the row does not offer; add it to"
+            " 'tools' or mend the answer"
         )
     return {"name": call["name"], "arguments": dict(call["arguments"])}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,10 @@
 """JSON Schema from the type names that data sets use instead of it."""
 
+import math
 import re
 from typing import Any
+
+from toolx_kernels.toolcall.parse import MAX_DEPTH, is_shallow
 
 JSON_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 # BFCL's checker wants a string where its data say "any"; ToolACE follows the same naming.
@@ -49,7 +52,8 @@ def annotation_schema(annotation: str) -> dict:
 
 
 def schema_fault(schema: Any, path: str = "") -> str | None:
-    """What keeps `schema` from being a JSON schema, in words, or None. `path` names the place inside the tool."""
+    """What keeps `schema`, a JSON value (`json_fault`), from being a JSON schema, in words, or None. `path` names the
+    place inside the tool."""
     if not isinstance(schema, dict):
         return f"{path} is not an object"
     names = schema.get("type", [])
@@ -62,7 +66,45 @@ def schema_fault(schema: Any, path: str = "") -> str | None:
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         return f"{path}.required is not a list of names"
+    if not isinstance(schema.get("enum", []), list):
+        return f"{path}.enum is not a list of values"
     inner = [(f"{path}.properties.{name}", value) for name, value in properties.items()]
     if isinstance(schema.get("items"), dict):
         inner.append((f"{path}.items", schema["items"]))
+    for name in ("anyOf", "oneOf", "allOf"):
+        choices = schema.get(name, [])
+        if not isinstance(choices, list):
+            return f"{path}.{name} is not a list of schemas"
+        inner += [(f"{path}.{name}[{n}]", choice) for n, choice in enumerate(choices)]
     return next((fault for where, value in inner if (fault := schema_fault(value, where))), None)
+
+
+def json_fault(value: Any, path: str) -> str | None:
+    """What keeps `value` from being JSON that a prompt can show, in words, or None: a number that is not finite, a key
+    that is no string, a lone surrogate, a value of another type, or more than `MAX_DEPTH` levels. `path` names it."""
+    if isinstance(value, dict | list | tuple) and not is_shallow(value):
+        return f"{path} is nested deeper than {MAX_DEPTH} levels"
+    return _json_fault(value, path)
+
+
+def _json_fault(value: Any, path: str) -> str | None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"{path} holds the lone surrogate {value[error.start]!r}, which is no character"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            return f"{path} is {value!r}, which is no JSON number"
+    elif isinstance(value, list | tuple):
+        inner = ((item, f"{path}[{n}]") for n, item in enumerate(value))
+        return next((fault for item, where in inner if (fault := _json_fault(item, where))), None)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path} has the key {key!r}, which is no string"
+            if fault := _json_fault(key, f"a key of {path}") or _json_fault(item, f"{path}.{key}"):
+                return fault
+    elif value is not None and not isinstance(value, int):
+        return f"{path} is of type {type(value).__name__}, which is no JSON"
+    return None
