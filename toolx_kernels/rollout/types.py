@@ -25,8 +25,8 @@ class SamplingParams:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or positive.")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or positive and finite.")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise InputError(
                 f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k must be 0 or more, "

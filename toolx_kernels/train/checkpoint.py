@@ -74,9 +74,8 @@ def save_checkpoint(
     }
     save_file(tensors, beside / "optimizer.safetensors")
     (beside / STATE_FILE).write_text(json.dumps(state | {"model_shape": model_shape(model)}, indent=1))
-    for path in beside.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+    for path in (*beside.iterdir(), beside):
+        _sync(path)
     if final.exists():  # a finished run that was resumed: never a moment without a whole checkpoint
         outdated = run / f".checkpoint-{step}.old"
         shutil.rmtree(outdated, ignore_errors=True)
@@ -85,10 +84,20 @@ def save_checkpoint(
         shutil.rmtree(outdated)
     else:
         beside.rename(final)
+    _sync(run)
     older = checkpoints(run)[1 if keep_first else 0 : -keep]
     for path in older:
         shutil.rmtree(path)
     return final
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the names in the folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_state(checkpoint: Path, model: PreTrainedModel) -> dict:
