@@ -87,9 +87,8 @@ def parse_train(argv: list[str]):
     from toolx_kernels.train.config import ToolExpanderConfig
     from toolx_kernels.train.run_folder import CONFIG, RunFolder
 
-    class Parser(HfArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; see toolx train --help.")
+    class Parser(_OneSentence, HfArgumentParser):
+        pass
 
     parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
     parser.add_argument(
@@ -136,11 +135,15 @@ def read_config(name: str) -> dict:
     return settings
 
 
-class _Parser(argparse.ArgumentParser):
-    """One sentence instead of a page of usage."""
+class _OneSentence:
+    """A parser whose errors are one sentence instead of a page of usage."""
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help.")
+
+
+class _Parser(_OneSentence, argparse.ArgumentParser):
+    pass
 
 
 def evaluate(argv: list[str]) -> int:

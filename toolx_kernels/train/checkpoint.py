@@ -111,8 +111,7 @@ def load_state(checkpoint: Path, model: PreTrainedModel) -> dict:
         there = state["model_shape"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{checkpoint} holds no readable {STATE_FILE} ({_first_line(error)}): remove it to resume from an older "
-            "one."
+            f"{checkpoint} holds no readable {STATE_FILE} ({first_line(error)}): remove it to resume from an older one."
         ) from None
     here = model_shape(model)
     for key, value in here.items():
@@ -135,7 +134,7 @@ def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
         model.load_state_dict(saved.state_dict())
     except LOADING_ERRORS as error:
         raise InputError(
-            f"{checkpoint} cannot be loaded ({_first_line(error)}): remove it to use an older one."
+            f"{checkpoint} cannot be loaded ({first_line(error)}): remove it to use an older one."
         ) from None
 
 
@@ -148,12 +147,13 @@ def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.op
             optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
     except LOADING_ERRORS as error:
         raise InputError(
-            f"{checkpoint}/optimizer.safetensors cannot be loaded ({_first_line(error)}): remove the checkpoint to "
+            f"{checkpoint}/optimizer.safetensors cannot be loaded ({first_line(error)}): remove the checkpoint to "
             "resume from an older one."
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, short enough to be quoted in a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.train.checkpoint import LOADING_ERRORS, latest_checkpoint
+from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
 from toolx_kernels.train.tiny import tiny_model, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m"
@@ -89,9 +89,9 @@ def _from_folder_or_hub(name: str, dtype: str):
             source, config=config, dtype=getattr(torch, dtype), use_safetensors=True
         )
     except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"Model {name!r} cannot be loaded ({reason}): give tiny, {SMOLLM2}, a folder, a .gguf file or a hub name."
+            f"Model {name!r} cannot be loaded ({first_line(error)}): give tiny, {SMOLLM2}, a folder, a .gguf file "
+            "or a hub name."
         ) from error
     return model, tokenizer
 
@@ -105,8 +105,7 @@ def _from_gguf(path: Path, dtype: str):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), **arguments)
     except (*LOADING_ERRORS, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as GGUF ({reason}): give another file.") from error
+        raise InputError(f"{path} cannot be read as GGUF ({first_line(error)}): give another file.") from error
     # the weights are plain by now; what says otherwise would keep the model from being saved
     del model.config.quantization_config
     model.hf_quantizer = None
