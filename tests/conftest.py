@@ -7,12 +7,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(2)
 
-# A busy machine must not fail a test, and a failure must be seen again on the next run.
-settings.register_profile("repeatable", deadline=None, derandomize=True)
-settings.load_profile("repeatable")
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # a GPU machine may lack it: the tests that need it are then reported as such
+    pass
+else:
+    # A busy machine must not fail a test, and a failure must be seen again on the next run.
+    settings.register_profile("repeatable", deadline=None, derandomize=True)
+    settings.load_profile("repeatable")

@@ -6,6 +6,7 @@ The compiled part may be absent; ``compiled_error`` then says why and the defaul
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,7 @@ def load_compiled() -> str | None:
 compiled_error: str | None = load_compiled()
 
 
-def define(schema: str, *, default: Callable, fake: Callable) -> None:
+def define(schema: str, *, default: Callable, fake: Callable, triton: Callable | None = None) -> None:
     """Defines ``toolx::<schema>``.
 
     Args:
@@ -51,11 +52,14 @@ def define(schema: str, *, default: Callable, fake: Callable) -> None:
         default: plain torch implementation for every device, below autograd.
         fake: given the same arguments on the meta device, returns empty results of the right shape, dtype and
             device; for ``torch.compile``. None for an op that only writes into its arguments.
+        triton: implementation on CUDA that launches Triton kernels; registered where triton is installed.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _compiled_ops[name] = {device for device in DEVICES if _has_kernel(name, device)}
     library.impl(name, default, "CompositeExplicitAutograd")
+    if triton is not None and importlib.util.find_spec("triton"):
+        library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"toolx::{name}", fake, lib=library)
 
 

@@ -89,7 +89,7 @@ def _optional_packages() -> list[str]:
             lines.append(f"  {package:<18} present: {gain}")
         else:
             lines.append(f"  {package:<18} absent: `{command}` brings {gain}")
-    return [*lines, "triton and the extras flash, lora and optim: this version makes no use of them."]
+    return [*lines, "The extras flash, lora and optim: this version makes no use of them."]
 
 
 def _version(package: str) -> str:

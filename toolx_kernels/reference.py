@@ -9,7 +9,10 @@ P prompt tokens, T positions, R rows of a decoding batch, H / Hkv heads, Dh head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,30 +29,71 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None  # (N) in nats, or None when it was not asked for
 
 
-LOG_RATIO_BOUND = 60.0  # exp() of more overflows fp32, and 0 * inf in its gradient is NaN
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOG_RATIO_BOUND = 40.0  # log-ratios are clamped to it: the product of two such exponentials still fits fp32
+VESPO_LOG_BOUNDS = (math.log(1e-8), 20.0)  # of a completion's log-weight; a token's log-ratio stays within +-20
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+CHOICES = {
+    "loss_type": LOSS_TYPES,
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_gradient": ("own", "straight_through", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "scale_rewards": ("group", "batch", "none"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GRPOLossConfig:
-    """The clipped policy-gradient objective, in TRL's names.
+    """The policy-gradient objective, in TRL's names. r is the ratio exp(logp - old), A the advantage.
 
-    loss_type: how token losses become one number. ``grpo``: mean over completions of the mean over their tokens
-        (arXiv 2402.03300, eq. 3); ``bnpo``: mean over the tokens of this call; ``dr_grpo``: sum divided by
-        ``B * max_completion_length`` (arXiv 2503.20783); ``dapo``: sum divided by the tokens of the whole
-        accumulated batch, which the caller passes as ``denominator`` (arXiv 2503.14476).
-    epsilon, epsilon_high: the ratio is clipped to ``[1 - epsilon, 1 + epsilon_high]``; None means ``epsilon``.
-    delta: upper bound of the ratio in the unclipped branch too (two-sided clipping); None for none.
-    beta: weight of the k3 estimate of KL(policy || reference); needs ``ref_logprobs``.
+    loss_type: the objective of a token, and how token losses become one number. B counts fully masked completions
+        too; ``denominator`` replaces what the sum is divided by (for ``grpo`` and ``sapo``: B).
+
+        - ``grpo``: ``-min(r A, clip(r) A)``; the mean over completions of the mean over their tokens
+          (arXiv 2402.03300, eq. 3). With ``importance_sampling_level="sequence"`` it is GSPO (arXiv 2507.18071).
+        - ``bnpo``: the same, summed and divided by the tokens of this call.
+        - ``dr_grpo``: summed and divided by ``B * max_completion_length`` (arXiv 2503.20783).
+        - ``dapo``: summed and divided by the tokens of the whole accumulated batch, which the caller passes as
+          ``denominator`` (arXiv 2503.14476); without it, by the tokens of this call.
+        - ``luspo``: summed and divided by B, so that no completion's tokens weigh less because it is long; meant
+          for the sequence level (arXiv 2602.05261).
+        - ``cispo``: ``-min(r, epsilon_high) A logp``, the weight held constant (arXiv 2506.13585); summed as ``dapo``.
+        - ``sapo``: ``-4 / t * sigmoid(t (r - 1)) A``, t the temperature of A's sign (arXiv 2511.20347); as ``grpo``.
+        - ``vespo``: ``-phi(w) A logp``, phi held constant, ``phi(w) = exp(lambda) w^k exp(-lambda w)`` with k and
+          lambda of A's sign and w the completion's product of ratios, those against the sampler included
+          (arXiv 2602.10693); summed as ``dapo``.
+    epsilon, epsilon_high: the ratio is clipped to ``[1 - epsilon, 1 + epsilon_high]``; None means ``epsilon``. For
+        ``cispo`` the cap is ``epsilon_high`` itself (5.0, say), without a 1.
+    delta: upper bound of the ratio where A < 0, which the clip leaves open. This *is* dual clip (arXiv 1912.09729;
+        verl's ``clip_ratio_c``): above ``1 + epsilon_high``, ``-min(min(r, delta) A, clip(r) A)`` is
+        ``|A| min(delta, max(r, clip(r)))`` for A < 0. Only for the clipped types.
+    beta: weight of the KL estimate against ``ref_logprobs``; 0 for none.
+    kl_estimator: with g = ref - logp, ``k1`` is -g, ``k2`` g^2 / 2 and ``k3`` exp(g) - g - 1 (Schulman, 2020).
+    kl_gradient: ``own``: beta * KL is in the loss, with the estimator's gradient (k1's is noise of mean zero unless
+        bias-corrected). ``straight_through``: the estimator's value with k2's gradient, on-policy that of the reverse
+        KL (verl's "k1+", "k3+"). ``none``: A - beta * KL takes the place of A, token by token.
+    use_bias_correction_kl: a KL in the loss is multiplied by the ratio, which makes the gradient that of the reverse
+        KL off-policy too (DeepSeek-V3.2, arXiv 2512.02556).
+    entropy_coef: each token's loss gets ``-entropy_coef * entropy``, with its gradient and its token's weight.
+    top_entropy_quantile: only this share of a call's unmasked tokens, those of highest entropy, keeps its policy term
+        and entropy bonus; the KL stays on all (arXiv 2506.01939). 1 is all, 0 the single highest.
     temperature: logits are divided by it, as they were when the tokens were sampled.
-    importance_sampling_level: ``sequence`` uses one ratio per completion, exp(mean of the log-ratios) (GSPO,
-        arXiv 2507.18071).
-    importance_sampling_cap: where ``sampler_logprobs`` are given, tokens are weighted by
-        ``min(exp(old - sampler), cap)`` (truncated importance sampling).
+    importance_sampling_level: ``sequence`` uses one ratio per completion, exp(mean of the log-ratios).
+    importance_sampling_mode, importance_sampling_cap: where ``sampler_logprobs`` are given, the policy term is
+        weighted by v = exp(old - sampler), of each token or of the completion's sum: ``*_truncate`` takes min(v, cap),
+        ``*_mask`` v where v <= cap and else 0. TRL's ``vllm_importance_sampling_mode`` and ``_clip_max``.
     scale_rewards: the denominator of the advantages, see :func:`group_advantages`.
     max_completion_length: only ``dr_grpo`` uses it.
     compute_all_logprobs: also compute rows whose gradient is known to be zero (equal-reward groups), so that
         ``.logprobs`` and ``.entropy`` hold no NaN on unmasked rows.
+    recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
+        fp32 gradient of the whole weight (``ops/tiles.py``).
+    workspace_mib: bound of what a sweep holds beside its results; None is 512 on a GPU and 64 on a CPU.
+
+    ``key`` is the config as a string of JSON, from which :meth:`from_key` rebuilds it.
+
+    Raises InputError for a value, or a combination of values, that cannot work.
     """
 
     loss_type: str = "grpo"
@@ -57,46 +101,126 @@ class GRPOLossConfig:
     epsilon_high: float | None = None
     delta: float | None = None
     beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_gradient: str = "own"
+    use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     temperature: float = 1.0
     importance_sampling_level: str = "token"
+    importance_sampling_mode: str = "token_truncate"
     importance_sampling_cap: float = 2.0
     scale_rewards: str = "group"
     max_completion_length: int | None = None
     compute_all_logprobs: bool = False
+    recompute: bool = False
+    workspace_mib: int | None = None
+    key: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self):
-        choices = {
-            "loss_type": LOSS_TYPES,
-            "importance_sampling_level": ("token", "sequence"),
-            "scale_rewards": ("group", "batch", "none"),
-        }
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
-        for name in ("epsilon", "epsilon_high", "beta"):
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.loss_type == "gspo":
+            raise InputError(
+                "loss_type='gspo' is loss_type='grpo' with importance_sampling_level='sequence': set these two."
+            )
+        for name, value in values.items():
+            if name in CHOICES:
+                if value not in CHOICES[name]:
+                    raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+            elif name in ("use_bias_correction_kl", "compute_all_logprobs", "recompute"):
+                if not isinstance(value, bool):
+                    raise InputError(f"{name}={value!r} must be True or False.")
+            elif name in ("epsilon_high", "delta", "max_completion_length", "workspace_mib") and value is None:
+                continue
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{name}={value!r} must be a Python number.")
+        self._check_numbers()
+        self._check_combinations()
+        object.__setattr__(self, "key", json.dumps(values))
+
+    def _check_numbers(self):
+        for name in ("epsilon", "epsilon_high", "beta", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise InputError(f"{name}={value} must not be negative.")
+            if value == math.inf and name != "epsilon_high":
+                raise InputError(f"{name}={value} must be finite.")
+        for name in (
+            "temperature", "importance_sampling_cap", "sapo_temperature_neg", "sapo_temperature_pos",
+            "vespo_lambda_pos", "vespo_lambda_neg",
+        ):  # fmt: skip
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name}={value} must be positive and finite.")
         if not self.epsilon < 1:
             raise InputError(f"epsilon={self.epsilon} must be below 1: the lower clip is 1 - epsilon.")
-        for name in ("temperature", "importance_sampling_cap"):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise InputError(f"{name}={value} must be positive and finite.")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise InputError(f"top_entropy_quantile={self.top_entropy_quantile} must lie in [0, 1].")
+        if self.max_completion_length is not None and not self.max_completion_length > 0:
+            raise InputError(f"max_completion_length={self.max_completion_length} must be positive.")
+
+    def _check_combinations(self):
+        if self.delta is not None and self.loss_type not in CLIPPED_LOSS_TYPES:
+            raise InputError(f"delta={self.delta} bounds a clipped ratio, which loss_type={self.loss_type!r} has not.")
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise InputError(f"delta={self.delta} must exceed 1 + epsilon_high = {1 + self.clip_high}.")
         if self.loss_type == "dr_grpo" and not self.max_completion_length:
             raise InputError("loss_type='dr_grpo' divides by max_completion_length: set it.")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise InputError(
+                "loss_type='cispo' caps the ratio at epsilon_high itself, not at 1 more: set it, say to 5."
+            )
+        if self.loss_type == "vespo" and self.importance_sampling_level == "sequence":
+            raise InputError(
+                "loss_type='vespo' weighs whole completions by itself: leave importance_sampling_level at 'token'."
+            )
+        if self.loss_type == "vespo" and self.importance_sampling_mode.startswith("sequence"):
+            raise InputError(
+                f"loss_type='vespo' needs importance_sampling_mode 'token_truncate' or 'token_mask', "
+                f"not {self.importance_sampling_mode!r}."
+            )
+        if self.use_bias_correction_kl and self.kl_gradient == "none":
+            raise InputError(
+                "use_bias_correction_kl=True corrects a KL that is in the loss, and kl_gradient='none' moves it into "
+                "the advantage: leave one of them out."
+            )
 
     @property
     def clip_high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.beta != 0 and self.kl_gradient != "none"
+
+    @property
+    def kl_in_advantage(self) -> bool:
+        return self.beta != 0 and self.kl_gradient == "none"
+
+    @property
+    def computes_every_row(self) -> bool:
+        """Whether unmasked tokens are computed also where the advantage is zero."""
+        return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1 or self.compute_all_logprobs)
+
+    @classmethod
+    @cache
+    def from_key(cls, key: str) -> GRPOLossConfig:
+        """The config whose ``key`` this is."""
+        return cls(**json.loads(key))
+
 
 class GRPOOutput(NamedTuple):
     """``loss`` (scalar) carries the gradient; the rest is for logging and holds none.
 
-    logprobs, entropy: (N), NaN on rows that were not computed. stats: scalars over the live rows: ``live_tokens``,
-    ``entropy``, ``ratio``, ``clip_low`` and ``clip_high`` (shares of tokens whose gradient the clip removed), and
-    ``kl`` when there are reference log-probs.
+    logprobs, entropy: (N), NaN on rows that were not computed. stats: scalars. ``live_tokens`` counts the computed
+    rows and ``nonfinite`` those of them that were dropped, because a log-prob made a log-ratio NaN or infinite; over
+    the other live rows go the means ``entropy``, ``ratio``, ``clip_low`` and ``clip_high`` (shares of tokens whose
+    gradient the clip removed; for ``cispo``, high is the share that the cap cuts; none for ``sapo`` and ``vespo``),
+    and, when there are reference log-probs, ``kl`` (the estimate itself, not multiplied by beta or a ratio).
     """
 
     loss: Tensor
@@ -110,10 +234,17 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def linear_logits(hidden, weight, temperature=1.0, bias=None, softcap=None) -> Tensor:
-    """``softcap * tanh((h W^T + b) / softcap) / temperature``: (N, V) in :func:`compute_dtype`."""
+def linear_logits(
+    hidden, weight, temperature=1.0, bias=None, softcap=None, lora_a=None, lora_b=None, lora_scaling=1.0
+) -> Tensor:
+    """``softcap * tanh(z / softcap) / temperature`` with ``z = h W^T + lora_scaling (h A^T) B^T + b``.
+
+    hidden (N, D), weight (V, D), bias (V), lora_a (rank, D), lora_b (V, rank); gives (N, V) in :func:`compute_dtype`.
+    """
     dtype = compute_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
+    if lora_a is not None:
+        logits = logits + lora_scaling * (hidden.to(dtype) @ lora_a.to(dtype).T) @ lora_b.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     if softcap:
@@ -137,10 +268,13 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,  # or (N)
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
+    lora_a: Tensor | None = None,  # (rank, D)
+    lora_b: Tensor | None = None,  # (V, rank)
+    lora_scaling: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probability of each target under the LM head; differentiable in hidden, weight and bias."""
-    logits = linear_logits(hidden, weight, temperature, bias, softcap)
+    """Log-probability of each target under the LM head; differentiable in hidden, weight, bias and the adapter."""
+    logits = linear_logits(hidden, weight, temperature, bias, softcap, lora_a, lora_b, lora_scaling)
     lse = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
     return TokenStats(logprobs, lse, entropy_of(logits) if entropy else None)
@@ -174,6 +308,109 @@ def group_advantages(
     return advantages
 
 
+class CompletionLosses(NamedTuple):
+    """Vectors over the T tokens of a completion; rows that are not ``finite`` are zero."""
+
+    losses: Tensor  # (T) differentiable in logprobs and entropy
+    ratio: Tensor  # (T)
+    clip_low: Tensor  # (T) bool
+    clip_high: Tensor  # (T) bool
+    kl: Tensor | None  # (T), None without reference log-probs
+    finite: Tensor  # (T) bool
+
+
+def completion_losses(
+    logprobs: Tensor,  # (T)
+    entropy: Tensor,  # (T)
+    advantage: Tensor,  # ()
+    config: GRPOLossConfig,
+    *,
+    old: Tensor | None = None,  # (T)
+    ref: Tensor | None = None,  # (T)
+    sampler: Tensor | None = None,  # (T)
+    kept: Tensor | bool = True,  # (T) bool: among the top entropies
+) -> CompletionLosses:
+    """The objective of each unmasked token of one completion, before the weights of the loss type.
+
+    ``kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL``, see :class:`GRPOLossConfig`.
+    Where the advantage is zero and no KL takes part in it, old and sampler log-probs matter only to a bias-corrected
+    KL, and may otherwise be NaN.
+    """
+    own, bound = logprobs.detach(), LOG_RATIO_BOUND
+    old, ref, sampler = (x if x is None else x.detach().to(own.dtype) for x in (old, ref, sampler))
+    weighted = bool(advantage != 0) or config.kl_in_advantage
+    if old is None or not (weighted or (config.kl_in_loss and config.use_bias_correction_kl)):
+        old = own
+    if not weighted:
+        sampler = None
+    finite = own.isfinite() & (own - old).isfinite()
+    finite = finite if ref is None else finite & (ref - own).isfinite()
+    finite = finite if sampler is None else finite & (old - sampler).isfinite()
+
+    # a NaN that only a later where() drops would still turn the gradient of the row into NaN
+    logprobs, entropy, old = (torch.where(finite, x, 0) for x in (logprobs, entropy, old))
+    log_ratio = logprobs - old
+    if config.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio.sum() / finite.sum().clamp(min=1)).expand_as(log_ratio)
+    ratio = log_ratio.clamp(-bound, bound).exp()
+
+    penalty, kl = torch.zeros_like(logprobs), None
+    if ref is not None:
+        gap = (torch.where(finite, ref, 0) - logprobs).clamp(-bound, bound)
+        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - gap - 1}[config.kl_estimator]
+        if config.kl_in_advantage:
+            advantage = advantage - config.beta * kl.detach()
+        elif config.kl_in_loss:
+            penalty, factor = kl, ratio
+            if config.kl_gradient == "straight_through":
+                penalty, factor = (kl - gap**2 / 2).detach() + gap**2 / 2, ratio.detach()
+            if config.use_bias_correction_kl:
+                penalty = penalty * factor
+
+    weight = torch.ones_like(logprobs)
+    if sampler is not None:
+        gap = torch.where(finite, old - sampler, 0)
+        if config.importance_sampling_mode.startswith("sequence"):
+            gap = gap.sum().expand_as(gap)
+        weight = gap.clamp(-bound, bound).exp()
+        if config.importance_sampling_mode.endswith("truncate"):
+            weight = weight.clamp(max=config.importance_sampling_cap)
+        else:
+            weight = torch.where(weight > config.importance_sampling_cap, 0, weight)
+
+    clip_low = clip_high = torch.zeros_like(finite)
+    if config.loss_type == "cispo":
+        policy = -ratio.detach().clamp(max=config.clip_high) * advantage * logprobs
+        clip_high = ratio > config.clip_high
+    elif config.loss_type == "sapo":
+        steepness = torch.where(advantage > 0, own.new_tensor(config.sapo_temperature_pos), config.sapo_temperature_neg)
+        policy = -4 / steepness * torch.sigmoid(steepness * (ratio - 1)) * advantage
+    elif config.loss_type == "vespo":
+        low, high = VESPO_LOG_BOUNDS
+        log_weight = log_ratio.detach().clamp(-high, high).sum() + weight.log().clamp(low, high).sum()
+        log_weight = log_weight.clamp(low, high)
+        k = torch.where(advantage >= 0, own.new_tensor(config.vespo_k_pos), config.vespo_k_neg)
+        rate = torch.where(advantage >= 0, own.new_tensor(config.vespo_lambda_pos), config.vespo_lambda_neg)
+        weight = (rate + k * log_weight - rate * log_weight.exp()).clamp(max=bound).exp()
+        policy = -advantage * logprobs
+    else:
+        unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        clipped = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
+        policy = -torch.minimum(unclipped * advantage, clipped * advantage)
+        clip_low = (ratio < 1 - config.epsilon) & (advantage < 0)
+        clip_high = (ratio > 1 + config.clip_high) & (advantage > 0)
+
+    losses = kept * (weight * policy - config.entropy_coef * entropy) + config.beta * penalty
+    return CompletionLosses(
+        torch.where(finite, losses, 0),
+        torch.where(finite, ratio.detach(), 0),
+        clip_low & finite,
+        clip_high & finite,
+        None if kl is None else torch.where(finite, kl.detach(), 0),
+        finite,
+    )
+
+
 def linear_grpo_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -192,64 +429,75 @@ def linear_grpo_loss(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     temperature: Tensor | None = None,  # (N)
+    lora_a: Tensor | None = None,  # (rank, D)
+    lora_b: Tensor | None = None,  # (V, rank)
+    lora_scaling: float = 1.0,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 (frozen)
 ) -> GRPOOutput:
-    """The clipped GRPO loss over packed completions, one completion after the other. See ``ops/linear_grpo.py``."""
+    """The GRPO loss over packed completions, one completion after the other. See ``ops/linear_grpo.py``."""
+    dtype = compute_dtype(hidden)
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)
-    all_stats = linear_logprob(
-        hidden, weight, targets, bias=bias, softcap=softcap, entropy=True,
-        temperature=config.temperature if temperature is None else temperature,
-    )  # fmt: skip
+    advantages = advantages.to(dtype)
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     bounds = cu_seqlens.tolist()
-    n_completions = len(bounds) - 1
-    total = all_stats.logprobs[:0].sum()  # a zero that backward accepts, should no row be live
-    live = torch.zeros_like(mask)
-    logged = {name: [] for name in ("ratio", "clip_low", "clip_high", "kl")}
-    for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        rows = torch.arange(start, end, device=hidden.device)[mask[start:end]]
-        needed = advantages[b] != 0 or config.beta != 0
-        if len(rows) == 0 or not (needed or config.compute_all_logprobs):
-            continue
-        live[rows] = True
-        logprobs = all_stats.logprobs[rows]
-        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
-        if advantages[b] == 0:
-            old = logprobs.detach()  # only the KL term is left, whatever the old log-probs hold
-        log_ratio = logprobs - old
-        if config.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.mean().expand_as(log_ratio)
-        ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-        unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        clipped = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
-        losses = -torch.minimum(unclipped * advantages[b], clipped * advantages[b])
-        if sampler_logprobs is not None and advantages[b] != 0:
-            losses = losses * (old - sampler_logprobs[rows]).exp().clamp(max=config.importance_sampling_cap)
-        if config.beta:
-            gap = ref_logprobs[rows] - logprobs
-            losses = losses + config.beta * (gap.exp() - gap - 1)
-        if ref_logprobs is not None:
-            gap = ref_logprobs[rows] - logprobs.detach()
-            logged["kl"].append(gap.exp() - gap - 1)
-        logged["ratio"].append(ratio.detach())
-        logged["clip_low"].append(((ratio < 1 - config.epsilon) & (advantages[b] < 0)).to(ratio.dtype))
-        logged["clip_high"].append(((ratio > 1 + config.clip_high) & (advantages[b] > 0)).to(ratio.dtype))
-        total = total + (losses.mean() if config.loss_type == "grpo" else losses.sum())
+    spans = list(zip(bounds, bounds[1:], strict=False))
+    live = mask.clone()
+    for b, (start, end) in enumerate(spans):
+        live[start:end] &= bool(advantages[b] != 0) or config.computes_every_row
+
+    def stats_of(rows):
+        return linear_logprob(
+            hidden[rows], weight, targets[rows], bias=bias, softcap=softcap, entropy=True,
+            lora_a=lora_a, lora_b=lora_b, lora_scaling=lora_scaling,
+            temperature=config.temperature if temperature is None else temperature[rows],
+        )  # fmt: skip
+
+    blank = torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device)
+    with torch.no_grad():
+        seen = stats_of(live)
+        seen_logprobs, seen_entropy = (blank.index_put((live,), x) for x in (seen.logprobs, seen.entropy))
+    # rows without a finite log-prob stay out of the graph, where 0 * NaN would be NaN
+    sound = live & seen_logprobs.isfinite()
+    used = stats_of(sound)
+    logprobs, entropy = (blank.index_put((sound,), x) for x in (used.logprobs, used.entropy))
+
+    kept = torch.ones_like(live)
+    if config.top_entropy_quantile < 1 and sound.any():
+        kept = seen_entropy >= seen_entropy[sound].quantile(1 - config.top_entropy_quantile)
+    total = used.logprobs.sum() * 0  # a zero that backward accepts, should no row be live
+    logged = []
+    for b, (start, end) in enumerate(spans):
+        rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
+        parts = completion_losses(
+            logprobs[rows], entropy[rows], advantages[b], config, kept=kept[rows],
+            old=None if old_logprobs is None else old_logprobs[rows],
+            ref=None if ref_logprobs is None else ref_logprobs[rows],
+            sampler=None if sampler_logprobs is None else sampler_logprobs[rows],
+        )  # fmt: skip
+        logged.append(parts)
+        tokens = mask[start:end].sum().clamp(min=1)
+        total = total + (parts.losses.sum() / tokens if config.loss_type in ("grpo", "sapo") else parts.losses.sum())
     if denominator is None:
+        n_completions, n_tokens = len(spans), mask.sum().clamp(min=1)
         denominator = {
             "grpo": n_completions,
-            "bnpo": mask.sum().clamp(min=1),
-            "dapo": mask.sum().clamp(min=1),
+            "sapo": n_completions,
+            "luspo": n_completions,
             "dr_grpo": n_completions * (config.max_completion_length or 1),
-        }[config.loss_type]
-    dead = torch.full_like(all_stats.logprobs, torch.nan)
-    stats = {name: torch.cat(values).mean() for name, values in logged.items() if values}
+        }.get(config.loss_type, n_tokens)
+
+    finite = torch.cat([parts.finite for parts in logged])
+    stats = {"entropy": seen_entropy[live]}
+    for name in ("ratio", "clip_low", "clip_high", "kl"):
+        if name != "kl" or ref_logprobs is not None:
+            stats[name] = torch.cat([getattr(parts, name) for parts in logged])
     return GRPOOutput(
         loss=total / denominator,
-        logprobs=torch.where(live, all_stats.logprobs, dead).detach(),
-        entropy=torch.where(live, all_stats.entropy, dead).detach(),
-        stats={"live_tokens": live.sum(), "entropy": all_stats.entropy[live].mean().detach(), **stats},
+        logprobs=seen_logprobs,
+        entropy=seen_entropy,
+        stats={"live_tokens": live.sum(), "nonfinite": (~finite).sum()}
+        | {name: values[finite].to(dtype).mean() for name, values in stats.items()},
     )
 
 

@@ -1,3 +1,3 @@
 """The ops: one file each, from public function down to kernel. ``reference.py`` holds their definitions."""
 
-from toolx_kernels.ops import attention, linear_logprob, sampling  # noqa: F401 (defines every op)
+from toolx_kernels.ops import advantages, attention, linear_grpo, sampling  # noqa: F401 (defines every op)

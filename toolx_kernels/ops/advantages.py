@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toolx_kernels import _library
 from toolx_kernels.errors import InputError
 from toolx_kernels.reference import compute_dtype
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings no triton
+    triton = None
 
 
 def group_advantages(
@@ -27,29 +34,41 @@ def group_advantages(
         InputError: neither or both of group_size and group_ids, sizes that do not divide, an unknown scale,
             a reward that is not finite.
     """
-    if rewards.ndim != 1 or rewards.numel() == 0:
+    if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
     if (group_size is None) == (group_ids is None):
         raise InputError("Give either group_size or group_ids, so that the groups are known.")
     if scale not in ("group", "batch", "none"):
         raise InputError(f"scale={scale!r} is unknown: choose one of group, batch, none.")
     if group_ids is None:
-        if group_size < 1 or len(rewards) % group_size:
+        if group_size < 1 or rewards.shape[0] % group_size:
             raise InputError(f"group_size={group_size} does not divide the {len(rewards)} rewards.")
-        index = torch.arange(len(rewards), device=rewards.device) // group_size
-        n_groups = len(rewards) // group_size
-    else:
-        if group_ids.shape != rewards.shape:
-            raise InputError(
-                f"group_ids {tuple(group_ids.shape)} must have one entry for each of the {len(rewards)} rewards."
-            )
-        unique, index = group_ids.unique(return_inverse=True)
-        n_groups = len(unique)
+    elif group_ids.shape != rewards.shape:
+        raise InputError(
+            f"group_ids {tuple(group_ids.shape)} must have one entry for each of the {len(rewards)} rewards."
+        )
+    elif group_ids.is_floating_point() or group_ids.device != rewards.device:
+        raise InputError(
+            f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
+        )
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
+    return torch.ops.toolx.group_advantages(rewards.detach(), group_size or 0, group_ids, scale, eps)
+
+
+def _check_finite(rewards: Tensor) -> None:
     if not rewards.isfinite().all():
         at = int((~rewards.isfinite()).nonzero()[0])
         raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite: a reward must be a number.")
 
+
+def _advantages(rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float) -> Tensor:
+    _check_finite(rewards)
+    if group_ids is None:
+        index = torch.arange(len(rewards), device=rewards.device) // group_size
+        n_groups = len(rewards) // group_size
+    else:
+        unique, index = group_ids.unique(return_inverse=True)
+        n_groups = len(unique)
     member = index == torch.arange(n_groups, device=rewards.device)[:, None]  # (groups, B): B is small
     count = member.sum(1)
     mean = torch.where(member, rewards, 0).sum(1) / count
@@ -63,3 +82,71 @@ def group_advantages(
     elif scale == "batch" and len(rewards) > 1:
         centred = centred / (rewards.std() + eps)
     return torch.where((low == high)[index], 0, centred)
+
+
+if triton is not None:
+
+    @triton.jit
+    def advantages_kernel(
+        rewards_ptr, ids_ptr, out_ptr,  # (B)
+        B, group_size, eps,
+        HAS_IDS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a completion: it looks for its siblings among all B, twice (mean, then variance)."""
+        i = tl.program_id(0)
+        offs = tl.arange(0, BLOCK)
+        own = tl.load(rewards_ptr + i)
+        count, total, everything = 0.0, 0.0, 0.0
+        low, high = own, own
+        for start in range(0, B, BLOCK):
+            j = start + offs
+            inside = j < B
+            r = tl.load(rewards_ptr + j, mask=inside, other=0.0)
+            if HAS_IDS:
+                sibling = inside & (tl.load(ids_ptr + j, mask=inside, other=0) == tl.load(ids_ptr + i))
+            else:
+                sibling = inside & (j // group_size == i // group_size)
+            count += tl.sum(tl.where(sibling, 1.0, 0.0), 0)
+            total += tl.sum(tl.where(sibling, r, 0.0), 0)
+            everything += tl.sum(r, 0)
+            low = tl.minimum(low, tl.min(tl.where(sibling, r, own), 0))
+            high = tl.maximum(high, tl.max(tl.where(sibling, r, own), 0))
+        mean = total / count
+        advantage = own - mean
+        if SCALE != "none":
+            centre = mean if SCALE == "group" else everything / B
+            squares = 0.0
+            for start in range(0, B, BLOCK):
+                j = start + offs
+                counts = j < B
+                if SCALE == "group":
+                    if HAS_IDS:
+                        counts = counts & (tl.load(ids_ptr + j, mask=j < B, other=0) == tl.load(ids_ptr + i))
+                    else:
+                        counts = counts & (j // group_size == i // group_size)
+                d = tl.where(counts, tl.load(rewards_ptr + j, mask=j < B, other=0.0) - centre, 0.0)
+                squares += tl.sum(d * d, 0)
+            freedom = count - 1.0 if SCALE == "group" else B - 1.0
+            advantage = advantage / (tl.sqrt(squares / tl.maximum(freedom, 1.0)) + eps)
+        tl.store(out_ptr + i, tl.where(low == high, 0.0, advantage))
+
+
+def _advantages_triton(rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float) -> Tensor:
+    if rewards.dtype != torch.float32:
+        return _advantages(rewards, group_size, group_ids, scale, eps)
+    _check_finite(rewards)
+    rewards, out = rewards.contiguous(), torch.empty_like(rewards)
+    ids = rewards if group_ids is None else group_ids.contiguous()
+    with torch.cuda.device_of(rewards):
+        advantages_kernel[(len(rewards),)](
+            rewards, ids, out, len(rewards), group_size, eps, HAS_IDS=group_ids is not None, SCALE=scale, BLOCK=1024
+        )
+    return out
+
+
+_library.define(
+    "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps) -> Tensor",
+    default=_advantages,
+    fake=lambda rewards, group_size, group_ids, scale, eps: rewards.new_empty(rewards.shape),
+    triton=_advantages_triton,
+)

@@ -1,22 +1,72 @@
-"""The clipped GRPO loss straight from hidden states and the LM-head weight.
+"""The GRPO loss straight from hidden states and the LM-head weight, in one sweep over the vocabulary.
 
     hidden (N, D), weight (V, D), targets (N) -> logprobs (N) -> advantages (B) -> token losses (N) -> loss
 
-Between the vocabulary sweep (``linear_logprob``) and the objective (``losses``) stand only per-row vectors. Rows
-that cannot have a gradient are known before the sweep, and never enter it: masked tokens, and completions whose
-group has equal rewards while there is no KL term.
+A policy gradient needs of each token only two numbers: c = d loss / d logprob and, with an entropy bonus,
+e = d loss / d entropy. So for a chunk of rows (one GEMM) the exponentials of all logits are kept, relative to an anchor
+close to the row's log-sum-exp; their sums give log-prob and entropy, the objective gives c and e, and the same
+exponentials, rescaled row by row, are what the two gradient GEMMs multiply. The logits are never computed twice and
+never exist beyond the chunk. With E = exp(z - anchor), s its sum, p_y the target's probability and y the target:
+
+    d hidden = r * (E W) + t W_y            r = -c / (T s),  t = c (1 - p_y) / T,  E_y = 0
+    d weight = E'^T (r * hidden)            E'_y = t / r
+
+Rows that cannot have a gradient never enter the sweep: masked tokens, and completions whose group has equal rewards
+while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the GEMMs. Where
+a sweep is not possible or not worth it (``tiles.single_sweep_plan``), and when an anchor turns out to be so far off
+that exponentials over- or underflow, the vocabulary is swept twice instead.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from toolx_kernels import _library
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops import tiles
 from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.ops.linear_logprob import check_head, linear_logprob
-from toolx_kernels.ops.losses import clipped_policy_loss, k3, token_weights
-from toolx_kernels.reference import GRPOLossConfig, GRPOOutput
+from toolx_kernels.ops.head import (
+    Head,
+    VocabShard,
+    blocks,
+    check_devices,
+    check_head,
+    check_values,
+    lora_features,
+    reducer,
+    vocab_size_of,
+)
+from toolx_kernels.ops.linear_logprob import (
+    HEAD_SCHEMA,
+    Gradients,
+    as_given,
+    fake_gradients,
+    make_head,
+    recompute_gradients,
+    row_temperatures,
+    statistics,
+    sweeps,
+)
+from toolx_kernels.ops.losses import (
+    Objective,
+    needs_whole_batch,
+    needs_whole_sequences,
+    policy_objective,
+    token_weights,
+)
+from toolx_kernels.ops.statistics import (
+    Factors,
+    RowStatistics,
+    RowVectors,
+    statistics_and_objective,
+)
+from toolx_kernels.reference import GRPOLossConfig, GRPOOutput, compute_dtype
+
+STATS = ("live_tokens", "nonfinite", "entropy", "ratio", "clip_low", "clip_high", "kl")
+LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
 
 
 def linear_grpo_loss(
@@ -37,9 +87,16 @@ def linear_grpo_loss(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     temperature: Tensor | None = None,  # (N)
+    lora_a: Tensor | None = None,  # (R, D)
+    lora_b: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    shard: VocabShard | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 (frozen)
 ) -> GRPOOutput:
-    """GRPO loss of B packed completions; ``.loss.backward()`` gives gradients of hidden, weight and bias.
+    """GRPO loss of B packed completions; ``.loss.backward()`` gives gradients of hidden, weight, bias and adapter.
+
+    The gradients are formed in the forward pass (for fp16, and with ``config.recompute``, in the backward pass), so
+    call it under ``torch.no_grad()`` where none is wanted, and freeze what is not trained: both save work.
 
     Args:
         hidden: (N, D); ``hidden[n]`` predicts ``targets[n]``. Only completion tokens are packed.
@@ -48,92 +105,366 @@ def linear_grpo_loss(
             ``advantages`` (B) yourself.
         old_logprobs: (N) log-probs under the policy that the ratio starts from; None when the batch is on-policy.
         ref_logprobs: (N) log-probs under the reference policy; needed when ``config.beta`` is not 0.
-        sampler_logprobs: (N) what the sampler reported, for truncated importance weights.
+        sampler_logprobs: (N) what the sampler reported, for importance weights.
         mask: (N) bool; False rows (tool output, say) contribute nothing. A completion without any True row
             contributes 0 and still counts in B.
-        denominator: replaces the normaliser (B for ``grpo``, tokens for ``bnpo`` and ``dapo``,
-            ``B * max_completion_length`` for ``dr_grpo``), so that micro-batches add up to one batch.
+        denominator: replaces the normaliser (see ``GRPOLossConfig.loss_type``), so that micro-batches add up to one
+            batch.
         temperature: (N) one per row, instead of ``config.temperature``.
+        lora_a, lora_b, lora_scaling, shard: see :func:`linear_logprob`.
 
     Returns:
         GRPOOutput; ``logprobs`` and ``entropy`` are NaN on rows that were left out (masked, or without gradient
         unless ``config.compute_all_logprobs``).
 
     Raises:
-        InputError: vectors of the wrong length, bounds that do not cover N rows, neither rewards nor advantages,
-            ``beta`` without ``ref_logprobs``.
+        InputError: shapes, dtypes or devices that do not fit, bounds that do not cover N rows, targets outside the
+            vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, ``beta``
+            without ``ref_logprobs``. Nothing has been computed then; on a GPU the check of values waits for the device.
     """
-    check_head(hidden, weight, targets, bias)
-    n_completions = _check_vectors(cu_seqlens, rewards, advantages, len(targets), config, locals())
+    check_head(hidden, weight, targets, bias, shard)
+    _check_vectors(
+        hidden, cu_seqlens, config,
+        per_completion={"rewards": rewards, "advantages": advantages},
+        per_row={
+            "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs,
+            "mask": mask, "temperature": temperature,
+        },
+    )  # fmt: skip
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)
-    lengths = cu_seqlens.diff().long()
-    completion = torch.repeat_interleave(lengths, output_size=len(targets))  # (N) index of each token's completion
+    if denominator is not None:
+        denominator = torch.as_tensor(denominator, dtype=compute_dtype(hidden), device=hidden.device)
+    features = lora_features(hidden, weight, lora_a, lora_b, lora_scaling)
+    differentiable = (hidden, weight, bias, features, lora_b)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
+    loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(
+        hidden, weight, targets,
+        row_temperatures(config.temperature if temperature is None else temperature, hidden, targets),
+        bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask,
+        denominator, softcap or 0.0, config.key, needs, -1 if shard is None else shard.key,
+    )  # fmt: skip
+    named = dict(zip(STATS, stats.unbind(), strict=True))
+    if ref_logprobs is None:
+        del named["kl"]
+    return GRPOOutput(loss, logprobs, entropy, named)
+
+
+def _check_vectors(
+    hidden: Tensor, cu_seqlens: Tensor, config: GRPOLossConfig, per_completion: dict, per_row: dict
+) -> None:
+    """What can be seen without reading a value."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise InputError(
+            f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
+            "least one completion."
+        )
+    if (per_completion["rewards"] is None) == (per_completion["advantages"] is None):
+        raise InputError("Give either rewards or advantages, one number per completion.")
+    for vectors, size in ((per_completion, len(cu_seqlens) - 1), (per_row, len(hidden))):
+        for name, vector in vectors.items():
+            if vector is not None and vector.shape != (size,):
+                raise InputError(
+                    f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
+                )
+    check_devices(hidden.device, cu_seqlens=cu_seqlens, **per_completion, **per_row)
+    if (mask := per_row["mask"]) is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
+    if config.beta and per_row["ref_logprobs"] is None:
+        raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
+
+
+class _Batch(NamedTuple):
+    """The rows that are computed, n of N, and what belongs to them."""
+
+    head: Head
+    vectors: RowVectors
+    lengths: Tensor  # (b) int64, their rows by completion, in order
+    rows: Tensor  # (n) int64, where they lie among the N
+
+
+@as_given
+def _linear_grpo(
+    hidden, weight, targets, temperature, bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs,
+    sampler_logprobs, mask, denominator, softcap, config_key, needs, shard,
+):  # fmt: skip
+    config = GRPOLossConfig.from_key(config_key)
+    n_rows, dtype = len(targets), compute_dtype(hidden)
+    _check_bounds(cu_seqlens, n_rows)
+    cu_seqlens = cu_seqlens.long()
+    completion = torch.repeat_interleave(cu_seqlens.diff(), output_size=n_rows)  # (N) each token's completion
     if mask is None:
         mask = torch.ones_like(targets, dtype=torch.bool)
-    active = torch.bincount(completion[mask], minlength=n_completions)  # (B) unmasked tokens
-    computed = mask
-    if not (config.beta or config.compute_all_logprobs):
-        computed = mask & (advantages != 0)[completion]
+    computed = mask if config.computes_every_row else mask & (advantages != 0)[completion]
+    check_values(targets, temperature, vocab_size_of(weight, shard), computed, advantages)
+
+    def count(chosen: Tensor) -> Tensor:  # (B) of each completion's rows; bincount would make a GPU wait
+        return torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[cu_seqlens].diff()
+
+    weights = token_weights(count(mask).to(dtype), config, denominator)
     rows = computed.nonzero().squeeze(1)
-
-    def pick(per_row: Tensor | None) -> Tensor | None:
-        return per_row if per_row is None or len(rows) == len(targets) else per_row[rows]
-
-    stats = linear_logprob(
-        pick(hidden), weight, pick(targets), bias=bias, softcap=softcap, entropy=True,
-        temperature=config.temperature if temperature is None else pick(temperature),
-    )  # fmt: skip
-    owner = pick(completion)
-    tokens = clipped_policy_loss(
-        stats.logprobs, advantages.to(stats.logprobs.dtype)[owner],
-        torch.bincount(owner, minlength=n_completions), config,
-        old_logprobs=pick(old_logprobs), ref_logprobs=pick(ref_logprobs), sampler_logprobs=pick(sampler_logprobs),
-    )  # fmt: skip
-    weights = token_weights(active.to(stats.logprobs.dtype), config, denominator)
-    loss = (tokens.losses * weights[owner]).sum()
-
-    logged = {
-        "entropy": stats.entropy,
-        "ratio": tokens.ratio,
-        "clip_low": tokens.clip_low,
-        "clip_high": tokens.clip_high,
-    }
-    if ref_logprobs is not None:
-        logged["kl"] = k3(stats.logprobs.detach(), pick(ref_logprobs))
-    return GRPOOutput(
-        loss,
-        logprobs=_spread(stats.logprobs, rows, len(targets)),
-        entropy=_spread(stats.entropy, rows, len(targets)),
-        stats={"live_tokens": computed.sum()} | {k: v.detach().to(weights.dtype).mean() for k, v in logged.items()},
+    owner = completion[rows]
+    head = make_head(hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard)
+    per_row = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
+    batch = _Batch(
+        head if len(rows) == n_rows else head.rows(rows),
+        RowVectors(advantages.to(dtype)[owner], weights[owner], *(x if x is None else x[rows] for x in per_row)),
+        count(computed),
+        rows,
     )
+    deferred = gradients_in_backward(hidden, weight, config)
+    results = None if deferred else _single_sweep(batch, config, needs, n_rows, shard)
+    if results is None:
+        results = _two_sweeps(batch, config, [False] * 5 if deferred else needs, n_rows, shard)
+    per_row, objective, grads = results
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        return values.new_full((n_rows,), fill).index_copy_(0, rows, values)
+
+    kept = [hidden.new_empty(0) for _ in range(3)]
+    if deferred and any(needs):
+        e = objective.entropy_coefficients
+        kept = [
+            spread(per_row.lse, 0.0), spread(objective.coefficients, 0.0),
+            hidden.new_zeros(n_rows, dtype=dtype) if e is None else spread(e, 0.0),
+        ]  # fmt: skip
+    return (
+        objective.losses.sum(), spread(per_row.logprobs, torch.nan), spread(per_row.entropy, torch.nan),
+        _stats(per_row, objective, ref_logprobs is not None), *kept, *grads,
+    )  # fmt: skip
 
 
-def _spread(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    return values.new_full((n_rows,), torch.nan).index_copy_(0, rows, values.detach())
+def gradients_in_backward(hidden: Tensor, weight: Tensor, config: GRPOLossConfig) -> bool:
+    """Small fp16 gradients vanish before the loss scale is applied, so they wait for it."""
+    return config.recompute or torch.float16 in (hidden.dtype, weight.dtype)
 
 
-def _check_vectors(cu_seqlens, rewards, advantages, n_rows, config, given) -> int:
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise InputError(f"cu_seqlens {tuple(cu_seqlens.shape)} must hold the B + 1 bounds of at least one completion.")
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_rows or (cu_seqlens.diff() < 0).any():
-        raise InputError(f"cu_seqlens must rise from 0 to N = {n_rows}, but is {cu_seqlens.tolist()[:8]}...")
-    n_completions = len(cu_seqlens) - 1
-    if (rewards is None) == (advantages is None):
-        raise InputError("Give either rewards or advantages, one number per completion.")
-    for name, size in {
-        "rewards": n_completions, "advantages": n_completions, "old_logprobs": n_rows, "ref_logprobs": n_rows,
-        "sampler_logprobs": n_rows, "mask": n_rows, "temperature": n_rows,
-    }.items():  # fmt: skip
-        if (vector := given[name]) is not None and vector.shape != (size,):
-            raise InputError(
-                f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
-            )
-    if (mask := given["mask"]) is not None and mask.dtype != torch.bool:
-        raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
-    if advantages is not None and not advantages.isfinite().all():
-        at = int((~advantages.isfinite()).nonzero()[0])
-        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
-    if config.beta and given["ref_logprobs"] is None:
-        raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
-    return n_completions
+def _check_bounds(cu_seqlens: Tensor, n_rows: int) -> None:
+    bounds = cu_seqlens.tolist()
+    falling = next((b for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)) if high < low), None)
+    if falling is not None:
+        raise InputError(
+            f"cu_seqlens falls from {bounds[falling]} to {bounds[falling + 1]} at {falling + 1}: "
+            f"it must rise from 0 to N = {n_rows}."
+        )
+    if bounds[0] != 0 or bounds[-1] != n_rows:
+        raise InputError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: it must rise from 0 to N = {n_rows}.")
+
+
+class _PerRow(NamedTuple):
+    logprobs: Tensor  # (n)
+    entropy: Tensor  # (n)
+    lse: Tensor  # (n)
+
+
+def _stats(per_row: _PerRow, objective: Objective, with_kl: bool) -> Tensor:
+    """(7) in the order of STATS; means over the rows whose log-ratios are finite."""
+    finite = objective.finite
+    dtype = per_row.logprobs.dtype
+    logged = [per_row.entropy, objective.ratio, objective.clip_low, objective.clip_high]
+    logged += [objective.kl if with_kl else torch.zeros_like(per_row.logprobs)]
+    count = finite.sum()
+    means = [torch.where(finite, values.to(dtype), 0).sum() / count for values in logged]
+    return torch.stack([torch.full_like(means[0], len(finite)), (len(finite) - count).to(dtype), *means])
+
+
+def _two_sweeps(batch: _Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
+    """(per row, objective, gradients): log-probs first, then the gradients by computing the logits again."""
+    head, vectors = batch.head, batch.vectors
+    logprobs, lse, entropy = statistics(head, entropy=True, shard=shard, workspace_mib=config.workspace_mib)
+    objective = policy_objective(
+        logprobs, entropy, vectors.advantages, vectors.weights, old_logprobs=vectors.old,
+        ref_logprobs=vectors.ref, sampler_logprobs=vectors.sampler, lengths=batch.lengths, config=config,
+    )  # fmt: skip
+    grads = tuple(head.hidden.new_empty(0) for _ in needs)
+    if any(needs):
+        e = objective.entropy_coefficients
+        live = objective.coefficients != 0
+        kept = (live if e is None else live | (e != 0)).nonzero().squeeze(1)
+        grads = recompute_gradients(
+            head.rows(kept), lse[kept], entropy.new_empty(0) if e is None else entropy[kept],
+            objective.coefficients[kept], torch.zeros_like(lse[kept]),
+            lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard, config.workspace_mib,
+            (batch.rows[kept], n_rows),
+        )  # fmt: skip
+    return _PerRow(logprobs, entropy, lse), objective, grads
+
+
+def _single_sweep(batch: _Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
+    """(per row, objective, gradients), or None where the vocabulary must be swept twice."""
+    head = batch.head
+    device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
+    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+    plan = tiles.single_sweep_plan(
+        len(head.hidden), vocab_size, head.hidden.shape[1], device, dtype, config.workspace_mib
+    )
+    if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
+        return None
+    chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)
+    if chunks is None:
+        return None
+    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=True)
+    sweep, all_reduce = sweeps(head), reducer(shard)
+    space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
+    fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
+    target_logits = all_reduce(sweep.target_logits(head), "sum")
+    anchors = _anchors(target_logits, batch.vectors)
+    parts = []
+    for rows, lengths in chunks:
+        chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
+        exponentials = space[: len(chunk.hidden)]
+        sums = sweep.exponentials(chunk, anchor, exponentials, plan)
+        if shard >= 0:
+            sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
+        found, objective, factors = statistics_and_objective(
+            sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
+        )
+        parts.append((found, objective))
+        off_policy = vectors.old is not None
+        _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, off_policy=off_policy)
+    del space, exponentials
+    found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
+    log_total = found.total.log()
+    if not (log_total.abs() < LARGEST_LOG_SUM).all():
+        return None
+    objective = Objective(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
+    )
+    spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
+    return _PerRow(found.logprobs, found.entropy, anchors + log_total), objective, grads.results(spread, shard)
+
+
+def _chunks(lengths: Tensor, size: int, n_rows: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
+    """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
+    does not fit."""
+    if not needs_whole_sequences(config):
+        return [(rows, lengths[:0]) for rows in blocks(n_rows, size)]
+    chunks, first, start, end = [], 0, 0, 0
+    for b, length in enumerate(lengths.tolist()):
+        if length > size:
+            return None
+        if end + length - start > size:
+            chunks.append((slice(start, end), lengths[first:b]))
+            first, start = b, end
+        end += length
+    return [*chunks, (slice(start, end), lengths[first:])] if end > start else chunks
+
+
+def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
+    """A guess at each row's log-sum-exp: what an earlier log-prob of the target implies, or the target's own logit
+    (targets are sampled, so it is rarely more than a few nats below)."""
+    earlier = vectors.old if vectors.old is not None else vectors.sampler
+    if earlier is None:
+        return target_logits
+    return target_logits - torch.where((earlier > -LARGEST_LOG_SUM) & (earlier <= 0), earlier, 0)
+
+
+def _add_gradients(
+    grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
+    rows: slice, plan: tiles.Plan, *, off_policy: bool,
+) -> None:  # fmt: skip
+    """The part of the gradients that comes from a chunk's exponentials, which are overwritten."""
+    sweep = sweeps(chunk)
+    c, e = objective.coefficients, objective.entropy_coefficients
+    index = torch.arange(rows.start, rows.stop, device=c.device)
+    if c.device.type == "cpu" or off_policy:  # on-policy, no row loses its gradient: do not wait to see
+        order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep)
+        if order is not None:
+            chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
+            exponentials = exponentials[: len(order)]
+            factors = Factors(*(part[order] for part in factors))
+    if len(index) == 0:
+        return
+    if e is not None or chunk.softcap:
+        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
+    columns = blocks(len(chunk.weight), plan.columns)
+    for total, weight in ((grads.hidden, chunk.weight), (grads.features, chunk.lora_b)):
+        if total is not None:
+            part = torch.empty(len(index), total.shape[1], dtype=total.dtype, device=total.device)
+            for block in columns:
+                grads.multiply(part, exponentials[:, block], weight[block], fresh=block.start == 0)
+            sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
+    sweep.place_targets(chunk, exponentials, factors.placed)
+    grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
+
+
+def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
+    """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
+
+    A few dead rows cost less than moving others into their places.
+    """
+    kept = live.nonzero().squeeze(1)
+    if 8 * len(kept) > 7 * len(live):
+        return None
+    order = torch.arange(len(kept), device=live.device)
+    holes = (~live[: len(kept)]).nonzero().squeeze(1)
+    movers = kept[kept >= len(kept)]
+    sweep.move_rows(exponentials, movers, holes)
+    order[holes] = movers
+    return order
+
+
+def _fake(
+    hidden, weight, targets, temperature, bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs,
+    sampler_logprobs, mask, denominator, softcap, config_key, needs, shard,
+):  # fmt: skip
+    dtype = compute_dtype(hidden)
+    deferred = gradients_in_backward(hidden, weight, GRPOLossConfig.from_key(config_key))
+    n_rows = targets.shape[0]
+
+    def vector(size) -> Tensor:
+        return hidden.new_empty(size, dtype=dtype)
+
+    kept = [vector(n_rows) if deferred and any(needs) else hidden.new_empty(0) for _ in range(3)]
+    grads = fake_gradients(hidden, weight, bias, features, lora_b, [False] * 5 if deferred else needs)
+    return vector(()), vector(n_rows), vector(n_rows), vector(len(STATS)), *kept, *grads
+
+
+def _save(ctx, inputs, output):
+    *head, _, _, _, _, _, _, _, ctx.softcap, config_key, ctx.needs, ctx.shard = inputs
+    config = GRPOLossConfig.from_key(config_key)
+    ctx.deferred, ctx.workspace_mib = gradients_in_backward(head[0], head[1], config), config.workspace_mib
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    if ctx.deferred:
+        ctx.save_for_backward(*head, *output[2:3], *output[4:7])
+    else:
+        ctx.save_for_backward(*output[7:])
+
+
+def _differentiate(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 18
+    if ctx.deferred:
+        *head, entropy, lse, c, e = ctx.saved_tensors
+        zeros = torch.zeros_like(c)
+        grads = torch.ops.toolx.linear_logprob_backward(
+            *head,
+            ctx.softcap,
+            ctx.shard,
+            lse,
+            entropy,
+            c * grad_loss,
+            zeros,
+            e * grad_loss,
+            ctx.needs,
+            ctx.workspace_mib,
+        )
+    else:
+        grads = ctx.saved_tensors
+        # Reading the value spares a pass over the gradients; while a graph is traced there is none to read.
+        if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or not bool(grad_loss == 1):
+            grads = [(grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in grads]
+    hidden, weight, bias, features, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return hidden, weight, None, None, bias, features, lora_b, *(None,) * 11
+
+
+_library.define(
+    f"linear_grpo({HEAD_SCHEMA}, Tensor cu_seqlens, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
+    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, float softcap, str config_key, bool[] needs, "
+    "int shard) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    default=_linear_grpo,
+    triton=_linear_grpo,
+    fake=_fake,
+)
+torch.library.register_autograd("toolx::linear_grpo", _differentiate, setup_context=_save, lib=_library.library)

@@ -1,27 +1,37 @@
 """Log-probability of each target token straight from hidden states and the LM-head weight.
 
-The vocabulary is swept in tiles with a running log-sum-exp, so no ``[N, V]`` tensor exists at any time. The
-backward pass recomputes each tile and needs fp32 accumulators for one slice of the weight only. With
-``z = softcap(h W^T + b) / T``, ``p = softmax(z)`` and the entropy ``H``, the gradient of a loss with respect to z is
+The vocabulary is swept in tiles, so no ``[N, V]`` tensor exists at any time; the backward pass sweeps it a second time.
+With ``z`` the scaled logits, ``p = softmax(z)`` and the entropy ``H``, the gradient of a loss with respect to z is
 
     dz = g_logp (1[target] - p) + g_lse p - g_H p (log p + H)
 
-Rows whose three upstream gradients are zero are left out of the backward pass.
+Rows whose upstream gradients are zero are left out of the backward pass.
 """
 
 from __future__ import annotations
 
 from functools import wraps
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from toolx_kernels import _library
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.tiles import choose_sweep
+from toolx_kernels.ops import sweep_torch, tiles
+from toolx_kernels.ops.head import (
+    Head,
+    VocabShard,
+    blocks,
+    check_devices,
+    check_head,
+    check_values,
+    lora_features,
+    reducer,
+    start_of,
+    vocab_size_of,
+)
 from toolx_kernels.reference import TokenStats, compute_dtype
-
-LOG_OF_NOTHING = -1e4  # exp() of it is exactly zero, and it times zero is not NaN as -inf would be
 
 
 def linear_logprob(
@@ -33,6 +43,10 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     entropy: bool = False,
+    lora_a: Tensor | None = None,  # (R, D)
+    lora_b: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Log-probabilities of ``targets`` under ``softmax(softcap(hidden @ weight.T + bias) / temperature)``.
 
@@ -42,251 +56,336 @@ def linear_logprob(
         temperature: a number, or one per row; positive. No gradient flows into it.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the temperature (Gemma).
         entropy: also return the entropy of every row, in nats.
+        lora_a, lora_b: an adapter on the head, ``lora_scaling * (hidden @ lora_a.T) @ lora_b.T`` added to the logits
+            without merging it into the weight (arXiv 2106.09685).
+        shard: which part of the vocabulary ``weight`` holds, for tensor parallelism.
 
     Returns:
-        ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and each
-        differentiable in hidden, weight and bias. ``lse`` is that of the scaled logits.
+        ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and each differentiable in
+        hidden, weight, bias and the adapter. ``lse`` is that of the scaled logits.
 
     Raises:
-        InputError: shapes that do not fit, targets outside the vocabulary, a temperature that is not positive.
+        InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
+            positive. On a GPU the check of values waits for the device.
     """
-    check_head(hidden, weight, targets, bias)
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise InputError(f"temperature={temperature} must be positive.")
-        temperature = torch.full(targets.shape, temperature, dtype=compute_dtype(hidden), device=hidden.device)
-    elif temperature.shape != targets.shape:
-        raise InputError(
-            f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
-        )
+    check_head(hidden, weight, targets, bias, shard)
     logprobs, lse, entropies = torch.ops.toolx.linear_logprob(
-        hidden, weight, targets, temperature, bias, softcap or 0.0, entropy
-    )
+        hidden, weight, targets, row_temperatures(temperature, hidden, targets), bias,
+        lora_features(hidden, weight, lora_a, lora_b, lora_scaling), lora_b, None,
+        softcap or 0.0, entropy, -1 if shard is None else shard.key,
+    )  # fmt: skip
     return TokenStats(logprobs, lse, entropies if entropy else None)
 
 
-def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64 and bias (V) fit together."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(N), from a number or one per row."""
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise InputError(f"temperature={temperature} must be positive.")
+        return torch.full(targets.shape, temperature, dtype=compute_dtype(hidden), device=hidden.device)
+    if temperature.shape != targets.shape:
         raise InputError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
+            f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise InputError(
-            f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
-            f"{len(hidden)} rows of hidden."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
+    check_devices(hidden.device, temperature=temperature)
+    return temperature
 
 
-def _blocks(total: int, size: int):
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def sweeps(head: Head) -> ModuleType:
+    """The implementation of the sweeps for these tensors."""
+    if head.hidden.device.type == "cuda" and head.dtype == torch.float32:
+        from toolx_kernels.ops import sweep_triton
+
+        return sweep_triton
+    return sweep_torch
 
 
-class _Head:
-    """Produces tiles of scaled logits into one reused workspace."""
-
-    def __init__(self, hidden, weight, temperature, bias, softcap):
-        self.hidden, self.weight, self.bias, self.softcap = hidden, weight, bias, softcap
-        self.dtype = compute_dtype(hidden)
-        self.scale = temperature.to(self.dtype).reciprocal()[:, None]
-        # where nothing stands between the GEMM and the temperature, scaling (N, D) saves a pass over every tile
-        self.folded = bias is None and not softcap
-        (n_rows, dim), vocab_size = hidden.shape, weight.shape[0]
-        sweep = choose_sweep(n_rows, vocab_size, dim, hidden.device, self.dtype.itemsize)
-        self.row_blocks = list(_blocks(n_rows, sweep.rows))
-        self.column_blocks = list(_blocks(vocab_size, sweep.columns))
-        self.workspace = torch.empty(sweep.rows * sweep.columns, dtype=self.dtype, device=hidden.device)
-
-    def rows(self, rows: slice) -> Tensor:
-        """(rows, D): what the GEMMs multiply with."""
-        hidden = self.hidden[rows].to(self.dtype)
-        return hidden * self.scale[rows] if self.folded else hidden
-
-    def logits(self, rows: slice, weight_tile: Tensor, columns: slice) -> Tensor:
-        """(rows, columns) in the workspace; the next call overwrites it. weight_tile is already upcast."""
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        z = self.workspace[: shape[0] * shape[1]].view(shape)
-        torch.mm(self.rows(rows), weight_tile.T, out=z)
-        if self.folded:
-            return z
-        if self.bias is not None:
-            z += self.bias[columns]
-        if self.softcap:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.mul_(self.scale[rows])
+def make_head(hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard) -> Head:
+    dtype = compute_dtype(hidden)
+    scale = temperature.to(dtype).reciprocal()
+    return Head(
+        hidden, weight, targets.contiguous(), scale, None if bias is None else bias.contiguous(), features, lora_b,
+        softcap, start_of(shard),
+    )  # fmt: skip
 
 
-def _in_full_precision(function):
-    """Autocast would run some of the reductions in bf16."""
+def as_given(function):
+    """Runs in the tensors' own precision (autocast would make some reductions bf16) and on their own device."""
 
     @wraps(function)
     def wrapped(hidden, *arguments):
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
             return function(hidden, *arguments)
 
     return wrapped
 
 
-@_in_full_precision
-def _forward(hidden, weight, targets, temperature, bias, softcap, entropy):
-    vocab_size = weight.shape[0]
-    _check_values(targets, temperature, vocab_size)
-    head = _Head(hidden, weight, temperature, bias, softcap)
-    top = torch.full(targets.shape, torch.finfo(head.dtype).min, dtype=head.dtype, device=hidden.device)
-    total = torch.zeros_like(top)  # sum of exp(z - top)
-    moment = torch.zeros_like(top)  # sum of exp(z - top) * (z - top)
-    target_logit = torch.zeros_like(top)
-    for columns in head.column_blocks:
-        weight_tile = weight[columns].to(head.dtype)
-        for rows in head.row_blocks:
-            z = head.logits(rows, weight_tile, columns)
-            local = targets[rows] - columns.start
-            inside = (local >= 0) & (local < z.shape[1])
-            picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-            target_logit[rows] = torch.where(inside, picked, target_logit[rows])
-            new_top = torch.maximum(top[rows], z.amax(1))
-            shift = (top[rows] - new_top).clamp_(min=LOG_OF_NOTHING)
-            rescale = shift.exp()
-            z.sub_(new_top[:, None])
-            if entropy:
-                z.clamp_(min=LOG_OF_NOTHING)
-                moment[rows] = rescale * (moment[rows] + shift * total[rows])
-                exp = z.exp()
-                moment[rows] += torch.linalg.vecdot(exp, z)
-            else:
-                exp = z.exp_()
-            total[rows] = total[rows] * rescale + exp.sum(1)
-            top[rows] = new_top
+def statistics(
+    head: Head, *, entropy: bool, shard: int, workspace_mib: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N) each: log-prob, log-sum-exp and entropy (empty unless asked for); logits of any size, 2 NDV."""
+    n_rows, dim = head.hidden.shape
+    plan = tiles.forward_plan(
+        n_rows, vocab_size_of(head.weight, shard), dim, head.hidden.device, workspace_mib=workspace_mib
+    )
+    parts = []
+    for rows in blocks(n_rows, plan.rows):
+        chunk = head.rows(rows)
+        parts.append((sweeps(chunk).target_logits(chunk), *sweeps(chunk).online_sums(chunk, plan, entropy=entropy)))
+    if not parts:
+        empty = head.scale.new_empty(0)
+        return empty, empty, empty
+    target, top, total, moment = (torch.cat(part) for part in zip(*parts, strict=True))
+    if shard >= 0:
+        all_reduce = reducer(shard)
+        whole_top = all_reduce(top.clone(), "max")
+        shift = (top - whole_top).clamp_(min=sweep_torch.LOG_OF_NOTHING)
+        rescale = shift.exp()
+        target, total, moment = all_reduce(
+            torch.stack([target, rescale * total, rescale * (moment + shift * total)]), "sum"
+        )
+        top = whole_top
     log_total = total.log()
     lse = top + log_total
-    return target_logit - lse, lse, log_total - moment / total if entropy else lse.new_empty(0)
+    return target - lse, lse, log_total - moment / total if entropy else lse.new_empty(0)
 
 
-@_in_full_precision
+@as_given
+def _forward(hidden, weight, targets, temperature, bias, features, lora_b, live, softcap, entropy, shard):
+    check_values(targets, temperature, vocab_size_of(weight, shard), live)
+    head = make_head(hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard)
+    if live is None:
+        return statistics(head, entropy=entropy, shard=shard)
+    rows = live.nonzero().squeeze(1)
+    results = statistics(head.rows(rows), entropy=entropy, shard=shard)
+    return tuple(
+        part if len(part) < len(rows) else part.new_full(targets.shape, torch.nan).index_copy_(0, rows, part)
+        for part in results
+    )
+
+
+@as_given
 def _backward(
-    hidden, weight, targets, temperature, bias, softcap, lse, entropy, grad_logprobs, grad_lse, grad_entropy,
-    need_hidden, need_weight, need_bias,
+    hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard, lse, entropy,
+    grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
 ):  # fmt: skip
-    dtype = compute_dtype(hidden)
-    has_entropy = entropy.numel() > 0 and bool((grad_entropy != 0).any())
+    head = make_head(hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard)
     live = (grad_logprobs != 0) | (grad_lse != 0)
-    if has_entropy:
+    if entropy.numel():
         live |= grad_entropy != 0
-    if not live.all():
-        rows = live.nonzero().squeeze(1)
-        small = [t[rows] for t in (hidden, targets, temperature, lse, grad_logprobs, grad_lse)]
-        hidden_live, targets, temperature, lse, grad_logprobs, grad_lse = small
-        if has_entropy:
+    rows = live.nonzero().squeeze(1)
+    if len(rows) < len(targets):
+        head = head.rows(rows)
+        lse, grad_logprobs, grad_lse = lse[rows], grad_logprobs[rows], grad_lse[rows]
+        if entropy.numel():
             entropy, grad_entropy = entropy[rows], grad_entropy[rows]
-    else:
-        rows, hidden_live = None, hidden
-    head = _Head(hidden_live, weight, temperature, bias, softcap)
-    grad_hidden = torch.zeros(hidden_live.shape if need_hidden else (0, 0), dtype=dtype, device=hidden.device)
-    grad_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
-    grad_bias = torch.empty_like(bias) if need_bias else weight.new_empty(0)
-    for columns in head.column_blocks:
-        weight_tile = weight[columns].to(dtype)
-        weight_sum = torch.zeros_like(weight_tile) if need_weight else None
-        bias_sum = weight_tile.new_zeros(len(weight_tile)) if need_bias else None
-        for block in head.row_blocks:
-            z = head.logits(block, weight_tile, columns)
-            slope = z.div(head.scale[block] * softcap).square_().neg_().add_(1) if softcap else None
-            log_probs = z.sub_(lse[block, None])
-            factor = (grad_lse[block] - grad_logprobs[block])[:, None]
-            if has_entropy:
-                log_probs.clamp_(min=LOG_OF_NOTHING)
-                factor = factor - grad_entropy[block, None] * (log_probs + entropy[block, None])
-            dz = log_probs.exp_().mul_(factor)
-            local = targets[block] - columns.start
-            inside = ((local >= 0) & (local < dz.shape[1])).nonzero().squeeze(1)
-            dz[inside, local[inside]] += grad_logprobs[block][inside]
-            if slope is not None:
-                dz.mul_(slope)
-            if not head.folded:
-                dz.mul_(head.scale[block])
-            if need_hidden:
-                grad_hidden[block].addmm_(dz, weight_tile)
-            if need_weight:
-                weight_sum.addmm_(dz.T, head.rows(block))
-            if need_bias:
-                bias_sum += dz.sum(0)
-        if need_weight:
-            grad_weight[columns] = weight_sum.to(weight.dtype)
-        if need_bias:
-            grad_bias[columns] = bias_sum.to(bias.dtype)
-    if need_hidden and head.folded:
-        grad_hidden *= head.scale
-    if need_hidden and rows is not None:
-        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).index_copy_(0, rows, grad_hidden)
-    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    return recompute_gradients(
+        head, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard, workspace_mib,
+        None if len(rows) == len(targets) else (rows, len(targets)),
+    )  # fmt: skip
 
 
-def _check_values(targets: Tensor, temperature: Tensor, vocab_size: int) -> None:
-    """On a GPU reading the values would stall the queue, so there they are asserted asynchronously."""
-    fits = ((targets >= 0) & (targets < vocab_size)).all()
-    positive = (temperature > 0).all()
-    if targets.device.type != "cpu":
-        torch._assert_async(fits, "targets must lie inside the vocabulary")
-        torch._assert_async(positive, "temperature must be positive")
-        return
-    if not fits:
-        row = int(((targets < 0) | (targets >= vocab_size)).nonzero()[0])
-        raise InputError(
-            f"targets[{row}] = {int(targets[row])} is outside the vocabulary of {vocab_size}: mask such rows."
-        )
-    if not positive:
-        row = int((~(temperature > 0)).nonzero()[0])
-        raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive.")
+def recompute_gradients(
+    head: Head, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor, grad_lse: Tensor, grad_entropy: Tensor,
+    needs: list[bool], shard: int, workspace_mib: int | None, spread: tuple[Tensor, int] | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of (hidden, weight, bias, features, lora_b), an empty tensor for each that is not needed; up to 6 NDV.
+
+    All per-row tensors have the head's rows; ``spread`` (rows, N) says where they lie among the N of the results.
+    """
+    n_rows, dim = head.hidden.shape
+    plan = tiles.recompute_plan(
+        n_rows, vocab_size_of(head.weight, shard), dim, head.hidden.device,
+        torch.promote_types(head.hidden.dtype, head.weight.dtype), workspace_mib,
+    )  # fmt: skip
+    need_hidden, need_weight, need_bias, need_features, need_lora_b = needs
+    sweep = sweeps(head)
+    with_entropy = entropy.numel() > 0
+    alpha = grad_lse - grad_logprobs - (grad_entropy * entropy if with_entropy else 0)
+    beta = -grad_entropy if with_entropy else torch.zeros_like(alpha)
+    target_logit = reducer(shard)(sweep.target_logits(head), "sum")
+    log_p = target_logit - lse
+    at_target = grad_logprobs + log_p.exp() * (alpha + beta * log_p.clamp(min=sweep_torch.LOG_OF_NOTHING))
+    if head.softcap:
+        at_target *= 1 - (target_logit / (head.scale * head.softcap)).square()
+    at_target *= head.scale
+
+    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=False)
+    space = sweep.workspace(plan.rows, plan.columns, head.hidden, plan.dtype)
+    for columns in blocks(len(head.weight), plan.columns):
+        tile = head.columns(columns)
+        tile = tile._replace(weight=tile.weight.to(torch.promote_types(tile.weight.dtype, plan.gemm_dtype)))
+        grads.open_weight(columns)
+        for rows in blocks(n_rows, plan.rows):
+            part = tile.rows(rows)
+            dz = space[: len(part.hidden), : len(part.weight)]
+            sweep.logit_gradients(part, lse[rows], alpha[rows], beta[rows], at_target[rows], dz, plan)
+            for total, right in ((grads.hidden, part.weight), (grads.features, part.lora_b)):
+                if total is not None:
+                    grads.multiply(total[rows], dz, right)
+            grads.add_weight(dz, [slice(0, len(part.weight))], part.hidden, part.features, None)
+        grads.close_weight(columns)
+    return grads.results(spread, shard)
 
 
-def _fake_forward(hidden, weight, targets, temperature, bias, softcap, entropy):
+class Gradients:
+    """Accumulates, in fp32 (or float64), the gradients of whatever needs one; the two GEMMs of the backward pass.
+
+    With ``whole_weight`` those of the weight stay in full precision until the end; otherwise only the rows that are
+    open do, and are rounded once when they are closed.
+    """
+
+    def __init__(self, head: Head, needs: list[bool], gemm_dtype: torch.dtype, *, whole_weight: bool):
+        self.head, self.gemm_dtype = head, gemm_dtype
+        need_hidden, need_weight, need_bias, need_features, need_lora_b = needs
+
+        def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
+            return torch.zeros(like.shape, dtype=head.dtype, device=like.device) if needed else None
+
+        def result(needed: bool, like: Tensor | None) -> Tensor | None:
+            dtype = head.dtype if whole_weight and needed else like.dtype if needed else None
+            return torch.empty(like.shape, dtype=dtype, device=like.device) if needed else None
+
+        self.hidden, self.features = zeros(need_hidden, head.hidden), zeros(need_features, head.features)
+        of_weight = [(need_weight, head.weight), (need_lora_b, head.lora_b), (need_bias, head.bias)]
+        self.whole = [result(needed, like) for needed, like in of_weight]  # weight, lora_b, bias
+        self.open = self.whole
+        self.begun = False  # the first GEMM into the open rows overwrites them, which spares setting them to zero
+
+    def open_weight(self, columns: slice) -> None:
+        """From here on rows ``columns`` of the weight's gradients are accumulated, in full precision."""
+        self.begun = False
+        self.open = [
+            None if t is None else torch.empty(t[columns].shape, dtype=self.head.dtype, device=t.device)
+            for t in self.whole
+        ]
+
+    def close_weight(self, columns: slice) -> None:
+        self._settle()
+        for whole, part in zip(self.whole, self.open, strict=True):
+            if whole is not None:
+                whole[columns] = part
+
+    def _settle(self) -> None:
+        if not self.begun:
+            for part in self.open:
+                if part is not None:
+                    part.zero_()
+
+    def add_weight(
+        self, dz: Tensor, blocks: list[slice], hidden: Tensor, features: Tensor | None, factor: Tensor | None
+    ) -> None:
+        """``dz^T (factor * hidden)`` and so on, into the open rows of the weight's gradients, a block at a time.
+
+        dz: (n, columns), the gradient of the logits up to the rows' ``factor`` (n).
+        """
+        if not any(part is not None for part in self.open):
+            return
+
+        def scaled(tensor: Tensor) -> Tensor:
+            tensor = tensor if factor is None else tensor.to(self.head.dtype) * factor[:, None]
+            return tensor.to(self.gemm_dtype)
+
+        weight, lora_b, bias = self.open
+        ones = dz.new_ones(len(dz), dtype=self.head.dtype) if factor is None else factor
+        sides = [
+            (total, right)
+            for total, right in (
+                (weight, None if weight is None else scaled(hidden)),
+                (lora_b, None if lora_b is None else scaled(features)),
+                (None if bias is None else bias[:, None], ones[:, None]),
+            )
+            if total is not None
+        ]
+        for columns in blocks:
+            left = dz[:, columns].T.to(self.gemm_dtype)
+            for total, right in sides:
+                self.multiply(total[columns], left, right, fresh=not self.begun)
+        self.begun = True
+
+    def multiply(self, total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
+        """total += left @ right, or = where ``fresh``."""
+        left, right, beta = left.to(self.gemm_dtype), right.to(self.gemm_dtype), 0 if fresh else 1
+        if total.dtype == self.gemm_dtype:
+            total.addmm_(left, right, beta=beta)
+        elif total.device.type == "cuda":
+            torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+        elif fresh:  # a CPU has no GEMM from bf16 to fp32
+            total.copy_(left @ right)
+        else:
+            total += left @ right
+
+    def results(self, spread: tuple[Tensor, int] | None, shard: int) -> tuple[Tensor, ...]:
+        if self.open is self.whole:
+            self._settle()
+        head, (weight, lora_b, bias) = self.head, self.whole
+        of_hidden = []
+        for total, like in ((self.hidden, head.hidden), (self.features, head.features)):
+            if total is not None:
+                total = reducer(shard)(total, "sum").to(like.dtype)
+                if spread is not None:
+                    rows, n_rows = spread
+                    total = total.new_zeros(n_rows, total.shape[1]).index_copy_(0, rows, total)
+            of_hidden.append(total)
+        of_weight = [
+            None if total is None else total.to(like.dtype)
+            for total, like in ((weight, head.weight), (lora_b, head.lora_b), (bias, head.bias))
+        ]
+        ordered = (of_hidden[0], of_weight[0], of_weight[2], of_hidden[1], of_weight[1])
+        return tuple(head.hidden.new_empty(0) if total is None else total for total in ordered)
+
+
+def _fake_forward(hidden, weight, targets, temperature, bias, features, lora_b, live, softcap, entropy, shard):
     stats = [hidden.new_empty(targets.shape, dtype=compute_dtype(hidden)) for _ in range(3)]
     return stats[0], stats[1], stats[2] if entropy else stats[2].new_empty(0)
 
 
-def _fake_backward(
-    hidden, weight, targets, temperature, bias, softcap, lse, entropy, grad_logprobs, grad_lse, grad_entropy,
-    need_hidden, need_weight, need_bias,
-):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0, 0),
-        torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias else weight.new_empty(0),
+def fake_gradients(hidden, weight, bias, features, lora_b, needs):
+    return tuple(
+        like.new_empty(like.shape) if need else hidden.new_empty(0)
+        for like, need in zip((hidden, weight, bias, features, lora_b), needs, strict=True)
     )
+
+
+def _fake_backward(
+    hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard, lse, entropy,
+    grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
+):  # fmt: skip
+    return fake_gradients(hidden, weight, bias, features, lora_b, needs)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, temperature, bias, softcap, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets, temperature, bias, output[1], output[2])
-    ctx.softcap = softcap
+    hidden, weight, targets, temperature, bias, features, lora_b, _, ctx.softcap, _, ctx.shard = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, targets, temperature, bias, features, lora_b, lse, entropy)
 
 
 def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
-    hidden, weight, targets, temperature, bias, lse, entropy = ctx.saved_tensors
-    need_hidden, need_weight, _, _, need_bias, _, _ = ctx.needs_input_grad
+    *inputs, lse, entropy = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    needs = [needed[0], needed[1], needed[4], needed[5], needed[6]]
     grads = torch.ops.toolx.linear_logprob_backward(
-        hidden, weight, targets, temperature, bias, ctx.softcap, lse, entropy,
-        grad_logprobs, grad_lse, grad_entropy, need_hidden, need_weight, need_bias,
-    )  # fmt: skip
-    hidden, weight, bias = (
-        g if need else None for g, need in zip(grads, (need_hidden, need_weight, need_bias), strict=True)
+        *inputs, ctx.softcap, ctx.shard, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, None
     )
-    return hidden, weight, None, None, bias, None, None
+    hidden, weight, bias, features, lora_b = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return hidden, weight, None, None, bias, features, lora_b, None, None, None, None
 
 
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, Tensor? features, Tensor? lora_b"
+)
 _library.define(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, "
-    "bool entropy) -> (Tensor, Tensor, Tensor)",
+    f"linear_logprob({HEAD_SCHEMA}, Tensor? live, float softcap, bool entropy, int shard) -> (Tensor, Tensor, Tensor)",
     default=_forward,
+    triton=_forward,
     fake=_fake_forward,
 )
 _library.define(
-    "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, "
-    "float softcap, Tensor lse, Tensor entropy, Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, "
-    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"linear_logprob_backward({HEAD_SCHEMA}, float softcap, int shard, Tensor lse, Tensor entropy, "
+    "Tensor grad_logprobs, Tensor grad_lse, Tensor grad_entropy, bool[] needs, int? workspace_mib=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_backward,
+    triton=_backward,
     fake=_fake_backward,
 )
 torch.library.register_autograd("toolx::linear_logprob", _differentiate, setup_context=_save, lib=_library.library)

@@ -1,78 +1,319 @@
-"""Objectives: short elementwise functions of per-token vectors. They never touch a kernel."""
+"""Objectives: short elementwise functions of per-token vectors, written once for torch and for Triton kernels.
+
+A function under :func:`dual` is a Triton device function where triton is installed, and ``in_torch`` holds its twin:
+the same code object run on torch tensors. So its body may only use what both understand: arithmetic, comparisons,
+``&`` and ``|``, ``tl.exp``, ``tl.abs``, ``tl.where`` (at least one arm a tensor), ``tl.sigmoid``, other dual
+functions, and ``if`` on attributes of CONFIG (a GRPOLossConfig, a ``tl.constexpr`` in a kernel) and on HAS_* flags.
+
+Gradients are analytic. A token's loss depends on its log-prob in two ways, and the slopes are kept apart until the
+end: through the log-ratio, which at sequence level is shared by the whole completion, and directly.
+"""
 
 from __future__ import annotations
 
+from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from toolx_kernels.reference import LOG_RATIO_BOUND, GRPOLossConfig
+from toolx_kernels.reference import LOG_RATIO_BOUND, VESPO_LOG_BOUNDS, GRPOLossConfig
+
+try:
+    import triton
+    import triton.language as tl
+
+    BOUND = tl.constexpr(LOG_RATIO_BOUND)
+except ImportError:  # a CPU build of torch brings no triton; then only the twins exist
+    triton = None
+
+in_torch = SimpleNamespace()
+_twin_globals = {
+    "__builtins__": __builtins__,  # where C code that imports something looks it up
+    "tl": SimpleNamespace(exp=torch.exp, abs=torch.abs, where=torch.where, sigmoid=torch.sigmoid),
+    "BOUND": LOG_RATIO_BOUND,
+}
 
 
-class TokenLosses(NamedTuple):
-    losses: Tensor  # (N) differentiable in logprobs
-    ratio: Tensor  # (N)
-    clip_low: Tensor  # (N) bool: the lower bound removed the gradient
-    clip_high: Tensor  # (N) bool
+def dual(function: FunctionType):
+    """Compiles ``function`` for Triton kernels and puts its torch twin into ``in_torch`` under the same name."""
+    twin = FunctionType(function.__code__, _twin_globals, function.__name__)
+    _twin_globals[function.__name__] = twin
+    setattr(in_torch, function.__name__, twin)
+    return function if triton is None else triton.jit(function)
 
 
-def clipped_policy_loss(
-    logprobs: Tensor,  # (N) with gradient
-    advantages: Tensor,  # (N) each token carries its completion's
-    lengths: Tensor,  # (B) tokens of each completion among the N
-    config: GRPOLossConfig,
-    *,
-    old_logprobs: Tensor | None,  # (N) None: on-policy, the ratio is exactly 1
-    ref_logprobs: Tensor | None,  # (N)
-    sampler_logprobs: Tensor | None,  # (N)
-) -> TokenLosses:
-    """``-min(r A, clip(r) A) * w + beta * k3`` per token (arXiv 2402.03300, eq. 3 and 4).
+@dual
+def is_finite(x):
+    return tl.abs(x) < float("inf")
 
-    r is ``exp(logp - old)``, per token or per sequence; w the truncated importance weight against the sampler;
-    k3 ``exp(ref - logp) - (ref - logp) - 1``.
+
+@dual
+def clamp(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@dual
+def kl_term(logprobs, ref, CONFIG):
+    """The estimate of KL(policy || reference) per token and its slope in the log-prob, 0 where the gap is clamped."""
+    gap = ref - logprobs
+    beyond = tl.abs(gap) > BOUND
+    gap = clamp(gap, -BOUND, BOUND)
+    if CONFIG.kl_estimator == "k1":
+        value = -gap
+        slope = 1.0 + 0.0 * gap
+    elif CONFIG.kl_estimator == "k2":
+        value = 0.5 * gap * gap
+        slope = -gap
+    else:
+        value = tl.exp(gap) - gap - 1.0
+        slope = 1.0 - tl.exp(gap)
+    if CONFIG.kl_gradient == "straight_through":
+        slope = -gap
+    return value, tl.where(beyond, 0.0, slope)
+
+
+@dual
+def importance_weight(gap, CONFIG):
+    """The weight of a policy term; ``gap`` is old - sampler log-prob of the token, or its completion's sum."""
+    weight = tl.exp(clamp(gap, -BOUND, BOUND))
+    limit = CONFIG.importance_sampling_cap
+    if CONFIG.importance_sampling_mode == "token_truncate" or CONFIG.importance_sampling_mode == "sequence_truncate":
+        return tl.where(weight > limit, limit, weight)
+    else:
+        return tl.where(weight > limit, 0.0, weight)
+
+
+@dual
+def policy_term(logprobs, log_ratio, advantage, CONFIG):
+    """One token's policy loss: (loss, slope in log_ratio, slope in logprobs, ratio, its slope, clip_low, clip_high)."""
+    ratio = tl.exp(clamp(log_ratio, -BOUND, BOUND))
+    growth = tl.where(tl.abs(log_ratio) > BOUND, 0.0, ratio)
+    nothing = 0.0 * ratio
+    never = ratio < 0.0
+    if CONFIG.loss_type == "cispo":
+        capped = ratio > CONFIG.clip_high
+        slope = -tl.where(capped, CONFIG.clip_high, ratio) * advantage
+        return slope * logprobs, nothing, slope, ratio, growth, never, capped
+    elif CONFIG.loss_type == "vespo":
+        slope = nothing - advantage
+        return slope * logprobs, nothing, slope, ratio, growth, never, never
+    elif CONFIG.loss_type == "sapo":
+        steepness = tl.where(advantage > 0.0, CONFIG.sapo_temperature_pos, nothing + CONFIG.sapo_temperature_neg)
+        gate = tl.sigmoid(steepness * (ratio - 1.0))
+        loss = -4.0 / steepness * gate * advantage
+        return loss, -4.0 * gate * (1.0 - gate) * advantage * growth, nothing, ratio, growth, never, never
+    else:
+        below, above = ratio < 1 - CONFIG.epsilon, ratio > 1 + CONFIG.clip_high
+        clipped = clamp(ratio, 1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
+        clipped_slope = tl.where(below | above, 0.0, growth)
+        unclipped, unclipped_slope = ratio, growth
+        if CONFIG.delta is not None:
+            unclipped_slope = tl.where(ratio > CONFIG.delta, 0.0, growth)
+            unclipped = tl.where(ratio > CONFIG.delta, CONFIG.delta, ratio)
+        smaller = unclipped * advantage < clipped * advantage
+        loss = -tl.where(smaller, unclipped, clipped) * advantage
+        slope = -tl.where(smaller, unclipped_slope, clipped_slope) * advantage
+        return loss, slope, nothing, ratio, growth, below & (advantage < 0.0), above & (advantage > 0.0)
+
+
+@dual
+def row_inputs(logprobs, advantage, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
+    """What a row's log-probs say: (finite, logprobs, log_ratio, gap to the sampler, KL, its slope, advantage).
+
+    All of it is finite, also on rows that are not. Where the advantage is zero, old and sampler log-probs play no
+    part, unless the KL does so in the advantage or is weighted by the ratio.
     """
-    own = logprobs.detach()
-    old = own if old_logprobs is None else old_logprobs.detach().to(own.dtype)
-    # where the advantage is zero only the KL term is left, and the old log-probs may be NaN (rows that were left out)
-    dead = advantages == 0
-    old = torch.where(dead, own, old)
-    log_ratio = logprobs - old
-    if config.importance_sampling_level == "sequence":
-        # segment_reduce adds each completion in order, so two runs give the same bits on a GPU too
-        mean = torch.segment_reduce(log_ratio, "sum", lengths=lengths) / lengths.clamp(min=1)
-        log_ratio = mean.repeat_interleave(lengths)
-    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    clipped = ratio.clamp(1 - config.epsilon, 1 + config.clip_high)
-    losses = -torch.minimum(unclipped * advantages, clipped * advantages)
-    if sampler_logprobs is not None:
-        gap = torch.where(dead, 0, old - sampler_logprobs.detach().to(own.dtype))
-        losses = losses * gap.exp().clamp(max=config.importance_sampling_cap)
-    if config.beta:
-        losses = losses + config.beta * k3(logprobs, ref_logprobs.detach().to(own.dtype))
-    ratio = ratio.detach()
-    return TokenLosses(
-        losses,
-        ratio,
-        clip_low=(ratio < 1 - config.epsilon) & (advantages < 0),
-        clip_high=(ratio > 1 + config.clip_high) & (advantages > 0),
+    finite = is_finite(logprobs)
+    nothing = tl.where(finite, 0.0 * logprobs, 0.0)
+    log_ratio, gap, kl, kl_slope = nothing, nothing, nothing, nothing
+    idle = advantage == 0.0
+    if CONFIG.kl_in_advantage:
+        idle = idle & (advantage != 0.0)
+    if HAS_OLD:
+        log_ratio = logprobs - old
+        if not (CONFIG.kl_in_loss and CONFIG.use_bias_correction_kl):
+            log_ratio = tl.where(idle, nothing, log_ratio)
+        finite = finite & is_finite(log_ratio)
+    if HAS_SAMPLER:
+        if HAS_OLD:
+            gap = old - sampler
+        else:
+            gap = logprobs - sampler
+        gap = tl.where(idle, nothing, gap)
+        finite = finite & is_finite(gap)
+    if HAS_REF:
+        finite = finite & is_finite(ref - logprobs)
+        ref = tl.where(finite, ref, 0.0)
+    logprobs = tl.where(finite, logprobs, 0.0)
+    if HAS_REF:
+        kl, kl_slope = kl_term(logprobs, ref, CONFIG)
+        if CONFIG.kl_in_advantage:
+            advantage = advantage - CONFIG.beta * kl
+    return (
+        finite, logprobs, tl.where(finite, log_ratio, 0.0), tl.where(finite, gap, 0.0), kl, kl_slope, advantage,
+    )  # fmt: skip
+
+
+@dual
+def weighted_terms(
+    finite, logprobs, log_ratio, importance, kl, kl_slope, advantage, entropy, weight, kept_weight, CONFIG
+):
+    """(loss, slope in log_ratio, slope in logprobs, slope in entropy, ratio, clip_low, clip_high, kl) of each row.
+
+    ``weight`` is the row's share in the loss, ``kept_weight`` the same or 0 where policy term and entropy bonus go.
+    """
+    weight = tl.where(finite, weight, 0.0)
+    kept_weight = tl.where(finite, kept_weight, 0.0)
+    loss, ratio_slope, slope, ratio, growth, clip_low, clip_high = policy_term(logprobs, log_ratio, advantage, CONFIG)
+    share = kept_weight * importance
+    loss, ratio_slope, slope = share * loss, share * ratio_slope, share * slope
+    if CONFIG.kl_in_loss:
+        penalty = weight * CONFIG.beta
+        if CONFIG.use_bias_correction_kl:
+            if CONFIG.kl_gradient == "own":
+                ratio_slope = ratio_slope + penalty * kl * growth
+            penalty = penalty * ratio
+        loss = loss + penalty * kl
+        slope = slope + penalty * kl_slope
+    entropy_slope = 0.0 * kept_weight
+    if CONFIG.entropy_coef != 0:
+        entropy_slope = -CONFIG.entropy_coef * kept_weight
+        loss = loss + entropy_slope * tl.where(finite, entropy, 0.0)
+    return (
+        loss, ratio_slope, slope, entropy_slope,
+        tl.where(finite, ratio, 0.0), clip_low & finite, clip_high & finite, tl.where(finite, kl, 0.0),
+    )  # fmt: skip
+
+
+@dual
+def token_objective(
+    logprobs, entropy, advantage, weight, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
+):  # fmt: skip
+    """The whole objective of a row, for configs whose tokens need nothing of each other.
+
+    ``weight`` is the row's share in the loss (:func:`token_weights`). An input whose HAS_* flag is False may be
+    anything; ``entropy`` matters only to the bonus.
+
+    Returns (loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite): ``loss`` includes the
+    weight, ``coefficient`` is d total / d logprob and ``entropy_coefficient`` d total / d entropy. A row with a
+    non-finite log-ratio is all zeros.
+    """
+    finite, logprobs, log_ratio, gap, kl, kl_slope, advantage = row_inputs(
+        logprobs, advantage, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
+    )
+    importance = 1.0
+    if HAS_SAMPLER:
+        importance = importance_weight(gap, CONFIG)
+    loss, ratio_slope, slope, entropy_slope, ratio, clip_low, clip_high, kl = weighted_terms(
+        finite, logprobs, log_ratio, importance, kl, kl_slope, advantage, entropy, weight, weight, CONFIG
+    )
+    return loss, ratio_slope + slope, entropy_slope, ratio, clip_low, clip_high, kl, finite
+
+
+class Objective(NamedTuple):
+    """Vectors over n rows; all but ``finite`` are zero where it is False."""
+
+    losses: Tensor  # (n) times the row's weight: they sum to the loss
+    coefficients: Tensor  # (n) d loss / d logprob
+    entropy_coefficients: Tensor | None  # (n) d loss / d entropy, None without an entropy bonus
+    ratio: Tensor  # (n)
+    clip_low: Tensor  # (n) bool
+    clip_high: Tensor  # (n) bool
+    kl: Tensor | None  # (n) the estimate, None without reference log-probs
+    finite: Tensor  # (n) bool
+
+
+def policy_objective(
+    logprobs: Tensor,  # (n)
+    entropy: Tensor | None,  # (n), needed for an entropy bonus or a top_entropy_quantile
+    advantages: Tensor,  # (n) each row carries its completion's
+    weights: Tensor,  # (n) each row's share in the loss
+    *,
+    old_logprobs: Tensor | None,  # (n) None: on-policy, the ratio is exactly 1
+    ref_logprobs: Tensor | None,  # (n)
+    sampler_logprobs: Tensor | None,  # (n)
+    lengths: Tensor,  # (b) int64, sum n: rows of each completion
+    config: GRPOLossConfig,
+) -> Objective:
+    """The objective of n rows and its gradient, in the dtype of ``logprobs``; the definition is in ``reference``.
+
+    Any rows will do when the objective is token by token; :func:`needs_whole_sequences` says when completions must
+    be whole, and :func:`needs_whole_batch` when all unmasked rows of the call must be there.
+    """
+    dtype = logprobs.dtype
+    advantages, weights = advantages.to(dtype), weights.to(dtype)
+    old, ref, sampler = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
+    finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
+        logprobs, advantages, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
     )
 
+    def spread_sum(values: Tensor) -> Tensor:
+        # in order, so the same bits on every run; in float64, since a completion may have very many tokens; "unsafe"
+        # only in that it does not read the lengths first
+        sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True).to(values.dtype)
+        return sums.repeat_interleave(lengths, output_size=len(values))
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The non-negative, unbiased estimate of KL(policy || reference) per token (Schulman, 2020)."""
-    gap = ref_logprobs - logprobs
-    return gap.exp() - gap - 1
+    by_sequence = config.importance_sampling_level == "sequence"
+    if by_sequence:
+        tokens = spread_sum(finite.to(dtype)).clamp(min=1)
+        log_ratio = spread_sum(log_ratio) / tokens
+    importance = torch.ones_like(own)
+    if sampler is not None:
+        gap = spread_sum(gap) if config.importance_sampling_mode.startswith("sequence") else gap
+        importance = in_torch.importance_weight(gap, config)
+    if config.loss_type == "vespo":
+        low, high = VESPO_LOG_BOUNDS
+        log_weight = spread_sum(log_ratio.clamp(-high, high) + importance.log().clamp(low, high)).clamp(low, high)
+        importance = vespo_weight(log_weight, advantages, config)
+    kept_weights = weights
+    if needs_whole_batch(config):
+        kept_weights = weights * entropy_mask(entropy, config.top_entropy_quantile)
+    losses, ratio_slope, slope, entropy_slope, ratio, clip_low, clip_high, kl = in_torch.weighted_terms(
+        finite, own, log_ratio, importance, kl, kl_slope, advantages, entropy, weights, kept_weights, config
+    )
+    if by_sequence:
+        ratio_slope = torch.where(finite, spread_sum(ratio_slope) / tokens, 0)
+    return Objective(
+        losses, ratio_slope + slope, entropy_slope if config.entropy_coef else None,
+        ratio, clip_low, clip_high, kl if ref is not None else None, finite,
+    )  # fmt: skip
+
+
+def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """``exp(lambda) w^k exp(-lambda w)``, k and lambda by the advantage's sign (arXiv 2602.10693)."""
+    rising = (config.vespo_k_pos, config.vespo_lambda_pos)
+    falling = (config.vespo_k_neg, config.vespo_lambda_neg)
+    k, rate = (torch.where(advantages >= 0, advantages.new_tensor(p), n) for p, n in zip(rising, falling, strict=True))
+    return (rate + k * log_weight - rate * log_weight.exp()).clamp(max=LOG_RATIO_BOUND).exp()
+
+
+def needs_whole_sequences(config: GRPOLossConfig) -> bool:
+    """Whether a row's objective depends on the other rows of its completion."""
+    modes = (config.importance_sampling_level, config.importance_sampling_mode)
+    return config.loss_type == "vespo" or any(mode.startswith("sequence") for mode in modes)
+
+
+def needs_whole_batch(config: GRPOLossConfig) -> bool:
+    """Whether a row's objective depends on all unmasked rows of the call."""
+    return config.top_entropy_quantile < 1
+
+
+def entropy_mask(entropy: Tensor, quantile: float) -> Tensor:
+    """(n) bool: whether a row is among the top ``quantile`` by entropy; rows without an entropy (NaN) are not."""
+    if not len(entropy):
+        return torch.zeros_like(entropy, dtype=torch.bool)
+    return entropy >= entropy.nanquantile(1 - quantile)
 
 
 def token_weights(lengths: Tensor, config: GRPOLossConfig, denominator: float | Tensor | None) -> Tensor:
     """(B): what one token of each completion weighs in the loss; floating ``lengths`` (B) count its unmasked tokens."""
-    if config.loss_type == "grpo":
-        return lengths.clamp(min=1).reciprocal() / (len(lengths) if denominator is None else denominator)
     if denominator is None:
-        if config.loss_type == "dr_grpo":
+        if config.loss_type in ("grpo", "sapo", "luspo"):
+            denominator = len(lengths)
+        elif config.loss_type == "dr_grpo":
             denominator = len(lengths) * config.max_completion_length
         else:
             denominator = lengths.sum().clamp(min=1)
-    return torch.ones_like(lengths) / denominator
+    per_completion = lengths.clamp(min=1) if config.loss_type in ("grpo", "sapo") else torch.ones_like(lengths)
+    return per_completion.reciprocal() / denominator

@@ -1,37 +1,177 @@
-"""Sizes of the blocks in which the vocabulary is swept: the one place where they are chosen."""
+"""Mode, chunk and tile sizes of every sweep over the vocabulary: the one place where they are chosen.
+
+Two orders of the same work (costs in N * D * V multiply-adds times two):
+
+- **single sweep**, 6 (4 with a frozen head): for a chunk of rows the exponentials of all V logits are kept until the
+  rows' coefficients are known. Each chunk passes once over the weight and its fp32 gradient, so it must have many rows.
+- **recompute**, 8 (6): a first sweep for the log-probs, and a second one, vocabulary tile by tile, for the gradients.
+  It needs no fp32 gradient of the whole weight.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 
 CPU_WORKSPACE_BYTES = 64 << 20
 GPU_WORKSPACE_BYTES = 512 << 20
-CPU_TILE_BYTES = 8 << 20  # the logits tile is passed over several times, so it should stay in the last-level cache
+SMALLEST_WORKSPACE_BYTES = 1 << 20  # below it tiles get so small that the GEMMs are all overhead
+CPU_TILE_BYTES = 8 << 20  # a tile is passed over several times, so it should stay in the last-level cache
+GPU_TILE_BYTES = 24 << 20  # half of an H100's second-level cache
+CPU_SWEEP_ROWS = 160  # with fewer rows in a chunk, passing over the weight costs more than sweeping twice
+GPU_SWEEP_ROWS = 768
 
 
-class Sweep(NamedTuple):
-    """``rows`` x ``columns`` logits are alive at a time."""
+class Plan(NamedTuple):
+    """rows: tokens whose exponentials or logit gradients are alive at a time. columns: width of a vocabulary tile.
+
+    dtype: in which they are stored. gemm_dtype: in which the two gradient GEMMs multiply.
+    """
 
     rows: int
     columns: int
+    dtype: torch.dtype
+    gemm_dtype: torch.dtype
 
 
-SMALLEST_BUDGET_BYTES = 1 << 20  # below it tiles get so small that the GEMMs are all overhead
-TILES = 4  # logits tiles alive at a time in the backward pass with entropy and softcap
+def workspace_bytes(device: torch.device, n_rows: int, vocab_size: int, workspace_mib: int | None = None) -> int:
+    """The bound of what a sweep holds beside its results; at most a quarter of fp32 logits, if that is over 1 MiB."""
+    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+    given = default if workspace_mib is None else workspace_mib << 20
+    return min(given, max(n_rows * vocab_size, SMALLEST_WORKSPACE_BYTES))
 
 
-def choose_sweep(n_rows: int, vocab_size: int, dim: int, device: torch.device, itemsize: int = 4) -> Sweep:
-    """The block for ``n_rows`` tokens: all that is alive fits the workspace and a quarter of ``n_rows * vocab_size``.
+def gemm_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """How exponentials are stored, and in which dtype the gradient GEMMs run, for a head in ``dtype``.
 
-    Half of the budget goes to slices of the weight and of its gradient, ``2 * columns * dim`` elements, the other half
-    to logits tiles. (The quarter yields to a smallest budget of 1 MiB.)
+    A CPU without AMX multiplies fp32 faster than bf16 (measured: 300 against 160 GFLOP/s on two cores with
+    AVX512-BF16), so there bf16 only halves the workspace. fp16 cannot hold exponentials.
     """
+    if device.type != "cpu":
+        return dtype, dtype
+    if dtype == torch.bfloat16:
+        return dtype, dtype if torch.cpu._is_amx_tile_supported() else torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide, wide
+
+
+def single_sweep_plan(
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None
+) -> Plan | None:
+    """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it."""
+    if dtype == torch.float16:  # its gradients must be formed after a loss scale is known, or they vanish
+        return None
+    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    stored, gemm_dtype = gemm_dtypes(device, dtype)
+    if device.type == "cpu":
+        columns, weight_tile, logits_tile = min(vocab_size, 16384), 0, 0
+        if dtype != gemm_dtype or stored != gemm_dtype:  # slices of the weight, or of E, are copied
+            columns = _between(1, min(CPU_TILE_BYTES, budget // 4) // (4 * dim), min(vocab_size, 4096))
+            weight_tile, logits_tile = 2 * columns * dim * 4, 2 * columns * 4
+        rows = (budget - weight_tile) * 15 // 16 // (vocab_size * stored.itemsize + logits_tile + 6 * dim * 4)
+    else:
+        columns = vocab_size
+        rows = budget // (vocab_size * stored.itemsize + 6 * dim * 4)
+    least = CPU_SWEEP_ROWS if device.type == "cpu" else GPU_SWEEP_ROWS
+    if rows < min(n_rows, least):
+        return None
+    return Plan(_even(n_rows, rows, 128 if device.type != "cpu" else 8), columns, stored, gemm_dtype)
+
+
+def recompute_plan(
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None
+) -> Plan:
+    """The plan of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
+    its gradient, half for tiles of logits and their gradients."""
+    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    stored, gemm_dtype = gemm_dtypes(device, dtype)
     on_cpu = device.type == "cpu"
-    workspace = CPU_WORKSPACE_BYTES if on_cpu else GPU_WORKSPACE_BYTES
-    budget = min(workspace, max(n_rows * vocab_size * itemsize // 4, SMALLEST_BUDGET_BYTES)) // itemsize
-    columns = max(1, min(vocab_size, 4096 if on_cpu else 16384, budget // (4 * dim)))
-    tile = min(budget // (2 * TILES), CPU_TILE_BYTES // itemsize if on_cpu else budget)
-    columns = min(columns, max(1, tile))
-    return Sweep(rows=max(1, min(n_rows, tile // columns)), columns=columns)
+    stored = gemm_dtype if on_cpu else stored
+    columns = _between(1, budget // (2 * 8 * dim), min(vocab_size, 1024 if on_cpu else 16384))
+    tile = min(budget // 2, CPU_TILE_BYTES if on_cpu else GPU_TILE_BYTES)
+    alive = 4 * 4 if on_cpu else stored.itemsize  # tiles of z, factor and exp beside the result
+    columns = min(columns, max(1, tile // alive))
+    return Plan(_between(1, tile // alive // columns, n_rows), columns, stored, gemm_dtype)
+
+
+def forward_plan(
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, workspace_mib: int | None = None
+) -> Plan:
+    """The plan of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
+    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    if device.type != "cpu":
+        partial = 3 * 4 * (vocab_size // 64 + 1)
+        return Plan(_between(1, budget // partial, n_rows), vocab_size, torch.float32, torch.float32)
+    columns = _between(1, min(CPU_TILE_BYTES, budget // 4) // (8 * dim), min(vocab_size, 4096))
+    rows = _between(1, min(CPU_TILE_BYTES, budget // 4) // (8 * columns), n_rows)
+    return Plan(rows, columns, torch.float32, torch.float32)
+
+
+def _between(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+def _even(total: int, at_most: int, multiple: int) -> int:
+    """The size of blocks of nearly equal length that cover ``total``, a multiple of ``multiple`` where that fits."""
+    if total <= at_most:
+        return max(total, 1)
+    if at_most >= multiple:
+        at_most -= at_most % multiple
+    blocks = -(-total // at_most)
+    size = -(-total // blocks)
+    rounded = -(-size // multiple) * multiple
+    return rounded if rounded <= at_most else size
+
+
+class TritonTile(NamedTuple):
+    """One program computes ``block_n`` rows times ``block_v`` tokens of the vocabulary, ``block_d`` of D at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+# Compiled without register spills and within the shared memory of each chip (tests/ops/test_cross_compile.py);
+# keyed by (chip, bytes an element).
+TRITON_TILES = {
+    (80, 2): TritonTile(128, 128, 64, 8, 3),
+    (86, 2): TritonTile(128, 128, 32, 8, 3),
+    (89, 2): TritonTile(128, 128, 32, 8, 3),
+    (90, 2): TritonTile(128, 128, 64, 8, 3),
+    (120, 2): TritonTile(128, 128, 64, 8, 3),
+    (80, 4): TritonTile(64, 128, 32, 8, 3),
+    (86, 4): TritonTile(64, 128, 32, 8, 2),
+    (89, 4): TritonTile(64, 128, 32, 8, 2),
+    (90, 4): TritonTile(64, 128, 32, 8, 3),
+    (120, 4): TritonTile(64, 128, 32, 8, 2),
+}
+# With TOOLX_AUTOTUNE=1 each process times these beside the table's choice, once for each kind of sweep. Off by default:
+# it takes seconds, and another tile adds up in another order, so two processes may differ in the last bits.
+AUTOTUNE = os.environ.get("TOOLX_AUTOTUNE") == "1"
+CANDIDATES = {
+    2: [
+        TritonTile(128, 128, 32, 8, 3), TritonTile(128, 128, 64, 8, 3), TritonTile(128, 128, 64, 8, 4),
+        TritonTile(128, 256, 64, 8, 3), TritonTile(128, 256, 64, 8, 4), TritonTile(64, 128, 64, 4, 3),
+        TritonTile(128, 64, 64, 4, 3),
+    ],
+    4: [TritonTile(64, 128, 32, 8, 2), TritonTile(64, 128, 32, 8, 3), TritonTile(64, 64, 32, 4, 3)],
+}  # fmt: skip
+INTERPRETED_TILE = TritonTile(16, 32, 16, 4, 1)
+GROUP_ROWS = 16  # row blocks that walk over the vocabulary together, so that a slice of the weight is read once
+
+
+def triton_tile(capability: tuple[int, int] | None, itemsize: int, *, crowded: bool = False) -> TritonTile:
+    """The tile for a chip, that of its nearest older relative if it is not in the table; None: the interpreter.
+
+    ``crowded``: an adapter and a softcap together need so many registers that the tile is halved.
+    """
+    if capability is None:
+        return INTERPRETED_TILE
+    chip = capability[0] * 10 + capability[1]
+    known = [known for known, size in TRITON_TILES if size == itemsize and known <= chip]
+    tile = TRITON_TILES[max(known, default=80), itemsize]
+    return tile._replace(block_n=tile.block_n // 2) if crowded else tile

@@ -6,9 +6,15 @@ from pathlib import Path
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
-    """Draws accuracy, hard samples, entropy with completion length, and learning rate with gradient norm."""
-    import matplotlib
+    """Draws accuracy, hard samples, entropy with completion length, and learning rate with gradient norm.
 
+    Without matplotlib, which a source tree may lack, one line says so: a run must not fail at its last step.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"{path.name} was not drawn: `pip install matplotlib` brings what draws it.")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

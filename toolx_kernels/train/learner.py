@@ -23,7 +23,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 
 
 class DivergedError(InputError):
-    """The loss or the gradient is no longer a number; the weights have not been touched by it."""
+    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""
 
 
 class Learner:
@@ -98,6 +98,7 @@ class Learner:
             difference = (output.logprobs - torch.tensor(sampled, device=hidden.device)).abs()
             live = float(output.stats["live_tokens"])
             sums["live"] += live
+            sums["nonfinite"] += float(output.stats["nonfinite"])
             sums["loss"] += float(output.loss.detach())
             sums["logp_difference"] = max(sums["logp_difference"], float(difference.nan_to_num(0).max()))
             for name in {"entropy", "kl"} & set(output.stats) if live else ():
@@ -107,6 +108,10 @@ class Learner:
         self._accumulate(
             [PackedGroup(groups[i].prompt_ids, [c.ids for c in groups[i].completions]) for i in needed], loss_of
         )
+        if sums["nonfinite"]:
+            raise DivergedError(
+                f"{sums['nonfinite']:.0f} of {sums['live']:.0f} tokens have a log-prob that is not a number"
+            )
         metrics["loss"] = sums["loss"]
         metrics["grad_norm"] = self._apply(self.optimizer, sums["loss"])
         metrics["logp_difference"] = sums["logp_difference"]

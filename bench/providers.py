@@ -1,0 +1,247 @@
+"""Who is timed: ours, plain torch, the bare GEMMs, and other projects' fused losses, all on the same tensors.
+
+The work is one on-policy GRPO update of the LM head: N tokens of B completions of equal length, advantages given.
+A peer that stops at log-probs or cross-entropy gets the objective from :func:`grpo`, so its upstream gradient is the
+same vector that the fused losses compute. Peers run with their defaults unless a comment says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolx_kernels import linear_grpo_loss, linear_logprob
+
+# Spread of the logits: entropies of a few nats, as in a trained model. On flat logits no probability would reach the
+# threshold below which cut-cross-entropy skips work, and its time would be that of the skipped work.
+LOGIT_STD = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One set of tensors that every provider is run on."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D); a frozen head does not require grad
+    targets: Tensor  # (N) int64, sampled from the head
+    advantages: Tensor  # (B) fp32, zero for dead completions
+    cu_seqlens: Tensor  # (B + 1) int32
+
+
+@lru_cache(maxsize=1)
+def _tensors(n, d, vocab, dtype, device) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, device=device).to(dtype)
+    weight = (torch.randn(vocab, d, generator=g, device=device) * (LOGIT_STD / d**0.5)).to(dtype)
+    targets = [
+        torch.multinomial((rows @ weight.T).float().softmax(-1), 1, generator=g).squeeze(1)
+        for rows in hidden.split(max(1, 2**25 // vocab))
+    ]
+    return hidden, weight, torch.cat(targets)
+
+
+def make_problem(n: int, d: int, vocab: int, *, dtype, device, dead: float = 0.0, frozen: bool = False) -> Problem:
+    """Random tensors of one shape, the same on every call.
+
+    ``dead`` is the share of completions with advantage 0, rounded to whole ones of 16 or more; they are drawn anywhere.
+    """
+    hidden, weight, targets = _tensors(n, d, vocab, dtype, torch.device(device))
+    b = max(16, n // 1024)
+    g = torch.Generator().manual_seed(1)
+    advantages = torch.randn(b, generator=g)
+    advantages[torch.randperm(b, generator=g)[: round(dead * b)]] = 0
+    return Problem(
+        hidden.detach().requires_grad_(),
+        weight.detach().requires_grad_(not frozen),
+        targets,
+        advantages.to(device),
+        torch.arange(0, n + 1, n // b, dtype=torch.int32, device=device),
+    )
+
+
+def grpo(logprobs: Tensor, p: Problem) -> Tensor:
+    """The clipped on-policy objective on (N) log-probs; completions are equally long, so one mean is enough."""
+    advantages = p.advantages.repeat_interleave(len(logprobs) // len(p.advantages))
+    ratio = (logprobs - logprobs.detach()).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+
+class Absent(Exception):
+    """The provider cannot run here; the message says why."""
+
+
+class Provider:
+    """Log-probs, and a loss whose backward pass fills ``hidden.grad`` and ``weight.grad``."""
+
+    name: str
+    package: str | None = None  # what to install
+    passes = ("forward", "backward", "both")
+
+    def __init__(self, device: torch.device):
+        """Imports what the provider needs. Raises Absent or ImportError."""
+
+    def logprobs(self, p: Problem) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, p: Problem) -> Tensor:
+        return grpo(self.logprobs(p), p)
+
+    def stage(self, what: str, p: Problem) -> Callable[[], object]:
+        """Prepares one call of a pass; what it returns is what gets timed."""
+        p.hidden.grad = p.weight.grad = None
+        if what == "forward":
+            inputs = replace(p, hidden=p.hidden.detach(), weight=p.weight.detach())
+            return torch.no_grad()(lambda: self.logprobs(inputs))
+        if what == "backward":
+            return self.loss(p).backward
+        return lambda: self.loss(p).backward()
+
+
+class Toolx(Provider):
+    name = "toolx"
+
+    def logprobs(self, p):
+        return linear_logprob(p.hidden, p.weight, p.targets).logprobs
+
+    def loss(self, p):
+        return linear_grpo_loss(
+            p.hidden, p.weight, p.targets, cu_seqlens=p.cu_seqlens, advantages=p.advantages
+        ).loss  # fmt: skip
+
+
+class PlainTorch(Provider):
+    name = "plain torch"
+
+    def logprobs(self, p):
+        logits = (p.hidden @ p.weight.T).float()
+        return logits.gather(1, p.targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+class Floor(Provider):
+    """The GEMMs that no exact method can do without, into memory that is already there."""
+
+    name = "floor"
+
+    def rows(self, p: Problem) -> Tensor:
+        return p.hidden.detach()
+
+    def stage(self, what, p):
+        hidden, weight, head = self.rows(p), p.weight.detach(), p.weight.requires_grad
+        wide = hidden.is_cuda and hidden.dtype != torch.float32
+        z = hidden.new_zeros(len(hidden), len(weight))
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else None) if head else None
+
+        def forward():
+            torch.mm(hidden, weight.T, out=z)
+
+        def backward():
+            torch.mm(z, weight, out=grad_hidden)
+            if head:
+                torch.mm(z.T, hidden, **({"out_dtype": torch.float32} if wide else {}), out=grad_weight)
+
+        if what == "backward":
+            forward()
+            return backward
+        return forward if what == "forward" else lambda: (forward(), backward())
+
+
+class LiveFloor(Floor):
+    """The floor of the rows whose advantage is not zero."""
+
+    name = "floor, live rows"
+
+    def rows(self, p):
+        live = (p.advantages != 0).repeat_interleave(len(p.hidden) // len(p.advantages))
+        return p.hidden.detach()[live]
+
+
+class CutCrossEntropy(Provider):
+    """On a CPU its Triton kernels cannot run; its own torch.compile version, which keeps the logits, stands in."""
+
+    name = "cut-cross-entropy"
+    package = "cut-cross-entropy"
+
+    def __init__(self, device):
+        from cut_cross_entropy import linear_cross_entropy
+
+        self.call = linear_cross_entropy
+        self.impl = "cce" if device.type == "cuda" else "torch_compile"
+
+    def logprobs(self, p):
+        return -self.call(p.hidden, p.weight, p.targets, reduction="none", impl=self.impl).float()
+
+
+class LigerGRPO(Provider):
+    """Computes its gradients in the forward pass, so it has no forward-only mode to time."""
+
+    name = "Liger GRPO"
+    package = "liger-kernel"
+    passes = ("backward", "both")
+
+    def __init__(self, device):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        # What it compiles is elementwise on (B, T), so on a CPU compiling changes nothing but the need of a compiler.
+        compiled = device.type == "cuda"
+        self.make = partial(
+            LigerFusedLinearGRPOLoss, beta=0.0, use_ref_model=False, loss_type="grpo", compiled=compiled
+        )
+
+    def loss(self, p):
+        targets = p.targets.view(len(p.advantages), -1)
+        hidden = p.hidden.view(*targets.shape, p.hidden.shape[1])
+        mask = torch.ones_like(targets, dtype=torch.float32)
+        # Its default, one completion at a time, would read the whole weight for a few of our short completions.
+        call = self.make(chunk_size=max(1, 1024 // targets.shape[1]))
+        return call(hidden, p.weight, targets, mask, p.advantages)[0]
+
+
+class LigerCrossEntropy(Provider):
+    name = "Liger cross-entropy"
+    package = "liger-kernel"
+
+    def __init__(self, device):
+        if device.type != "cuda":
+            raise Absent("its Triton kernels need a GPU")
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        self.call = LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+    def logprobs(self, p):
+        return -self.call(p.weight, p.hidden, p.targets)
+
+
+class TRL(Provider):
+    name = "TRL chunked"
+    package = "trl"
+    vocab_chunk = 32_768  # the trainers' own setting
+
+    def __init__(self, device):
+        from trl.kernels import ChunkedLogProbFunction
+
+        self.call = ChunkedLogProbFunction.apply
+
+    def logprobs(self, p):
+        return self.call(p.hidden, p.weight, None, p.targets, 1.0, self.vocab_chunk, None, 1.0, ())[0]
+
+
+class TorchLinearCrossEntropy(Provider):
+    name = "torch linear_cross_entropy"
+
+    def __init__(self, device):
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+        self.options = torch.nn.LinearCrossEntropyOptions()
+
+    def logprobs(self, p):
+        return -F.linear_cross_entropy(p.hidden, p.weight, p.targets, reduction="none", options=self.options).float()
+
+
+OURS = (Toolx, PlainTorch, Floor, LiveFloor)
+PEERS = (CutCrossEntropy, LigerGRPO, LigerCrossEntropy, TRL, TorchLinearCrossEntropy)

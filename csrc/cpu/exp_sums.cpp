@@ -1,0 +1,166 @@
+#include "../checks.h"
+
+#include <algorithm>
+#include <cstring>
+
+// One source, compiled for several instruction sets; the loader picks the best the processor has.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define TOOLX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define TOOLX_INLINE inline __attribute__((always_inline))
+#else
+#define TOOLX_CLONES
+#define TOOLX_INLINE inline
+#endif
+
+namespace toolx {
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // vocabulary entries added up on their own, so that rounding errors stay small
+constexpr int64_t kLanes = 32;  // rows handled together
+constexpr int64_t kElementsPerThread = 32 * 1024;
+
+// exp(x) to about 1e-7 relative; zero below -87, where fp32 turns denormal. A NaN stays one. Beyond 88 it is exp(88).
+TOOLX_INLINE float exp_of(float x) {
+  const float bounded = x > 88.0f ? 88.0f : x;
+  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float n = shifted - 12582912.0f;
+  const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = static_cast<int32_t>((static_cast<uint32_t>(exponent) - 0x4B400000u + 127u) << 23);
+  float power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+TOOLX_INLINE void store(float* to, float value) { *to = value; }
+
+// bf16, rounded to the nearest, ties to even. The values are exponentials, or NaN, whose rounding stays a NaN.
+TOOLX_INLINE void store(uint16_t* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  *to = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// For `n` <= kLanes neighbouring rows: out = exp(z - anchor), and its sums over the columns. z and out may be the same.
+template <typename Out>
+TOOLX_INLINE void exp_lanes(
+    const float* z,
+    int64_t z_stride,
+    const float* anchor,
+    Out* out,
+    int64_t out_stride,
+    int64_t n,
+    int64_t columns,
+    float* total,
+    float* moment) {
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, columns);
+    float totals[kLanes] = {};
+    float moments[kLanes] = {};
+    for (int64_t column = first; column < last; ++column) {
+      const float* from = z + column * z_stride;
+      Out* to = out + column * out_stride;
+      for (int64_t lane = 0; lane < n; ++lane) {
+        const float d = from[lane] - anchor[lane];
+        const float bounded = d < -1e4f ? -1e4f : d;  // zero times -inf would be NaN
+        const float e = exp_of(bounded);
+        totals[lane] += e;
+        moments[lane] += e * bounded;
+        store(to + lane, e);
+      }
+    }
+    for (int64_t lane = 0; lane < n; ++lane) {
+      total[lane] += totals[lane];
+      moment[lane] += moments[lane];
+    }
+  }
+}
+
+template <typename Out>
+TOOLX_INLINE void exp_rows(
+    const float* z,
+    int64_t z_stride,
+    const float* anchor,
+    Out* out,
+    int64_t out_stride,
+    int64_t rows,
+    int64_t columns,
+    float* total,
+    float* moment) {
+  int64_t row = 0;
+  for (; row + kLanes <= rows; row += kLanes) {  // a constant count lets the compiler keep the lanes in registers
+    exp_lanes(
+        z + row, z_stride, anchor + row, out + row, out_stride, kLanes, columns, total + row, moment + row);
+  }
+  if (row < rows) {
+    exp_lanes(
+        z + row, z_stride, anchor + row, out + row, out_stride, rows - row, columns, total + row, moment + row);
+  }
+}
+
+TOOLX_CLONES void exp_rows_fp32(
+    const float* z, int64_t zs, const float* a, float* out, int64_t os, int64_t n, int64_t c, float* s, float* m) {
+  exp_rows(z, zs, a, out, os, n, c, s, m);
+}
+
+TOOLX_CLONES void exp_rows_bf16(
+    const float* z, int64_t zs, const float* a, uint16_t* out, int64_t os, int64_t n, int64_t c, float* s, float* m) {
+  exp_rows(z, zs, a, out, os, n, c, s, m);
+}
+
+}  // namespace
+
+// z (N, C) fp32; anchor (N) fp32; out (N, C) fp32 or bf16, may be z; sums (2, N) fp32, added to. Of z and out, the rows
+// lie next to each other, as the GEMM that fills z writes them fastest.
+void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
+  using torch::headeronly::ScalarType;
+  const int64_t rows = z.dim() == 2 ? z.size(0) : -1;
+  const int64_t columns = z.dim() == 2 ? z.size(1) : -1;
+  require(
+      z.dim() == 2 && out.dim() == 2 && out.size(0) == rows && out.size(1) == columns && anchor.dim() == 1 &&
+          anchor.size(0) == rows && sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == rows,
+      "exp_sums: z and out must be (N, C), anchor (N) and sums (2, N).");
+  require(
+      z.scalar_type() == ScalarType::Float && anchor.scalar_type() == ScalarType::Float &&
+          sums.scalar_type() == ScalarType::Float &&
+          (out.scalar_type() == ScalarType::Float || out.scalar_type() == ScalarType::BFloat16),
+      "exp_sums: z, anchor and sums must be fp32, out fp32 or bf16.");
+  require(
+      (rows <= 1 || (z.stride(0) == 1 && out.stride(0) == 1)) && anchor.is_contiguous() && sums.is_contiguous(),
+      "exp_sums: columns of z and out, anchor and sums must be contiguous.");
+  if (rows == 0 || columns == 0) {
+    return;
+  }
+  const float* const logits = z.const_data_ptr<float>();
+  const float* const anchors = anchor.const_data_ptr<float>();
+  float* const totals = sums.mutable_data_ptr<float>();
+  const bool in_fp32 = out.scalar_type() == ScalarType::Float;
+  void* const results = out.mutable_data_ptr();
+  const int64_t zs = z.stride(1);
+  const int64_t os = out.stride(1);
+  const int64_t lane_groups = (rows + kLanes - 1) / kLanes;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (columns * kLanes));
+  torch::stable::parallel_for(0, lane_groups, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes;
+    const int64_t n = std::min(end * kLanes, rows) - first;
+    float* const total = totals + first;
+    if (in_fp32) {
+      float* to = static_cast<float*>(results) + first;
+      exp_rows_fp32(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(results) + first;
+      exp_rows_bf16(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
+    }
+  });
+}
+
+}  // namespace toolx

@@ -1,0 +1,146 @@
+"""Compiles every Triton kernel for a chip that need not be there and prints what it takes of it, one JSON line each.
+
+    python -m tests.ops.cross_compile 86
+
+Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from toolx_kernels.ops import advantages, statistics, sweep_triton, tiles
+from toolx_kernels.reference import GRPOLossConfig
+
+CHIPS = (80, 86, 89, 90, 120)
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
+ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr"}
+FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
+FLOATS = {"softcap", "eps"}
+ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 16
+
+
+def kernels() -> dict:
+    """Every Triton kernel of the loss, by name."""
+    kernel = type(sweep_triton.sweep_kernel)
+    modules = (sweep_triton, statistics, advantages)
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, kernel)
+    }
+
+
+def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
+    """Types of a kernel's arguments, and which of them are multiples of 16 as they are at run time."""
+    types, attributes = {}, {}
+    for i, param in enumerate(kernels()[name].params):
+        argument = param.name
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in INT64 or (name, argument) == ("move_rows_kernel", "target_ptr"):
+            types[argument] = "*i64"
+        elif argument.endswith("_ptr"):
+            of_head = argument in sweep_triton.OF_HEAD and not (argument == "out_ptr" and name in FP32_OUT)
+            of_head &= name != "statistics_kernel"  # whose weight is a row's share of the loss
+            types[argument] = f"*{dtype if of_head else 'fp32'}"
+        else:
+            types[argument] = "fp32" if argument in FLOATS else "i32"
+        varies = param.do_not_specialize or param.do_not_specialize_on_alignment or argument in ANY_NUMBER
+        if types[argument] not in ("constexpr", "fp32") and not varies:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, attributes
+
+
+# Of each branch that an objective has in a kernel, one that takes it.
+OBJECTIVES = (
+    {"delta": 1.4, "beta": 0.1, "use_bias_correction_kl": True, "entropy_coef": 0.1},
+    {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.1, "kl_estimator": "k1", "kl_gradient": "none"},
+    {"loss_type": "sapo", "importance_sampling_mode": "token_mask", "kl_estimator": "k2", "beta": 0.1},
+)
+
+
+def cases(chip: int):
+    """(what it is, kernel's name, constants, dtype, (warps, stages))"""
+    inner = {"stride_hd": 1, "stride_wd": 1, "stride_fr": 1, "stride_lr": 1}
+    flags = ("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP")
+    plain, everything = ({**dict.fromkeys(flags, on), "BLOCK_R": 16, **inner} for on in (False, True))
+    # fp16 compiles as bf16 does: once is enough
+    for dtype in ("bf16", "fp16", "fp32") if chip == 86 else ("bf16", "fp32"):
+        tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype])
+        for mode, what in enumerate(("online", "exponentials", "gradients")):
+            for extras in (plain, everything) if dtype == "bf16" or chip == 86 else (everything,):
+                constants = {
+                    "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS,
+                    "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
+                    "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+                    "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, **extras,
+                }  # fmt: skip
+                label = f"sweep {what}, {'everything' if extras is everything else 'plain'}"
+                yield label, "sweep_kernel", constants, dtype, (tile.warps, tile.stages)
+    small = {"BLOCK_N": 16, "BLOCK_T": 64}
+    block = sweep_triton.BLOCK_OF_ROW
+    elementwise = {
+        "target_logits_kernel": {**everything, "BLOCK_D": 1024},
+        "reweigh_kernel": {"HAS_SOFTCAP": True, "BLOCK": block},
+        "move_rows_kernel": {"BLOCK": block},
+        "place_targets_kernel": {"BLOCK": 128},
+        "finish_rows_kernel": {"stride_wd": 1, "BLOCK_D": 1024},
+    }
+    for dtype in ("bf16", "fp32"):
+        for name, constants in elementwise.items():
+            yield name.removesuffix("_kernel"), name, constants, dtype, (4, 3)
+    yield "add_online", "add_online_kernel", {"ENTROPY": True, **small}, "fp32", (4, 3)
+    for settings in OBJECTIVES:
+        given = {name: True for name in ("HAS_OLD", "HAS_REF", "HAS_SAMPLER", "HAS_SOFTCAP")}
+        config = GRPOLossConfig(**settings)
+        constants = {"CONFIG": config, **given, "HAS_ENTROPY": bool(config.entropy_coef), **small}
+        yield f"statistics {config.loss_type}", "statistics_kernel", constants, "fp32", (4, 3)
+    for scale in ("group", "batch"):
+        constants = {"HAS_IDS": True, "SCALE": scale, "BLOCK": 1024}
+        yield f"advantages {scale}", "advantages_kernel", constants, "fp32", (4, 3)
+
+
+def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:
+    """Registers and spilled bytes a thread, and shared bytes a block."""
+    kernel = kernels()[name]
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types, attributes = signature(name, constants, dtype)
+    source = ASTSource(kernel, types, constants, attributes)
+    options = {"num_warps": launch[0], "num_stages": launch[1]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    log = ptxas_log(compiled.asm["ptx"], chip)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def ptxas_log(ptx: str, chip: int) -> str:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = tools / ("ptxas-blackwell" if chip >= 90 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    name = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={name}", path, "-o", Path(folder, "kernel.cubin")]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+if __name__ == "__main__":
+    chip = int(sys.argv[1])
+    for what, name, constants, dtype, launch in cases(chip):
+        found = compile_for(chip, name, constants, dtype, launch)
+        print(json.dumps({"what": f"{what} {dtype}", "kernel": name, **found}), flush=True)

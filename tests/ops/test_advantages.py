@@ -1,0 +1,98 @@
+"""Group-relative advantages against their float64 definition."""
+
+import pytest
+import torch
+
+from tests.ops.cases import DEVICE, REWARDS
+from toolx_kernels import reference
+from toolx_kernels.errors import InputError
+from toolx_kernels.ops.advantages import group_advantages
+
+SCALES = ["group", "batch", "none"]
+
+
+def rewards_of(*values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ids", [None, [3, 9, 3, 3, 9, -1, 9, 3]], ids=["size", "ids"])
+def test_they_agree_with_the_definition(scale, ids, dtype):
+    groups = {"group_size": 4} if ids is None else {"group_ids": torch.tensor(ids, device=DEVICE)}
+    expected = reference.group_advantages(rewards_of(*REWARDS, dtype=torch.float64), **groups, scale=scale)
+    actual = group_advantages(rewards_of(*REWARDS, dtype=dtype), **groups, scale=scale)
+    assert actual.dtype == dtype and expected.abs().sum() > 0
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("sizes", [(1, 300), (300, 1), (37, 4), (2, 1030)], ids=str)
+def test_many_and_large_groups(sizes, scale):
+    n_groups, group_size = sizes
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randint(3, (n_groups * group_size,), generator=g).double()
+    expected = reference.group_advantages(rewards, group_size=group_size, scale=scale)
+    actual = group_advantages(rewards.float().to(DEVICE), group_size=group_size, scale=scale)
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=2e-6)
+    order = torch.randperm(len(rewards), generator=g)
+    ids = (torch.arange(len(rewards)) // group_size * 7 - 3)[order]
+    shuffled = group_advantages(rewards[order].float().to(DEVICE), group_ids=ids.to(DEVICE), scale=scale)
+    torch.testing.assert_close(shuffled.cpu().double(), expected[order], rtol=1e-5, atol=2e-6)
+
+
+def test_by_hand():
+    # mean 1/4, unbiased std 1/2
+    actual = group_advantages(rewards_of(1, 0, 0, 0), group_size=4, eps=0.0)
+    torch.testing.assert_close(actual, rewards_of(1.5, -0.5, -0.5, -0.5))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_equal_rewards_give_exact_zeros(scale):
+    """In fp32 the mean of three times 0.1 is not 0.1, and a tiny std would blow the difference up."""
+    for function in (group_advantages, reference.group_advantages):
+        rewards = rewards_of(0.1, 0.1, 0.1, 0.0, 1.0, 0.3)
+        advantages = function(rewards, group_size=3, scale=scale, eps=0.0)
+        assert (advantages[:3] == 0).all() and (advantages[3:] != 0).all()
+        assert (function(rewards[:3], group_size=1, scale=scale) == 0).all()
+
+
+def test_large_rewards_that_hardly_differ():
+    rewards = rewards_of(1000.0, 1000.0, 1000.0, 1000.125, dtype=torch.float32)
+    expected = reference.group_advantages(rewards.double(), group_size=4)
+    torch.testing.assert_close(group_advantages(rewards, group_size=4).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_integer_and_half_precision_rewards():
+    expected = group_advantages(rewards_of(1, 0, 0, 1), group_size=4)
+    for dtype in (torch.int64, torch.bfloat16, torch.bool):
+        actual = group_advantages(torch.tensor([1, 0, 0, 1], dtype=dtype, device=DEVICE), group_size=4)
+        assert torch.equal(actual, expected)
+
+
+def test_the_bonus_trap():
+    """0.01 more in an all-correct group of five is an advantage of about 1.75 after std-normalisation."""
+    rewards = rewards_of(1, 1, 1, 1, 1.01)
+    assert group_advantages(rewards, group_size=5)[-1].item() == pytest.approx(1.75, abs=0.02)
+    assert group_advantages(rewards, group_size=5, scale="none")[-1].item() == pytest.approx(0.008, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"group_size": 3}, "group_size=3 does not divide the 8"),
+        ({"group_size": 0}, "group_size=0 does not divide the 8"),
+        ({}, "either group_size or group_ids"),
+        ({"group_size": 4, "group_ids": torch.zeros(8)}, "either group_size or group_ids"),
+        ({"group_ids": torch.zeros(3)}, "one entry for each of the 8"),
+        ({"group_size": 4, "scale": "std"}, "scale='std' is unknown"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        group_advantages(torch.tensor(REWARDS), **arguments)
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(InputError, match=rf"rewards\[1\] = {value}"):
+            group_advantages(torch.tensor([1.0, value]), group_size=2)
+    with pytest.raises(InputError, match=r"rewards \(\) must be one number per completion"):
+        group_advantages(torch.tensor(1.0), group_size=1)

@@ -1,0 +1,188 @@
+"""The LM head as the loss sees it: which logits there are, and what is alive at a time while they are swept.
+
+    z = softcap(h W^T + u B^T + bias) / T        u = scaling * h A^T, the LoRA adapter's features
+
+Everything that reads or checks the head's inputs is here; the sweeps themselves are in ``sweep_torch`` and
+``sweep_triton``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class VocabShard:
+    """This rank's rows ``start : start + V`` of a head whose vocabulary is cut over several ranks.
+
+    Every rank passes the same hidden states, targets and per-token vectors, and its own rows of the weight (of the
+    bias, of ``lora_b``). All results, the gradient of hidden included, are those of the whole vocabulary on every
+    rank; the gradient of the weight is that of this rank's rows.
+
+    start: the token id of this rank's first row.
+    vocab_size: of the whole vocabulary.
+    all_reduce: ``(tensor, "sum" | "max") -> tensor`` over the ranks, in place or not; called equally often, in the same
+        order and with the same shapes on every rank. With ``torch.distributed``:
+        ``lambda t, op: dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX) or t``
+        (``all_reduce`` works in place and returns None).
+    """
+
+    start: int
+    vocab_size: int
+    all_reduce: Callable[[Tensor, str], Tensor]
+
+    def __post_init__(self):
+        object.__setattr__(self, "key", len(_shards))
+        _shards.append(self)
+
+
+_shards: list[VocabShard] = []  # an operator's schema cannot hold a function: it holds the shard's place in this list
+
+
+class Head(NamedTuple):
+    """The arguments of a sweep. All per-row tensors have the N rows of ``hidden``."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N) int64, ids in the whole vocabulary
+    scale: Tensor  # (N) 1 / temperature, in compute_dtype
+    bias: Tensor | None = None  # (V)
+    features: Tensor | None = None  # (N, R)
+    lora_b: Tensor | None = None  # (V, R)
+    softcap: float = 0.0
+    start: int = 0  # token id of the first row of weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which logits and sums are held: fp32, or float64 for float64 inputs."""
+        return compute_dtype(self.hidden)
+
+    def rows(self, index: slice | Tensor) -> Head:
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return self._replace(
+            hidden=self.hidden[index], targets=self.targets[index], scale=self.scale[index],
+            features=pick(self.features),
+        )  # fmt: skip
+
+    def columns(self, index: slice) -> Head:
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return self._replace(
+            weight=self.weight[index], bias=pick(self.bias), lora_b=pick(self.lora_b), start=self.start + index.start
+        )
+
+    def targets_inside(self) -> tuple[Tensor, Tensor]:
+        """(N) bool: the target is one of these rows of weight; (N) int64: its row, clamped to them."""
+        local = self.targets - self.start
+        return (local >= 0) & (local < len(self.weight)), local.clamp(0, len(self.weight) - 1)
+
+
+def reducer(shard: int) -> Callable[[Tensor, str], Tensor]:
+    """How sums over the vocabulary become those of the whole vocabulary; ``shard`` is -1 where the weight holds it."""
+    return (lambda tensor, op: tensor) if shard < 0 else _shards[shard].all_reduce
+
+
+def start_of(shard: int) -> int:
+    return 0 if shard < 0 else _shards[shard].start
+
+
+def vocab_size_of(weight: Tensor, shard: int) -> int:
+    return len(weight) if shard < 0 else _shards[shard].vocab_size
+
+
+def blocks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def lora_features(
+    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+) -> Tensor | None:
+    """``u = scaling * hidden @ lora_a.T`` (N, R): with it the adapter is one more term of the logits, never merged.
+
+    Raises:
+        InputError: only one of the two matrices, or shapes that are not (R, D) and (V, R).
+    """
+    if lora_a is None and lora_b is None:
+        return None
+    if lora_a is None or lora_b is None:
+        raise InputError("Give both lora_a (R, D) and lora_b (V, R), or neither.")
+    expected = (lora_a.shape[0], hidden.shape[1]), (weight.shape[0], lora_a.shape[0])
+    if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+        raise InputError(
+            f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be (R, {hidden.shape[1]}) and "
+            f"({weight.shape[0]}, R) with one R."
+        )
+    check_devices(hidden.device, lora_a=lora_a, lora_b=lora_b)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden, lora_a.to(hidden.dtype)) * scaling
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: VocabShard | None = None
+) -> None:
+    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64 and bias (V) fit together."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise InputError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
+        )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{name} is {tensor.dtype}: it must be fp32, bf16, fp16 or float64.")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise InputError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
+            f"{len(hidden)} rows of hidden."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
+    check_devices(hidden.device, weight=weight, targets=targets, bias=bias)
+    if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
+        raise InputError(
+            f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "
+            f"shard.vocab_size={shard.vocab_size}."
+        )
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise InputError(f"{name} is on {tensor.device} and hidden on {device}: move it with .to({str(device)!r}).")
+
+
+def check_values(
+    targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None, advantages: Tensor | None = None
+) -> None:
+    """Raises InputError for a target outside the vocabulary or a temperature that is not positive, on live rows, and
+    for an advantage that is not finite. Where all is well a GPU is waited for once."""
+    outside = (targets < 0) | (targets >= vocab_size)
+    frozen = ~((temperature > 0) & temperature.isfinite())
+    if live is not None:
+        outside, frozen = outside & live, frozen & live
+    wrong = (outside | frozen).any()
+    if advantages is not None:
+        wrong |= ~advantages.isfinite().all()
+    if not wrong:
+        return
+    if advantages is not None and not advantages.isfinite().all():
+        at = int((~advantages.isfinite()).nonzero()[0])
+        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise InputError(
+            f"targets[{row}] = {int(targets[row])} is outside the vocabulary of {vocab_size}: mask such rows."
+        )
+    row = int(frozen.nonzero()[0])
+    raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive and finite.")
