@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolx_kernels import reference
-from toolx_kernels.ops import linear_grpo, linear_logprob, sweep_torch, tiles
+from toolx_kernels.ops import head, linear_grpo, linear_logprob, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
@@ -33,8 +33,7 @@ BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 def use_backend(monkeypatch, name: str) -> None:
     """Every sweep runs in this backend; Triton's in the interpreter where there is no GPU."""
     backend = {"torch": sweep_torch, "triton": sweep_triton}[name]
-    for module in (linear_logprob, linear_grpo):
-        monkeypatch.setattr(module, "sweeps", lambda head: backend)
+    monkeypatch.setattr(head, "sweeps", lambda _: backend)
 
 
 def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, spread=1.5) -> dict:
@@ -203,7 +202,7 @@ def taken(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(module, name, wrapped)
 
-    spy(linear_grpo, "_single_sweep", lambda result, _: None if result is None else "single")
+    spy(linear_grpo, "single_sweep", lambda result, _: None if result is None else "single")
     spy(linear_grpo, "_two_sweeps", lambda _, arguments: "recompute" if any(arguments[2]) else "forward")
     spy(linear_logprob, "recompute_gradients", lambda *_: "deferred")
     return seen

@@ -78,9 +78,9 @@ def cases(chip: int):
     plain, everything = ({**dict.fromkeys(flags, on), "BLOCK_R": 16, **inner} for on in (False, True))
     # fp16 compiles as bf16 does: once is enough
     for dtype in ("bf16", "fp16", "fp32") if chip == 86 else ("bf16", "fp32"):
-        tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype])
         for mode, what in enumerate(("online", "exponentials", "gradients")):
             for extras in (plain, everything) if dtype == "bf16" or chip == 86 else (everything,):
+                tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype], crowded=extras is everything)
                 constants = {
                     "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS,
                     "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],

@@ -30,7 +30,8 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops import linear_grpo, linear_logprob, sweep_torch, tiles
+from toolx_kernels.ops import gradients, sweep_torch, tiles
+from toolx_kernels.ops import head as heads
 from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.reference import GRPOLossConfig
 
@@ -107,7 +108,7 @@ def test_gradients_in_bf16_at_a_real_width():
 def test_without_gradients_nothing_but_the_statistics_is_computed(monkeypatch, taken):  # noqa: F811
     case = make_case(dtype=torch.float64, extras=EXTRAS)
     force(monkeypatch, "chunks")
-    monkeypatch.setattr(linear_logprob.Gradients, "multiply", None)
+    monkeypatch.setattr(gradients.Gradients, "multiply", None)
     config = GRPOLossConfig(beta=0.1, entropy_coef=0.1)
     expected = reference.linear_grpo_loss(**case, config=config)
     assert_agrees(linear_grpo_loss(**case, config=config), expected)
@@ -424,8 +425,8 @@ def test_the_given_workspace_reaches_every_plan(recompute, monkeypatch):
 def gemm_rows(monkeypatch):
     """How many rows of tokens enter the GEMMs of the logits, of hidden's gradient and of the weight's."""
     seen = {"logits": 0, "hidden": 0, "weight": 0}
-    gradients = linear_logprob.Gradients
-    multiply, add_weight, exponentials = gradients.multiply, gradients.add_weight, sweep_torch.exponentials
+    kind = gradients.Gradients
+    multiply, add_weight, exponentials = kind.multiply, kind.add_weight, sweep_torch.exponentials
 
     def counted(self, total, left, right, **named):
         seen["hidden"] += len(left)
@@ -441,8 +442,8 @@ def gemm_rows(monkeypatch):
         seen["logits"] += len(head.hidden)
         return exponentials(head, *arguments)
 
-    monkeypatch.setattr(gradients, "multiply", counted)
-    monkeypatch.setattr(gradients, "add_weight", weight_counted)
+    monkeypatch.setattr(kind, "multiply", counted)
+    monkeypatch.setattr(kind, "add_weight", weight_counted)
     monkeypatch.setattr(sweep_torch, "exponentials", swept)
     return seen
 
@@ -480,16 +481,15 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
 
 def test_the_op_is_registered_properly():
     case = make_case((2, 3), (1.0, 0.0), extras=("bias", "temperature", "lora"), vocab=11, dim=6)
-    features = case["hidden"] @ case["lora_a"].T
     for needs in ([True] * 5, [True, False, False, True, False], [False] * 5):
         for config in (GRPOLossConfig(beta=0.1), GRPOLossConfig(recompute=True, entropy_coef=0.1)):
-            tensors = [case["hidden"], case["weight"], case["bias"], features, case["lora_b"]]
+            tensors = [case["hidden"], case["weight"], case["bias"], case["lora_a"], case["lora_b"]]
             tensors = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-            hidden, weight, bias, u, lora_b = tensors
+            hidden, weight, bias, lora_a, lora_b = tensors
             arguments = (
-                hidden, weight, case["targets"], case["temperature"], bias, u, lora_b, case["cu_seqlens"],
-                torch.tensor([0.5, -0.5], device=DEVICE), case[OLD], case[REF], case[SAMPLER], case["mask"], None,
-                3.0, config.key, needs, -1,
+                hidden, weight, case["targets"], case["temperature"], bias, lora_a, lora_b, 0.5, 3.0, -1,
+                case["cu_seqlens"], torch.tensor([0.5, -0.5], device=DEVICE), case[OLD], case[REF], case[SAMPLER],
+                case["mask"], None, config.key, needs,
             )  # fmt: skip
             torch.library.opcheck(torch.ops.toolx.linear_grpo.default, arguments)
 
@@ -553,14 +553,7 @@ def _backward(function, leaves):
     return tuple(leaf.grad for leaf in leaves)
 
 
-LORA_UNDER_AUTOCAST = pytest.mark.xfail(
-    strict=True, reason="lora_features multiplies outside of the op, so autocast makes it a 16-bit product"
-)
-
-
-@pytest.mark.parametrize(
-    "extras", [(), ("bias", "softcap", "temperature"), pytest.param(("lora",), marks=LORA_UNDER_AUTOCAST)], ids=str
-)
+@pytest.mark.parametrize("extras", [(), ("bias", "softcap", "temperature"), ("lora",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_costs_no_precision(dtype, extras):
     case = make_case(extras=extras)
@@ -614,8 +607,7 @@ BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
 )  # fmt: skip
 def test_bad_input_is_named_before_any_sweep(change, settings, message, monkeypatch):
     case = without_logprobs(make_case())
-    monkeypatch.setattr(linear_grpo, "sweeps", None)
-    monkeypatch.setattr(linear_logprob, "sweeps", None)
+    monkeypatch.setattr(heads, "sweeps", None)
     change = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in change.items()}
     with pytest.raises(InputError, match=message) as caught:
         linear_grpo_loss(**(case | change), config=GRPOLossConfig(**settings))

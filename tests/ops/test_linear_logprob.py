@@ -19,6 +19,7 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops import head as heads
 from toolx_kernels.ops import linear_logprob as module
 from toolx_kernels.ops import tiles
 from toolx_kernels.ops.linear_logprob import linear_logprob
@@ -159,16 +160,15 @@ def test_memory_stays_within_the_workspace_whatever_n_is(entropy, monkeypatch):
 
 def test_the_ops_are_registered_properly():
     case = make_head(7, 16, 64, torch.float64, EXTRAS)
-    features = case["hidden"] @ case["lora_a"].T
-    leaves = [case["hidden"], case["weight"], case["bias"], features, case["lora_b"]]
-    hidden, weight, bias, u, lora_b = (leaf.clone().requires_grad_() for leaf in leaves)
-    arguments = (hidden, weight, case["targets"], case["temperature"], bias, u, lora_b, None, 3.0, True, -1)
+    leaves = [case["hidden"], case["weight"], case["bias"], case["lora_a"], case["lora_b"]]
+    hidden, weight, bias, lora_a, lora_b = (leaf.clone().requires_grad_() for leaf in leaves)
+    arguments = (hidden, weight, case["targets"], case["temperature"], bias, lora_a, lora_b, 0.5, 3.0, -1, True)
     torch.library.opcheck(torch.ops.toolx.linear_logprob.default, arguments)
-    torch.library.opcheck(torch.ops.toolx.linear_logprob.default, (*arguments[:7], None, 3.0, False, -1))
-    head = [a.detach() if torch.is_tensor(a) else a for a in arguments[:7]]
-    logprobs, lse, entropy = torch.ops.toolx.linear_logprob(*head, None, 3.0, True, -1)
+    torch.library.opcheck(torch.ops.toolx.linear_logprob.default, (*arguments[:10], False))
+    head = [a.detach() if torch.is_tensor(a) else a for a in arguments[:10]]
+    logprobs, lse, entropy = torch.ops.toolx.linear_logprob(*head, True)
     for needs in ([True] * 5, [False, True, False, False, True]):
-        backward = (*head, 3.0, -1, lse, entropy, logprobs, lse, entropy, needs)
+        backward = (*head, lse, entropy, logprobs, lse, entropy, needs)
         torch.library.opcheck(torch.ops.toolx.linear_logprob_backward.default, backward)
 
 
@@ -220,14 +220,7 @@ def test_under_activation_checkpointing(reentrant):
     torch.testing.assert_close(*grads)
 
 
-LORA_UNDER_AUTOCAST = pytest.mark.xfail(
-    strict=True, reason="lora_features multiplies outside of the op, so autocast makes it a 16-bit product"
-)
-
-
-@pytest.mark.parametrize(
-    "extras", [("bias", "softcap", "temperature"), pytest.param(("lora",), marks=LORA_UNDER_AUTOCAST)], ids=str
-)
+@pytest.mark.parametrize("extras", [("bias", "softcap", "temperature"), ("lora",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_costs_no_precision(dtype, extras):
     case = make_head(33, 24, 213, extras=extras)
@@ -274,7 +267,7 @@ def test_hidden_and_weight_of_different_dtypes():
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_sweep(change, message, monkeypatch):
-    monkeypatch.setattr(module, "sweeps", None)
+    monkeypatch.setattr(heads, "sweeps", None)
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "targets": torch.tensor([0, 1])}
     with pytest.raises(InputError, match=message) as caught:
         linear_logprob(**(arguments | change))

@@ -25,9 +25,9 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.ops import losses, statistics, sweep_torch, tiles
+from toolx_kernels.ops.head import make_head as head_of
 from toolx_kernels.ops.linear_grpo import linear_grpo_loss
-
-from toolx_kernels.ops.linear_logprob import linear_logprob, make_head as head_of  # isort: skip
+from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.reference import GRPOLossConfig
 
 pytestmark = needs_triton
@@ -47,12 +47,14 @@ def make(shape, dtype, extras, start=0):
     def apart(tensor):
         return None if tensor is None else torch.stack([tensor, tensor * torch.nan], 1)[:, 0]
 
-    features = None if "lora" not in extras else (case["hidden"] @ case["lora_a"].T).contiguous()
     temperature = case.get("temperature", torch.full((shape[0],), 0.7, device=DEVICE))
-    return head_of(
+    head = head_of(
         apart(case["hidden"]), apart(case["weight"]), case["targets"], temperature, case.get("bias"),
-        apart(features), apart(case.get("lora_b")), case.get("softcap", 0.0), -1,
-    )._replace(start=start)  # fmt: skip
+        apart(case.get("lora_a")), apart(case.get("lora_b")), 0.5, case.get("softcap", 0.0), -1,
+    )  # fmt: skip
+    if head.features is not None:
+        head = head._replace(features=apart(head.features.to(dtype)))  # what the kernels multiply
+    return head._replace(start=start)
 
 
 def nans(*shape, dtype=torch.float32):

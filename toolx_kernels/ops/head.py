@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -57,7 +59,7 @@ class Head(NamedTuple):
     targets: Tensor  # (N) int64, ids in the whole vocabulary
     scale: Tensor  # (N) 1 / temperature, in compute_dtype
     bias: Tensor | None = None  # (V)
-    features: Tensor | None = None  # (N, R)
+    features: Tensor | None = None  # (N, R) what the adapter makes of hidden, in compute_dtype
     lora_b: Tensor | None = None  # (V, R)
     softcap: float = 0.0
     start: int = 0  # token id of the first row of weight
@@ -66,6 +68,11 @@ class Head(NamedTuple):
     def dtype(self) -> torch.dtype:
         """In which logits and sums are held: fp32, or float64 for float64 inputs."""
         return compute_dtype(self.hidden)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """In which hidden and weight meet, should their dtypes differ."""
+        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
     def rows(self, index: slice | Tensor) -> Head:
         def pick(tensor: Tensor | None) -> Tensor | None:
@@ -90,6 +97,29 @@ class Head(NamedTuple):
         return (local >= 0) & (local < len(self.weight)), local.clamp(0, len(self.weight) - 1)
 
 
+def make_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, lora_scaling: float, softcap: float, shard: int,
+) -> Head:  # fmt: skip
+    """From the arguments of the operators, in their order."""
+    dtype, features = compute_dtype(hidden), None
+    if lora_a is not None:
+        features = torch.cat([x.to(dtype) @ lora_a.to(dtype).T for x in hidden.split(4096)]) * lora_scaling
+    return Head(
+        hidden, weight, targets.contiguous(), temperature.to(dtype).reciprocal(),
+        None if bias is None else bias.contiguous(), features, lora_b, softcap, start_of(shard),
+    )  # fmt: skip
+
+
+def sweeps(head: Head) -> ModuleType:
+    """The implementation of the sweeps for these tensors."""
+    if head.hidden.device.type == "cuda" and head.dtype == torch.float32:
+        from toolx_kernels.ops import sweep_triton as module
+    else:
+        from toolx_kernels.ops import sweep_torch as module
+    return module
+
+
 def reducer(shard: int) -> Callable[[Tensor, str], Tensor]:
     """How sums over the vocabulary become those of the whole vocabulary; ``shard`` is -1 where the weight holds it."""
     return (lambda tensor, op: tensor) if shard < 0 else _shards[shard].all_reduce
@@ -107,33 +137,26 @@ def blocks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def lora_features(
-    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
-) -> Tensor | None:
-    """``u = scaling * hidden @ lora_a.T`` (N, R): with it the adapter is one more term of the logits, never merged.
-
-    Raises:
-        InputError: only one of the two matrices, or shapes that are not (R, D) and (V, R).
-    """
-    if lora_a is None and lora_b is None:
-        return None
-    if lora_a is None or lora_b is None:
-        raise InputError("Give both lora_a (R, D) and lora_b (V, R), or neither.")
-    expected = (lora_a.shape[0], hidden.shape[1]), (weight.shape[0], lora_a.shape[0])
-    if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(N), from a number or one per row."""
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise InputError(f"temperature={temperature} must be positive.")
+        return torch.full(targets.shape, temperature, dtype=compute_dtype(hidden), device=hidden.device)
+    if temperature.shape != targets.shape:
         raise InputError(
-            f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be (R, {hidden.shape[1]}) and "
-            f"({weight.shape[0]}, R) with one R."
+            f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
         )
-    check_devices(hidden.device, lora_a=lora_a, lora_b=lora_b)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden, lora_a.to(hidden.dtype)) * scaling
+    check_devices(hidden.device, temperature=temperature)
+    return temperature
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: VocabShard | None = None
-) -> None:
-    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64 and bias (V) fit together."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, softcap: float | None, shard: VocabShard | None,
+) -> None:  # fmt: skip
+    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64, bias (V), lora_a (R, D) and
+    lora_b (V, R) fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
@@ -146,9 +169,20 @@ def check_head(
             f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
             f"{len(hidden)} rows of hidden."
         )
+    if softcap is not None and not softcap >= 0:
+        raise InputError(f"softcap={softcap} must be positive, or None for none.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
-    check_devices(hidden.device, weight=weight, targets=targets, bias=bias)
+    if (lora_a is None) != (lora_b is None):
+        raise InputError("Give both lora_a (R, D) and lora_b (V, R), or neither.")
+    if lora_a is not None:
+        expected = (lora_a.shape[0], hidden.shape[1]), (weight.shape[0], lora_a.shape[0])
+        if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+            raise InputError(
+                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be (R, {hidden.shape[1]}) and "
+                f"({weight.shape[0]}, R) with one R."
+            )
+    check_devices(hidden.device, weight=weight, targets=targets, bias=bias, lora_a=lora_a, lora_b=lora_b)
     if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
         raise InputError(
             f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "
@@ -186,3 +220,14 @@ def check_values(
         )
     row = int(frozen.nonzero()[0])
     raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive and finite.")
+
+
+def as_given(function):
+    """Runs in the tensors' own precision (autocast would make some reductions bf16) and on their own device."""
+
+    @wraps(function)
+    def wrapped(hidden, *arguments):
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+            return function(hidden, *arguments)
+
+    return wrapped

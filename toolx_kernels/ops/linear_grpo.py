@@ -19,54 +19,30 @@ that exponentials over- or underflow, the vocabulary is swept twice instead.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from toolx_kernels import _library
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops import tiles
 from toolx_kernels.ops.advantages import group_advantages
+from toolx_kernels.ops.gradients import recompute_gradients
 from toolx_kernels.ops.head import (
-    Head,
     VocabShard,
-    blocks,
+    as_given,
     check_devices,
     check_head,
     check_values,
-    lora_features,
-    reducer,
+    make_head,
+    row_temperatures,
     vocab_size_of,
 )
-from toolx_kernels.ops.linear_logprob import (
-    HEAD_SCHEMA,
-    Gradients,
-    as_given,
-    fake_gradients,
-    make_head,
-    recompute_gradients,
-    row_temperatures,
-    statistics,
-    sweeps,
-)
-from toolx_kernels.ops.losses import (
-    Objective,
-    needs_whole_batch,
-    needs_whole_sequences,
-    policy_objective,
-    token_weights,
-)
-from toolx_kernels.ops.statistics import (
-    Factors,
-    RowStatistics,
-    RowVectors,
-    statistics_and_objective,
-)
+from toolx_kernels.ops.linear_logprob import HEAD_SCHEMA, fake_gradients, statistics
+from toolx_kernels.ops.losses import Objective, policy_objective, token_weights
+from toolx_kernels.ops.single_sweep import Batch, PerRow, single_sweep
+from toolx_kernels.ops.statistics import RowVectors
 from toolx_kernels.reference import GRPOLossConfig, GRPOOutput, compute_dtype
 
 STATS = ("live_tokens", "nonfinite", "entropy", "ratio", "clip_low", "clip_high", "kl")
-LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
 
 
 def linear_grpo_loss(
@@ -122,7 +98,7 @@ def linear_grpo_loss(
             vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, ``beta``
             without ``ref_logprobs``. Nothing has been computed then; on a GPU the check of values waits for the device.
     """
-    check_head(hidden, weight, targets, bias, shard)
+    check_head(hidden, weight, targets, bias, lora_a, lora_b, softcap, shard)
     _check_vectors(
         hidden, cu_seqlens, config,
         per_completion={"rewards": rewards, "advantages": advantages},
@@ -134,15 +110,16 @@ def linear_grpo_loss(
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)
     if denominator is not None:
+        if not isinstance(denominator, Tensor) and not denominator > 0:
+            raise InputError(f"denominator={denominator} must be positive: it is what the sum of losses is divided by.")
         denominator = torch.as_tensor(denominator, dtype=compute_dtype(hidden), device=hidden.device)
-    features = lora_features(hidden, weight, lora_a, lora_b, lora_scaling)
-    differentiable = (hidden, weight, bias, features, lora_b)
+    differentiable = (hidden, weight, bias, lora_a, lora_b)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(
         hidden, weight, targets,
         row_temperatures(config.temperature if temperature is None else temperature, hidden, targets),
-        bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask,
-        denominator, softcap or 0.0, config.key, needs, -1 if shard is None else shard.key,
+        bias, lora_a, lora_b, lora_scaling, softcap or 0.0, -1 if shard is None else shard.key, cu_seqlens, advantages,
+        old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config.key, needs,
     )  # fmt: skip
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if ref_logprobs is None:
@@ -174,19 +151,10 @@ def _check_vectors(
         raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
 
 
-class _Batch(NamedTuple):
-    """The rows that are computed, n of N, and what belongs to them."""
-
-    head: Head
-    vectors: RowVectors
-    lengths: Tensor  # (b) int64, their rows by completion, in order
-    rows: Tensor  # (n) int64, where they lie among the N
-
-
 @as_given
 def _linear_grpo(
-    hidden, weight, targets, temperature, bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs,
-    sampler_logprobs, mask, denominator, softcap, config_key, needs, shard,
+    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
 ):  # fmt: skip
     config = GRPOLossConfig.from_key(config_key)
     n_rows, dtype = len(targets), compute_dtype(hidden)
@@ -204,16 +172,17 @@ def _linear_grpo(
     weights = token_weights(count(mask).to(dtype), config, denominator)
     rows = computed.nonzero().squeeze(1)
     owner = completion[rows]
-    head = make_head(hidden, weight, targets, temperature, bias, features, lora_b, softcap, shard)
+    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
     per_row = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
-    batch = _Batch(
+    batch = Batch(
         head if len(rows) == n_rows else head.rows(rows),
+        (lora_a, lora_scaling),
         RowVectors(advantages.to(dtype)[owner], weights[owner], *(x if x is None else x[rows] for x in per_row)),
         count(computed),
         rows,
     )
     deferred = gradients_in_backward(hidden, weight, config)
-    results = None if deferred else _single_sweep(batch, config, needs, n_rows, shard)
+    results = None if deferred else single_sweep(batch, config, needs, n_rows, shard)
     if results is None:
         results = _two_sweeps(batch, config, [False] * 5 if deferred else needs, n_rows, shard)
     per_row, objective, grads = results
@@ -251,13 +220,7 @@ def _check_bounds(cu_seqlens: Tensor, n_rows: int) -> None:
         raise InputError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: it must rise from 0 to N = {n_rows}.")
 
 
-class _PerRow(NamedTuple):
-    logprobs: Tensor  # (n)
-    entropy: Tensor  # (n)
-    lse: Tensor  # (n)
-
-
-def _stats(per_row: _PerRow, objective: Objective, with_kl: bool) -> Tensor:
+def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
     """(7) in the order of STATS; means over the rows whose log-ratios are finite."""
     finite = objective.finite
     dtype = per_row.logprobs.dtype
@@ -268,7 +231,7 @@ def _stats(per_row: _PerRow, objective: Objective, with_kl: bool) -> Tensor:
     return torch.stack([torch.full_like(means[0], len(finite)), (len(finite) - count).to(dtype), *means])
 
 
-def _two_sweeps(batch: _Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
+def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
     """(per row, objective, gradients): log-probs first, then the gradients by computing the logits again."""
     head, vectors = batch.head, batch.vectors
     logprobs, lse, entropy = statistics(head, entropy=True, shard=shard, workspace_mib=config.workspace_mib)
@@ -282,131 +245,17 @@ def _two_sweeps(batch: _Batch, config: GRPOLossConfig, needs: list[bool], n_rows
         live = objective.coefficients != 0
         kept = (live if e is None else live | (e != 0)).nonzero().squeeze(1)
         grads = recompute_gradients(
-            head.rows(kept), lse[kept], entropy.new_empty(0) if e is None else entropy[kept],
+            head.rows(kept), batch.lora, lse[kept], entropy.new_empty(0) if e is None else entropy[kept],
             objective.coefficients[kept], torch.zeros_like(lse[kept]),
             lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard, config.workspace_mib,
             (batch.rows[kept], n_rows),
         )  # fmt: skip
-    return _PerRow(logprobs, entropy, lse), objective, grads
-
-
-def _single_sweep(batch: _Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
-    """(per row, objective, gradients), or None where the vocabulary must be swept twice."""
-    head = batch.head
-    device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
-    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-    plan = tiles.single_sweep_plan(
-        len(head.hidden), vocab_size, head.hidden.shape[1], device, dtype, config.workspace_mib
-    )
-    if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
-        return None
-    chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)
-    if chunks is None:
-        return None
-    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=True)
-    sweep, all_reduce = sweeps(head), reducer(shard)
-    space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
-    fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
-    target_logits = all_reduce(sweep.target_logits(head), "sum")
-    anchors = _anchors(target_logits, batch.vectors)
-    parts = []
-    for rows, lengths in chunks:
-        chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
-        exponentials = space[: len(chunk.hidden)]
-        sums = sweep.exponentials(chunk, anchor, exponentials, plan)
-        if shard >= 0:
-            sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
-        found, objective, factors = statistics_and_objective(
-            sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
-        )
-        parts.append((found, objective))
-        off_policy = vectors.old is not None
-        _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, off_policy=off_policy)
-    del space, exponentials
-    found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
-    log_total = found.total.log()
-    if not (log_total.abs() < LARGEST_LOG_SUM).all():
-        return None
-    objective = Objective(
-        *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
-    )
-    spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
-    return _PerRow(found.logprobs, found.entropy, anchors + log_total), objective, grads.results(spread, shard)
-
-
-def _chunks(lengths: Tensor, size: int, n_rows: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
-    """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
-    does not fit."""
-    if not needs_whole_sequences(config):
-        return [(rows, lengths[:0]) for rows in blocks(n_rows, size)]
-    chunks, first, start, end = [], 0, 0, 0
-    for b, length in enumerate(lengths.tolist()):
-        if length > size:
-            return None
-        if end + length - start > size:
-            chunks.append((slice(start, end), lengths[first:b]))
-            first, start = b, end
-        end += length
-    return [*chunks, (slice(start, end), lengths[first:])] if end > start else chunks
-
-
-def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
-    """A guess at each row's log-sum-exp: what an earlier log-prob of the target implies, or the target's own logit
-    (targets are sampled, so it is rarely more than a few nats below)."""
-    earlier = vectors.old if vectors.old is not None else vectors.sampler
-    if earlier is None:
-        return target_logits
-    return target_logits - torch.where((earlier > -LARGEST_LOG_SUM) & (earlier <= 0), earlier, 0)
-
-
-def _add_gradients(
-    grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
-    rows: slice, plan: tiles.Plan, *, off_policy: bool,
-) -> None:  # fmt: skip
-    """The part of the gradients that comes from a chunk's exponentials, which are overwritten."""
-    sweep = sweeps(chunk)
-    c, e = objective.coefficients, objective.entropy_coefficients
-    index = torch.arange(rows.start, rows.stop, device=c.device)
-    if c.device.type == "cpu" or off_policy:  # on-policy, no row loses its gradient: do not wait to see
-        order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep)
-        if order is not None:
-            chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
-            exponentials = exponentials[: len(order)]
-            factors = Factors(*(part[order] for part in factors))
-    if len(index) == 0:
-        return
-    if e is not None or chunk.softcap:
-        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
-    columns = blocks(len(chunk.weight), plan.columns)
-    for total, weight in ((grads.hidden, chunk.weight), (grads.features, chunk.lora_b)):
-        if total is not None:
-            part = torch.empty(len(index), total.shape[1], dtype=total.dtype, device=total.device)
-            for block in columns:
-                grads.multiply(part, exponentials[:, block], weight[block], fresh=block.start == 0)
-            sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
-    sweep.place_targets(chunk, exponentials, factors.placed)
-    grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
-
-
-def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
-    """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
-
-    A few dead rows cost less than moving others into their places.
-    """
-    kept = live.nonzero().squeeze(1)
-    if 8 * len(kept) > 7 * len(live):
-        return None
-    order = torch.arange(len(kept), device=live.device)
-    holes = (~live[: len(kept)]).nonzero().squeeze(1)
-    movers = kept[kept >= len(kept)]
-    sweep.move_rows(exponentials, movers, holes)
-    order[holes] = movers
-    return order
+    return PerRow(logprobs, entropy, lse), objective, grads
 
 
 def _fake(
-    hidden, weight, targets, temperature, bias, features, lora_b, cu_seqlens, advantages, old_logprobs, ref_logprobs,
-    sampler_logprobs, mask, denominator, softcap, config_key, needs, shard,
+    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
 ):  # fmt: skip
     dtype = compute_dtype(hidden)
     deferred = gradients_in_backward(hidden, weight, GRPOLossConfig.from_key(config_key))
@@ -416,55 +265,46 @@ def _fake(
         return hidden.new_empty(size, dtype=dtype)
 
     kept = [vector(n_rows) if deferred and any(needs) else hidden.new_empty(0) for _ in range(3)]
-    grads = fake_gradients(hidden, weight, bias, features, lora_b, [False] * 5 if deferred else needs)
+    grads = fake_gradients(hidden, weight, bias, lora_a, lora_b, [False] * 5 if deferred else needs)
     return vector(()), vector(n_rows), vector(n_rows), vector(len(STATS)), *kept, *grads
 
 
 def _save(ctx, inputs, output):
-    *head, _, _, _, _, _, _, _, ctx.softcap, config_key, ctx.needs, ctx.shard = inputs
-    config = GRPOLossConfig.from_key(config_key)
-    ctx.deferred, ctx.workspace_mib = gradients_in_backward(head[0], head[1], config), config.workspace_mib
+    tensors, (ctx.lora_scaling, ctx.softcap, ctx.shard) = inputs[:7], inputs[7:10]
+    config, ctx.needs = GRPOLossConfig.from_key(inputs[-2]), inputs[-1]
+    ctx.deferred, ctx.workspace_mib = gradients_in_backward(tensors[0], tensors[1], config), config.workspace_mib
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if ctx.deferred:
-        ctx.save_for_backward(*head, *output[2:3], *output[4:7])
+        ctx.save_for_backward(*tensors, output[2], *output[4:7])
     else:
         ctx.save_for_backward(*output[7:])
 
 
 def _differentiate(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 18
+        return (None,) * 19
     if ctx.deferred:
-        *head, entropy, lse, c, e = ctx.saved_tensors
-        zeros = torch.zeros_like(c)
+        *tensors, entropy, lse, c, e = ctx.saved_tensors
         grads = torch.ops.toolx.linear_logprob_backward(
-            *head,
-            ctx.softcap,
-            ctx.shard,
-            lse,
-            entropy,
-            c * grad_loss,
-            zeros,
-            e * grad_loss,
-            ctx.needs,
-            ctx.workspace_mib,
-        )
+            *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, lse, entropy, c * grad_loss, torch.zeros_like(c),
+            e * grad_loss, ctx.needs, ctx.workspace_mib,
+        )  # fmt: skip
     else:
         grads = ctx.saved_tensors
         # Reading the value spares a pass over the gradients; while a graph is traced there is none to read.
         if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or not bool(grad_loss == 1):
             grads = [(grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in grads]
-    hidden, weight, bias, features, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return hidden, weight, None, None, bias, features, lora_b, *(None,) * 11
+    hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return hidden, weight, None, None, bias, lora_a, lora_b, *(None,) * 12
 
 
 _library.define(
     f"linear_grpo({HEAD_SCHEMA}, Tensor cu_seqlens, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, float softcap, str config_key, bool[] needs, "
-    "int shard) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, str config_key, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_linear_grpo,
-    triton=_linear_grpo,
     fake=_fake,
+    triton=_linear_grpo,
 )
 torch.library.register_autograd("toolx::linear_grpo", _differentiate, setup_context=_save, lib=_library.library)

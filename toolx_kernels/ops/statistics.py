@@ -119,7 +119,7 @@ if triton is not None:
     @per_row_kernel
     def statistics_kernel(
         total_ptr, moment_ptr,  # (n_tiles, N)
-        anchor_ptr, target_ptr, scale_ptr, advantage_ptr, weight_ptr, old_ptr, ref_ptr, sampler_ptr,  # (N)
+        anchor_ptr, target_ptr, scale_ptr, advantage_ptr, share_ptr, old_ptr, ref_ptr, sampler_ptr,  # (N)
         out_ptr,  # (16, N)
         N, n_tiles, softcap,
         CONFIG: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr,
@@ -143,7 +143,7 @@ if triton is not None:
         logprobs = target_logit - tl.load(anchor_ptr + row) - log_total
         entropy = log_total - moment / total
         loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite = losses.token_objective(
-            logprobs, entropy, tl.load(advantage_ptr + row), tl.load(weight_ptr + row),
+            logprobs, entropy, tl.load(advantage_ptr + row), tl.load(share_ptr + row),
             tl.load(old_ptr + row), tl.load(ref_ptr + row), tl.load(sampler_ptr + row),
             CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER,
         )  # fmt: skip

@@ -1,0 +1,150 @@
+"""One sweep over the vocabulary for the loss and its gradients; ``linear_grpo`` has the mathematics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolx_kernels.ops import head as heads
+from toolx_kernels.ops import tiles
+from toolx_kernels.ops.gradients import Gradients
+from toolx_kernels.ops.head import Head, blocks, reducer, vocab_size_of
+from toolx_kernels.ops.losses import Objective, needs_whole_batch, needs_whole_sequences
+from toolx_kernels.ops.statistics import Factors, RowStatistics, RowVectors, statistics_and_objective
+from toolx_kernels.reference import GRPOLossConfig
+
+LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
+
+
+class Batch(NamedTuple):
+    """The rows that are computed, n of N, and what belongs to them."""
+
+    head: Head
+    lora: tuple[Tensor | None, float]  # lora_a and its scaling
+    vectors: RowVectors
+    lengths: Tensor  # (b) int64, their rows by completion, in order
+    rows: Tensor  # (n) int64, where they lie among the N
+
+
+class PerRow(NamedTuple):
+    logprobs: Tensor  # (n)
+    entropy: Tensor  # (n)
+    lse: Tensor  # (n)
+
+
+def single_sweep(
+    batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int
+) -> tuple[PerRow, Objective, tuple[Tensor, ...]] | None:
+    """What each row is, its objective, and the gradients of (hidden, weight, bias, lora_a, lora_b), hidden's with
+    ``n_rows`` rows; None where the vocabulary must be swept twice."""
+    head = batch.head
+    device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
+    plan = tiles.single_sweep_plan(
+        len(head.hidden), vocab_size, head.hidden.shape[1], device, head.weight_dtype, config.workspace_mib
+    )
+    if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
+        return None
+    chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)
+    if chunks is None:
+        return None
+    grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True)
+    sweep, all_reduce = heads.sweeps(head), reducer(shard)
+    space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
+    fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
+    target_logits = all_reduce(sweep.target_logits(head), "sum")
+    anchors = _anchors(target_logits, batch.vectors)
+    parts = []
+    for rows, lengths in chunks:
+        chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
+        exponentials = space[: len(chunk.hidden)]
+        sums = sweep.exponentials(chunk, anchor, exponentials, plan)
+        if shard >= 0:
+            sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
+        found, objective, factors = statistics_and_objective(
+            sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
+        )
+        parts.append((found, objective))
+        off_policy = vectors.old is not None
+        _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, off_policy=off_policy)
+    del space, exponentials
+    found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
+    log_total = found.total.log()
+    if not (log_total.abs() < LARGEST_LOG_SUM).all():
+        return None
+    objective = Objective(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
+    )
+    spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
+    return PerRow(found.logprobs, found.entropy, anchors + log_total), objective, grads.results(spread, shard)
+
+
+def _chunks(lengths: Tensor, size: int, n_rows: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
+    """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
+    does not fit."""
+    if not needs_whole_sequences(config):
+        return [(rows, lengths[:0]) for rows in blocks(n_rows, size)]
+    chunks, first, start, end = [], 0, 0, 0
+    for b, length in enumerate(lengths.tolist()):
+        if length > size:
+            return None
+        if end + length - start > size:
+            chunks.append((slice(start, end), lengths[first:b]))
+            first, start = b, end
+        end += length
+    return [*chunks, (slice(start, end), lengths[first:])] if end > start else chunks
+
+
+def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
+    """A guess at each row's log-sum-exp: what an earlier log-prob of the target implies, or the target's own logit
+    (targets are sampled, so it is rarely more than a few nats below)."""
+    earlier = vectors.old if vectors.old is not None else vectors.sampler
+    if earlier is None:
+        return target_logits
+    return target_logits - torch.where((earlier > -LARGEST_LOG_SUM) & (earlier <= 0), earlier, 0)
+
+
+def _add_gradients(
+    grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
+    rows: slice, plan: tiles.Plan, *, off_policy: bool,
+) -> None:  # fmt: skip
+    """The part of the gradients that comes from a chunk's exponentials, which are overwritten."""
+    sweep = heads.sweeps(chunk)
+    c, e = objective.coefficients, objective.entropy_coefficients
+    index = torch.arange(rows.start, rows.stop, device=c.device)
+    if c.device.type == "cpu" or off_policy:  # on-policy, no row loses its gradient: do not wait to see
+        order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep)
+        if order is not None:
+            chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
+            exponentials = exponentials[: len(order)]
+            factors = Factors(*(part[order] for part in factors))
+    if len(index) == 0:
+        return
+    if e is not None or chunk.softcap:
+        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
+    columns = blocks(len(chunk.weight), plan.columns)
+    for total, weight in ((grads.hidden, chunk.weight), (grads.features, chunk.lora_b)):
+        if total is not None:
+            part = torch.empty(len(index), total.shape[1], dtype=total.dtype, device=total.device)
+            for block in columns:
+                grads.multiply(part, exponentials[:, block], weight[block], fresh=block.start == 0)
+            sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
+    sweep.place_targets(chunk, exponentials, factors.placed)
+    grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
+
+
+def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
+    """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
+
+    A few dead rows cost less than moving others into their places.
+    """
+    kept = live.nonzero().squeeze(1)
+    if 8 * len(kept) > 7 * len(live):
+        return None
+    order = torch.arange(len(kept), device=live.device)
+    holes = (~live[: len(kept)]).nonzero().squeeze(1)
+    movers = kept[kept >= len(kept)]
+    sweep.move_rows(exponentials, movers, holes)
+    order[holes] = movers
+    return order
