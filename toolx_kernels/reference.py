@@ -160,6 +160,8 @@ class GRPOLossConfig:
             raise InputError(f"epsilon={self.epsilon} must be below 1: the lower clip is 1 - epsilon.")
         if not 0 <= self.top_entropy_quantile <= 1:
             raise InputError(f"top_entropy_quantile={self.top_entropy_quantile} must lie in [0, 1].")
+        if self.workspace_mib is not None and not (isinstance(self.workspace_mib, int) and self.workspace_mib >= 1):
+            raise InputError(f"workspace_mib={self.workspace_mib} must be a whole number of MiB, at least 1.")
         if self.max_completion_length is not None and not self.max_completion_length > 0:
             raise InputError(f"max_completion_length={self.max_completion_length} must be positive.")
 

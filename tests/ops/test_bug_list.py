@@ -211,8 +211,8 @@ def launch_every_kernel(n, dim, vocab, rank=16, first_row=0):
     plan = tiles.Plan(n, vocab, torch.float32, torch.float32)
     out = sweep_triton.workspace(n, vocab, vector, torch.float32)
     sweep_triton.target_logits(head)
-    sweep_triton.online_sums(head, plan, entropy=True)
-    partials = sweep_triton.exponentials(head, vector, out, plan)
+    sweep_triton.online_sums(head, vector, plan, entropy=True)
+    partials = sweep_triton.exponentials(head, vector, vector, out, plan)
     sweep_triton.logit_gradients(head, vector, vector, vector, vector, out, plan)
     sweep_triton.reweigh(head, out, vector, vector, vector, plan)
     sweep_triton.move_rows(out, index, index)
@@ -302,8 +302,9 @@ def test_workspaces_of_more_than_2_to_the_31_elements(huge):
     assert (n - 1) * stride + vocab > 2**31
     rounded = {"rtol": 2e-3, "atol": 1e-3}
 
-    sweep_torch.exponentials(head, anchor, expected, plan)
-    sweep_triton.exponentials(head, anchor, out, plan)
+    exact = sweep_torch.target_logits(head)
+    sweep_torch.exponentials(head, exact, anchor, expected, plan)
+    sweep_triton.exponentials(head, exact, anchor, out, plan)
     torch.testing.assert_close(out.float(), expected, **rounded)
     sweep_torch.reweigh(head, expected, anchor, alpha, beta, plan)
     sweep_triton.reweigh(head, out, anchor, alpha, beta, plan)
@@ -327,7 +328,7 @@ def test_inputs_of_more_than_2_to_the_31_elements(huge):
     far, near = (head_of(h, w, case["targets"], ones, None, None, None, 1.0, 0.0, -1) for h, w in (
         (hidden, weight), (case["hidden"], case["weight"])))  # fmt: skip
     for function, more in ((sweep_triton.target_logits, {}), (sweep_triton.online_sums, {"entropy": True})):
-        arguments = (plan,) if more else ()
+        arguments = (ones, plan) if more else ()
         assert str(function(far, *arguments, **more)) == str(function(near, *arguments, **more))
 
 

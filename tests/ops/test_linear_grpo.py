@@ -1,6 +1,7 @@
 """linear_grpo_loss against the float64 definition, on every path that it can take."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.cases import (
+    BACKENDS,
     DEAD_GROUP,
     DEVICE,
     EXTRAS,
@@ -25,6 +27,7 @@ from tests.ops.cases import (
     poisoned,  # noqa: F401 (a fixture)
     run_loss,
     taken,  # noqa: F401 (a fixture)
+    use_backend,
     with_leaves,
     without_logprobs,
 )
@@ -103,6 +106,28 @@ def test_gradients_in_bf16_at_a_real_width():
     _, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
     assert_as_good(grads, theirs, exact, 0.0)
     assert all(error(grads[name], true) <= 4e-3 for name, true in exact.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", ["chunks", "recompute"])
+@pytest.mark.parametrize("level", [0.8, 0.98])
+def test_confident_tokens_are_as_good_as_torchs(level, path, backend, monkeypatch):
+    """Where p is near 1, its log-prob and 1 - p live off the difference of the target's logit to all others."""
+    n, dim, vocab = 24, 96, 500
+    case = without_logprobs(make_case((n // 2, n // 2), (1.0, 0.0), vocab=vocab, dim=dim)) | {"group_size": 2}
+    hidden, weight = case["hidden"], case["weight"] * 0.1
+    along = 30 * hidden / hidden.square().sum(1, keepdim=True)
+    gap = math.log(level / (1 - level))
+    weight[0 : 2 * n : 2], weight[1 : 2 * n : 2] = along, along * (1 - gap / 30)  # the target, and the runner-up
+    case |= {"weight": weight, "targets": torch.arange(0, 2 * n, 2, device=DEVICE)}
+    use_backend(monkeypatch, backend)
+    force(monkeypatch, path)
+    truth, exact = run_loss(reference.linear_grpo_loss, double(case), GRPOLossConfig())
+    theirs, theirs_grads = run_loss(reference.linear_grpo_loss, case, GRPOLossConfig())
+    ours, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
+    assert (truth.logprobs.exp() - level).abs().max() < 0.01
+    assert (ours.logprobs - truth.logprobs).abs().max() <= (theirs.logprobs - truth.logprobs).abs().max() + 2e-6
+    assert_as_good(grads, theirs_grads, exact, 2e-5)
 
 
 def test_without_gradients_nothing_but_the_statistics_is_computed(monkeypatch, taken):  # noqa: F811

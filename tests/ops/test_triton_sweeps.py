@@ -97,14 +97,20 @@ def test_target_logits(shape, dtype, extras):
     assert (actual[head.targets < 2] == 0).all()
 
 
+def other_target_logits(head):
+    """Not what the GEMM makes of them: so it shows whether they are used."""
+    return sweep_torch.target_logits(widened(head)) + 0.5
+
+
 @OF_SHAPE
 @OF_DTYPE
 @EVERY
 @pytest.mark.parametrize("entropy", [False, True])
 def test_online_sums(shape, dtype, extras, entropy, poisoned):  # noqa: F811
     head = make(shape, dtype, extras)
-    actual = sweep_triton.online_sums(head, PLAN, entropy=entropy)
-    expected = sweep_torch.online_sums(widened(head), PLAN, entropy=entropy)
+    exact = other_target_logits(head)
+    actual = sweep_triton.online_sums(head, exact, PLAN, entropy=entropy)
+    expected = sweep_torch.online_sums(widened(head), exact, PLAN, entropy=entropy)
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, **NEAR)
 
@@ -116,9 +122,10 @@ def test_exponentials(shape, dtype, extras, poisoned):  # noqa: F811
     head = make(shape, dtype, extras, start=1)
     anchor = torch.linspace(-2, 4, shape[0], device=DEVICE)
     memory, actual = guarded(shape[0], shape[2], stored(dtype))
-    sums = [part.sum(0) for part in sweep_triton.exponentials(head, anchor, actual, PLAN)]
+    exact = other_target_logits(head)
+    sums = [part.sum(0) for part in sweep_triton.exponentials(head, exact, anchor, actual, PLAN)]
     expected = nans(shape[2], shape[0]).T  # as the torch sweeps want it
-    theirs = [part.sum(0) for part in sweep_torch.exponentials(widened(head), anchor, expected, PLAN)]
+    theirs = [part.sum(0) for part in sweep_torch.exponentials(widened(head), exact, anchor, expected, PLAN)]
     rounding = {"rtol": 4e-3, "atol": 1e-5} if dtype == torch.bfloat16 else NEAR
     torch.testing.assert_close(actual.float(), expected, **rounding)
     torch.testing.assert_close(sums, theirs, rtol=2e-5, atol=2e-3)
@@ -133,7 +140,7 @@ def test_exponentials(shape, dtype, extras, poisoned):  # noqa: F811
 def test_logit_gradients(shape, dtype, extras):
     head = make(shape, dtype, extras, start=1)
     n, _, vocab = shape
-    lse = sweep_torch.online_sums(widened(head), PLAN, entropy=False)[0] + 1
+    lse = sweep_torch.online_sums(widened(head), other_target_logits(head), PLAN, entropy=False)[0] + 1
     alpha, beta, at_target = (torch.linspace(low, 1, n, device=DEVICE) for low in (-2, 0.5, -7))
     memory, actual = guarded(n, vocab, stored(dtype), tight=True)
     sweep_triton.logit_gradients(head, lse, alpha, beta, at_target, actual, PLAN)

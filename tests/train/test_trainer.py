@@ -202,7 +202,8 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
         return even_is_good(prompts, completions, completion_ids)
 
     trainer = make_trainer(run, poison)
-    with pytest.raises(InputError, match=r"step 4: 192 of 192 tokens have a log-prob that is not a number; the last good checkpoint is .*checkpoint-2"):
+    said = r"step 4: 192 of 192 tokens have a log-prob that is not a number; the last good checkpoint is .*checkpoint-2"
+    with pytest.raises(InputError, match=said):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights(run, 2).values())
 

@@ -33,10 +33,11 @@ class VocabShard:
 
     start: the token id of this rank's first row.
     vocab_size: of the whole vocabulary.
-    all_reduce: ``(tensor, "sum" | "max") -> tensor`` over the ranks, in place or not; called equally often, in the same
-        order and with the same shapes on every rank. With ``torch.distributed``:
-        ``lambda t, op: dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX) or t``
-        (``all_reduce`` works in place and returns None).
+    all_reduce: ``(tensor, "sum" | "max")`` over the ranks, returning the result or, like ``torch.distributed``, None
+        when the tensor itself now holds it; called equally often, in the same order and with the same shapes on every
+        rank: ``lambda t, op: dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)``.
+
+    Make one per process and keep it: the operators know a shard by its number.
     """
 
     start: int
@@ -122,7 +123,14 @@ def sweeps(head: Head) -> ModuleType:
 
 def reducer(shard: int) -> Callable[[Tensor, str], Tensor]:
     """How sums over the vocabulary become those of the whole vocabulary; ``shard`` is -1 where the weight holds it."""
-    return (lambda tensor, op: tensor) if shard < 0 else _shards[shard].all_reduce
+    if shard < 0:
+        return lambda tensor, op: tensor
+
+    def all_reduce(tensor: Tensor, op: str) -> Tensor:
+        result = _shards[shard].all_reduce(tensor, op)
+        return tensor if result is None else result  # torch.distributed reduces in place and returns None
+
+    return all_reduce
 
 
 def start_of(shard: int) -> int:
@@ -157,20 +165,22 @@ def check_head(
 ) -> None:  # fmt: skip
     """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64, bias (V), lora_a (R, D) and
     lora_b (V, R) fit together."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[1] == 0:
         raise InputError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
         )
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in DTYPES:
             raise InputError(f"{name} is {tensor.dtype}: it must be fp32, bf16, fp16 or float64.")
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: float64 goes with float64 only.")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise InputError(
             f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
             f"{len(hidden)} rows of hidden."
         )
-    if softcap is not None and not softcap >= 0:
-        raise InputError(f"softcap={softcap} must be positive, or None for none.")
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
     if (lora_a is None) != (lora_b is None):
@@ -231,3 +241,9 @@ def as_given(function):
             return function(hidden, *arguments)
 
     return wrapped
+
+
+def check_first_derivative(upstream: Tensor) -> None:
+    """Raises InputError where a graph of the gradient itself is asked for: it would silently lack this op."""
+    if torch.is_grad_enabled() and type(upstream) is Tensor and not torch.compiler.is_compiling():
+        raise InputError("the fused loss has no second derivative: leave create_graph=True out.")

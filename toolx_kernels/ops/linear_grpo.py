@@ -30,6 +30,7 @@ from toolx_kernels.ops.head import (
     VocabShard,
     as_given,
     check_devices,
+    check_first_derivative,
     check_head,
     check_values,
     make_head,
@@ -62,7 +63,7 @@ def linear_grpo_loss(
     denominator: float | Tensor | None = None,
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
-    temperature: Tensor | None = None,  # (N)
+    temperature: float | Tensor | None = None,  # or (N)
     lora_a: Tensor | None = None,  # (R, D)
     lora_b: Tensor | None = None,  # (V, R)
     lora_scaling: float = 1.0,
@@ -86,7 +87,7 @@ def linear_grpo_loss(
             contributes 0 and still counts in B.
         denominator: replaces the normaliser (see ``GRPOLossConfig.loss_type``), so that micro-batches add up to one
             batch.
-        temperature: (N) one per row, instead of ``config.temperature``.
+        temperature: a number or (N) one per row, instead of ``config.temperature``.
         lora_a, lora_b, lora_scaling, shard: see :func:`linear_logprob`.
 
     Returns:
@@ -104,14 +105,18 @@ def linear_grpo_loss(
         per_completion={"rewards": rewards, "advantages": advantages},
         per_row={
             "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs,
-            "mask": mask, "temperature": temperature,
+            "mask": mask, "temperature": temperature if isinstance(temperature, Tensor) else None,
         },
     )  # fmt: skip
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)
     if denominator is not None:
-        if not isinstance(denominator, Tensor) and not denominator > 0:
-            raise InputError(f"denominator={denominator} must be positive: it is what the sum of losses is divided by.")
+        if isinstance(denominator, Tensor):
+            if denominator.numel() != 1:
+                raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
+            denominator = denominator.reshape(())
+        elif not 0 < denominator < float("inf"):
+            raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
         denominator = torch.as_tensor(denominator, dtype=compute_dtype(hidden), device=hidden.device)
     differentiable = (hidden, weight, bias, lora_a, lora_b)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
@@ -131,6 +136,9 @@ def _check_vectors(
     hidden: Tensor, cu_seqlens: Tensor, config: GRPOLossConfig, per_completion: dict, per_row: dict
 ) -> None:
     """What can be seen without reading a value."""
+    for name, vector in {"cu_seqlens": cu_seqlens, **per_completion, **per_row}.items():
+        if not isinstance(vector, Tensor | None):
+            raise InputError(f"{name} is a {type(vector).__name__}: pass a tensor on {hidden.device}.")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise InputError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
@@ -283,7 +291,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 19
+        return (None,) * len(ctx.needs_input_grad)
+    check_first_derivative(grad_loss)
     if ctx.deferred:
         *tensors, entropy, lse, c, e = ctx.saved_tensors
         grads = torch.ops.toolx.linear_logprob_backward(
@@ -296,7 +305,7 @@ def _differentiate(ctx, grad_loss, *_):
         if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or not bool(grad_loss == 1):
             grads = [(grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in grads]
     hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return hidden, weight, None, None, bias, lora_a, lora_b, *(None,) * 12
+    return hidden, weight, None, None, bias, lora_a, lora_b, *(None,) * (len(ctx.needs_input_grad) - 7)
 
 
 _library.define(

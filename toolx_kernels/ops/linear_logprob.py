@@ -22,6 +22,7 @@ from toolx_kernels.ops.head import (
     VocabShard,
     as_given,
     blocks,
+    check_first_derivative,
     check_head,
     check_values,
     make_head,
@@ -86,7 +87,8 @@ def statistics(
     for rows in blocks(n_rows, plan.rows):
         chunk = head.rows(rows)
         sweep = heads.sweeps(chunk)
-        parts.append((sweep.target_logits(chunk), *sweep.online_sums(chunk, plan, entropy=entropy)))
+        target_logits = sweep.target_logits(chunk)
+        parts.append((target_logits, *sweep.online_sums(chunk, target_logits, plan, entropy=entropy)))
     if not parts:
         empty = head.scale.new_empty(0)
         return empty, empty, empty
@@ -160,6 +162,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
+    check_first_derivative(grad_logprobs)
     *tensors, lse, entropy = ctx.saved_tensors
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], needed[4], needed[5], needed[6]]

@@ -59,25 +59,32 @@ def single_sweep(
     for rows, lengths in chunks:
         chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
         exponentials = space[: len(chunk.hidden)]
-        sums = sweep.exponentials(chunk, anchor, exponentials, plan)
+        sums = sweep.exponentials(chunk, target_logits[rows], anchor, exponentials, plan)
         if shard >= 0:
             sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
         found, objective, factors = statistics_and_objective(
             sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
         )
         parts.append((found, objective))
+        if device.type == "cpu" and not _anchored(found):
+            return None
         off_policy = vectors.old is not None
         _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, off_policy=off_policy)
     del space, exponentials
     found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
-    log_total = found.total.log()
-    if not (log_total.abs() < LARGEST_LOG_SUM).all():
+    if device.type != "cpu" and not _anchored(found):  # a GPU is waited for only once
         return None
+    log_total = found.total.log()
     objective = Objective(
         *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
     )
     spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
     return PerRow(found.logprobs, found.entropy, anchors + log_total), objective, grads.results(spread, shard)
+
+
+def _anchored(found: RowStatistics) -> bool:
+    """Whether every anchor was near enough to its log-sum-exp, which must be a number."""
+    return bool((found.total.log().abs() < LARGEST_LOG_SUM).all())
 
 
 def _chunks(lengths: Tensor, size: int, n_rows: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:

@@ -20,8 +20,8 @@ LOG_OF_NOTHING = -1e4  # exp() of it is exactly zero, and it times zero is not N
 class _Tiles:
     """Produces tiles of scaled logits, in the dtype of the sums."""
 
-    def __init__(self, head: Head, columns: int, with_space: bool = True):
-        self.head = head
+    def __init__(self, head: Head, columns: int, target_logits: Tensor, with_space: bool = True):
+        self.head, self.target_logits = head, target_logits
         self.scale = head.scale[:, None]
         # where nothing stands between the GEMM and the temperature, scaling (N, D) saves a pass over every tile
         self.folded = head.bias is None and not head.softcap
@@ -43,6 +43,12 @@ class _Tiles:
         return self.space[: width * len(self.hidden)].view(width, -1).T
 
     def fill(self, columns: slice, z: Tensor) -> Tensor:
+        """The targets' logits are put in as ``target_logits`` has them: log-probs near 0 live off the difference."""
+        self.logits(columns, z)
+        place_targets(self.head.columns(columns), z, self.target_logits)
+        return z
+
+    def logits(self, columns: slice, z: Tensor) -> Tensor:
         head = self.head
         torch.mm(self.hidden, head.weight[columns].to(head.dtype).T, out=z)
         if self.features is not None:
@@ -75,14 +81,14 @@ def _target_logits(head: Head) -> Tensor:
     return torch.where(inside, z * head.scale, 0).to(head.dtype)
 
 
-def online_sums(head: Head, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(N) each: the largest logit m, sum of exp(z - m), and sum of exp(z - m) * (z - m) (zeros without entropy).
 
     Right for logits of any size, since the maximum runs along.
     """
     top = torch.full(head.targets.shape, torch.finfo(head.dtype).min, dtype=head.dtype, device=head.hidden.device)
     total, moment = torch.zeros_like(top), torch.zeros_like(top)
-    for _, z in _Tiles(head, plan.columns):
+    for _, z in _Tiles(head, plan.columns, target_logits):
         new_top = torch.maximum(top, z.amax(1))
         shift = (top - new_top).clamp_(min=LOG_OF_NOTHING)
         rescale = shift.exp()
@@ -99,12 +105,12 @@ def online_sums(head: Head, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tenso
     return top, total, moment
 
 
-def exponentials(head: Head, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def exponentials(head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Writes ``exp(z - anchor)`` into ``out`` (N, V), zero at the targets; sums of it and of it times (z - anchor).
 
     The sums include the targets; they are partial ones, (parts, N) each.
     """
-    tiles = _Tiles(head, plan.columns, with_space=out.dtype != head.dtype)
+    tiles = _Tiles(head, plan.columns, target_logits, with_space=out.dtype != head.dtype)
     sums = anchor.new_zeros(2, len(anchor))
     for columns in tiles.columns:
         part = out[:, columns]
@@ -187,10 +193,10 @@ def logit_gradients(
     """
     alpha, beta = alpha * head.scale, beta * head.scale
     flat = not beta.any()
-    tiles = _Tiles(head, plan.columns, with_space=out.dtype != head.dtype)
+    tiles = _Tiles(head, plan.columns, at_target, with_space=out.dtype != head.dtype)
     for columns in tiles.columns:
         part = out[:, columns]
-        z = tiles.fill(columns, part if out.dtype == head.dtype else tiles.tile(columns))
+        z = tiles.logits(columns, part if out.dtype == head.dtype else tiles.tile(columns))
         slope = z.div(head.scale[:, None] * head.softcap).square_().neg_().add_(1) if head.softcap else None
         log_p = z.sub_(lse[:, None])
         if flat:

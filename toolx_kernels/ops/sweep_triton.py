@@ -31,7 +31,7 @@ def _capped(z, softcap):
     return tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
 
 
-OF_HEAD = {"hidden_ptr", "weight_ptr", "features_ptr", "lora_b_ptr", "bias_ptr", "out_ptr"}
+OF_HEAD = {"hidden_ptr", "weight_ptr", "lora_b_ptr", "bias_ptr", "out_ptr"}
 
 
 def per_row_kernel(function):
@@ -47,11 +47,12 @@ def per_row_kernel(function):
 @per_row_kernel
 def sweep_kernel(
     hidden_ptr, weight_ptr, features_ptr, lora_b_ptr, bias_ptr, scale_ptr,
+    targets_ptr, target_logits_ptr,  # (N) in ONLINE and EXPONENTIALS
     anchor_ptr,  # (N) in EXPONENTIALS, lse (N) in GRADIENTS
     alpha_ptr, beta_ptr,  # (N) in GRADIENTS
     out_ptr,  # (N, stride_on) of which V columns are asked for: exponentials or gradients
     partial_ptr,  # (3 or 2, tiles of V, N): top in ONLINE, then total and moment
-    N, V, D, R, softcap,
+    N, V, D, R, softcap, start,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_fn, stride_fr, stride_lv, stride_lr, stride_on,
     MODE: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
@@ -101,12 +102,15 @@ def sweep_kernel(
         in_r = tl.arange(0, BLOCK_R)
         features_ptrs = features_ptr + first_n * stride_fn + (row[:, None] * stride_fn + in_r[None, :] * stride_fr)
         lora_b_ptrs = lora_b_ptr + first_v * stride_lv + (token[None, :] * stride_lv + in_r[:, None] * stride_lr)
-        for r in range(0, R, BLOCK_R):
-            u = tl.load(features_ptrs, mask=in_r[None, :] < R - r, other=0.0)
-            b = tl.load(lora_b_ptrs, mask=in_r[:, None] < R - r, other=0.0)
-            low_rank = tl.dot(u.to(DOT_DTYPE), b.to(DOT_DTYPE), low_rank, input_precision=PRECISION)
-            features_ptrs += BLOCK_R * stride_fr
-            lora_b_ptrs += BLOCK_R * stride_lr
+        for i in range(0, 2 * tl.cdiv(R, BLOCK_R)):  # each block twice: fp32 features as the sum of two DOT_DTYPE parts
+            left = R - (i // 2) * BLOCK_R
+            u = tl.load(features_ptrs, mask=in_r[None, :] < left, other=0.0)
+            b = tl.load(lora_b_ptrs, mask=in_r[:, None] < left, other=0.0)
+            high = u.to(DOT_DTYPE)
+            low = (u - high.to(tl.float32)).to(DOT_DTYPE)
+            low_rank = tl.dot(tl.where(i % 2 == 0, high, low), b.to(DOT_DTYPE), low_rank, input_precision=PRECISION)
+            features_ptrs += (i % 2) * BLOCK_R * stride_fr
+            lora_b_ptrs += (i % 2) * BLOCK_R * stride_lr
         acc += low_rank
 
     scale = tl.load(scale_ptr + first_n + row)
@@ -115,6 +119,12 @@ def sweep_kernel(
     if HAS_SOFTCAP:
         acc = _capped(acc, softcap)
     z = acc * scale[:, None]
+    if MODE != GRADIENTS:
+        # The target's logit as target_logits_kernel has it: log-probs near 0 live off the difference to the others.
+        local = tl.load(targets_ptr + first_n + row) - start - first_v
+        local = tl.where((local >= 0) & (local < BLOCK_V), local, -1).to(tl.int32)
+        exact = tl.load(target_logits_ptr + first_n + row)
+        z = tl.where(in_v[None, :] == local[:, None], exact[:, None], z)
 
     plane = blocks_v.to(tl.int64) * N
     partials = partial_ptr + block_v * N + first_n + in_n
@@ -299,9 +309,9 @@ def target_logits(head: Head) -> Tensor:
     return out
 
 
-def online_sums(head: Head, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See sweep_torch.online_sums."""
-    partials = _sweep(head, ONLINE, entropy=entropy)
+    partials = _sweep(head, ONLINE, target_logits=target_logits, entropy=entropy)
     n_rows, n_tiles = len(head.hidden), partials.shape[1]
     out = head.scale.new_empty(3, n_rows)
     if n_rows:
@@ -311,9 +321,9 @@ def online_sums(head: Head, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tenso
     return out[0], out[1], out[2]
 
 
-def exponentials(head: Head, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def exponentials(head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """See sweep_torch.exponentials; the sums over the tiles are left to do: (tiles, N) each."""
-    total, moment = _sweep(head, EXPONENTIALS, anchor=anchor, out=out, entropy=True)
+    total, moment = _sweep(head, EXPONENTIALS, target_logits=target_logits, anchor=anchor, out=out, entropy=True)
     place_targets(head, out, torch.zeros_like(anchor))
     return total, moment
 
@@ -370,7 +380,9 @@ def workspace(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tens
     return like.new_empty(rows, -(-columns // 64) * 64, dtype=dtype)[:, :columns]
 
 
-def _sweep(head: Head, mode: tl.constexpr, *, anchor=None, alpha=None, beta=None, out=None, entropy: bool) -> Tensor:
+def _sweep(
+    head: Head, mode: tl.constexpr, *, target_logits=None, anchor=None, alpha=None, beta=None, out=None, entropy: bool
+) -> Tensor:
     """Launches one program a tile; returns the partial sums (3 or 2, tiles, N)."""
     n_rows, vocab_size = len(head.hidden), len(head.weight)
     dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
@@ -382,8 +394,8 @@ def _sweep(head: Head, mode: tl.constexpr, *, anchor=None, alpha=None, beta=None
         partials = head.scale.new_empty(PARTIALS[mode.value], n_tiles, n_rows)
         sweep_kernel[(triton.cdiv(n_rows, tile.block_n) * n_tiles,)](
             *_inputs(head),
-            *(unused if t is None else t for t in (anchor, alpha, beta, out)), partials,
-            n_rows, vocab_size, *_sizes(head), *strides, 0 if out is None else out.stride(0),
+            head.targets, *(unused if t is None else t for t in (target_logits, anchor, alpha, beta, out)), partials,
+            n_rows, vocab_size, *_sizes(head), head.start, *strides, 0 if out is None else out.stride(0),
             MODE=mode.value, ENTROPY=entropy, EVEN_D=head.hidden.shape[1] % tile.block_d == 0, **flags,
             DOT_DTYPE=DOT_DTYPES[dtype], PRECISION="tf32x3" if dtype == torch.float32 else "ieee", GROUP=GROUP_ROWS,
             BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
