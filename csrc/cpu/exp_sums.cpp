@@ -43,7 +43,8 @@ TOOLX_INLINE float exp_of(float x) {
 
 TOOLX_INLINE void store(float* to, float value) { *to = value; }
 
-// bf16, rounded to the nearest, ties to even. The values are exponentials, or NaN, whose rounding stays a NaN.
+// bf16, rounded to the nearest, ties to even. A NaN may become
+// a number, which nobody uses: the sums of its row are NaN.
 TOOLX_INLINE void store(uint16_t* to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -62,6 +63,8 @@ TOOLX_INLINE void exp_lanes(
     int64_t columns,
     float* total,
     float* moment) {
+  double whole[kLanes] = {};  // in fp32 the exponential of a peak would swallow the blocks that follow it
+  double whole_moment[kLanes] = {};
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = std::min(first + kBlock, columns);
     float totals[kLanes] = {};
@@ -79,9 +82,13 @@ TOOLX_INLINE void exp_lanes(
       }
     }
     for (int64_t lane = 0; lane < n; ++lane) {
-      total[lane] += totals[lane];
-      moment[lane] += moments[lane];
+      whole[lane] += totals[lane];
+      whole_moment[lane] += moments[lane];
     }
+  }
+  for (int64_t lane = 0; lane < n; ++lane) {
+    total[lane] += static_cast<float>(whole[lane]);
+    moment[lane] += static_cast<float>(whole_moment[lane]);
   }
 }
 

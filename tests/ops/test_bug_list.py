@@ -593,3 +593,16 @@ def test_inputs_are_not_written_to():
         run_loss(linear_grpo_loss, case, config)
     assert all(torch.equal(case[name], value) for name, value in kept.items())
     assert math.isclose(case["softcap"], 4.0)
+
+
+@pytest.mark.parametrize("sums_of", [torch.ops.toolx.exp_sums, sweep_torch.exp_sums], ids=["op", "torch"])
+def test_a_peak_does_not_swallow_what_follows_it(sums_of):
+    """Each later block's sum is below half a unit in the last place of the first exponential."""
+    z = torch.full((49_152, 40), -17.5).T
+    z[:, 3] = 0.0
+    out, sums = torch.empty(49_152, 40).T, torch.zeros(2, 40)
+    sums_of(z.clone(), torch.zeros(40), out, sums)
+    d = z.double()
+    exp = d.exp()
+    torch.testing.assert_close(sums[0].double(), exp.sum(1), rtol=3e-6, atol=0)
+    torch.testing.assert_close(sums[1].double(), (exp * d).sum(1), rtol=1e-5, atol=0)

@@ -130,6 +130,33 @@ def test_confident_tokens_are_as_good_as_torchs(level, path, backend, monkeypatc
     assert_as_good(grads, theirs_grads, exact, 2e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_entropies_of_the_rows_that_keep_a_gradient_go_with_them(path, monkeypatch):
+    """Rows below the entropy quantile lose both coefficients, so the others no longer lie where they did."""
+    force(monkeypatch, path)
+    config = GRPOLossConfig(entropy_coef=0.1, top_entropy_quantile=0.4, recompute=path == "deferred")
+    case = make_case(dtype=torch.float64)
+    _, ours = run_loss(linear_grpo_loss, case, config)
+    _, truth = run_loss(reference.linear_grpo_loss, case, config)
+    assert_equal_gradients(ours, truth)
+
+
+def test_an_old_log_prob_above_zero_does_not_cost_the_batch_its_single_sweep(monkeypatch, taken):  # noqa: F811
+    force(monkeypatch, "chunks")
+    case = make_case()
+    case["old_logprobs"][3] = 100.0
+    run_loss(linear_grpo_loss, case, GRPOLossConfig())
+    assert taken == ["single"]
+
+
+def test_a_second_derivative_is_refused():
+    arguments, leaves = with_leaves(without_logprobs(make_case()))
+    for config in (GRPOLossConfig(), GRPOLossConfig(recompute=True)):
+        loss = linear_grpo_loss(**arguments, config=config).loss
+        with pytest.raises(InputError, match="no second derivative: leave create_graph=True out"):
+            torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+
+
 def test_without_gradients_nothing_but_the_statistics_is_computed(monkeypatch, taken):  # noqa: F811
     case = make_case(dtype=torch.float64, extras=EXTRAS)
     force(monkeypatch, "chunks")

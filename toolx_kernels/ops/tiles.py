@@ -77,7 +77,7 @@ def single_sweep_plan(
     least = CPU_SWEEP_ROWS if device.type == "cpu" else GPU_SWEEP_ROWS
     if rows < min(n_rows, least):
         return None
-    return Plan(_even(n_rows, rows, 128 if device.type != "cpu" else 8), columns, stored, gemm_dtype)
+    return Plan(_even(n_rows, rows, 128 if device.type != "cpu" else 32), columns, stored, gemm_dtype)
 
 
 def recompute_plan(
