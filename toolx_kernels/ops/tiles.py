@@ -70,7 +70,7 @@ def single_sweep_plan(
         if dtype != gemm_dtype or stored != gemm_dtype:  # slices of the weight, or of E, are copied
             columns = _between(1, min(CPU_TILE_BYTES, budget // 4) // (4 * dim), min(vocab_size, 4096))
             weight_tile, logits_tile = 2 * columns * dim * 4, 2 * columns * 4
-        rows = (budget - weight_tile) * 15 // 16 // (vocab_size * stored.itemsize + logits_tile + 6 * dim * 4)
+        rows = (budget - weight_tile) * 7 // 8 // (vocab_size * stored.itemsize + logits_tile + 6 * dim * 4)
     else:
         columns = vocab_size
         rows = budget // (vocab_size * stored.itemsize + 6 * dim * 4)
