@@ -1,6 +1,6 @@
 """The fused GRPO loss beside plain torch, the bare GEMMs and other projects' fused losses.
 
-``make bench`` runs this and ``bench/report.py`` after it. The default set takes about 25 minutes on two CPU cores.
+``make bench`` runs this and ``bench/report.py`` after it, which takes minutes even on a CPU.
 Names say what a case is for: ``measure`` (the shapes that claims are made of), ``pass`` (forward, backward and dead
 rows), ``length`` (memory against N), ``shape``. ``-k measure`` runs one kind; TOOLX_BENCH=full runs the whole grid.
 """

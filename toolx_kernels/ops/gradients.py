@@ -66,24 +66,22 @@ class Gradients:
 
         dz: (n, columns), the gradient of the logits up to the rows' ``factor`` (n).
         """
-        if not any(part is not None for part in self.open):
-            return
 
         def scaled(tensor: Tensor) -> Tensor:
             tensor = tensor if factor is None else tensor.to(self.head.dtype) * factor[:, None]
             return tensor.to(self.gemm_dtype)
 
         weight, lora_b, bias = self.open
-        ones = dz.new_ones(len(dz), dtype=self.head.dtype) if factor is None else factor
-        sides = [
-            (total, right)
-            for total, right in (
-                (weight, None if weight is None else scaled(hidden)),
-                (lora_b, None if lora_b is None else scaled(features)),
-                (None if bias is None else bias[:, None], ones[:, None]),
-            )
-            if total is not None
-        ]
+        sides = []
+        if weight is not None:
+            sides.append((weight, scaled(hidden)))
+        if lora_b is not None:
+            sides.append((lora_b, scaled(features)))
+        if bias is not None:
+            ones = dz.new_ones(len(dz), dtype=self.head.dtype) if factor is None else factor
+            sides.append((bias[:, None], ones[:, None]))
+        if not sides:
+            return
         for columns in blocks:
             left = dz[:, columns].T.to(self.gemm_dtype)
             for total, right in sides:

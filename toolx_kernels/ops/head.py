@@ -52,6 +52,11 @@ class VocabShard:
 _shards: list[VocabShard] = []  # an operator's schema cannot hold a function: it holds the shard's place in this list
 
 
+def pick(tensor: Tensor | None, index: slice | Tensor) -> Tensor | None:
+    """Those rows of a tensor that may be absent."""
+    return None if tensor is None else tensor[index]
+
+
 class Head(NamedTuple):
     """The arguments of a sweep. All per-row tensors have the N rows of ``hidden``."""
 
@@ -76,20 +81,17 @@ class Head(NamedTuple):
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
     def rows(self, index: slice | Tensor) -> Head:
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
         return self._replace(
             hidden=self.hidden[index], targets=self.targets[index], scale=self.scale[index],
-            features=pick(self.features),
+            features=pick(self.features, index),
         )  # fmt: skip
 
     def columns(self, index: slice) -> Head:
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
         return self._replace(
-            weight=self.weight[index], bias=pick(self.bias), lora_b=pick(self.lora_b), start=self.start + index.start
+            weight=self.weight[index],
+            bias=pick(self.bias, index),
+            lora_b=pick(self.lora_b, index),
+            start=self.start + index.start,
         )
 
     def targets_inside(self) -> tuple[Tensor, Tensor]:

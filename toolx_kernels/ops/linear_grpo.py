@@ -34,6 +34,7 @@ from toolx_kernels.ops.head import (
     check_head,
     check_values,
     make_head,
+    pick,
     row_temperatures,
     vocab_size_of,
 )
@@ -185,7 +186,7 @@ def _linear_grpo(
     batch = Batch(
         head if len(rows) == n_rows else head.rows(rows),
         (lora_a, lora_scaling),
-        RowVectors(advantages.to(dtype)[owner], weights[owner], *(x if x is None else x[rows] for x in per_row)),
+        RowVectors(advantages.to(dtype)[owner], weights[owner], *(pick(x, rows) for x in per_row)),
         count(computed),
         rows,
     )

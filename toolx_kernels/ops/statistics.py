@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from toolx_kernels.ops import losses
-from toolx_kernels.ops.head import Head
+from toolx_kernels.ops.head import Head, pick
 from toolx_kernels.ops.losses import Objective, dual, in_torch, policy_objective
 from toolx_kernels.reference import GRPOLossConfig
 
@@ -34,7 +34,7 @@ class RowVectors(NamedTuple):
     sampler: Tensor | None  # (n)
 
     def rows(self, index: slice | Tensor) -> RowVectors:
-        return RowVectors(*(None if vector is None else vector[index] for vector in self))
+        return RowVectors(*(pick(vector, index) for vector in self))
 
 
 class RowStatistics(NamedTuple):
