@@ -79,7 +79,7 @@ def test_no_queries():
 
 def test_registered_properly():
     arguments, _ = make_case(*CASES["chunked"], 7, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.toolx.paged_attention.default, (*arguments, 0.3, 2.0, 7))
+    torch.library.opcheck(torch.ops.toolx.paged_attention.default, (*arguments, None, None, 20, 0.3, 2.0, 7))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -34,15 +34,30 @@ def paged_attention(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    *,
+    cu_groups: Tensor | None = None,  # (G + 1) int32: bounds of the rows that share a prefix; every row is in a group
+    prefix_lens: Tensor | None = None,  # (R) int32: tokens that a row's group shares, equal within a group
+    max_queries: int | None = None,
 ) -> Tensor:
     """Causal attention of each row's newest tokens over its pages, (T, H, Dh); serves prefill and decode.
 
     ``window`` > 0 limits a token to the last ``window`` tokens including itself; ``softcap`` > 0 squashes scores.
+
+    ``cu_groups`` and ``prefix_lens`` change no result, only its cost: they say that rows cu_groups[g] to
+    cu_groups[g + 1] - 1 have the same pages under their first ``prefix_lens`` tokens, a multiple of the page size and
+    not beyond the first query of any of them. A kernel may then read these pages once for the whole group.
+    ``max_queries`` bounds the queries that one group (one row, without groups) brings; left out, it is looked up, for
+    which a GPU must wait.
+
     No gradient. The definition is ``reference.paged_attention``.
     """
+    if max_queries is None:
+        bounds = cu_seqlens_q if cu_groups is None else cu_seqlens_q[cu_groups.long()]
+        max_queries = int(bounds.diff().max()) if len(bounds) > 1 else 0
     return torch.ops.toolx.paged_attention(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, softcap, window
-    )
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
+        scale, softcap, window,
+    )  # fmt: skip
 
 
 def masked_attention(
@@ -66,7 +81,11 @@ def masked_attention(
     return out.unflatten(2, (group, -1)).flatten(1, 2) if group > 1 else out
 
 
-def _paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, softcap, window):
+def _paged_attention(
+    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
+    scale, softcap, window,
+):  # fmt: skip
+    """In plain torch, which makes no use of shared prefixes."""
     query_lens = cu_seqlens_q.diff()
     n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0
     widest = int(query_lens.max()) if n_rows else 0
@@ -103,7 +122,8 @@ def _paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_se
 
 _library.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, float scale, float softcap, int window) -> Tensor",
+    "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
+    "int window) -> Tensor",
     default=_paged_attention,
     fake=lambda query, *_: torch.empty_like(query),
 )
