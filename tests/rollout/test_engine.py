@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.models import ARCHITECTURES, VOCAB, small_model
 from toolx_kernels.errors import InputError
@@ -9,6 +11,9 @@ from toolx_kernels.ops.hf_attention import _attention, head_of, toolx_attention
 from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.rollout import RolloutEngine, SamplingParams
 from toolx_kernels.rollout import engine as engine_module
+from toolx_kernels.rollout import runner as runner_module
+from toolx_kernels.rollout.runner import Sizes, bucket, fingerprint
+from toolx_kernels.rollout.scheduler import Scheduler
 from toolx_kernels.train.batch import PackedGroup, pack
 
 GREEDY = SamplingParams(20, temperature=0.0, stop_token_ids=(2,))
@@ -18,6 +23,11 @@ WARM = SamplingParams(20, temperature=0.8, stop_token_ids=(2,))
 def prompts(lengths=(1, 5, 16, 23, 32, 40), seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def assert_empty(pool):
+    assert sorted(pool.free) == list(range(pool.n_pages))
+    assert pool.references == [0] * pool.n_pages
 
 
 def ids(groups):
@@ -35,8 +45,7 @@ def test_greedy_is_generate_token_for_token(architecture):
         engine = RolloutEngine(model, page_size=page_size, max_pages=max_pages)
         groups = engine.generate(prompts(), 2, GREEDY)
         assert ids(groups) == [[e, e] for e in expected]
-        assert sorted(engine.pool.free) == list(range(engine.pool.n_pages))
-        assert engine.pool.references == [0] * engine.pool.n_pages
+        assert_empty(engine.pool)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -70,6 +79,140 @@ def test_completions_depend_on_nothing_but_their_stream():
     assert [g[0] for g in ids(later)] == [g[2] for g in ids(expected)]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("page_size", [8, 16, 32])
+def test_preemption_changes_no_token(architecture, page_size, monkeypatch):
+    """With too few pages for the rows that are started, rows are put off and computed again."""
+    model = small_model(architecture)
+    expected = RolloutEngine(model).generate(prompts(), 3, WARM)
+    monkeypatch.setattr(Scheduler, "_growth", lambda *_: 0)  # starts all rows that fit now
+    engine = RolloutEngine(model, page_size=page_size, max_pages=-(-60 // page_size) + 2)
+    groups = engine.generate(prompts(), 3, WARM)
+    assert engine.preemptions > 0
+    assert ids(groups) == ids(expected)
+    for mine, theirs in zip(groups, expected, strict=True):
+        for a, b in zip(mine.completions, theirs.completions, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+    assert_empty(engine.pool)
+
+
+def test_prompts_are_found_again_until_the_weights_change():
+    model = small_model("llama")
+    engine, seen = RolloutEngine(model, page_size=8), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[1]))
+    once = SamplingParams(1)
+    engine.generate(prompts(), 3, once)
+    assert seen == [1 + 5 + 16 + 23 + 32 + 40]
+    engine.generate(prompts(), 3, once)
+    assert seen[1:] == [1 + 5 + 8 + 7 + 8 + 8], "only what follows the last full page, or that page itself"
+    engine.forget_prefixes()
+    engine.generate(prompts(), 1, once)
+    assert seen[2] == seen[0]
+    by_fused_adamw(model)
+    engine.generate(prompts(), 1, once)
+    assert seen[3] == seen[0]
+
+
+def test_a_found_prompt_changes_no_token():
+    engine = RolloutEngine(small_model("llama"), page_size=8)
+    first = engine.generate(prompts(), 2, WARM)
+    assert ids(engine.generate(prompts(), 2, WARM)) == ids(first)
+
+
+def test_a_callback_sees_every_completion_and_may_end_its_group(monkeypatch):
+    model, seen = small_model("llama"), []
+    expected = RolloutEngine(model).generate(prompts(), 4, WARM, first_rollout=10)
+
+    def callback(place, rollout, completion):
+        seen.append((place, rollout, completion.ids))
+        return place == 2
+
+    monkeypatch.setattr(engine_module, "MAX_ROWS", 10)  # so that some of the rows wait
+    groups = RolloutEngine(model).generate(prompts(), 4, WARM, first_rollout=10, on_completion=callback)
+    assert [g for i, g in enumerate(ids(groups)) if i != 2] == [g for i, g in enumerate(ids(expected)) if i != 2]
+    ended = [c for c in groups[2].completions if c.finish_reason != "cancelled"]
+    cancelled = [c for c in groups[2].completions if c.finish_reason == "cancelled"]
+    assert ended and cancelled
+    for mine, whole in zip(groups[2].completions, expected[2].completions, strict=True):
+        assert mine.ids == whole.ids[: len(mine.ids)] and len(mine.logprobs) == len(mine.ids)
+        assert (mine.finish_reason == "cancelled") == (len(mine.ids) < len(whole.ids))
+    by_place = [(p, 10 + i, c.ids) for p, g in enumerate(groups) for i, c in enumerate(g.completions)]
+    assert sorted(seen) == sorted(
+        x for x in by_place if groups[x[0]].completions[x[1] - 10].finish_reason != "cancelled"
+    )
+
+
+class FakeGraph:
+    """Stands in for a captured graph: one buffer, the same step over and over."""
+
+    made = 0
+
+    def __init__(self, step, buffer):
+        FakeGraph.made += 1
+        self.step, self.buffer = step, buffer
+
+    def __call__(self, flat):
+        self.buffer.copy_(flat)
+        return self.step(self.buffer)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_in_buckets_give_what_exact_ones_give(architecture, monkeypatch):
+    model = small_model(architecture)
+    expected = RolloutEngine(model, page_size=8).generate(prompts(), 3, WARM)
+    engine = RolloutEngine(model, page_size=8)
+    engine.generate(prompts(), 1, WARM)
+    engine.runner.capture = FakeGraph
+    FakeGraph.made = 0
+    assert ids(engine.generate(prompts(), 3, WARM)) == ids(expected)
+    made = FakeGraph.made
+    assert 0 < made < 12
+    assert ids(engine.generate(prompts(), 3, WARM)) == ids(expected)
+    assert FakeGraph.made == made, "graphs are kept between calls"
+    greedy = ids(engine.generate(prompts(), 1, GREEDY))
+    assert greedy == ids(RolloutEngine(model).generate(prompts(), 1, GREEDY)) and FakeGraph.made > made
+    model.model.layers[0].self_attn.k_proj.weight.data = model.model.layers[0].self_attn.k_proj.weight.data.clone()
+    made = FakeGraph.made
+    engine.generate(prompts(), 3, WARM)
+    assert FakeGraph.made > made, "weights that moved are no longer where the graph reads them"
+
+
+def test_models_with_hooks_and_failed_captures_run_eagerly():
+    model = small_model("llama")
+    expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
+    engine = RolloutEngine(model)
+    engine.generate([[5]], 1, GREEDY)
+    engine.runner.capture = lambda *_: pytest.fail("a hook would run at the capture only")
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
+    hook.remove()
+
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine.runner.capture = fails
+    with pytest.warns(UserWarning, match="without CUDA graphs, because capturing one failed: operation not permitted"):
+        assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
+    assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 300), st.integers(1, 16))
+def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
+    exact = Sizes(rows, min(rows, groups), width, siblings)
+    sizes = bucket(exact)
+    assert all(have >= need for have, need in zip(sizes, exact, strict=True))
+    assert sizes.rows <= 1.25 * rows
+    assert sizes.groups > exact.groups or sizes.rows == rows
+    assert bucket(sizes._replace(groups=1)).rows == sizes.rows
+
+
+def test_autocast_around_a_call_changes_nothing():
+    model = small_model("llama")
+    expected = RolloutEngine(model).generate(prompts(), 1, GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert RolloutEngine(model).generate(prompts(), 1, GREEDY)[1].completions[0] == expected[1].completions[0]
+
+
 def test_seed_step_row_and_rollout_each_change_the_noise():
     model = small_model("llama")
     prompt = prompts((16,))
@@ -81,15 +224,40 @@ def test_seed_step_row_and_rollout_each_change_the_noise():
     assert ids(RolloutEngine(model).generate(prompt, 2, WARM)) == ids(base)
 
 
-def test_new_weights_serve_from_the_first_token_on():
+def by_hand(model):
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+
+
+def by_fused_adamw(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+
+def of_one_value(model):
+    model.model.layers[0].self_attn.k_proj.weight.data[0] *= -50
+
+
+@pytest.mark.parametrize("update", [by_hand, by_fused_adamw, of_one_value])
+def test_new_weights_serve_from_the_first_token_on(update):
     model = small_model("llama")
-    engine = RolloutEngine(model)
+    engine = RolloutEngine(model, page_size=4)
     before = engine.generate(prompts(), 1, GREEDY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    update(model)
     after = engine.generate(prompts(), 1, GREEDY)
     assert ids(after) == ids(RolloutEngine(model).generate(prompts(), 1, GREEDY)) != ids(before)
+    assert after[2].completions[0].logprobs[0] != before[2].completions[0].logprobs[0]
+
+
+def test_the_fingerprint_sees_every_bit():
+    model = small_model("llama").bfloat16()
+    odd = torch.nn.Parameter(torch.zeros(10)[1:6].bfloat16())
+    model.register_parameter("odd", odd)
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    odd.data[4] += 1e-3
+    assert fingerprint(model)[1:] != before[1:]
 
 
 def test_stops_and_limits():
@@ -145,11 +313,12 @@ def test_an_exception_does_not_cost_the_next_call_its_pages():
 def test_the_pool_is_kept_and_grows():
     engine = RolloutEngine(small_model("llama"), page_size=8)
     engine.generate(prompts((5,)), 1, GREEDY)
-    small = engine.pool
+    kept, small = engine.pool, engine.pool.n_pages
     engine.generate(prompts((4,)), 1, GREEDY)
-    assert engine.pool is small
-    engine.generate(prompts((40, 40)), 4, GREEDY)
-    assert engine.pool.n_pages > small.n_pages
+    assert engine.pool is kept and kept.n_pages == small
+    expected = ids(RolloutEngine(engine.model, page_size=8).generate(prompts((40, 40)), 4, GREEDY))
+    assert ids(engine.generate(prompts((40, 40)), 4, GREEDY)) == expected
+    assert engine.pool is kept and kept.n_pages > small
 
 
 @pytest.mark.parametrize(
@@ -160,7 +329,7 @@ def test_the_pool_is_kept_and_grows():
         ([5, 131], 1, {}, r"Prompt 1 \(row 8\) holds token id 131"),
         ([5, -1], 1, {}, r"Prompt 1 \(row 8\) holds token id -1"),
         ([5] * 128, 1, {}, r"Prompt 1 \(row 8\) has 128 tokens, and the model's context is 128"),
-        ([5] * 90, 1, {"max_pages": 3}, r"Prompt 1 \(row 8\) with 90 tokens needs 8 pages"),
+        ([5] * 90, 1, {"max_pages": 3}, r"Prompt 1 \(row 8\) with 90 tokens needs 7 pages"),
     ],
 )
 def test_bad_prompts_are_named_before_anything_runs(prompt, n, options, message):
@@ -182,12 +351,14 @@ def test_bad_sampling_parameters_are_named(settings):
         SamplingParams(**({"max_new_tokens": 4} | settings))
     with pytest.raises(InputError, match="page_size=0"):
         RolloutEngine(small_model("llama"), page_size=0)
+    with pytest.raises(InputError, match="max_pages=0 cannot hold a single row: the shortest needs 1 page"):
+        RolloutEngine(small_model("llama"), max_pages=0)
 
 
 def test_prefill_in_several_batches(monkeypatch):
     model = small_model("llama")
     expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
-    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 30)
+    monkeypatch.setattr(runner_module, "MAX_PREFILL_TOKENS", 30)
     assert ids(RolloutEngine(model).generate(prompts(), 1, GREEDY)) == expected
 
 

@@ -50,13 +50,17 @@ class PagedContext:
     block_table: Tensor  # (R, pages per row) int32
     seq_lens: Tensor  # (R) int32, the new tokens included
     cu_seqlens_q: Tensor  # (R + 1) int32
+    max_queries: int  # of one row, or of one group where there are groups
+    cu_groups: Tensor | None = None  # (G + 1) int32: bounds of the rows that share a prefix
+    prefix_lens: Tensor | None = None  # (R) int32
 
     def attend(self, layer, query, key, value, scale, softcap, window):
         caches = self.key_caches[layer], self.value_caches[layer]
         kv_write(key, value, *caches, self.slots)
         return paged_attention(
-            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window
-        )
+            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window,
+            cu_groups=self.cu_groups, prefix_lens=self.prefix_lens, max_queries=self.max_queries,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -1,6 +1,15 @@
-"""The page pool: KV memory in pages of equal size, reference-counted so that siblings share their prompt."""
+"""The page pool: KV memory in pages of equal size, reference-counted, with a cache of prefixes in what is free.
+
+A page is *held* by the rows that read it and *free* when nobody holds it. A full page can be remembered under its
+tokens and those before it; it stays findable after its last holder let go, until its memory is needed. So siblings
+share their prompt, prompts share what they begin with, and a later call finds the prompts of an earlier one.
+"""
 
 from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,46 +18,126 @@ from toolx_kernels.errors import InputError
 
 
 class PagePool:
-    """``key_caches[layer]`` and ``value_caches[layer]`` are (pages, page_size, Hkv, Dh)."""
+    """``key_caches[layer]`` and ``value_caches[layer]`` are (pages, page_size, Hkv, Dh).
+
+    ``peak`` is the most pages that were held at once.
+
+    Raises:
+        InputError: the memory cannot be had.
+    """
 
     def __init__(self, n_pages: int, page_size: int, n_layers: int, n_kv_heads: int, head_dim: int, like: Tensor):
-        shape = (n_pages, page_size, n_kv_heads, head_dim)
-        self.page_size = page_size
+        self.page_size, self.n_pages, self.peak = page_size, 0, 0
+        nothing = like.new_empty((0, page_size, n_kv_heads, head_dim))
+        self.key_caches, self.value_caches = ([nothing] * n_layers for _ in range(2))
+        self.references: list[int] = []
+        # Taken from the front: first pages that hold nothing, then the prefix that was let go of longest ago.
+        self.free: OrderedDict[int, None] = OrderedDict()
+        # A page is remembered under (serial of the page before it, its tokens). Serials are never used again, so what
+        # followed a page that is forgotten cannot be found under whatever comes to lie in its place.
+        self._remembered: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._of_page: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> (serial, key)
+        self._serials = itertools.count(1)
+        self.enlarge(n_pages)
+
+    def enlarge(self, n_pages: int) -> None:
+        """Adds pages, up to ``n_pages`` in all; what the present ones hold stays. Raises as the constructor does."""
+        added = n_pages - self.n_pages
+        try:
+            for caches in (self.key_caches, self.value_caches):
+                for layer, cache in enumerate(caches):
+                    caches[layer] = cache.new_zeros(n_pages, *cache.shape[1:])
+                    caches[layer][: self.n_pages] = cache
+        except RuntimeError as error:  # out of memory, on whatever device
+            n_bytes = 2 * len(self.key_caches) * n_pages * cache.shape[1:].numel() * cache.itemsize
+            raise InputError(
+                f"A pool of {n_pages} pages of {self.page_size} tokens takes {n_bytes / 2**30:.2f} GiB, which "
+                f"{cache.device} does not have: lower max_pages, max_new_tokens or the length of the prompts."
+            ) from error
+        self.free.update(dict.fromkeys(range(self.n_pages, n_pages)))
+        for page in range(n_pages - 1, self.n_pages - 1, -1):
+            self.free.move_to_end(page, last=False)
+        self.references += [0] * added
         self.n_pages = n_pages
-        self.key_caches = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
-        self.value_caches = [torch.zeros_like(cache) for cache in self.key_caches]
-        self.free = list(range(n_pages - 1, -1, -1))  # popped from the end: low pages first
-        self.references = [0] * n_pages
+
+    @property
+    def n_held(self) -> int:
+        return self.n_pages - len(self.free)
 
     def pages_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` pages, each held once by the caller."""
+        """``count`` pages, each held once by the caller, for writing."""
         if count > len(self.free):
             raise InputError(
                 f"The page pool has {len(self.free)} free pages of {self.n_pages}, not {count}: raise max_pages."
             )
-        pages = [self.free.pop() for _ in range(count)]
+        pages = [self.free.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
+            self._forget(page)
             self.references[page] = 1
+        self.peak = max(self.peak, self.n_held)
         return pages
 
-    def share(self, pages: list[int]) -> None:
-        """One more holder for each of the pages."""
+    def share(self, pages: Sequence[int]) -> None:
+        """One more holder for each of the pages, which somebody holds."""
         for page in pages:
             assert self.references[page] > 0, f"page {page} is free"
             self.references[page] += 1
 
-    def release(self, pages: list[int]) -> None:
-        """One holder less; a page without holders is free again."""
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder less; a page without holders is free, and still found if it is remembered."""
+        for page in reversed(pages):  # the end of a prefix is given up before its beginning
             assert self.references[page] > 0, f"page {page} is already free"
             self.references[page] -= 1
             if self.references[page] == 0:
-                self.free.append(page)
+                self.free[page] = None
+                self.free.move_to_end(page, last=page in self._of_page)
 
-    def copy(self, sources: list[int], destinations: list[int]) -> None:
+    def is_shared(self, page: int) -> bool:
+        return self.references[page] > 1
+
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """The longest remembered run of full pages that ``tokens`` begin with; the caller becomes a holder of each."""
+        pages, serial = [], 0
+        for key_tokens in self._full_pages(tokens):
+            page = self._remembered.get((serial, key_tokens))
+            if page is None:
+                break
+            self.references[page] += 1
+            self.free.pop(page, None)
+            pages.append(page)
+            serial = self._of_page[page][0]
+        self.peak = max(self.peak, self.n_held)
+        return pages
+
+    def remember(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Makes the full pages among ``pages``, which hold ``tokens``, findable. They must not be written again."""
+        serial = 0
+        for key_tokens, page in zip(self._full_pages(tokens), pages, strict=False):
+            key = (serial, key_tokens)
+            if key not in self._remembered:
+                self._remembered[key] = page
+                self._of_page[page] = (next(self._serials), key)
+            serial = self._of_page[self._remembered[key]][0]
+
+    def forget_all(self) -> None:
+        """Nothing is found from now on: the weights that wrote the pages are gone."""
+        self._remembered.clear()
+        self._of_page.clear()
+
+    def copy(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies whole pages, in every layer."""
+        device = self.key_caches[0].device
+        to, source = (torch.tensor(pages, device=device) for pages in (destinations, sources))
         for cache in (*self.key_caches, *self.value_caches):
-            cache[destinations] = cache[sources]
+            cache[to] = cache[source]
+
+    def _full_pages(self, tokens: Sequence[int]):
+        size = self.page_size
+        return (tuple(tokens[i : i + size]) for i in range(0, len(tokens) - len(tokens) % size, size))
+
+    def _forget(self, page: int) -> None:
+        if page in self._of_page:
+            del self._remembered[self._of_page.pop(page)[1]]

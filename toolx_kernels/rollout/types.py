@@ -38,12 +38,14 @@ class SamplingParams:
 class Completion:
     """One sampled answer, e.g. ``Completion(ids=[5, 9, 2], logprobs=[-0.1, -1.3, 0.0], ..., "stop")``.
 
-    ``logprobs`` are those of the sampling distribution before top-k, top-p and min-p; ``kept_mass`` says how much
-    probability these kept. ``finish_reason`` is "stop" (a stop token, which is the last of ``ids``) or "length".
+    Beside each token stands what its distribution was: the log-prob, log-sum-exp and entropy (nats) at the sampling
+    temperature before top-k, top-p and min-p, and the probability that these kept. ``finish_reason`` is "stop" (a
+    stop token, which is the last of ``ids``), "length", or "cancelled" (by the caller; there may be no tokens).
     """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    lse: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
     finish_reason: str = ""

@@ -1,0 +1,262 @@
+"""Runs the model on pages: prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
+
+A graph repeats what was captured, whatever has changed since. So all that a step reads comes in one buffer, in sizes
+rounded up to a few buckets, and a graph is kept under everything else that is baked into it. The rows that fill a
+bucket up have nothing in the cache, write nothing, and nobody reads what they sample.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+from toolx_kernels.ops.hf_attention import PagedContext, head_of, run_body
+from toolx_kernels.ops.sampling import sample
+from toolx_kernels.rollout.pages import PagePool
+from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
+from toolx_kernels.rollout.types import SamplingParams
+
+MAX_PREFILL_TOKENS = 4096  # tokens in one forward, which bounds the activations
+WIDTH_STEP = 16  # columns of a graph's block table come in multiples of it
+
+
+class Sizes(NamedTuple):
+    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
+
+    rows: int
+    groups: int
+    width: int
+    siblings: int
+
+
+class Runner:
+    """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
+
+    Args:
+        capture: makes a replayable function of a step and the buffer that it reads; None runs every step eagerly.
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: PagePool, capture: Callable | None = None):
+        self.model, self.pool, self.capture = model, pool, capture
+        self.device = pool.key_caches[0].device
+        self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
+        self._baked: tuple = ()
+
+    def start(self, params: SamplingParams) -> None:
+        """To be called before the steps of a call, whose parameters and weights do not change."""
+        self.params, self.head = params, head_of(self.model)
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self.pool.key_caches, *self.pool.value_caches)
+        baked = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+        if baked != self._baked:
+            self._graphs.clear()
+            self._baked = baked
+        self._captures = self.capture is not None and not _has_hooks(self.model)
+
+    # ---- prefill
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Writes the chunks' keys and values; returns the hidden state of each one's last token, (chunks, D)."""
+        last = []
+        for batch in _batches(chunks):
+            hidden = self._prefill(batch)
+            ends = np.cumsum([stop - start for _, start, stop in batch]) - 1
+            done = [end for end, (chunk, _, stop) in zip(ends, batch, strict=True) if stop == len(chunk.tokens)]
+            last.append(hidden[torch.tensor(done, dtype=torch.long, device=hidden.device)])
+        return torch.cat(last)
+
+    def _prefill(self, batch: list[tuple[Chunk, int, int]]) -> Tensor:
+        lengths = [stop - start for _, start, stop in batch]
+        positions = np.concatenate([np.arange(start, stop) for _, start, stop in batch])
+        table = np.zeros((len(batch), max(len(chunk.pages) for chunk, _, _ in batch)), dtype=np.int64)
+        for row, (chunk, _, _) in enumerate(batch):
+            table[row, : len(chunk.pages)] = chunk.pages
+        size = self.pool.page_size
+        slots = table[np.repeat(np.arange(len(batch)), lengths), positions // size] * size + positions % size
+        context = PagedContext(
+            self.pool.key_caches,
+            self.pool.value_caches,
+            slots=self._tensor(slots),
+            block_table=self._tensor(table).int(),
+            seq_lens=self._tensor(np.array([stop for _, _, stop in batch])).int(),
+            cu_seqlens_q=self._tensor(np.cumsum([0, *lengths])).int(),
+            max_queries=max(lengths),
+        )
+        ids = np.concatenate([chunk.tokens[start:stop] for chunk, start, stop in batch])
+        return run_body(self.model, self._tensor(ids), self._tensor(positions), context)
+
+    # ---- decoding
+
+    def decode(self, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
+        n_rows, width = inputs.block_table.shape
+        exact = Sizes(n_rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
+        if not self._captures:
+            return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
+        sizes = bucket(exact)
+        flat = torch.from_numpy(pack(inputs, sizes))
+        key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self.capture(lambda buffer: self._step(buffer, sizes), flat.to(self.device))
+            except RuntimeError as error:
+                warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
+                self.capture, self._captures = None, False
+                return self.decode(inputs)
+        return _as_numpy(self._graphs[key](flat), n_rows)
+
+    def sample(self, hidden: Tensor, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (R) and statistics (R, 4) from last hidden states (R, D)."""
+        return _as_numpy(self._sample(hidden, self._tensor(streams)), len(streams))
+
+    def _step(self, buffer: Tensor, sizes: Sizes) -> Tensor:
+        """(5, rows) float64: tokens and statistics. Nothing in here waits for the device or reads host memory."""
+        step = unpack(buffer, sizes)
+        context = PagedContext(
+            self.pool.key_caches,
+            self.pool.value_caches,
+            slots=step.slots,
+            block_table=step.block_table.int(),
+            seq_lens=(step.positions + 1).int(),
+            cu_seqlens_q=torch.arange(sizes.rows + 1, dtype=torch.int32, device=buffer.device),
+            cu_groups=step.cu_groups.int(),
+            prefix_lens=step.prefix_lens.int(),
+            max_queries=sizes.siblings,
+        )
+        return self._sample(run_body(self.model, step.ids, step.positions, context), step.streams)
+
+    def _sample(self, hidden: Tensor, streams: Tensor) -> Tensor:
+        p = self.params
+        drawn = sample(
+            hidden, streams=streams, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, **self.head
+        )
+        columns = (drawn.tokens, drawn.logprobs, drawn.lse, drawn.entropy, drawn.kept_mass)
+        return torch.stack([column.double() for column in columns])
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _batches(chunks: Sequence[Chunk]) -> Iterator[list[tuple[Chunk, int, int]]]:
+    """(chunk, start, stop) of at most MAX_PREFILL_TOKENS tokens together; a chunk may be cut anywhere."""
+    batch, room = [], MAX_PREFILL_TOKENS
+    for chunk in chunks:
+        start = chunk.start
+        while start < len(chunk.tokens):
+            stop = min(len(chunk.tokens), start + room)
+            batch.append((chunk, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], MAX_PREFILL_TOKENS
+    if batch:
+        yield batch
+
+
+def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, *stats = result[:, :n_rows].cpu().numpy()
+    return tokens.astype(np.int64), np.stack(stats, axis=1)
+
+
+# ---- the buffer of a step
+
+
+def bucket(exact: Sizes) -> Sizes:
+    """Sizes for which a graph is kept, none smaller than the exact one; at most a quarter of the rows is wasted."""
+    rows = _rounded(exact.rows)
+    groups = _power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
+    width = -(-exact.width // WIDTH_STEP) * WIDTH_STEP
+    return Sizes(rows, groups, width, _power_of_two(exact.siblings))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _rounded(n: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four steps to a power of two."""
+    step = max(1, _power_of_two(n) // 8)
+    return math.ceil(n / step) * step
+
+
+def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
+    """All of a step's inputs as one flat int64 array, filled up to ``sizes``."""
+    n_rows, width = inputs.block_table.shape
+    rows = np.zeros((sizes.rows, 9 + sizes.width), dtype=np.int64)
+    rows[n_rows:, 1:3] = -1  # no position, no slot
+    rows[:n_rows, 0], rows[:n_rows, 1], rows[:n_rows, 2] = inputs.ids, inputs.positions, inputs.slots
+    rows[:n_rows, 3], rows[:n_rows, 4:9] = inputs.prefix_lens, inputs.streams
+    rows[:n_rows, 9 : 9 + width] = inputs.block_table
+    cu_groups = np.full(sizes.groups + 1, sizes.rows, dtype=np.int64)
+    cu_groups[: len(inputs.cu_groups)] = inputs.cu_groups
+    return np.concatenate((rows.ravel(), cu_groups))
+
+
+def unpack(buffer: Tensor, sizes: Sizes) -> DecodeInputs:
+    """The tensors that ``pack`` put into ``buffer``."""
+    columns = 9 + sizes.width
+    rows = buffer[: sizes.rows * columns].view(sizes.rows, columns)
+    return DecodeInputs(
+        ids=rows[:, 0].contiguous(),
+        positions=rows[:, 1].contiguous(),
+        slots=rows[:, 2].contiguous(),
+        streams=rows[:, 4:9],
+        block_table=rows[:, 9:],
+        cu_groups=buffer[sizes.rows * columns :],
+        prefix_lens=rows[:, 3],
+    )
+
+
+# ---- graphs
+
+
+def capture_cuda_graph(step: Callable[[Tensor], Tensor], buffer: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that copies its argument, a CPU tensor, over ``buffer`` and repeats ``step(buffer)`` as a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled and workspaces made before the capture, not in it
+        for _ in range(2):
+            step(buffer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(buffer)
+
+    def replay(flat: Tensor) -> Tensor:
+        buffer.copy_(flat.pin_memory(), non_blocking=True)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _has_hooks(model: PreTrainedModel) -> bool:
+    """Hooks are Python, which a graph does not repeat."""
+    anywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(anywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def fingerprint(model: PreTrainedModel) -> tuple:
+    """Changes when a weight does: optimizers write without telling, so the bits themselves are added up.
+
+    270 MB take about 20 ms on two CPU cores.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    sums = [_bit_sum(tensor.detach()) for tensor in tensors]
+    where = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    return (where, *torch.stack(sums).tolist())
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    width = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize, 8)
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width]
+    return flat.view(words).sum(dtype=torch.int64)
