@@ -222,11 +222,15 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
     calls = []
     generate = RolloutEngine.generate
 
-    def spy(self, prompts, n, params, *, row_ids=None, step=0, first_rollout=0):
+    def spy(self, prompts, n, params, *, row_ids=None, step=0, first_rollout=0, on_completion=None):
         if params.temperature:
             calls.append((step, n, first_rollout))
             assert params.temperature == 0.7
-        return generate(self, prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout)
+            assert (on_completion is not None) == (step >= 2**31), "only a probe leaves at the first correct one"
+        return generate(
+            self, prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout,
+            on_completion=on_completion,
+        )  # fmt: skip
 
     monkeypatch.setattr(RolloutEngine, "generate", spy)
     make_trainer(tmp_path / "run", temperature=0.7, probe_rollouts=5, cold_start_steps=0).train()

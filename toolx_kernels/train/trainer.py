@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.rollout import Group, RolloutEngine
+from toolx_kernels.rollout import Completion, Group, RolloutEngine
 from toolx_kernels.toolcall.builtin import Example
 from toolx_kernels.toolcall.readers import rows_from
 from toolx_kernels.toolcall.rewards import call_reward, is_correct, no_think_reward
@@ -308,7 +308,15 @@ class ToolExpanderTrainer:
         random.Random(f"epoch {self.args.seed} {epoch}").shuffle(order)
         return order[place * self.args.prompts_per_step :][: self.args.prompts_per_step]
 
-    def _generate(self, members: list[int], shown: Sequence[Sequence[Row]], n: int, step: int, first_rollout: int = 0):
+    def _generate(
+        self,
+        members: list[int],
+        shown: Sequence[Sequence[Row]],
+        n: int,
+        step: int,
+        first_rollout: int = 0,
+        on_completion: Callable[[int, int, Completion], bool] | None = None,
+    ) -> tuple[list[Group], list[list[str]]]:
         """Samples ``n`` completions of each row's prompt with its demonstrations; returns groups and their texts."""
         groups = self.engine.generate(
             [self.prompts.ids(self.rows[i], demos) for i, demos in zip(members, shown, strict=True)],
@@ -317,6 +325,7 @@ class ToolExpanderTrainer:
             row_ids=members,
             step=step,
             first_rollout=first_rollout,
+            on_completion=on_completion,
         )
         for i, group in zip(members, groups, strict=True):
             for completion in group.completions:
@@ -348,9 +357,16 @@ class ToolExpanderTrainer:
         """Finds the rows among ``members`` whose raw prompts get no correct rollout."""
 
         def correct(members: list[int], n: int, first: int) -> list[bool]:
+            solved = [False] * len(members)
+
+            def ends_its_group(place: int, _: int, completion: Completion) -> bool:
+                solved[place] |= is_correct(self._text(completion.ids), self.rows[members[place]])
+                return solved[place]
+
             with self._naming(f"probe before step {self.state.step + 1}"):
-                _, texts = self._generate(members, [()] * len(members), n, PROBE_STREAM + round_index, first)
-            return [any(is_correct(t, self.rows[i]) for t in of_row) for i, of_row in zip(members, texts, strict=True)]
+                nothing = [()] * len(members)
+                self._generate(members, nothing, n, PROBE_STREAM + round_index, first, ends_its_group)
+            return solved
 
         return probe(members, self.args.probe_rollouts, correct)
 
@@ -384,6 +400,7 @@ class ToolExpanderTrainer:
                 raise DivergedError("the weights are not finite")
         self.state.seconds = time.perf_counter() - started
         self.state.lines = self.run.lines()
+        self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
         return save_checkpoint(
             self.run.path, self.state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(self.state),
             keep=self.args.save_total_limit, keep_first=bool(self.args.beta),
