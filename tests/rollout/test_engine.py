@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.models import ARCHITECTURES, VOCAB, small_model
+from tests.models import ARCHITECTURES, VOCAB
+from tests.models import small_model as cpu_model
+from tests.ops.cases import DEVICE
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import _attention, head_of, toolx_attention
 from toolx_kernels.ops.linear_logprob import linear_logprob
@@ -18,6 +20,10 @@ from toolx_kernels.train.batch import PackedGroup, pack
 
 GREEDY = SamplingParams(20, temperature=0.0, stop_token_ids=(2,))
 WARM = SamplingParams(20, temperature=0.8, stop_token_ids=(2,))
+
+
+def small_model(architecture, **options):
+    return cpu_model(architecture, **options).to(DEVICE)
 
 
 def prompts(lengths=(1, 5, 16, 23, 32, 40), seed=0):
@@ -39,7 +45,7 @@ def test_greedy_is_generate_token_for_token(architecture):
     model = small_model(architecture, tied=architecture != "qwen2")
     expected = []
     for prompt in prompts():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=2)
+        out = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=20, do_sample=False, eos_token_id=2)
         expected.append(out[0, len(prompt) :].tolist())
     for page_size, max_pages in [(8, None), (16, 5), (32, None), (1, 200)]:
         engine = RolloutEngine(model, page_size=page_size, max_pages=max_pages)
@@ -52,14 +58,14 @@ def test_greedy_is_generate_token_for_token(architecture):
 def test_sampled_logprobs_are_those_of_training(architecture):
     model = small_model(architecture)
     groups = RolloutEngine(model, page_size=8).generate(prompts(), 3, WARM)
-    batch = pack([PackedGroup(g.prompt_ids, [c.ids for c in g.completions]) for g in groups])
+    batch = pack([PackedGroup(g.prompt_ids, [c.ids for c in g.completions]) for g in groups], DEVICE)
     with toolx_attention(model), torch.no_grad():
         trained = linear_logprob(
             batch.hidden(model), targets=batch.targets, temperature=0.8, entropy=True, **head_of(model)
         )
     completions = [c for g in groups for c in g.completions]
-    sampled = torch.tensor([logp for c in completions for logp in c.logprobs])
-    entropies = torch.tensor([h for c in completions for h in c.entropies])
+    sampled = torch.tensor([logp for c in completions for logp in c.logprobs], device=DEVICE)
+    entropies = torch.tensor([h for c in completions for h in c.entropies], device=DEVICE)
     torch.testing.assert_close(trained.logprobs, sampled, rtol=0, atol=1e-4)
     torch.testing.assert_close(trained.entropy, entropies, rtol=0, atol=1e-4)
     assert len({tuple(c.ids) for c in completions}) > len(groups), "siblings should differ"
@@ -177,6 +183,22 @@ def test_steps_in_buckets_give_what_exact_ones_give(architecture, monkeypatch):
     assert FakeGraph.made > made, "weights that moved are no longer where the graph reads them"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_compiled_step_gives_what_an_eager_one_gives(architecture, monkeypatch):
+    """Traced and functionalised, without the slow code generation: cache writes must survive it."""
+    compile, graphs = torch.compile, []
+
+    def aot(function, **options):
+        graphs.append(function)
+        return compile(function, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", aot)
+    model = small_model(architecture)
+    engine = RolloutEngine(model, page_size=8, compile=True)
+    assert ids(engine.generate(prompts(), 3, WARM)) == ids(RolloutEngine(model).generate(prompts(), 3, WARM))
+    assert len(graphs) == 1
+
+
 def test_models_with_hooks_and_failed_captures_run_eagerly():
     model = small_model("llama")
     expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
@@ -209,7 +231,7 @@ def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
 def test_autocast_around_a_call_changes_nothing():
     model = small_model("llama")
     expected = RolloutEngine(model).generate(prompts(), 1, GREEDY)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert RolloutEngine(model).generate(prompts(), 1, GREEDY)[1].completions[0] == expected[1].completions[0]
 
 

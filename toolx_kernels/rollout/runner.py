@@ -42,10 +42,12 @@ class Runner:
 
     Args:
         capture: makes a replayable function of a step and the buffer that it reads; None runs every step eagerly.
+        compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, capture: Callable | None = None):
+    def __init__(self, model: PreTrainedModel, pool: PagePool, capture: Callable | None = None, compile: bool = False):
         self.model, self.pool, self.capture = model, pool, capture
+        self._body = torch.compile(run_body, dynamic=True) if compile else run_body
         self.device = pool.key_caches[0].device
         self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
         self._baked: tuple = ()
@@ -98,9 +100,10 @@ class Runner:
         """The next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
         n_rows, width = inputs.block_table.shape
         exact = Sizes(n_rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
-        if not self._captures:
-            return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
         sizes = bucket(exact)
+        if not self._captures:
+            exact = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
+            return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
         flat = torch.from_numpy(pack(inputs, sizes))
         key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
         if key not in self._graphs:
@@ -130,7 +133,7 @@ class Runner:
             prefix_lens=step.prefix_lens.int(),
             max_queries=sizes.siblings,
         )
-        return self._sample(run_body(self.model, step.ids, step.positions, context), step.streams)
+        return self._sample(self._body(self.model, step.ids, step.positions, context), step.streams)
 
     def _sample(self, hidden: Tensor, streams: Tensor) -> Tensor:
         p = self.params

@@ -50,6 +50,7 @@ class ToolExpanderConfig:
     top_p: float = setting(1.0, "1.0 is off")
     min_p: float = setting(0.0, "0.0 is off")
     max_completion_length: int = setting(128, "tokens; room for a few calls")
+    torch_compile: bool = setting(False, "of rollouts' decode steps: takes a minute, pays off in long runs on a GPU")
 
     # dynamic multi-round hard sampling
     hard_sampling: Literal["replace", "none"] = setting(

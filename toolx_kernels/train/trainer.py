@@ -115,7 +115,7 @@ class ToolExpanderTrainer:
             self.prompts.check_answers(self.rows)
             cold_start = cold_start_examples(args, self.rows)
         self.cold_start = cold_start
-        self.engine = RolloutEngine(model, seed=args.seed)
+        self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.policy: HardSamplePolicy = PlainGRPO()
         if args.hard_sampling == "replace":
