@@ -40,17 +40,25 @@ def ids(groups):
     return [[c.ids for c in group.completions] for group in groups]
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_is_generate_token_for_token(architecture):
-    model = small_model(architecture, tied=architecture != "qwen2")
+def test_greedy_is_generate_token_for_token(architecture, tied, monkeypatch):
+    model = small_model(architecture, tied=tied)
     expected = []
     for prompt in prompts():
-        out = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=20, do_sample=False, eos_token_id=2)
+        tokens = torch.tensor([prompt], device=DEVICE)
+        out = model.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=2)
         expected.append(out[0, len(prompt) :].tolist())
+    assert len({tuple(e) for e in expected}) == len(expected)
     for page_size, max_pages in [(8, None), (16, 5), (32, None), (1, 200)]:
         engine = RolloutEngine(model, page_size=page_size, max_pages=max_pages)
-        groups = engine.generate(prompts(), 2, GREEDY)
-        assert ids(groups) == [[e, e] for e in expected]
+        assert ids(engine.generate(prompts(), 2, GREEDY)) == [[e, e] for e in expected]
+        assert_empty(engine.pool)
+    monkeypatch.setattr(Scheduler, "_growth", lambda *_: 0)  # starts all rows that fit now, and must take some back
+    for page_size in (8, 16, 32):
+        engine = RolloutEngine(model, page_size=page_size, max_pages=-(-60 // page_size) + 1)
+        assert ids(engine.generate(prompts(), 2, GREEDY)) == [[e, e] for e in expected]
+        assert engine.preemptions > 0
         assert_empty(engine.pool)
 
 

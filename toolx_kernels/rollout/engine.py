@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import check_supported, head_of, toolx_attention
 from toolx_kernels.rollout.pages import PagePool
-from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
+from toolx_kernels.rollout.runner import Runner, cuda_graphs, fingerprint
 from toolx_kernels.rollout.scheduler import Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
@@ -185,7 +185,7 @@ class RolloutEngine:
                 self.runner = None
         weights = fingerprint(self.model)
         if self.runner is None:
-            capture = capture_cuda_graph if weight.device.type == "cuda" else None
+            capture = cuda_graphs() if weight.device.type == "cuda" else None
             pool = PagePool(n_pages, self.page_size, *shape, like=weight)
             self.runner = Runner(self.model, pool, capture, self.compile)
         else:

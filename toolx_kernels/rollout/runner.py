@@ -221,24 +221,32 @@ def unpack(buffer: Tensor, sizes: Sizes) -> DecodeInputs:
 # ---- graphs
 
 
-def capture_cuda_graph(step: Callable[[Tensor], Tensor], buffer: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that copies its argument, a CPU tensor, over ``buffer`` and repeats ``step(buffer)`` as a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled and workspaces made before the capture, not in it
-        for _ in range(2):
-            step(buffer)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step(buffer)
+def cuda_graphs() -> Callable[[Callable[[Tensor], Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What captures ``step(buffer)``: it returns a function that copies a CPU tensor over ``buffer`` and repeats it.
 
-    def replay(flat: Tensor) -> Tensor:
-        buffer.copy_(flat.pin_memory(), non_blocking=True)
-        graph.replay()
-        return result
+    All graphs work in the same memory, so a result must be read before any of them runs again.
+    """
+    memory = torch.cuda.graph_pool_handle()
 
-    return replay
+    def capture(step: Callable[[Tensor], Tensor], buffer: Tensor) -> Callable[[Tensor], Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled and workspaces made before the capture, not in it
+            for _ in range(2):
+                step(buffer)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            result = step(buffer)
+
+        def replay(flat: Tensor) -> Tensor:
+            buffer.copy_(flat.pin_memory(), non_blocking=True)
+            graph.replay()
+            return result
+
+        return replay
+
+    return capture
 
 
 def _has_hooks(model: PreTrainedModel) -> bool:
