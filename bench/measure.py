@@ -69,7 +69,12 @@ def errors(provider: Provider, dtype: torch.dtype, device: torch.device) -> dict
     return found
 
 
-def _first_line(error: BaseException) -> str:
+def why_absent(package: str | None, error: Exception) -> str:
+    """One line on why a provider cannot run."""
+    if isinstance(error, Absent):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install {package}"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
@@ -79,14 +84,10 @@ def load(kind: type[Provider], dtype: torch.dtype, device: torch.device) -> tupl
     try:
         provider = kind(device)
         return provider, {} if issubclass(kind, Floor) else errors(provider, dtype, device)
-    except Absent as error:
-        return None, str(error)
-    except ModuleNotFoundError as error:
-        return None, f"{error.name} is not installed: pip install {kind.package}"
     except Exception as error:  # a peer may fail in any way of its own, and is then named with it
         if kind not in PEERS:
             raise
-        return None, _first_line(error)
+        return None, why_absent(kind.package, error)
 
 
 def resident_bytes(field: str) -> int:
@@ -143,7 +144,7 @@ def admit(kind: type[Provider], case: Case, problem: Problem, device: torch.devi
     except Exception as error:  # out of memory, mostly: that is a result, not a fault of the benchmark
         if kind is Toolx:
             raise
-        return None, {"provider": kind.name, "absent": _first_line(error)}
+        return None, {"provider": kind.name, "absent": why_absent(kind.package, error)}
     finally:
         problem.hidden.grad = problem.weight.grad = None
     wrong = any(not error <= TOLERANCE[dtype] for error in found.values())

@@ -10,7 +10,7 @@ import csv
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -98,15 +98,19 @@ def markdown(rows: list[dict], machine: dict, date: str) -> str:
         ("provider", "dtype", "log-prob", "hidden.grad", "weight.grad"),
         ([named(row), row["dtype"], *(number(row[column], ".1e") for column in columns)] for row in checked.values()),
     )
+    lines += absent(rows, case_name)
+    return "\n".join(lines) + "\n"
+
+
+def absent(rows: list[dict], case_name: Callable[[dict], str]) -> list[str]:
+    """The lines on who is absent and why; the case is named where a provider ran in others."""
     reasons = {(r["provider"], r["absent"]): case_name(r) for r in rows if r["absent"]}
     everywhere = {r["provider"] for r in rows} - {r["provider"] for r in rows if not r["absent"]}
-    if reasons:
-        lines += ["", "Absent:", ""]
-        lines += [
-            f"- {provider}{'' if provider in everywhere else f' ({case})'}: {reason}"
-            for (provider, reason), case in reasons.items()
-        ]
-    return "\n".join(lines) + "\n"
+    lines = [
+        f"- {provider}{'' if provider in everywhere else f' ({case})'}: {reason}"
+        for (provider, reason), case in reasons.items()
+    ]
+    return ["", "Absent:", "", *lines] if lines else []
 
 
 def by_case(rows: list[dict]):
@@ -206,14 +210,22 @@ def longest(rows: list[dict], x: str) -> list[dict]:
 
 def write(record: dict, results: Path = RESULTS) -> Path:
     """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
-    machine, rows = record["machine_info"], rows_of(record["benchmarks"])
-    folder = results / machine["slug"]
+    rows = rows_of(record["benchmarks"])
+    text = markdown(rows, record["machine_info"], record["datetime"][:10])
+    return write_report("loss", record, CASE + FIGURES, rows, text, plot, results)
+
+
+def write_report(
+    name: str, record: dict, columns: Sequence[str], rows: list[dict], text: str, plot: Callable, results: Path
+) -> Path:
+    """<name>.csv, <name>.md and what ``plot(rows, folder)`` makes, in the folder of the record's machine."""
+    folder = results / record["machine_info"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "loss.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CASE + FIGURES, lineterminator="\n")
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "loss.md").write_text(markdown(rows, machine, record["datetime"][:10]), encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     try:
         plot(rows, folder)
     except ModuleNotFoundError as error:
@@ -222,20 +234,25 @@ def write(record: dict, results: Path = RESULTS) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n")[0])
+    return command("bench.report", __doc__, "loss", rows_of, write)
+
+
+def command(program: str, doc: str, name: str, rows_of: Callable, write: Callable) -> int:
+    """The command line of a report: reads the JSON, writes the report and prints it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=doc.partition("\n")[0])
     parser.add_argument("json", type=Path, help="what pytest wrote for --benchmark-json")
     path = parser.parse_args().json
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         measured = bool(rows_of(record["benchmarks"]))
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench.report: cannot use {path} ({error}): write it with pytest --benchmark-json.", file=sys.stderr)
+        print(f"{program}: cannot use {path} ({error}): write it with pytest --benchmark-json.", file=sys.stderr)
         return 2
     if not measured:
-        print(f"{path} holds no measurement of the loss, so its report stays as it is.")
+        print(f"{path} holds no measurement of the {name}, so its report stays as it is.")
         return 0
     folder = write(record)
-    print((folder / "loss.md").read_text(encoding="utf-8"))
+    print((folder / f"{name}.md").read_text(encoding="utf-8"))
     return 0
 
 

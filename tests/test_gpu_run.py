@@ -12,6 +12,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import run, steps
 from bench.gpu.run import Findings, Result, Step, run_all, summary
 from bench.test_loss import default_cases
+from bench.test_rollout import cases as rollout_cases
 from toolx_kernels import _library, cli
 from toolx_kernels import doctor as toolx_doctor
 
@@ -197,11 +198,12 @@ def test_memory_is_capped_at_24_gb_on_larger_cards_only(monkeypatch):
 
 def test_the_steps_name_what_exists(tmp_path):
     all_steps = {step.name: step for step in steps.steps(FACTS, {"CAP": "1"}, tmp_path)}
-    assert (ROOT / steps.SMALL_SET).exists() and (ROOT / "bench/report.py").exists()
-    assert {"measure", "length"} <= default_cases().keys()
+    files = (steps.SMALL_SET, "bench/report.py", "bench/report_rollout.py", "bench/test_rollout.py")
+    assert all((ROOT / file).exists() for file in files)
+    assert {"measure", "length"} <= default_cases().keys() and "measure" in rollout_cases()
     train = cli.parse_train(list(all_steps["train"].command[4:]))
     assert (train.device, train.max_steps, train.model) == ("cuda", 40, "tiny")
-    assert [name for name, each in all_steps.items() if "CAP" in each.env] == ["train", "loss"]
+    assert [name for name, each in all_steps.items() if "CAP" in each.env] == ["train", "loss", "rollout"]
     assert all_steps["build"].env == {"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": "8.9"}
 
 
@@ -288,6 +290,32 @@ def test_figures_of_the_loss_benchmark(tmp_path):
     assert found.failures[0] == "bench/test_loss.py::test_loss[y] - OutOfMemoryError"
     assert found.failures[1].startswith("wrong: ") and len(found.failures) == 2
     assert steps.timed(tmp_path / "none.json")(4, "usage").failures == ("exit status 4: usage",)
+
+
+def test_figures_of_the_rollout_benchmark(tmp_path):
+    continuous = "transformers continuous batching"
+
+    def measured(model, peer):
+        case = dict(model=model, dtype="bfloat16", prompts=32, length=1000, n=10, new=256, kv_duplicated_mib=400.0)
+        floor = dict(ms=2.0, gemms_ms=1.5, kv_ms=0.5, bytes_ms=1.0, bandwidth_gb_s=3000.0, kv_mib=1.0, weight_mib=1.0)
+        ours = {"provider": "toolx", "tokens_per_s": 40_000.0, "step_ms": 2.5, "kv_mib": 100.0}
+        info = {"rollout_case": case, "floor": floor, "versions": {}}
+        return {"name": "x", "extra_info": info | {"rollout": [ours, {"provider": continuous} | peer]}}
+
+    path = tmp_path / "rollout.json"
+    both = [measured("small", {"tokens_per_s": 10_000.0}), measured("large", {"absent": "9 of 10 tokens after 30 s"})]
+    path.write_text(json.dumps({"benchmarks": [*both, {"name": "test_kv_write", "extra_info": {}}]}))
+    found = steps.sampled(path)(0, "")
+    assert found.failures == () and found.notes == (f"{continuous}: 9 of 10 tokens after 30 s",)
+    assert found.words == (
+        "small: 40,000 tokens/s, 40% of the bandwidth floor, transformers' continuous batching 4.0 times slower; "
+        "large: 40,000 tokens/s, 40% of the bandwidth floor, transformers' continuous batching absent "
+        "(9 of 10 tokens after 30 s)"
+    )
+    assert found.figures["small"]["continuous_batching_slower"] == 4 and found.figures["small"]["kv_share"] == 0.25
+    failed = steps.sampled(path)(1, "FAILED bench/test_rollout.py::test_rollout[y] - OutOfMemoryError\n1 failed")
+    assert failed.failures == ("bench/test_rollout.py::test_rollout[y] - OutOfMemoryError",)
+    assert steps.sampled(tmp_path / "none.json")(4, "usage").failures == ("exit status 4: usage",)
 
 
 def test_the_build_must_be_in_use_where_there_is_nvcc(monkeypatch):

@@ -8,10 +8,11 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from bench import report_rollout
 from bench.gpu.run import Findings, Step, exit_status, last_line
 from bench.report import case_name, rows_of
 
@@ -36,7 +37,7 @@ def steps(facts: dict, capped: dict[str, str], scratch: Path) -> list[Step]:
     ]  # fmt: skip
     tests = [*pytest, "tests", "--continue-on-collection-errors", "--junitxml", str(scratch / "tests.xml")]
     train = [sys.executable, "-m", "toolx_kernels.cli", "train", "--device", "cuda", "--max_steps", "40"]
-    losses = scratch / "loss.json"
+    losses, rollouts = scratch / "loss.json", scratch / "rollout.json"
     return [
         Step(
             "build", [sys.executable, "setup.py", "build_ext", "--inplace", "--force"], 80, env=build,
@@ -53,7 +54,15 @@ def steps(facts: dict, capped: dict[str, str], scratch: Path) -> list[Step]:
             "loss", [*pytest, "bench/test_loss.py", "-k", "measure or length", "--benchmark-json", str(losses)], 90,
             env=capped, read=timed(losses),
         ),
-        Step("report", [sys.executable, "-m", "bench.report", str(losses)], 20, read=reported),
+        Step("report", [sys.executable, "-m", "bench.report", str(losses)], 20, read=reported("loss")),
+        Step(
+            "rollout", [*pytest, "bench/test_rollout.py", "-k", "measure", "--benchmark-json", str(rollouts)], 120,
+            env=capped, read=sampled(rollouts),
+        ),
+        Step(
+            "rollout-csv", [sys.executable, "-m", "bench.report_rollout", str(rollouts)], 10,
+            read=reported("rollout"),
+        ),
         # Slow and picky, so they come last and get what time is left.
         sanitizer("racecheck", 30, [*pytest, SMALL_SET], "--kernel-name-exclude", LIBRARY_KERNELS),
         sanitizer("initcheck", 25, [*pytest, SMALL_SET]),
@@ -143,9 +152,9 @@ def timed(measurements: Path) -> Callable:
     """Reads the loss benchmark's measurements: ours over the bare GEMMs at the main shapes, memory at the longest."""
 
     def read(code, output):
-        failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE) or exit_status(code, output).failures
+        failures = tuple(failed_tests(code, output))
         if not measurements.exists():
-            return Findings(failures=tuple(failures) or (f"nothing was measured: {last_line(output)}",))
+            return Findings(failures=failures or (f"nothing was measured: {last_line(output)}",))
         rows = rows_of(json.loads(measurements.read_text(encoding="utf-8"))["benchmarks"])
         ours = [row for row in rows if row["provider"] == "toolx" and row["what"] == "both" and not row["dead"]]
         ratios = [
@@ -162,8 +171,42 @@ def timed(measurements: Path) -> Callable:
     return read
 
 
-def reported(code: int | None, output: str) -> Findings:
-    return exit_status(code, output) if code else Findings("loss.csv, loss.md and plots")
+def sampled(measurements: Path) -> Callable:
+    """Reads the rollout benchmark's measurements: ours at every shape, beside transformers' continuous batching."""
+
+    def read(code, output):
+        failures = tuple(failed_tests(code, output))
+        if not measurements.exists():
+            return Findings(failures=failures or (f"nothing was measured: {last_line(output)}",))
+        rows = report_rollout.rows_of(json.loads(measurements.read_text(encoding="utf-8"))["benchmarks"])
+        peers = {row["model"]: row for row in rows if row["provider"] == "transformers continuous batching"}
+        words, figures = [], {}
+        for row in (row for row in rows if row["provider"] == "toolx"):
+            peer = peers.get(row["model"], {"speedup_of_toolx": None, "absent": "not measured"})
+            faster = peer["speedup_of_toolx"]
+            slower = f"{faster:.1f} times slower" if faster else f"absent ({peer['absent']})"
+            words.append(
+                f"{row['model']}: {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_bandwidth']:.0%} of the "
+                f"bandwidth floor, transformers' continuous batching {slower}"
+            )
+            names = ("tokens_per_s", "step_ms", "share_of_bandwidth", "step_to_floor", "kv_mib", "kv_share", "peak_mib")
+            figures[row["model"]] = {name: row[name] for name in names} | {"continuous_batching_slower": faster}
+        notes = dict.fromkeys(f"{row['provider']}: {row['absent']}" for row in rows if row["absent"])
+        return Findings("; ".join(words) or "not measured", figures, failures, tuple(notes))
+
+    return read
+
+
+def failed_tests(code: int | None, output: str) -> Sequence[str]:
+    """The tests that pytest names as failed; without one, what its exit status says."""
+    return re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE) or exit_status(code, output).failures
+
+
+def reported(name: str) -> Callable:
+    def read(code, output):
+        return exit_status(code, output) if code else Findings(f"{name}.csv, {name}.md and plots")
+
+    return read
 
 
 def sanitizer(tool: str, share: float, command: list[str], *options: str) -> Step:
