@@ -3,12 +3,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 namespace toolx {
 
 using torch::stable::Tensor;
 
 void kv_write_cpu(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
 void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums);
+Tensor paged_attention_cpu(
+    Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,
+    std::optional<Tensor> cu_groups, std::optional<Tensor> prefix_lens, int64_t max_queries, double scale,
+    double softcap, int64_t window);
 #ifdef USE_CUDA
 void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
 #endif
@@ -18,6 +24,7 @@ void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cach
 STABLE_TORCH_LIBRARY_IMPL(toolx, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&toolx::kv_write_cpu));
   m.impl("exp_sums", TORCH_BOX(&toolx::exp_sums_cpu));
+  m.impl("paged_attention", TORCH_BOX(&toolx::paged_attention_cpu));
 }
 
 #ifdef USE_CUDA

@@ -6,6 +6,7 @@ N, D and V are no multiples of a tile, and rows of the vocabulary do not start a
 import pytest
 import torch
 
+from tests.ops.attention_cases import assert_as_good_as_torch, make_grouped
 from toolx_kernels import kv_write, linear_grpo_loss, linear_logprob, reference
 from toolx_kernels.reference import GRPOLossConfig
 
@@ -117,3 +118,12 @@ def test_kv_write():
     kv_write(key, value, *written, slots)
     reference.kv_write(key, value, *expected, slots)
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "groups"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paged_attention(dtype, shared):
+    groups = [(2, [(1, 1), (9, 1), (4, 3)]), (0, [(21, 21), (5, 0)]), (11, [(1, 1), (7, 5)])]
+    case = make_grouped(groups, 7, heads=6, dim=20, dtype=dtype)
+    for window, softcap in [(0, 0.0), (30, 0.0), (0, 4.0)]:
+        assert_as_good_as_torch(case if shared else case._replace(sharing={}), softcap, window)

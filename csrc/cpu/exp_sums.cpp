@@ -1,4 +1,5 @@
 #include "../checks.h"
+#include "fast_exp.h"
 
 #include <algorithm>
 #include <cstring>
@@ -6,10 +7,8 @@
 // One source, compiled for several instruction sets; the loader picks the best the processor has.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define TOOLX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define TOOLX_INLINE inline __attribute__((always_inline))
 #else
 #define TOOLX_CLONES
-#define TOOLX_INLINE inline
 #endif
 
 namespace toolx {
@@ -19,27 +18,6 @@ namespace {
 constexpr int64_t kBlock = 64;  // vocabulary entries added up on their own, so that rounding errors stay small
 constexpr int64_t kLanes = 32;  // rows handled together
 constexpr int64_t kElementsPerThread = 32 * 1024;
-
-// exp(x) to about 1e-7 relative; zero below -87, where fp32 turns denormal. A NaN stays one. Beyond 88 it is exp(88).
-TOOLX_INLINE float exp_of(float x) {
-  const float bounded = x > 88.0f ? 88.0f : x;
-  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const float n = shifted - 12582912.0f;
-  const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  int32_t exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = static_cast<int32_t>((static_cast<uint32_t>(exponent) - 0x4B400000u + 127u) << 23);
-  float power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;
-}
 
 TOOLX_INLINE void store(float* to, float value) { *to = value; }
 

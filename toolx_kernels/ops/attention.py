@@ -1,4 +1,4 @@
-"""Paged KV cache: writing it (compiled, ``csrc/``) and attending over it (plain torch, vectorised over rows)."""
+"""Paged KV cache: writing it and attending over it; compiled (``csrc/``) where built, else plain torch."""
 
 from __future__ import annotations
 
@@ -49,12 +49,18 @@ def paged_attention(
     ``max_queries`` bounds the queries that one group (one row, without groups) brings; left out, it is looked up, for
     which a GPU must wait.
 
+    The compiled CPU kernel raises RuntimeError, before anything is read, when sizes, dtypes or devices do not fit
+    together, or when a page that a query sees, a length or a bound is out of range. Its results depend neither on the
+    number of threads nor on the rest of the batch. float64 is left to plain torch.
+
     No gradient. The definition is ``reference.paged_attention``.
     """
     if max_queries is None:
         bounds = cu_seqlens_q if cu_groups is None else cu_seqlens_q[cu_groups.long()]
         max_queries = int(bounds.diff().max()) if len(bounds) > 1 else 0
-    return torch.ops.toolx.paged_attention(
+    # kernels accumulate in fp32
+    function = _paged_attention if query.dtype == torch.float64 else torch.ops.toolx.paged_attention
+    return function(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
         scale, softcap, window,
     )  # fmt: skip
@@ -87,6 +93,7 @@ def _paged_attention(
 ):  # fmt: skip
     """In plain torch, which makes no use of shared prefixes."""
     query_lens = cu_seqlens_q.diff()
+    seq_lens = torch.where(query_lens > 0, seq_lens, 0)  # of rows without queries nothing is read
     n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0
     widest = int(query_lens.max()) if n_rows else 0
     if widest == 0:
@@ -97,7 +104,7 @@ def _paged_attention(
     pages = block_table[:, : -(-longest // page_size)].long().repeat_interleave(page_size, dim=1)[:, :longest]
     slots = pages * page_size + steps % page_size
     # past a row's end its first token stands in: hidden by the mask, but never NaN as unwritten memory may be
-    slots = torch.where(filled, slots, slots[:, :1]).flatten()
+    slots = torch.where(filled, slots, slots[:, :1] * filled[:, :1]).flatten()
 
     def gather(cache: Tensor) -> Tensor:  # (R, Hkv, T, Dh)
         return cache.flatten(0, 1).index_select(0, slots).unflatten(0, filled.shape).transpose(1, 2)
@@ -125,5 +132,5 @@ _library.define(
     "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
     "int window) -> Tensor",
     default=_paged_attention,
-    fake=lambda query, *_: torch.empty_like(query),
+    fake=lambda query, *_: query.new_empty(query.shape),
 )
