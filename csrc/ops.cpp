@@ -15,6 +15,10 @@ Tensor paged_attention_cpu(
     Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,
     std::optional<Tensor> cu_groups, std::optional<Tensor> prefix_lens, int64_t max_queries, double scale,
     double softcap, int64_t window);
+void sample_sweep_cpu(
+    Tensor hidden, Tensor weight, std::optional<Tensor> streams, double temperature, std::optional<Tensor> bias,
+    double softcap, Tensor tokens, Tensor stats, std::optional<Tensor> logits);
+void add_gumbel_cpu(Tensor logits, Tensor streams);
 #ifdef USE_CUDA
 void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
 #endif
@@ -25,6 +29,8 @@ STABLE_TORCH_LIBRARY_IMPL(toolx, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&toolx::kv_write_cpu));
   m.impl("exp_sums", TORCH_BOX(&toolx::exp_sums_cpu));
   m.impl("paged_attention", TORCH_BOX(&toolx::paged_attention_cpu));
+  m.impl("sample_sweep", TORCH_BOX(&toolx::sample_sweep_cpu));
+  m.impl("add_gumbel", TORCH_BOX(&toolx::add_gumbel_cpu));
 }
 
 #ifdef USE_CUDA

@@ -611,15 +611,16 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     return logits
 
 
-def gumbel_noise(streams: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise (R, V) in fp32 from Philox4x32-10, counter-based.
+def gumbel_noise(streams: Tensor, vocab_size: int, start: int = 0) -> Tensor:
+    """Standard Gumbel noise (R, V) in fp32 from Philox4x32-10, counter-based; of the tokens from ``start`` on, which
+    must be a multiple of 4.
 
     Key (seed, step), counter (v // 4, position, row id, rollout index), word v % 4. A word x gives
     ``u = (x + 1/2) / 2**32`` and ``-log(-log(1 - u))``: written with 1 - u, the upper tail, which decides who
     wins, keeps all 32 bits.
     """
     seed, step, row, rollout, position = (streams[:, i, None] & 0xFFFFFFFF for i in range(5))
-    block = torch.arange((vocab_size + 3) // 4, device=streams.device)[None, :]
+    block = torch.arange(start // 4, (start + vocab_size + 3) // 4, device=streams.device)[None, :]
     words = torch.stack(philox(block, position, row, rollout, seed, step), dim=-1).flatten(1)[:, :vocab_size]
     uniform = ((words.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))

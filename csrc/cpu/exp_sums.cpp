@@ -1,15 +1,7 @@
 #include "../checks.h"
-#include "fast_exp.h"
+#include "vector_math.h"
 
 #include <algorithm>
-#include <cstring>
-
-// One source, compiled for several instruction sets; the loader picks the best the processor has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define TOOLX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TOOLX_CLONES
-#endif
 
 namespace toolx {
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
-#include "fast_exp.h"
+#include "vector_math.h"
 
 namespace toolx::attention {
 

@@ -175,3 +175,20 @@ def triton_tile(capability: tuple[int, int] | None, itemsize: int, *, crowded: b
     known = [known for known, size in TRITON_TILES if size == itemsize and known <= chip]
     tile = TRITON_TILES[max(known, default=80), itemsize]
     return tile._replace(block_n=tile.block_n // 2) if crowded else tile
+
+
+# A decoding step reads the whole weight for a few rows: wide tiles of it, of which several are on their way at a time.
+SAMPLING_TILES = {
+    2: TritonTile(16, 128, 64, 4, 3),
+    4: TritonTile(16, 128, 32, 4, 3),
+}
+
+
+def sampling_tile(capability: tuple[int, int] | None, itemsize: int, n_rows: int) -> TritonTile:
+    """The tile of sampling for 1 to 512 rows; None: the interpreter."""
+    if capability is None:
+        return INTERPRETED_TILE._replace(block_v=128)
+    tile = SAMPLING_TILES[itemsize]
+    if n_rows <= 16:
+        return tile
+    return tile._replace(block_n=32) if n_rows <= 32 else tile._replace(block_n=64, warps=8)
