@@ -1,6 +1,7 @@
 """The operator library: definitions, fallback, and the compiled paged KV write."""
 
 import importlib
+import importlib.util
 import os
 
 import pytest
@@ -168,7 +169,9 @@ def test_the_build_switch_is_obeyed():
         assert _library.compiled_error is None
     if switch == "0":
         assert _library.compiled_error == "it was not built when the package was installed"
-        assert _library.backends()["kv_write"] == {"CPU": _library.DEFAULT, "CUDA": _library.DEFAULT}
+        has_triton = importlib.util.find_spec("triton") is not None
+        on_cuda = _library.FROM_PYTHON["CUDA"] if has_triton else _library.DEFAULT
+        assert _library.backends()["kv_write"] == {"CPU": _library.DEFAULT, "CUDA": on_cuda}
 
 
 @pytest.mark.parametrize(
@@ -199,3 +202,22 @@ def test_define_gives_an_op_a_default_a_fake_and_a_place_in_backends():
         torch.library.opcheck(torch.ops.toolx.test_twice.default, (torch.ones(3),))
     finally:
         del _library._compiled_ops["test_twice"]
+
+
+def test_define_leaves_a_compiled_cuda_kernel_in_its_place():
+    """The dispatcher knows a compiled kernel before Python defines the op."""
+    pytest.importorskip("triton")
+    compiled = torch.library.Library("toolx", "FRAGMENT")
+    names = ("test_compiled", "test_not_compiled")
+    try:
+        compiled.impl(names[0], lambda x: x * 2, "CUDA")
+        for name in names:
+            _library.define(f"{name}(Tensor x) -> Tensor", default=torch.neg, fake=torch.empty_like, triton=torch.clone)
+        on_cuda = [_library.backends()[name]["CUDA"] for name in names]
+        assert on_cuda == [_library.COMPILED["CUDA"], _library.FROM_PYTHON["CUDA"]]
+        run = [getattr(torch.ops.toolx, name).default for name in names]
+        assert [int(op._op_dk(torch._C.DispatchKey.CUDA, torch.tensor(3))) for op in run] == [6, 3]
+    finally:
+        for name in names:
+            _library._compiled_ops.pop(name, None)
+        compiled._destroy()

@@ -52,13 +52,14 @@ def define(schema: str, *, default: Callable, fake: Callable, triton: Callable |
         default: plain torch implementation for every device, below autograd.
         fake: given the same arguments on the meta device, returns empty results of the right shape, dtype and
             device; for ``torch.compile``. None for an op that only writes into its arguments.
-        triton: implementation on CUDA that launches Triton kernels; registered where triton is installed.
+        triton: implementation on CUDA that launches Triton kernels; registered where triton is installed and the
+            compiled part has no CUDA kernel for the op.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _compiled_ops[name] = {device for device in DEVICES if _has_kernel(name, device)}
     library.impl(name, default, "CompositeExplicitAutograd")
-    if triton is not None and importlib.util.find_spec("triton"):
+    if triton is not None and "CUDA" not in _compiled_ops[name] and importlib.util.find_spec("triton"):
         library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"toolx::{name}", fake, lib=library)
 
@@ -78,8 +79,15 @@ def _has_kernel(name: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"toolx::{name}", device)
 
 
+def _kv_write_triton(*arguments) -> None:
+    from toolx_kernels.ops.attention_triton import kv_write  # the ops import this file
+
+    kv_write(*arguments)
+
+
 define(
     "kv_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
     default=reference.kv_write,
     fake=lambda key, value, key_cache, value_cache, slots: None,
+    triton=_kv_write_triton,
 )

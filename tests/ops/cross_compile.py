@@ -17,23 +17,25 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from toolx_kernels.ops import advantages, statistics, sweep_triton, tiles
+from toolx_kernels.ops import advantages, attention_triton, statistics, sweep_triton, tiles
 from toolx_kernels.reference import GRPOLossConfig
 
 CHIPS = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr"}
+INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr"}
+INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
-FLOATS = {"softcap", "eps"}
+OF_CACHE = {"query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"}
+FLOATS = {"softcap", "eps", "scale"}
 ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 16
 
 
 def kernels() -> dict:
-    """Every Triton kernel of the loss, by name."""
+    """Every Triton kernel, by name."""
     kernel = type(sweep_triton.sweep_kernel)
-    modules = (sweep_triton, statistics, advantages)
+    modules = (sweep_triton, statistics, advantages, attention_triton)
     return {
         name: value
         for module in modules
@@ -51,10 +53,13 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
             types[argument] = "constexpr"
         elif argument in INT64 or (name, argument) == ("move_rows_kernel", "target_ptr"):
             types[argument] = "*i64"
+        elif argument in INT32:
+            types[argument] = "*i32"
         elif argument.endswith("_ptr"):
-            of_head = argument in sweep_triton.OF_HEAD and not (argument == "out_ptr" and name in FP32_OUT)
-            of_head &= name != "statistics_kernel"  # whose weight is a row's share of the loss
-            types[argument] = f"*{dtype if of_head else 'fp32'}"
+            narrow = argument in sweep_triton.OF_HEAD | OF_CACHE and not (argument == "out_ptr" and name in FP32_OUT)
+            narrow &= name != "statistics_kernel"  # whose weight is a row's share of the loss
+            narrow &= (argument, constants.get("DIRECT")) != ("out_ptr", False)  # partial results
+            types[argument] = f"*{dtype if narrow else 'fp32'}"
         else:
             types[argument] = "fp32" if argument in FLOATS else "i32"
         varies = param.do_not_specialize or param.do_not_specialize_on_alignment or argument in ANY_NUMBER
@@ -110,6 +115,31 @@ def cases(chip: int):
     for scale in ("group", "batch"):
         constants = {"HAS_IDS": True, "SCALE": scale, "BLOCK": 1024}
         yield f"advantages {scale}", "advantages_kernel", constants, "fp32", (4, 3)
+    yield from attention_cases(chip)
+
+
+def attention_cases(chip: int):
+    """The tiles of every head dim with window and softcap, seven heads to a key; fp16 compiles as bf16 does.
+
+    The small tile (decode) at a shared prefix, the large one (prefill) writing its result.
+    """
+    sizes = {"KV_HEADS": 2, "SHARING": 7, "PAGE_SIZE": 16, "BLOCK_U": 512, "stride_qd": 1, "stride_od": 1}
+    tiles_of = {"bf16": (("decode", 1), ("prefill", 1000)), "fp32": (("prefill", 1000),)}
+    for dtype in ("bf16", "fp32"):
+        for dim in (64, 128, 256):
+            for what, queries in tiles_of[dtype]:
+                tile = attention_triton.choose_tile((chip // 10, chip % 10), ELEMENTS[dtype], dim, 7, queries)
+                constants = {
+                    "PREFIX": queries == 1, "GROUPED": queries == 1, "DIRECT": queries > 1,
+                    "HAS_WINDOW": True, "HAS_SOFTCAP": True, "D": dim, "BLOCK_D": dim,
+                    "PRECISION": attention_triton.dot_precision(ELEMENTS[dtype], dim),
+                    "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **sizes,
+                }  # fmt: skip
+                yield f"attention {what} {dim}", "attention_kernel", constants, dtype, (tile.warps, tile.stages)
+    merge = {"H": 14, "D": 80, "BLOCK_R": 4, "BLOCK_D": 128, "stride_od": 1}
+    yield "merge", "merge_kernel", merge, "bf16", (4, 3)
+    write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
+    yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
 
 
 def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:

@@ -127,10 +127,22 @@ def _paged_attention(
     return out.transpose(1, 2)[used]
 
 
+def _on_cuda(query, key_cache, *others):
+    """flash-attn where it applies, else Triton."""
+    from toolx_kernels.ops import flash
+
+    if flash.applies(query, key_cache):
+        from toolx_kernels.ops.flash import paged_attention as attend
+    else:
+        from toolx_kernels.ops.attention_triton import paged_attention as attend
+    return attend(query, key_cache, *others)
+
+
 _library.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
     "int window) -> Tensor",
     default=_paged_attention,
     fake=lambda query, *_: query.new_empty(query.shape),
+    triton=_on_cuda,
 )
