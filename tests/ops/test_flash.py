@@ -104,7 +104,11 @@ def share_prefix(arguments, n_tokens, siblings):
     return [*arguments[:3], table, *arguments[4:]]
 
 
-ROWS = {"decode": ([300, 513, 1], [1, 1, 1]), "chunked": ([300, 513, 5], [7, 1, 5])}
+ROWS = {
+    "decode": ([300, 513, 1], [1, 1, 1]),
+    "a row without queries": ([300, 513, 1], [1, 0, 1]),
+    "chunked": ([300, 513, 5], [7, 1, 5]),
+}
 
 
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (100, 0.0), (0, 2.0)])

@@ -337,7 +337,7 @@ TILES = {
     (2, 256): (AttentionTile(16, 32, 4, 3), AttentionTile(64, 32, 8, 3)),
     (4, 64): (AttentionTile(16, 32, 4, 3), AttentionTile(64, 16, 8, 2)),
     (4, 128): (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 8, 2)),
-    (4, 256): (AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2)),
+    (4, 256): (AttentionTile(16, 16, 8, 2), AttentionTile(16, 16, 8, 2)),
 }
 # What serves one chip better; Hopper multiplies from shared memory.
 TILES_OF_CHIP = {

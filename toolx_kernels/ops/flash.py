@@ -78,6 +78,8 @@ def _attend(
     *, scale, softcap, window=0, causal=True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (T, H, Dh) and log-sum-exp (H, T) of rows with ``lengths`` keys each."""
+    if len(query) != len(lengths):  # of a bound of 1 flash-attn concludes that every row has one query
+        max_queries = max(2, max_queries)
     cu_keys = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     out, lse, _ = installed()(
         query, key_cache, value_cache, cu_queries.int(), cu_keys, max_queries,
