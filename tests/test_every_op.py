@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.ops.attention_cases import assert_as_good_as_torch, make_grouped
-from toolx_kernels import kv_write, linear_grpo_loss, linear_logprob, reference
+from toolx_kernels import kv_write, linear_grpo_loss, linear_logprob, reference, sample
 from toolx_kernels.reference import GRPOLossConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,3 +127,21 @@ def test_paged_attention(dtype, shared):
     case = make_grouped(groups, 7, heads=6, dim=20, dtype=dtype)
     for window, softcap in [(0, 0.0), (30, 0.0), (0, 4.0)]:
         assert_as_good_as_torch(case if shared else case._replace(sharing={}), softcap, window)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}], ids=["plain", "filtered"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sample(dtype, extras, filters):
+    leaves, options = make_head(dtype, extras)
+    inputs = {name: leaf.detach() for name, leaf in leaves.items()}
+    exact_inputs = {name: leaf.double() for name, leaf in inputs.items()}
+    streams = torch.arange(5 * N, device=DEVICE).view(N, 5)
+    settings = {"temperature": 0.7, "softcap": options.get("softcap"), **filters}
+    first, second = (sample(**inputs, streams=streams, **settings) for _ in range(2))
+    truth = reference.sample(**exact_inputs, streams=streams, **settings)
+    assert torch.equal(first.tokens, truth.tokens)  # no row's two best are within rounding of each other
+    for name in truth._fields[1:]:
+        torch.testing.assert_close(getattr(first, name).double(), getattr(truth, name), rtol=1e-4, atol=1e-4)
+    for mine, again in zip(first, second, strict=True):
+        assert torch.equal(mine, again)

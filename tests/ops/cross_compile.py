@@ -17,15 +17,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from toolx_kernels.ops import advantages, attention_triton, statistics, sweep_triton, tiles
+from toolx_kernels.ops import advantages, attention_triton, sampling_triton, statistics, sweep_triton, tiles
 from toolx_kernels.reference import GRPOLossConfig
 
 CHIPS = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr"}
-INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr"}
+INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "streams_ptr", "tokens_ptr"}
+INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
 OF_CACHE = {"query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"}
 FLOATS = {"softcap", "eps", "scale"}
@@ -35,7 +35,7 @@ ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 1
 def kernels() -> dict:
     """Every Triton kernel, by name."""
     kernel = type(sweep_triton.sweep_kernel)
-    modules = (sweep_triton, statistics, advantages, attention_triton)
+    modules = (sweep_triton, statistics, advantages, attention_triton, sampling_triton)
     return {
         name: value
         for module in modules
@@ -57,6 +57,7 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
             types[argument] = "*i32"
         elif argument.endswith("_ptr"):
             narrow = argument in sweep_triton.OF_HEAD | OF_CACHE and not (argument == "out_ptr" and name in FP32_OUT)
+            narrow &= (name, argument) != ("sample_kernel", "bias_ptr")  # which is fp32
             narrow &= name != "statistics_kernel"  # whose weight is a row's share of the loss
             narrow &= (argument, constants.get("DIRECT")) != ("out_ptr", False)  # partial results
             types[argument] = f"*{dtype if narrow else 'fp32'}"
@@ -140,6 +141,21 @@ def attention_cases(chip: int):
     yield "merge", "merge_kernel", merge, "bf16", (4, 3)
     write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
     yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
+    for dtype in ("bf16", "fp16", "fp32") if chip == 86 else ("bf16", "fp32"):
+        for n_rows in (1, 32, 64):
+            tile = tiles.sampling_tile((chip // 10, chip % 10), ELEMENTS[dtype], n_rows)
+            for noisy in (True, False):  # without noise the logits are asked for
+                constants = {
+                    "NOISY": noisy, "HAS_LOGITS": not noisy, "HAS_BIAS": True, "HAS_SOFTCAP": True, "EVEN_D": True,
+                    "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
+                    "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+                    "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d,
+                    "stride_hd": 1, "stride_wd": 1,
+                }  # fmt: skip
+                label = f"sample {n_rows} rows, {'noise' if noisy else 'logits'}"
+                yield label, "sample_kernel", constants, dtype, (tile.warps, tile.stages)
+    yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
+    yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 
 
 def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:

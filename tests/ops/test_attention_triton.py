@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from tests.ops.attention_cases import make_case
 from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton, poisoned  # noqa: F401 (a fixture)
-from tests.ops.test_attention import CASES, make_case
+from tests.ops.test_attention import CASES
 from tests.test_library import assert_same_bits, expected_caches, kv_case
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from tests.ops.test_attention import make_case
+from tests.ops.attention_cases import make_case
 from toolx_kernels import reference
 from toolx_kernels.ops import attention, flash
 
@@ -114,7 +114,7 @@ ROWS = {
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (100, 0.0), (0, 2.0)])
 @pytest.mark.parametrize("name", ROWS)
 def test_agrees_with_the_definition(stand_in, name, window, softcap):
-    arguments, _ = make_case(*ROWS[name], PAGE, dtype=torch.bfloat16)
+    arguments = list(make_case(*ROWS[name], PAGE, dtype=torch.bfloat16).tensors)
     assert flash.applies(arguments[0], arguments[1])
     assert_agrees(run(arguments, softcap=softcap, window=window), arguments, softcap, window)
     assert len(stand_in.calls) == 1
@@ -123,7 +123,7 @@ def test_agrees_with_the_definition(stand_in, name, window, softcap):
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (300, 0.0), (0, 2.0)])
 def test_a_shared_prefix_is_a_call_of_its_own(stand_in, window, softcap):
     """Two siblings of 256 shared tokens, a row with none, an empty group, and a row of padding."""
-    arguments, _ = make_case([300, 513, 40], [1, 3, 1], PAGE, dtype=torch.float16)
+    arguments = list(make_case([300, 513, 40], [1, 3, 1], PAGE, dtype=torch.float16).tensors)
     query, keys, values, table, seq_lens, cu = share_prefix(arguments, 256, [(0, 2)])
     groups = torch.tensor([[0, 2, 3, 3, 4]], dtype=torch.int32)[0], torch.tensor([256, 256, 0, 0], dtype=torch.int32)
     pad = torch.nn.functional.pad
@@ -138,7 +138,7 @@ def test_a_shared_prefix_is_a_call_of_its_own(stand_in, window, softcap):
 
 
 def test_the_prefix_is_read_through_the_first_row_alone(stand_in):
-    arguments, _ = make_case([300, 513, 400], [1, 1, 1], PAGE, dtype=torch.float16)
+    arguments = list(make_case([300, 513, 400], [1, 1, 1], PAGE, dtype=torch.float16).tensors)
     arguments = share_prefix(arguments, 256, [(0, 3)])
     groups = torch.tensor([0, 3], dtype=torch.int32), torch.full((3,), 256, dtype=torch.int32)
     expected = run(arguments, groups, 3)
@@ -148,7 +148,7 @@ def test_the_prefix_is_read_through_the_first_row_alone(stand_in):
 
 
 def test_the_result_has_the_layout_of_the_query(stand_in):
-    arguments, _ = make_case(*ROWS["chunked"], PAGE, dtype=torch.float16)
+    arguments = list(make_case(*ROWS["chunked"], PAGE, dtype=torch.float16).tensors)
     arguments = list(arguments)
     expected = run(arguments)
     arguments[0] = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)
@@ -165,7 +165,7 @@ def test_nothing_waits_for_the_device(stand_in, monkeypatch):
     def shapes_alone(q, *_, **__):
         return torch.empty_like(q), torch.empty(q.shape[1], q.shape[0]), None
 
-    arguments, _ = make_case([300, 513, 400], [1, 1, 1], PAGE, dtype=torch.float16)
+    arguments = list(make_case([300, 513, 400], [1, 1, 1], PAGE, dtype=torch.float16).tensors)
     groups = torch.tensor([0, 3], dtype=torch.int32), torch.full((3,), 256, dtype=torch.int32)
     with monkeypatch.context() as patch:
         patch.setattr(flash, "installed", lambda: shapes_alone)
@@ -207,5 +207,5 @@ def test_the_op_on_a_gpu_chooses(stand_in, monkeypatch, page_size, expected):
     attention_triton = pytest.importorskip("toolx_kernels.ops.attention_triton")
     monkeypatch.setattr(flash, "paged_attention", lambda *arguments: "flash-attn")
     monkeypatch.setattr(attention_triton, "paged_attention", lambda *arguments: "Triton")
-    arguments, _ = make_case([5], [1], page_size, dtype=torch.float16)
+    arguments = list(make_case([5], [1], page_size, dtype=torch.float16).tensors)
     assert attention._on_cuda(*arguments, None, None, 1, 0.3, 0.0, 0) == expected

@@ -2,7 +2,7 @@
 
 A graph repeats what was captured, whatever has changed since. So all that a step reads comes in one buffer, in sizes
 rounded up to a few buckets, and a graph is kept under everything else that is baked into it. The rows that fill a
-bucket up have nothing in the cache, write nothing, and nobody reads what they sample.
+bucket up write nothing, see one token of page 0, and nobody reads what they sample.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
     """All of a step's inputs as one flat int64 array, filled up to ``sizes``."""
     n_rows, width = inputs.block_table.shape
     rows = np.zeros((sizes.rows, 9 + sizes.width), dtype=np.int64)
-    rows[n_rows:, 1:3] = -1  # no position, no slot
+    rows[n_rows:, 2] = -1  # writes nothing
     rows[:n_rows, 0], rows[:n_rows, 1], rows[:n_rows, 2] = inputs.ids, inputs.positions, inputs.slots
     rows[:n_rows, 3], rows[:n_rows, 4:9] = inputs.prefix_lens, inputs.streams
     rows[:n_rows, 9 : 9 + width] = inputs.block_table
