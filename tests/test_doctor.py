@@ -70,4 +70,4 @@ def test_optional_packages_present_and_absent(monkeypatch):
     assert "present" in lines_of(report, "datasets")[0]
     assert "`pip install gguf accelerate`" in lines_of(report, "gguf + accelerate")[0]
     assert "`pip install --no-deps bfcl-eval`" in lines_of(report, "bfcl-eval")[0]
-    assert "makes no use of them" in lines_of(report, "The extras flash, lora and optim")[0]
+    assert "makes no use of them" in lines_of(report, "The extras lora and optim")[0]

