@@ -57,6 +57,14 @@ class Toolx(Sampler):
         return [completion.ids for group in groups for completion in group.completions]
 
 
+class ToolxCompiled(Toolx):
+    name = "toolx, compiled"
+
+    def __init__(self, model, case):
+        super().__init__(model, case)
+        self.engine = RolloutEngine(model, compile=True)
+
+
 class HFGenerate(Sampler):
     """Every sample is a row of its own from the start: it prefills each prompt n times."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.measure_rollout import measure
-from bench.rollout_providers import PEERS, TransformersBatching
+from bench.rollout_providers import PEERS, ToolxCompiled, TransformersBatching
 from bench.rollout_work import Case
 from toolx_kernels.train.models import SMOLLM2
 
@@ -39,4 +39,4 @@ def test_rollout(benchmark, case):
     # On a CPU transformers' engine lets every row attend to every other row's cache under a mask, which takes minutes
     # where the caches are large.
     peers = [kind for kind in PEERS if CUDA or case.length <= 100 or kind is not TransformersBatching]
-    measure(benchmark, case, peers, DEVICE)
+    measure(benchmark, case, [ToolxCompiled] * CUDA + peers, DEVICE)
