@@ -141,19 +141,18 @@ def attention_cases(chip: int):
     yield "merge", "merge_kernel", merge, "bf16", (4, 3)
     write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
     yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
-    for dtype in ("bf16", "fp16", "fp32") if chip == 86 else ("bf16", "fp32"):
-        for n_rows in (1, 32, 64):
+    for dtype in ("bf16", "fp32"):
+        for n_rows, noisy in ((1, True), (64, True), (64, False)):  # without noise the logits are asked for
             tile = tiles.sampling_tile((chip // 10, chip % 10), ELEMENTS[dtype], n_rows)
-            for noisy in (True, False):  # without noise the logits are asked for
-                constants = {
-                    "NOISY": noisy, "HAS_LOGITS": not noisy, "HAS_BIAS": True, "HAS_SOFTCAP": True, "EVEN_D": True,
-                    "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
-                    "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-                    "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d,
-                    "stride_hd": 1, "stride_wd": 1,
-                }  # fmt: skip
-                label = f"sample {n_rows} rows, {'noise' if noisy else 'logits'}"
-                yield label, "sample_kernel", constants, dtype, (tile.warps, tile.stages)
+            constants = {
+                "NOISY": noisy, "HAS_LOGITS": not noisy, "HAS_BIAS": True, "HAS_SOFTCAP": True, "EVEN_D": True,
+                "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
+                "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+                "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d,
+                "stride_hd": 1, "stride_wd": 1,
+            }  # fmt: skip
+            label = f"sample {n_rows} rows, {'noise' if noisy else 'logits'}"
+            yield label, "sample_kernel", constants, dtype, (tile.warps, tile.stages)
     yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
     yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 
