@@ -54,6 +54,8 @@ class Toolx(Sampler):
         groups = self.engine.generate(prompts, self.case.n, SamplingParams(max_new_tokens=new))
         pool = self.engine.pool
         self.kv_bytes = pool.peak * pool.page_size * token_bytes(self.model)
+        if self.model.device.type == "cuda":
+            self.note = f"CUDA graphs: {len(self.engine.runner.graphs)}"
         return [completion.ids for group in groups for completion in group.completions]
 
 

@@ -6,8 +6,17 @@ N, D and V are no multiples of a tile, and rows of the vocabulary do not start a
 import pytest
 import torch
 
+from tests.models import small_model
 from tests.ops.attention_cases import assert_as_good_as_torch, make_grouped
-from toolx_kernels import kv_write, linear_grpo_loss, linear_logprob, reference, sample
+from toolx_kernels import (
+    RolloutEngine,
+    SamplingParams,
+    kv_write,
+    linear_grpo_loss,
+    linear_logprob,
+    reference,
+    sample,
+)
 from toolx_kernels.reference import GRPOLossConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,3 +154,20 @@ def test_sample(dtype, extras, filters):
         torch.testing.assert_close(getattr(first, name).double(), getattr(truth, name), rtol=1e-4, atol=1e-4)
     for mine, again in zip(first, second, strict=True):
         assert torch.equal(mine, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rollouts(dtype):
+    """Pages shared, copied and given back, in few enough of them that a row is put off; as one engine with room."""
+    model = small_model("llama").to(DEVICE, dtype)
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10, 11, 12]]
+    params = SamplingParams(6, temperature=0.8)
+    tight, roomy = (RolloutEngine(model, page_size=4, max_pages=pages) for pages in (7, 60))
+    for engine in (tight, roomy):
+        groups = engine.generate(prompts, 3, params)
+        assert [len(c.ids) for g in groups for c in g.completions] == [6] * 6
+        assert all(-20 < logprob <= 0 for g in groups for c in g.completions for logprob in c.logprobs)
+        assert engine.pool.n_held == 0
+    if dtype == torch.float32:
+        again = tight.generate(prompts, 3, params)
+        assert [[c.ids for c in g.completions] for g in again] == [[c.ids for c in g.completions] for g in groups]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolx_kernels.rollout.pages import PagePool
+from toolx_kernels.rollout.runner import Sizes, bucket
 from toolx_kernels.rollout.scheduler import Row, Scheduler
 from toolx_kernels.rollout.types import SamplingParams
 
@@ -47,11 +48,11 @@ class Simulation:
             scheduler.grow()
             self.check_pages()
             if len(scheduler.order):
-                inputs = scheduler.decode_inputs()
+                places, inputs = scheduler.decode_inputs()
                 assert len(set(inputs.slots.tolist())) == len(inputs.slots), "two rows write to one slot"
                 self.cache.view(-1)[inputs.slots] = torch.tensor(inputs.ids).to(self.cache)
-                self.check_rows(inputs)
-                self.record(scheduler.order)
+                self.check_rows(places, inputs)
+                self.record(places)
             turns += 1
             assert turns < 2000, "it does not end"
         return self
@@ -69,9 +70,10 @@ class Simulation:
     def read(self, pages, length):
         return self.cache[torch.tensor(pages, dtype=torch.long)].flatten()[:length].long().tolist()
 
-    def check_rows(self, inputs):
+    def check_rows(self, places, inputs):
         scheduler = self.scheduler
-        for i, place in enumerate(scheduler.order):
+        assert sorted(places) == sorted(scheduler.order)
+        for i, place in enumerate(places):
             row, length = scheduler._rows[place], int(inputs.positions[i]) + 1
             made = scheduler._tokens[place, : length - len(row.prompt)].tolist()
             assert self.read(inputs.block_table[i], length) == row.prompt + made
@@ -200,3 +202,27 @@ def test_a_thousand_groups_leave_an_empty_pool():
         prompts = [rng.integers(1, 4, size=rng.integers(1, 20)).tolist() for _ in range(100)]
         Simulation(pool, prompts, 3, 8, lambda: int(rng.choice([STOP, 1, 2, 3])), max_rows=12).run()
         assert pool.references == [0] * 64 and sorted(pool.free) == list(range(64)), start
+
+
+def test_a_prompt_is_read_once_for_siblings_that_start_later():
+    pool = make_pool(60)
+    rows = [Row(g, [g] * 9, 4, (0, 0, g, i)) for i in range(2) for g in (1, 2)]  # siblings are not neighbours
+    scheduler = Scheduler(pool, rows, SamplingParams(4), 4, lambda row: False)
+    places, _, chunks = scheduler.admit()
+    assert [chunk.start for chunk in chunks] == [0, 0, 8, 8]
+    scheduler.record(places, np.array([5] * 4), np.zeros((4, 4)))
+    scheduler.grow()
+    places, inputs = scheduler.decode_inputs()
+    assert [scheduler._rows[place].group for place in places] == [1, 1, 2, 2]
+    assert inputs.cu_groups.tolist() == [0, 2, 4] and inputs.prefix_lens.tolist() == [8] * 4
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 300), st.integers(1, 100))
+def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
+    exact = Sizes(rows, min(rows, groups), width, siblings)
+    sizes = bucket(exact)
+    assert all(have >= need for have, need in zip(sizes[:3], exact[:3], strict=True))
+    assert sizes.siblings >= min(siblings, 64)
+    assert sizes.rows <= 1.25 * rows
+    assert sizes.groups > exact.groups or sizes.rows == rows
+    assert bucket(sizes._replace(groups=1)).rows == sizes.rows

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import check_supported, head_of, toolx_attention
 from toolx_kernels.rollout.pages import PagePool
-from toolx_kernels.rollout.runner import Runner, cuda_graphs, fingerprint
+from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
 from toolx_kernels.rollout.scheduler import Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
@@ -74,12 +74,12 @@ class RolloutEngine:
         """The next call computes every prompt anew, as an engine does that has just been made.
 
         What is found in the pool was computed in another batch, so it may differ in the last bits: a run that must
-        repeat exactly from here on starts from nothing here.
+        repeat exactly from here on starts from nothing here. A change of the weights or of a module's settings is
+        noticed without this; one that shows in neither (in the model's config, say) is not.
         """
         if self.runner:
             self.pool.forget_all()
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -103,15 +103,18 @@ class RolloutEngine:
 
         Raises:
             InputError: n < 1, an empty prompt, an id outside the vocabulary, a prompt that fills the model's
-                context, or one whose row would not fit the pool; before anything runs, naming the prompt.
+                context, one whose row would not fit the pool, or a step, row id or rollout index outside
+                [0, 2**32); before anything runs, naming the prompt.
         """
         if n < 1:
             raise InputError(f"n={n} completions per prompt: n must be at least 1.")
-        prompts = [list(ids) for ids in prompts]
-        row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
+        prompts = [_integers(ids) for ids in prompts]
+        row_ids = list(range(len(prompts))) if row_ids is None else _integers(row_ids)
         if len(row_ids) != len(prompts):
             raise InputError(f"{len(row_ids)} row_ids for {len(prompts)} prompts: give one for each.")
-        self._check(prompts, row_ids, params)
+        self._check(
+            prompts, row_ids, params, step=step, first_rollout=first_rollout, last_rollout=first_rollout + n - 1
+        )
         if not prompts:
             return []
         rows = [
@@ -124,7 +127,14 @@ class RolloutEngine:
             return on_completion is not None and on_completion(row.group, row.stream[3], row.completion)
 
         try:
-            with _evaluating(self.model), toolx_attention(self.model), torch.autocast(self._device.type, enabled=False):
+            with (
+                torch.inference_mode(False),  # the pool outlives this call, and inference tensors would not do
+                torch.no_grad(),
+                torch.cuda.device_of(next(self.model.parameters())),
+                torch.autocast(self._device.type, enabled=False),
+                _evaluating(self.model),
+                toolx_attention(self.model),
+            ):
                 runner = self._runner_for(prompts, n, params)
                 scheduler = Scheduler(runner.pool, rows, params, MAX_ROWS, ended)
                 runner.start(params)
@@ -135,7 +145,8 @@ class RolloutEngine:
                         scheduler.record(places, *runner.sample(hidden, scheduler.streams(places)))
                     scheduler.grow()
                     if len(scheduler.order):
-                        scheduler.record(scheduler.order, *runner.decode(scheduler.decode_inputs()))
+                        places, inputs = scheduler.decode_inputs()
+                        scheduler.record(places, *runner.decode(inputs))
                 self.preemptions = scheduler.preemptions
         except BaseException:
             self.runner = None  # whatever was held at that moment (Ctrl-C, out of memory) goes with it
@@ -154,15 +165,21 @@ class RolloutEngine:
         """Pages of one row at its longest: the last token that is sampled is never written."""
         return -(-(len(prompt) + self._limit(prompt, params) - 1) // self.page_size)
 
-    def _check(self, prompts: list[list[int]], row_ids: list[int], params: SamplingParams) -> None:
+    def _check(self, prompts: list[list[int]], row_ids: list[int], params: SamplingParams, **words: int) -> None:
         context, vocab_size = self.config.max_position_embeddings, head_of(self.model)["weight"].shape[0]
+        for name, word in [("seed", self.seed), *words.items(), *(("row id", row_id) for row_id in row_ids)]:
+            if not (isinstance(word, int) and 0 <= word < 2**32):
+                raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, as it names a stream.")
+        for token in params.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"stop token {token} is outside the vocabulary of {vocab_size}: it would never come.")
         for place, (ids, row_id) in enumerate(zip(prompts, row_ids, strict=True)):
             name = f"Prompt {place} (row {row_id})"
             if not ids:
                 raise InputError(f"{name} is empty: give it at least one token.")
-            if not (0 <= min(ids) and max(ids) < vocab_size):
-                bad = next(t for t in ids if not 0 <= t < vocab_size)
-                raise InputError(f"{name} holds token id {bad}, outside the vocabulary of {vocab_size}.")
+            bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
+            if bad:
+                raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
             if len(ids) >= context:
                 raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
             needed = self._pages_of_row(ids, params)
@@ -185,7 +202,7 @@ class RolloutEngine:
                 self.runner = None
         weights = fingerprint(self.model)
         if self.runner is None:
-            capture = cuda_graphs() if weight.device.type == "cuda" else None
+            capture = capture_cuda_graph if weight.device.type == "cuda" else None
             pool = PagePool(n_pages, self.page_size, *shape, like=weight)
             self.runner = Runner(self.model, pool, capture, self.compile)
         else:
@@ -207,6 +224,11 @@ class RolloutEngine:
         if self._device.type == "cuda":
             budget = torch.cuda.get_device_properties(self._device).total_memory // GPU_POOL_SHARE
         return max(*of_row, min(wanted, budget // (token_bytes * self.page_size)), 1)
+
+
+def _integers(values: Sequence[int]) -> list[int]:
+    """As a list of Python numbers, be it a list, an array or a tensor."""
+    return values.tolist() if hasattr(values, "tolist") else [v.item() if hasattr(v, "item") else v for v in values]
 
 
 @contextmanager

@@ -25,7 +25,9 @@ from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
 from toolx_kernels.rollout.types import SamplingParams
 
 MAX_PREFILL_TOKENS = 4096  # tokens in one forward, which bounds the activations
-WIDTH_STEP = 16  # columns of a graph's block table come in multiples of it
+MAX_GRAPHS = 64  # kept at a time
+LEAST_WIDTH = 16  # columns of a graph's block table
+MAX_SIBLINGS = 64  # more of them choose no other kernel
 
 
 class Sizes(NamedTuple):
@@ -41,7 +43,8 @@ class Runner:
     """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
 
     Args:
-        capture: makes a replayable function of a step and the buffer that it reads; None runs every step eagerly.
+        capture: makes a replayable function of a step, the buffer that it reads, and a memory pool for graphs; None
+            runs every step eagerly.
         compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
     """
 
@@ -49,18 +52,24 @@ class Runner:
         self.model, self.pool, self.capture = model, pool, capture
         self._body = torch.compile(run_body, dynamic=True) if compile else run_body
         self.device = pool.key_caches[0].device
-        self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
+        self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
         self._baked: tuple = ()
+        self._memory = None
 
     def start(self, params: SamplingParams) -> None:
         """To be called before the steps of a call, whose parameters and weights do not change."""
         self.params, self.head = params, head_of(self.model)
         tensors = (*self.model.parameters(), *self.model.buffers(), *self.pool.key_caches, *self.pool.value_caches)
-        baked = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+        baked = (settings_of(self.model), *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
         if baked != self._baked:
-            self._graphs.clear()
+            self.graphs.clear()
             self._baked = baked
-        self._captures = self.capture is not None and not _has_hooks(self.model)
+            # a pool that all graphs have left cannot be captured into again
+            self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        # our attention hands float64 and larger heads on to plain torch, which waits for the device
+        cache = self.pool.key_caches[0]
+        capturable = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not _has_hooks(self.model)
+        self._captures = self.capture is not None and capturable
 
     # ---- prefill
 
@@ -106,14 +115,18 @@ class Runner:
             return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
         flat = torch.from_numpy(pack(inputs, sizes))
         key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
-        if key not in self._graphs:
+        graph = self.graphs.pop(key, None)
+        if graph is None:
             try:
-                self._graphs[key] = self.capture(lambda buffer: self._step(buffer, sizes), flat.to(self.device))
+                graph = self.capture(lambda buffer: self._step(buffer, sizes), flat.to(self.device), self._memory)
             except RuntimeError as error:
                 warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
                 self.capture, self._captures = None, False
                 return self.decode(inputs)
-        return _as_numpy(self._graphs[key](flat), n_rows)
+            if len(self.graphs) == MAX_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+        self.graphs[key] = graph
+        return _as_numpy(graph(flat), n_rows)
 
     def sample(self, hidden: Tensor, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (R) and statistics (R, 4) from last hidden states (R, D)."""
@@ -173,11 +186,15 @@ def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bucket(exact: Sizes) -> Sizes:
-    """Sizes for which a graph is kept, none smaller than the exact one; at most a quarter of the rows is wasted."""
+    """Sizes for which a graph is kept, no less than the exact ones; at most a quarter more rows.
+
+    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
+    """
     rows = _rounded(exact.rows)
     groups = _power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
-    width = -(-exact.width // WIDTH_STEP) * WIDTH_STEP
-    return Sizes(rows, groups, width, _power_of_two(exact.siblings))
+    width = _power_of_two(max(exact.width, LEAST_WIDTH))
+    siblings = next(n for n in (1, 4, 16, MAX_SIBLINGS) if n >= min(exact.siblings, MAX_SIBLINGS))
+    return Sizes(rows, groups, width, siblings)
 
 
 def _power_of_two(n: int) -> int:
@@ -221,32 +238,34 @@ def unpack(buffer: Tensor, sizes: Sizes) -> DecodeInputs:
 # ---- graphs
 
 
-def cuda_graphs() -> Callable[[Callable[[Tensor], Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What captures ``step(buffer)``: it returns a function that copies a CPU tensor over ``buffer`` and repeats it.
+def capture_cuda_graph(step: Callable[[Tensor], Tensor], buffer: Tensor, memory) -> Callable[[Tensor], Tensor]:
+    """A function that copies its argument, a CPU tensor, over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
 
-    All graphs work in the same memory, so a result must be read before any of them runs again.
+    All graphs work in the same ``memory``, so a result must be read before any of them runs again. Raises
+    RuntimeError, before a capture begins, where the step waits for the device.
     """
-    memory = torch.cuda.graph_pool_handle()
-
-    def capture(step: Callable[[Tensor], Tensor], buffer: Tensor) -> Callable[[Tensor], Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and workspaces made before the capture, not in it
-            for _ in range(2):
-                step(buffer)
-        torch.cuda.current_stream().wait_stream(side)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    waiting = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(side):
+        step(buffer)  # kernels are compiled and workspaces made before the capture, not in it
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(buffer)
+        finally:
+            torch.cuda.set_sync_debug_mode(waiting)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # other threads may go on calling CUDA
+        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
             result = step(buffer)
+    torch.cuda.current_stream().wait_stream(side)
 
-        def replay(flat: Tensor) -> Tensor:
-            buffer.copy_(flat.pin_memory(), non_blocking=True)
-            graph.replay()
-            return result
+    def replay(flat: Tensor) -> Tensor:
+        buffer.copy_(flat.pin_memory(), non_blocking=True)
+        graph.replay()
+        return result
 
-        return replay
-
-    return capture
+    return replay
 
 
 def _has_hooks(model: PreTrainedModel) -> bool:
@@ -255,19 +274,48 @@ def _has_hooks(model: PreTrainedModel) -> bool:
     return bool(anywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def fingerprint(model: PreTrainedModel) -> tuple:
-    """Changes when a weight does: optimizers write without telling, so the bits themselves are added up.
+def settings_of(model: PreTrainedModel) -> tuple:
+    """What modules compute by besides their tensors: plain attributes (a scale, which adapter is on) and hooks."""
+    return tuple(_settings(module) for module in model.modules())
 
-    270 MB take about 20 ms on two CPU cores.
+
+_OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _settings(module: torch.nn.Module) -> tuple:
+    found = [id(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE:
+            if isinstance(value, _PLAIN):
+                found.append((name, value))
+            elif isinstance(value, list | tuple | dict):
+                parts = [*value, *value.values()] if isinstance(value, dict) else value
+                if all(isinstance(part, _PLAIN) for part in parts):
+                    found.append((name, repr(value)))
+    return tuple(found)
+
+
+def fingerprint(model: PreTrainedModel) -> tuple:
+    """Changes when a weight does, or a setting of a module.
+
+    Optimizers write without telling, so the bits of the weights are added up, weighted by their places. 270 MB take
+    about 30 ms on two CPU cores.
     """
     tensors = [*model.parameters(), *model.buffers()]
     sums = [_bit_sum(tensor.detach()) for tensor in tensors]
     where = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    return (where, *torch.stack(sums).tolist())
+    return (settings_of(model), where, *torch.stack(sums).tolist())
+
+
+COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     flat = tensor.contiguous().view(-1)
     width = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize, 8)
-    words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width]
-    return flat.view(words).sum(dtype=torch.int64)
+    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
+    whole = len(words) // COLUMNS * COLUMNS
+    sums = words[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
+    sums[: len(words) - whole] += words[whole:]
+    return (sums * (torch.arange(COLUMNS, device=words.device) * 2654435761 + 1)).sum()

@@ -3,7 +3,8 @@
 A row is one completion on its way. It waits, is admitted (what no page holds of it yet is prefilled), decodes, and is
 done. Siblings that are admitted together share all pages of their prompt and copy the partly filled last one when
 they first write. A running row has a place in plain arrays, because hundreds of rows take a step together; ``order``
-lists the places of the running rows, oldest first, so that siblings stand side by side.
+lists the places of the running rows, oldest first. In a step those stand side by side whose prompts lie in the same
+pages, whenever they were started.
 
 When a row needs a page and none is free, the youngest row gives its pages back and waits at the head of the queue
 with the tokens it has. The oldest row is never the one to go, so something always moves.
@@ -81,7 +82,7 @@ class Scheduler:
         self._vacant = list(range(n))[::-1]
         self._stops = np.array(params.stop_token_ids, dtype=np.int64)
         self._done = self._done_tokens = 0
-        self._families = 0
+        self._families: dict[tuple[int, ...], int] = {}  # by the full pages of a prompt
         self._newest, self._length, self._prompt, self._limit, self._family = np.zeros((5, n), dtype=np.int64)
         self._forked = np.zeros(n, dtype=bool)  # its last page may be shared, and it has yet to write there
         self._stream = np.zeros((n, 5), dtype=np.int64)
@@ -130,7 +131,6 @@ class Scheduler:
                 row.pages = found + self.pool.allocate(needed)
                 self.pool.remember(tokens, row.pages)
                 chunks.append(Chunk(tokens, row.pages, len(found) * self.pool.page_size))
-                self._families += 1
             starting.append(self._enter(self.waiting.popleft()))
             chunk_of.append(len(chunks) - 1)
             leader = None if row.completion.ids else row
@@ -153,7 +153,8 @@ class Scheduler:
         self._rows[place] = row
         self._prompt[place], self._limit[place] = len(row.prompt), row.limit
         self._length[place] = len(row.prompt) + made
-        self._family[place] = self._families
+        shared = tuple(row.pages[: len(row.prompt) // self.pool.page_size])
+        self._family[place] = self._families.setdefault(shared, len(self._families)) if shared else -1 - place
         self._forked[place] = len(row.prompt) % self.pool.page_size > 0 and not made
         self._stream[place, :4] = row.stream
         self._table[place, : len(row.pages)] = row.pages
@@ -187,16 +188,17 @@ class Scheduler:
         if copies:
             self.pool.copy(*zip(*copies, strict=True))
 
-    def decode_inputs(self) -> DecodeInputs:
-        """Of all running rows, in ``order``."""
-        order, size = self.order, self.pool.page_size
+    def decode_inputs(self) -> tuple[np.ndarray, DecodeInputs]:
+        """The places of all running rows in the order of the step, (R), and its inputs."""
+        size = self.pool.page_size
+        order = self.order[np.argsort(self._family[self.order], kind="stable")]
         positions = self._length[order] - 1
         family = self._family[order]
         bounds = np.concatenate(([0], np.flatnonzero(np.diff(family)) + 1, [len(order)]))
         siblings = np.diff(bounds)
         shared = np.where(np.repeat(siblings, siblings) > 1, self._prompt[order] // size * size, 0)
         self._stream[order, 4] = self._length[order]
-        return DecodeInputs(
+        return order, DecodeInputs(
             ids=self._newest[order],
             positions=positions,
             slots=self._table[order, positions // size] * size + positions % size,

@@ -23,6 +23,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for name in ("max_new_tokens", "top_k"):
+            if type(getattr(self, name)) is not int:
+                raise InputError(f"{name}={getattr(self, name)!r} must be a whole number.")
+        try:
+            stops = tuple(self.stop_token_ids)
+        except TypeError:
+            stops = (None,)
+        if not all(type(token) is int for token in stops):
+            raise InputError(f"stop_token_ids={self.stop_token_ids!r} must be token ids, such as (2,).")
+        object.__setattr__(self, "stop_token_ids", stops)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if not 0 <= self.temperature < float("inf"):
