@@ -304,3 +304,8 @@ def test_masked_attention_is_differentiable(softcap):
         torch.testing.assert_close(masked_attention(q, k, v, visible, 0.5, softcap), expected, rtol=1e-6, atol=1e-6)
         return
     assert torch.autograd.gradcheck(lambda *qkv: masked_attention(*qkv, visible, 0.5, softcap), (q, k, v))
+
+
+def test_a_row_without_queries_beside_one_with_one():
+    case = make_case([5, 3], [1, 0], 4)
+    torch.testing.assert_close(paged_attention(*case.tensors, SCALE), reference.paged_attention(*case.tensors, SCALE))

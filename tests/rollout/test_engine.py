@@ -288,6 +288,13 @@ def test_siblings_are_samples_of_the_models_distribution():
     assert p_value([*prompt, int(first)], drawn[drawn[:, 0] == first, 1]) > 1e-3
 
 
+def test_a_callback_cannot_call_the_engine_that_called_it():
+    engine = RolloutEngine(small_model("llama"))
+    with pytest.raises(InputError, match="from its own on_completion"):
+        engine.generate([[5]], 1, GREEDY, on_completion=lambda *_: engine.generate([[6]], 1, WARM))
+    assert engine.generate([[5]], 1, GREEDY)
+
+
 def test_prompts_may_be_tensors_and_arrays():
     engine = RolloutEngine(small_model("llama"))
     expected = ids(engine.generate(prompts(), 1, GREEDY))
@@ -467,6 +474,7 @@ def test_bad_prompts_are_named_before_anything_runs(prompt, n, options, message)
         {"max_new_tokens": 0},
         {"max_new_tokens": 3.5},
         {"temperature": -1},
+        {"temperature": 1e-40},
         {"top_p": 0},
         {"top_k": -1},
         {"top_k": 2.5},

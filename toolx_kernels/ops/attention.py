@@ -109,7 +109,8 @@ def _paged_attention(
     def gather(cache: Tensor) -> Tensor:  # (R, Hkv, T, Dh)
         return cache.flatten(0, 1).index_select(0, slots).unflatten(0, filled.shape).transpose(1, 2)
 
-    if len(query) == n_rows and widest == 1:
+    one_each = len(query) == n_rows and widest == 1
+    if one_each:
         padded = query[:, :, None]
     else:
         offset = torch.arange(widest, device=query.device)
@@ -121,7 +122,7 @@ def _paged_attention(
         visible &= steps > position[..., None] - window
     visible &= filled[:, None, :] | (position >= seq_lens[:, None])[..., None]  # padding queries see something
     out = masked_attention(padded, gather(key_cache), gather(value_cache), visible[:, None], scale, softcap)
-    if padded.shape[2] == 1:
+    if one_each:
         return out[:, :, 0]
     used = offset < query_lens[:, None]
     return out.transpose(1, 2)[used]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.attention import kv_write, masked_attention, paged_attention
@@ -146,7 +146,7 @@ def check_supported(model: PreTrainedModel) -> None:
         with toolx_attention(model):
             ours = linear_logits(run_body(model, ids, places, context), **head_of(model)).log_softmax(-1)
         theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(
             f"{name} cannot be run with our attention ({error}): use Llama, Qwen2, Qwen3 or Gemma 3."
         ) from error
@@ -180,9 +180,5 @@ def _attention(
     return out[None], None
 
 
-def _no_mask(*_, **__) -> None:
-    """Masks are the context's business; transformers shall not build any."""
-
-
+# No mask function is registered beside it, so transformers builds no masks: they are the context's business.
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)

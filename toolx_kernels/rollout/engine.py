@@ -63,6 +63,7 @@ class RolloutEngine:
         self.config = model.get_decoder().config
         self.runner: Runner | None = None
         self.preemptions = 0
+        self._running = False
         self._weights: tuple = ()  # fingerprint of those that wrote the pages
 
     @property
@@ -106,6 +107,8 @@ class RolloutEngine:
                 context, one whose row would not fit the pool, or a step, row id or rollout index outside
                 [0, 2**32); before anything runs, naming the prompt.
         """
+        if self._running:
+            raise InputError("generate was called from its own on_completion: call it when that call has returned.")
         if n < 1:
             raise InputError(f"n={n} completions per prompt: n must be at least 1.")
         prompts = [_integers(ids) for ids in prompts]
@@ -126,6 +129,7 @@ class RolloutEngine:
         def ended(row: Row) -> bool:
             return on_completion is not None and on_completion(row.group, row.stream[3], row.completion)
 
+        self._running = True
         try:
             with (
                 torch.inference_mode(False),  # the pool outlives this call, and inference tensors would not do
@@ -151,6 +155,8 @@ class RolloutEngine:
         except BaseException:
             self.runner = None  # whatever was held at that moment (Ctrl-C, out of memory) goes with it
             raise
+        finally:
+            self._running = False
         completions = iter(row.completion for row in rows)
         return [Group(ids, [next(completions) for _ in range(n)]) for ids in prompts]
 

@@ -90,11 +90,6 @@ class Scheduler:
         self._tokens = np.zeros((n, longest), dtype=np.int64)
         self._stats = np.zeros((n, longest, len(STATS)))
 
-    @property
-    def width(self) -> int:
-        """Columns of the block table."""
-        return self._table.shape[1]
-
     def _most_pages(self, row: Row) -> int:
         return self.pool.pages_for(len(row.prompt) + row.limit - 1)  # the last token is never written
 
@@ -203,7 +198,7 @@ class Scheduler:
             positions=positions,
             slots=self._table[order, positions // size] * size + positions % size,
             streams=self._stream[order],
-            block_table=self._table[order],
+            block_table=self._table[order, : positions.max() // size + 1],
             cu_groups=bounds,
             prefix_lens=shared,
         )

@@ -35,8 +35,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", stops)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or positive and finite.")
+        if not (self.temperature == 0 or 1e-30 < self.temperature < float("inf")):  # 1 / T must be finite in fp32
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy), or positive, finite and over 1e-30.")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise InputError(
                 f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k must be 0 or more, "
