@@ -121,6 +121,8 @@ def _execute(command: Sequence[str], env: Mapping[str, str], log: Path, limit: f
         process = subprocess.Popen(
             list(command), cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job ignores interrupts, and what it starts would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             return process.wait(limit)
