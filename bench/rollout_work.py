@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
+from toolx_kernels.ops.hf_attention import cache_shape
 from toolx_kernels.train.models import load_model
 
 BANDWIDTH_BYTES = 2**30  # far more than any cache holds
@@ -73,9 +74,7 @@ def make_prompts(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
 
 def token_bytes(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    return 2 * math.prod(cache_shape(model.config)) * model.dtype.itemsize
 
 
 class Floor:

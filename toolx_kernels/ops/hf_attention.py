@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.attention import kv_write, masked_attention, paged_attention
@@ -170,6 +170,12 @@ def head_of(model: PreTrainedModel) -> dict[str, Tensor | float | None]:
         "bias": getattr(head, "bias", None),
         "softcap": getattr(model.get_decoder().config, "final_logit_softcapping", None),
     }
+
+
+def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Layers, kv heads and head dim of the keys and values of a decoder with this config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
 def _attention(

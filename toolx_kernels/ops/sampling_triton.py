@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toolx_kernels.ops import tiles
-from toolx_kernels.ops.sweep_triton import DOT_DTYPES, INTERPRETED, LOG2_E, _capped, per_row_kernel
+from toolx_kernels.ops.sweep_triton import DOT_DTYPES, INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
 
 
 @triton.jit
@@ -51,25 +51,16 @@ def sample_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     block_v = (pid // blocks_n).to(tl.int64)  # programs that read the same slice of the weight run side by side
     first_n, first_v = (pid % blocks_n).to(tl.int64) * BLOCK_N, block_v * BLOCK_V
-    in_n, in_v, in_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    in_n, in_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     mask_n = in_n < (N - first_n).to(tl.int32)
     mask_v = in_v < (V - first_v).to(tl.int32)
     row = tl.where(mask_n, in_n, 0)  # rows and tokens beyond the end read the first one: no mask in the loop
     token = tl.where(mask_v, in_v, 0)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    hidden_ptrs = hidden_ptr + first_n * stride_hn + (row[:, None] * stride_hn + in_d[None, :] * stride_hd)
-    weight_ptrs = weight_ptr + first_v * stride_wv + (token[None, :] * stride_wv + in_d[:, None] * stride_wd)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            h = tl.load(hidden_ptrs)
-            w = tl.load(weight_ptrs)
-        else:
-            h = tl.load(hidden_ptrs, mask=in_d[None, :] < D - d, other=0.0)
-            w = tl.load(weight_ptrs, mask=in_d[:, None] < D - d, other=0.0)
-        acc = tl.dot(h.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D * stride_hd
-        weight_ptrs += BLOCK_D * stride_wd
+    acc = product_tile(
+        hidden_ptr + first_n * stride_hn, weight_ptr + first_v * stride_wv, row, token, D,
+        stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, PRECISION, DOT_DTYPE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + first_v + token).to(tl.float32)[None, :]
     if HAS_SOFTCAP:

@@ -31,6 +31,32 @@ def _capped(z, softcap):
     return tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
 
 
+@triton.jit
+def product_tile(
+    hidden_ptr, weight_ptr,  # of the tile's first row and first token
+    row, token,  # (BLOCK_N), (BLOCK_V) offsets within the tile, all of which may be read
+    D, stride_hn, stride_hd, stride_wv, stride_wd,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """hidden (rows, D) times weight (tokens, D) transposed, (BLOCK_N, BLOCK_V) fp32."""
+    in_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    hidden_ptrs = hidden_ptr + (row[:, None] * stride_hn + in_d[None, :] * stride_hd)
+    weight_ptrs = weight_ptr + (token[None, :] * stride_wv + in_d[:, None] * stride_wd)
+    for d in range(0, D, BLOCK_D):
+        if EVEN_D:
+            h = tl.load(hidden_ptrs)
+            w = tl.load(weight_ptrs)
+        else:
+            h = tl.load(hidden_ptrs, mask=in_d[None, :] < D - d, other=0.0)
+            w = tl.load(weight_ptrs, mask=in_d[:, None] < D - d, other=0.0)
+        acc = tl.dot(h.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        hidden_ptrs += BLOCK_D * stride_hd
+        weight_ptrs += BLOCK_D * stride_wd
+    return acc
+
+
 OF_HEAD = {"hidden_ptr", "weight_ptr", "lora_b_ptr", "bias_ptr", "out_ptr"}
 
 
@@ -77,25 +103,16 @@ def sweep_kernel(
 
     # Offsets inside the tile fit 32 bits; what leads to the tile is one 64-bit scalar for each tensor.
     first_n, first_v = block_n * BLOCK_N, block_v * BLOCK_V
-    in_n, in_v, in_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    in_n, in_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     mask_n = in_n < (N - first_n).to(tl.int32)
     mask_v = in_v < (V - first_v).to(tl.int32)
     row = tl.where(mask_n, in_n, 0)  # rows and tokens beyond the end read the first one: no mask in the loop
     token = tl.where(mask_v, in_v, 0)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    hidden_ptrs = hidden_ptr + first_n * stride_hn + (row[:, None] * stride_hn + in_d[None, :] * stride_hd)
-    weight_ptrs = weight_ptr + first_v * stride_wv + (token[None, :] * stride_wv + in_d[:, None] * stride_wd)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            h = tl.load(hidden_ptrs)
-            w = tl.load(weight_ptrs)
-        else:
-            h = tl.load(hidden_ptrs, mask=in_d[None, :] < D - d, other=0.0)
-            w = tl.load(weight_ptrs, mask=in_d[:, None] < D - d, other=0.0)
-        acc = tl.dot(h.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D * stride_hd
-        weight_ptrs += BLOCK_D * stride_wd
+    acc = product_tile(
+        hidden_ptr + first_n * stride_hn, weight_ptr + first_v * stride_wv, row, token, D,
+        stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, PRECISION, DOT_DTYPE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     if HAS_LORA:
         # A second accumulator: two dots into one are miscompiled on some chips.
         low_rank = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)

@@ -7,6 +7,7 @@ pool outlives the call, and with it what was computed of prompts, until the weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.hf_attention import check_supported, head_of, toolx_attention
+from toolx_kernels.ops.hf_attention import cache_shape, check_supported, head_of, toolx_attention
 from toolx_kernels.rollout.pages import PagePool
 from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
 from toolx_kernels.rollout.scheduler import Row, Scheduler
@@ -197,11 +198,9 @@ class RolloutEngine:
 
     def _runner_for(self, prompts: list[list[int]], n: int, params: SamplingParams) -> Runner:
         """The kept runner and pool; the pool grows where the work wants it, and forgets where the weights changed."""
-        config = self.config
         weight = next(self.model.parameters())
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
-        n_pages = self._n_pages(prompts, n, params, 2 * shape[0] * shape[1] * shape[2] * weight.element_size())
+        shape = cache_shape(self.config)
+        n_pages = self._n_pages(prompts, n, params, 2 * math.prod(shape) * weight.element_size())
         if self.runner is not None:
             cache = self.pool.key_caches[0]
             if (cache.dtype, cache.device) != (weight.dtype, weight.device):

@@ -59,6 +59,9 @@ class Runner:
     def start(self, params: SamplingParams) -> None:
         """To be called before the steps of a call, whose parameters and weights do not change."""
         self.params, self.head = params, head_of(self.model)
+        if self.capture is None:
+            self._captures = False
+            return
         tensors = (*self.model.parameters(), *self.model.buffers(), *self.pool.key_caches, *self.pool.value_caches)
         baked = (settings_of(self.model), *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
         if baked != self._baked:
@@ -68,8 +71,7 @@ class Runner:
             self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         # our attention hands float64 and larger heads on to plain torch, which waits for the device
         cache = self.pool.key_caches[0]
-        capturable = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not _has_hooks(self.model)
-        self._captures = self.capture is not None and capturable
+        self._captures = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not _has_hooks(self.model)
 
     # ---- prefill
 
