@@ -54,7 +54,7 @@ def train(argv: list[str]) -> int:
     from transformers.utils import logging
 
     from toolx_kernels.toolcall import builtin
-    from toolx_kernels.train.data import load_rows
+    from toolx_kernels.train.data import load_eval_rows, load_rows
     from toolx_kernels.train.run_folder import RunFolder
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
@@ -67,10 +67,12 @@ def train(argv: list[str]) -> int:
         train_dataset=rows,
         eval_dataset=eval_rows,
         cold_start=builtin.cold_start_examples(args.seed) if args.dataset == "builtin" else None,
+        demonstrations=load_eval_rows(args.demonstration_dataset) if args.demonstration_dataset else (),
     ).train()
+    before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
     print(
         f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} held out from training: "
-        f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f}; hard rows {summary['hard_before']} -> "
+        f"{before} -> {summary['eval_after']:.3f}; hard rows {summary['hard_before']} -> "
         f"{summary['hard_after']} of {summary['probed_rows']}; {summary['steps']} steps, "
         f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
     )
@@ -92,17 +94,20 @@ def parse_train(argv: list[str]):
 
     parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
     parser.add_argument(
-        "--config", help="a YAML file, or the name of one in toolx_kernels/configs; the tiny model starts from builtin"
-    )
+        "--config", nargs="+", help="YAML files, or names of those in toolx_kernels/configs; of two values the later "
+        "file's counts; the tiny model starts from builtin",
+    )  # fmt: skip
     for action in parser._actions:  # only what was typed
         if action.dest != "help":
             action.default = argparse.SUPPRESS
     flags = vars(parser.parse_args(argv))
-    config = flags.pop("config", None)
-    settings = {**(read_config(config) if config else {}), **flags}
+    settings = {}
+    for config in flags.pop("config", ()):
+        settings |= read_config(config)
+    settings |= flags
     names = list(ToolExpanderConfig.__dataclass_fields__)
     if unknown := [name for name in settings if name not in names]:
-        raise InputError(f"{config}: {unknown[0]!r} is not a setting: see toolx train --help.")
+        raise InputError(f"--config: {unknown[0]!r} is not a setting: see toolx train --help.")
     run = Path(str(settings.get("output_dir") or ToolExpanderConfig().output_dir))
     if settings.get("resume") and (run / CONFIG).exists():
         started = RunFolder(run).config()

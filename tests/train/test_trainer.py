@@ -69,7 +69,8 @@ def test_a_run_leaves_what_it_promises(finished):
         assert isinstance(summary[name], (int, float)), name
     assert summary["steps"] == 6 and summary["train_rows"] == 12
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "curves.png", "checkpoint-4", "checkpoint-6",
+        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png",
+        "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
@@ -202,10 +203,10 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
         return even_is_good(prompts, completions, completion_ids)
 
     trainer = make_trainer(run, poison)
-    said = r"step 4: 192 of 192 tokens have a log-prob that is not a number; the last good checkpoint is .*checkpoint-2"
+    said = r"step 4: 192 of 192 tokens have a log-prob that is not a number; the last good checkpoint is .*checkpoint-3"
     with pytest.raises(InputError, match=said):
         trainer.train()
-    assert all(tensor.isfinite().all() for tensor in weights(run, 2).values())
+    assert all(tensor.isfinite().all() for tensor in weights(run, 3).values())
 
 
 def test_weights_that_explode_stop_the_run_though_no_group_has_a_gradient(tmp_path):

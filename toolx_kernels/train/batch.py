@@ -18,6 +18,7 @@ class PackedGroup:
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    masks: Sequence[Sequence[bool] | None] | None = None  # which tokens the model wrote; None: all
 
     @property
     def n_tokens(self) -> int:
@@ -42,6 +43,7 @@ class PackedBatch:
     source: Tensor  # (N) int64, indexes the packed tokens
     targets: Tensor  # (N) int64
     cu_seqlens: Tensor  # (B + 1) int32
+    mask: Tensor | None = None  # (N) bool
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""

@@ -30,6 +30,9 @@ class ToolExpanderConfig:
     model: str | None = setting(None, "tiny (the default), smollm2-135m, a folder, a .gguf file, or a hub name")
     dataset: str | None = setting(None, "builtin (the default), bfcl:<category>, a .jsonl path, or a hub name")
     eval_dataset: str | None = setting(None, "as --dataset; by default a held-out part of --dataset")
+    demonstration_dataset: str | None = setting(
+        None, "as --dataset: more rows that demonstrations are taken from, besides the training rows"
+    )
     output_dir: str = setting("runs/train", "the run folder")
     resume: bool = setting(False, "go on from the last checkpoint in the run folder")
     overwrite: bool = setting(False, "delete the run that the run folder holds")
@@ -53,34 +56,77 @@ class ToolExpanderConfig:
     torch_compile: bool = setting(False, "of rollouts' decode steps: takes a minute, pays off in long runs on a GPU")
 
     # dynamic multi-round hard sampling
-    hard_sampling: Literal["replace", "none"] = setting(
+    hard_sampling: Literal["replace", "add", "distill", "none"] = setting(
         "replace",
-        "replace: hard prompts get demonstrations for a round; none: plain GRPO, whose hard prompts are only counted",
+        "hard prompts get demonstrations for a round: instead of the raw prompt (replace), besides it (add), or "
+        "besides it with the loss on the raw prompt (distill); none: plain GRPO, whose hard prompts are only counted",
     )
     probe_rollouts: int = setting(10, "rollouts that decide whether a prompt is hard")
     epochs_per_round: int = setting(1, "passes over the training rows between two probes")
     few_shots_per_tool: int = setting(1, "demonstrations per offered tool")
     max_few_shots: int = setting(3, "demonstrations per prompt")
+    demonstrations: Literal["random", "better"] = setting(
+        "random", "better: drawn again until they make a model answer correctly; where none do, the prompt stays raw"
+    )
+    verification: Literal["cautious", "bold"] = setting(
+        "cautious", "of better demonstrations: by the model before RL (cautious) or the present one (bold)"
+    )
+    demonstration_tries: int = setting(4, "draws of better demonstrations per row and round")
+    verify_rollouts: int = setting(4, "rollouts that verify a draw; the first correct one ends them")
+
+    # self-exemplifying thinking
+    self_exemplify: bool = setting(
+        False, "the model writes examples of its own and thinks before it answers; its reward rewards the examples"
+    )
+    distinct_examples: bool = setting(
+        True, "duplicates and trivial edits of one another count as one example; false judges by parse and count alone"
+    )
+
+    # which prompts a step learns from
+    prompt_sampling: Literal["epochs", "dynamic"] = setting(
+        "epochs", "dynamic: groups of equal reward are dropped and the step filled up with the next prompts (DAPO)"
+    )
+
+    # tool use in several turns: only for a trainer that was given tools or an environment
+    max_tool_calling_iterations: int = setting(4, "turns with calls in one rollout")
+    tool_timeout: float = setting(10.0, "seconds that one tool call may take")
+
+    # rewards
+    reward_weights: list[float] | None = setting(None, "one per reward function; all 1 by default")
+    reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take")
 
     # the loss
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("grpo", "how token losses are averaged")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = setting(
+        "grpo", "the objective, and how token losses are averaged"
+    )
     epsilon: float = setting(0.2, "lower clip")
     epsilon_high: float | None = setting(0.26, "upper clip")
     delta: float | None = setting(None, "two-sided clip")
     beta: float = setting(0.0, "weight of the KL to the model before RL; 0 needs no reference model")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose std divides the advantages")
+    min_reward_std: float = setting(
+        0.1, "the least std that divides advantages, so that a bonus of 0.01 stays small; 0: none (no effect on 0 / 1)"
+    )
+    advantage_shaping: Literal["group", "difficulty"] = setting(
+        "group", "difficulty: weighted by how middling a prompt's difficulty is (Observe-R1)"
+    )
     importance_sampling_level: Literal["token", "sequence"] = setting("token", "sequence is GSPO")
 
     # the optimizer
     learning_rate: float = setting(1e-6, "of the first round")
-    lr_decay: float = setting(0.8, "factor on the learning rate from one round to the next")
+    lr_decay: float = setting(0.8, "factor on the learning rate from one round (or lr_decay_per) to the next")
+    lr_decay_per: Literal["round", "epoch", "step"] = setting("round", "when the learning rate decays")
+    min_lr_rate: float = setting(0.0, "floor of the learning rate, as a share of learning_rate")
     adam_beta1: float = setting(0.9, "AdamW")
     adam_beta2: float = setting(0.95, "AdamW")
     adam_epsilon: float = setting(1e-8, "AdamW")
     weight_decay: float = setting(0.0, "AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    num_train_epochs: int = setting(10, "passes over the training rows")
+    num_train_epochs: int = setting(10, "passes over the training rows; 0: only the cold start")
     max_steps: int = setting(-1, "stop after so many optimizer steps; -1: after num_train_epochs")
+    max_tokens: int = setting(
+        -1, "stop after so many tokens: all generated ones, of probes that the method needs too, and all trained on"
+    )
     micro_batch_tokens: int = setting(4096, "tokens in one forward and backward; bounds memory, not the gradient")
 
     # the supervised cold start before RL
@@ -88,8 +134,10 @@ class ToolExpanderConfig:
     cold_start_batch_size: int = setting(24, "examples per step")
     cold_start_learning_rate: float = setting(1e-5, "its peak")
     cold_start_demonstrations: float = setting(0.3, "share of examples that show demonstrations (builtin has its own)")
+    cold_start_self_exemplify: float = setting(0.0, "share of examples in the self-exemplifying form")
 
     # evaluation, logs, checkpoints
+    eval_on_start: bool = setting(True, "evaluate before RL")
     eval_steps: int = setting(0, "evaluate every so many steps besides the beginning and the end; 0: not")
     save_steps: int = setting(50, "checkpoint every so many steps besides the end")
     save_total_limit: int = setting(2, "checkpoints kept; with beta > 0 the first is kept too")
@@ -100,8 +148,9 @@ class ToolExpanderConfig:
             setattr(self, name, _of_kind(name, getattr(self, name), kind))
         at_least_one = (
             "num_generations", "prompts_per_step", "max_completion_length", "probe_rollouts", "epochs_per_round",
-            "num_train_epochs", "micro_batch_tokens", "cold_start_batch_size", "save_steps", "save_total_limit",
-            "few_shots_per_tool", "max_few_shots",
+            "micro_batch_tokens", "cold_start_batch_size", "save_steps", "save_total_limit",
+            "few_shots_per_tool", "max_few_shots", "demonstration_tries", "verify_rollouts",
+            "max_tool_calling_iterations",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -109,17 +158,24 @@ class ToolExpanderConfig:
         for name in ("train_rows", "eval_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("cold_start_steps", "eval_steps", "log_completions", "weight_decay"):
+        for name in ("num_train_epochs", "cold_start_steps", "eval_steps", "log_completions", "weight_decay"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative.")
-        for name in ("learning_rate", "cold_start_learning_rate", "adam_epsilon", "max_grad_norm", "temperature"):
+        positive = (
+            "learning_rate", "cold_start_learning_rate", "adam_epsilon", "max_grad_norm", "temperature", "tool_timeout",
+            "reward_timeout",
+        )  # fmt: skip
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be positive and finite.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1).")
-        if not 0 <= self.cold_start_demonstrations <= 1:
-            raise InputError(f"cold_start_demonstrations={self.cold_start_demonstrations} must lie in [0, 1].")
+        for name in ("cold_start_demonstrations", "cold_start_self_exemplify", "min_lr_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+        if not 0 <= self.min_reward_std < math.inf:
+            raise InputError(f"min_reward_std={self.min_reward_std} must be a number that is not negative.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} must lie in [0, 2**32).")
         if not 0 < self.lr_decay <= 1:
@@ -128,8 +184,9 @@ class ToolExpanderConfig:
             raise InputError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
         if self.num_generations == 1:
             raise InputError("num_generations=1 has no siblings to compare with: GRPO needs at least 2.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"max_steps={self.max_steps} must be -1 (no limit) or at least 1.")
+        for name in ("max_steps", "max_tokens"):
+            if getattr(self, name) == 0 or getattr(self, name) < -1:
+                raise InputError(f"{name}={getattr(self, name)} must be -1 (no limit) or at least 1.")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: choose one.")
         self.loss, self.sampling()  # noqa: B018 (they check themselves)
@@ -171,7 +228,11 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
         return value
     if value is None and NoneType in allowed:
         return None
-    (wanted,) = set(allowed or (kind,)) - {NoneType}
+    (wanted,) = set(allowed or (kind,)) - {NoneType} if get_origin(kind) is not list else (kind,)
+    if get_origin(wanted) is list:
+        if not isinstance(value, list) or not value:
+            raise InputError(f"{name}={value!r} must be a list of numbers, one after the other.")
+        return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             value = float(value)

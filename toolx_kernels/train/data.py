@@ -121,17 +121,20 @@ class Prompts:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
 
-def cold_start_examples(config: ToolExpanderConfig, rows: Sequence[Row]) -> Iterator[Example]:
+def cold_start_examples(
+    config: ToolExpanderConfig, rows: Sequence[Row], demonstrations: DemonstrationIndex
+) -> Iterator[Example]:
     """An endless stream of supervised examples from the rows' answers.
 
     A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one.
     """
-    index = DemonstrationIndex(rows)
     rng = random.Random(f"cold start {config.seed}")
     while True:
         for row in rng.sample(rows, len(rows)):
             shown = rng.random() < config.cold_start_demonstrations
             chosen = (
-                index.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots) if shown else ()
+                demonstrations.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots)
+                if shown
+                else ()
             )
             yield Example(row, tuple(chosen), row.answer)

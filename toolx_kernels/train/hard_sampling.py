@@ -1,79 +1,43 @@
 """Dynamic multi-round hard sampling (arXiv 2510.07737): what happens to prompts that the model never gets right.
 
 A training row is *hard* when none of ``probe_rollouts`` rollouts of its raw prompt is correct. Before each round its
-rows are probed; a hard row is shown with demonstrations for that round, and raw again once the probe solves it.
-What this is not: it neither verifies demonstrations nor keeps more than the current round's state.
+rows are probed; a hard row gets demonstrations for that round, and is raw again once a probe solves it.
+
+    probe -> HardSamples (the table) -> Demonstrator (which demonstrations) -> policy (what is rolled out with them)
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.rollouts import GroupPlan
+
+Demonstrations = tuple[Row, ...]
+# Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them correct?
+Attempt = Callable[[list[tuple[int, Demonstrations]], int, int], list[bool]]
 
 
 @dataclass(slots=True)
 class Probe:
-    """What a probe found: the hard rows' indices, and what it took."""
+    """What a probe found.
 
-    hard: list[int]
-    rollouts: int
-    seconds: float
-
-
-class HardSamplePolicy(Protocol):
-    """Decides, once a round, which demonstrations the prompt of a row shows."""
-
-    def start_round(self, round_index: int, hard: Sequence[int]) -> None: ...
-
-    def demonstrations(self, row: int) -> Sequence[Row]: ...
-
-
-@dataclass(slots=True)
-class PlainGRPO:
-    """Every row stays as it is."""
-
-    def start_round(self, round_index: int, hard: Sequence[int]) -> None:
-        pass
-
-    def demonstrations(self, row: int) -> Sequence[Row]:
-        return ()
-
-
-@dataclass(slots=True)
-class ReplaceHard:
-    """Hard rows are replaced by few-shot versions of themselves, with randomly chosen demonstrations.
-
-    A hard row for whose tools no other row has a demonstration stays raw. ``fitting`` cuts the demonstrations of a row
-    down to what the model's context holds.
+    tried     per probed row, the rollouts begun when it left: after the first wave with a correct one, or after all
+    hard      the rows without any correct rollout, in the order asked
     """
 
-    rows: Sequence[Row]
-    seed: int
-    per_tool: int
-    limit: int
-    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
-    shown: dict[int, Sequence[Row]] = field(default_factory=dict)
-    index: DemonstrationIndex = field(init=False)
+    tried: dict[int, int]
+    hard: list[int]
+    seconds: float
 
-    def __post_init__(self):
-        self.index = DemonstrationIndex(self.rows)
-
-    def start_round(self, round_index: int, hard: Sequence[int]) -> None:
-        self.shown = {}
-        for i in hard:
-            rng = random.Random(f"{self.seed} {round_index} {self.rows[i].id}")
-            chosen = self.index.choose(self.rows[i], rng, per_tool=self.per_tool, limit=self.limit)
-            if chosen := self.fitting(self.rows[i], chosen):
-                self.shown[i] = chosen
-
-    def demonstrations(self, row: int) -> Sequence[Row]:
-        return self.shown.get(row, ())
+    @property
+    def rollouts(self) -> int:
+        return sum(self.tried.values())
 
 
 def waves(rollouts: int) -> list[int]:
@@ -90,19 +54,203 @@ def waves(rollouts: int) -> list[int]:
     return sizes + [rollouts] if rollouts > 0 else sizes
 
 
-def probe(rows: Sequence[int], rollouts: int, correct: Callable[[list[int], int, int], list[bool]]) -> Probe:
-    """Finds those of ``rows`` without a correct rollout.
-
-    ``correct(rows, n, first)`` samples ``n`` rollouts of each row, with rollout indices from ``first`` on, and says
-    for each row whether any was right.
-    """
+def probe(asked: Iterable[tuple[int, Demonstrations]], rollouts: int, attempt: Attempt) -> Probe:
+    """Rolls out each row's prompt with its demonstrations (none: raw) until one rollout is correct."""
     started = time.perf_counter()
-    hard, spent, first = list(rows), 0, 0
+    left = list(asked)
+    tried, first = {row: 0 for row, _ in left}, 0
     for size in waves(rollouts):
-        if not hard:
+        if not left:
             break
-        solved = correct(hard, size, first)
+        solved = attempt(left, size, first)
         first += size
-        spent += size * len(hard)
-        hard = [row for row, done in zip(hard, solved, strict=True) if not done]
-    return Probe(hard, spent, time.perf_counter() - started)
+        for row, _ in left:
+            tried[row] = first
+        left = [one for one, done in zip(left, solved, strict=True) if not done]
+    return Probe(tried, [row for row, _ in left], time.perf_counter() - started)
+
+
+# ---- the table
+
+
+@dataclass(slots=True)
+class RowState:
+    """What is known of one training row; a line of ``hard_samples.jsonl``.
+
+    probes          [round, correct (0 or 1: it leaves at the first), rollouts begun] of each probe
+    demonstrations  ids of the rows that its prompt shows in the present round; none: it is raw
+    verified        whether these made a model answer correctly; null when nobody asked
+    tries           choices of demonstrations that were tried for the present ones
+    retired         rounds whose probe solved the row after one that had not
+    relapsed        rounds whose probe failed on the row after one that had solved it
+    """
+
+    probes: list[list[int]] = field(default_factory=list)
+    demonstrations: list[str] = field(default_factory=list)
+    verified: bool | None = None
+    tries: int = 0
+    retired: list[int] = field(default_factory=list)
+    relapsed: list[int] = field(default_factory=list)
+
+    @property
+    def hard(self) -> bool:
+        return bool(self.probes) and not self.probes[-1][1]
+
+
+class HardSamples:
+    """The state of every training row; part of each checkpoint."""
+
+    def __init__(self, rows: Sequence[Row], demonstrations: Sequence[Row] = ()):
+        self.rows = rows
+        self.states = [RowState() for _ in rows]
+        self._place = {row.id: place for place, row in enumerate(rows)}
+        self._by_id = {row.id: row for row in (*demonstrations, *rows)}
+
+    def record(self, found: Probe, round_index: int) -> None:
+        """Enters a probe of raw prompts. Rows that it solved lose their demonstrations."""
+        hard = set(found.hard)
+        for row, rollouts in found.tried.items():
+            state = self.states[row]
+            if state.probes and state.hard != (row in hard):
+                (state.relapsed if row in hard else state.retired).append(round_index)
+            state.probes.append([round_index, int(row not in hard), rollouts])
+            if row not in hard:
+                self.show(row, (), None, 0)
+
+    def show(self, row: int, demonstrations: Demonstrations, verified: bool | None, tries: int) -> None:
+        state = self.states[row]
+        state.demonstrations = [demonstration.id for demonstration in demonstrations]
+        state.verified, state.tries = verified, tries
+
+    def demonstrations(self, row: int) -> Demonstrations:
+        return tuple(self._by_id[name] for name in self.states[row].demonstrations)
+
+    def counters(self, round_index: int) -> dict[str, int]:
+        """Of the rows that were probed for the round: how many are hard, how many of these are shown with
+        demonstrations and how many found none, how many are solved or hard unlike the last time."""
+        probed = [state for state in self.states if state.probes and state.probes[-1][0] == round_index]
+        hard = [state for state in probed if state.hard]
+        shown = sum(bool(state.demonstrations) for state in hard)
+        return {
+            "rows": len(probed),
+            "hard": len(hard),
+            "replaced": shown,
+            "without_demonstrations": len(hard) - shown,
+            "recovered": sum(round_index in state.retired for state in probed),
+            "relapsed": sum(round_index in state.relapsed for state in probed),
+        }
+
+    def lines(self) -> list[dict]:
+        """The table for people: one object per row that was ever probed."""
+        known = ((row, state) for row, state in zip(self.rows, self.states, strict=True) if state.probes)
+        return [{"id": row.id, "hard": state.hard, **asdict(state)} for row, state in known]
+
+    def load(self, lines: Iterable[dict]) -> None:
+        """Takes up the table of a checkpoint, written by ``lines``."""
+        for line in lines:
+            values = {name: line[name] for name in RowState.__dataclass_fields__}
+            self.states[self._place[line["id"]]] = RowState(**values)
+
+
+# ---- which demonstrations
+
+
+class Demonstrator(Protocol):
+    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        """Enters demonstrations for the hard rows into the table; those that get none stay raw."""
+
+
+@dataclass(slots=True)
+class RandomDemonstrations:
+    """Drawn anew for each round; never verified.
+
+    ``fitting`` cuts the demonstrations of a row down to what the model's context holds.
+    """
+
+    index: DemonstrationIndex
+    seed: int
+    per_tool: int
+    limit: int
+    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
+
+    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        for row in hard:
+            table.show(row, self.draw(table.rows[row], round_index, 0), None, 1)
+
+    def draw(self, row: Row, round_index: int, attempt: int) -> Demonstrations:
+        rng = random.Random(f"{self.seed} {round_index} {row.id} {attempt}")
+        return tuple(self.fitting(row, self.index.choose(row, rng, per_tool=self.per_tool, limit=self.limit)))
+
+
+@dataclass(slots=True)
+class VerifiedDemonstrations:
+    """ "Better" demonstrations: drawn again until they make a model answer correctly, at most ``tries`` times.
+
+    A row for which none does stays raw. Verified demonstrations are kept as long as the row stays hard. Whose answers
+    count is up to ``attempt``: the model before RL (cautious) or the present one (bold).
+    """
+
+    random: RandomDemonstrations
+    tries: int
+    rollouts: int
+    attempt: Callable[[int], Attempt]  # of a draw's number, which gives it random streams of its own
+
+    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        left = [row for row in hard if not table.states[row].demonstrations]
+        for number in range(self.tries):
+            drawn = [(row, self.random.draw(table.rows[row], round_index, number)) for row in left]
+            drawn = [(row, shown) for row, shown in drawn if shown]
+            failed = set(probe(drawn, self.rollouts, self.attempt(number)).hard)
+            for row, shown in drawn:
+                verified = row not in failed
+                table.show(row, shown if verified else (), verified, number + 1)
+            left = [row for row, _ in drawn if row in failed]
+
+
+# ---- what is rolled out
+
+
+class HardSamplePolicy(Protocol):
+    """What happens to rows without a correct rollout."""
+
+    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        """Prepares the rows that a probe has just found hard."""
+
+    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
+        """The groups that a step samples for the row."""
+
+
+class PlainGRPO:
+    """Every row stays as it is."""
+
+    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        pass
+
+    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
+        return [GroupPlan(row)]
+
+
+@dataclass(slots=True)
+class FewShot:
+    """Hard rows are sampled with demonstrations in their prompt.
+
+    replace  instead of the raw prompt
+    add      besides the raw prompt, as a group of its own
+    distill  besides the raw prompt, in one group with it, and the loss scores all of it on the raw prompt: the
+             demonstrations' help goes into the weights instead of into the use of demonstrations. Beyond the paper.
+    """
+
+    form: str
+    demonstrator: Demonstrator
+
+    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        self.demonstrator.choose(table, hard, round_index)
+
+    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
+        shown = table.demonstrations(row)
+        if not shown:
+            return [GroupPlan(row)]
+        if self.form == "distill":
+            return [GroupPlan(row, ((), shown))]
+        replaced = GroupPlan(row, (shown,), shown)
+        return [replaced] if self.form == "replace" else [GroupPlan(row), replaced]

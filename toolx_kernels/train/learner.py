@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import head_of, toolx_attention
-from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.linear_logprob import linear_logprob
-from toolx_kernels.rollout import Group
 from toolx_kernels.train.batch import PackedBatch, PackedGroup, micro_batches, pack
 from toolx_kernels.train.checkpoint import load_weights
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.policies import PolicyLoss
+from toolx_kernels.train.rollouts import ScoredGroup
 
 
 class DivergedError(InputError):
@@ -32,8 +32,8 @@ class Learner:
     The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig):
-        self.model, self.args = model, args
+    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, loss: PolicyLoss):
+        self.model, self.args, self.loss = model, args, loss
         self.optimizer = self.adamw(args.learning_rate)
         self.reference: PreTrainedModel | None = None  # for the KL term
 
@@ -67,55 +67,63 @@ class Learner:
         self._accumulate(groups, loss_of)
         return {"loss": total, "grad_norm": self._apply(optimizer, total)}
 
-    def improve(self, groups: Sequence[Group], advantages: Tensor, learning_rate: float) -> dict[str, float | None]:
-        """One clipped policy-gradient step; groups without any gradient take no part in forward and backward.
-
-        ``advantages`` (B) belong to the groups' completions in order.
-        """
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate
-        per_group = advantages.view(len(groups), -1)
-        needed = [i for i in range(len(groups)) if self.args.beta or (per_group[i] != 0).any()]
+    def improve(self, groups: Sequence[ScoredGroup]) -> dict[str, float | None]:
+        """One policy-gradient step at the optimizer's present rate; groups without any gradient take no part in it."""
+        needed = [group for group in groups if self.args.beta or any(group.advantages)]
         metrics = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": len(needed) / len(groups), "entropy": None}
         if not needed:
-            return metrics
+            return metrics | {"trained_tokens": 0}
         sums: dict[str, float] = defaultdict(float)
-        denominator = self._denominator(groups)
+        denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
 
         def loss_of(hidden: Tensor, batch: PackedBatch, places: Sequence[int]) -> Tensor:
             members = [needed[place] for place in places]
-            output = linear_grpo_loss(
+            advantages = [advantage for group in members for advantage in group.advantages]
+            output = self.loss(
                 hidden,
                 targets=batch.targets,
                 cu_seqlens=batch.cu_seqlens,
-                advantages=per_group[members].flatten().to(hidden.device),
+                advantages=torch.tensor(advantages, device=hidden.device),
                 ref_logprobs=self._reference_logprobs(batch),
+                mask=batch.mask,
                 denominator=denominator,
-                config=self.args.loss,
                 **head_of(self.model),
             )
-            sampled = [logp for i in members for c in groups[i].completions for logp in c.logprobs]
-            difference = (output.logprobs - torch.tensor(sampled, device=hidden.device)).abs()
             live = float(output.stats["live_tokens"])
             sums["live"] += live
             sums["nonfinite"] += float(output.stats["nonfinite"])
             sums["loss"] += float(output.loss.detach())
-            sums["logp_difference"] = max(sums["logp_difference"], float(difference.nan_to_num(0).max()))
+            for name, gap in self._gaps(output.logprobs, members).items():
+                sums[name] = max(sums[name], gap)
             for name in {"entropy", "kl"} & set(output.stats) if live else ():
                 sums[name] += live * float(output.stats[name])
             return output.loss
 
-        self._accumulate(
-            [PackedGroup(groups[i].prompt_ids, [c.ids for c in groups[i].completions]) for i in needed], loss_of
-        )
+        packed = [
+            PackedGroup(group.prompt, [r.ids for r in group.rollouts], [r.mask for r in group.rollouts])
+            for group in needed
+        ]
+        self._accumulate(packed, loss_of)
         if sums["nonfinite"]:
             raise DivergedError(
                 f"{sums['nonfinite']:.0f} of {sums['live']:.0f} tokens have a log-prob that is not a number"
             )
         metrics["loss"] = sums["loss"]
         metrics["grad_norm"] = self._apply(self.optimizer, sums["loss"])
-        metrics["logp_difference"] = sums["logp_difference"]
+        metrics["trained_tokens"] = sum(group.n_tokens for group in packed)
+        metrics |= {name: sums[name] for name in ("logp_difference", "distilled_gap") if name in sums}
         return metrics | {name: sums[name] / sums["live"] for name in ("entropy", "kl") if name in sums}
+
+    def _gaps(self, logprobs: Tensor, groups: Sequence[ScoredGroup]) -> dict[str, float]:
+        """Largest differences between the trainer's and the sampler's log-probs: on the prompt that a rollout was
+        sampled on, where they are rounding, and on another one (``distill``)."""
+        rollouts = [(r, here) for group in groups for r, here in zip(group.rollouts, group.sampled_here, strict=True)]
+        sampled = torch.tensor([logp for rollout, _ in rollouts for logp in rollout.logprobs], device=logprobs.device)
+        # the loss leaves NaN where it computed nothing
+        difference = (logprobs - sampled).abs().nan_to_num(0)
+        here = torch.tensor([here for rollout, here in rollouts for _ in rollout.ids], device=logprobs.device)
+        gaps = {"logp_difference": difference[here], "distilled_gap": difference[~here]}
+        return {name: float(values.max()) for name, values in gaps.items() if len(values)}
 
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
         if self.reference is None:
@@ -124,12 +132,6 @@ class Learner:
             hidden = batch.hidden(self.reference)
             head = head_of(self.reference)
             return linear_logprob(hidden, targets=batch.targets, temperature=self.args.temperature, **head).logprobs
-
-    def _denominator(self, groups: Sequence[Group]) -> float:
-        """The loss's normaliser over the whole batch, so that the gradient does not depend on how it is cut."""
-        lengths = [len(c.ids) for group in groups for c in group.completions]
-        by_completions = {"grpo": len(lengths), "dr_grpo": len(lengths) * self.args.max_completion_length}
-        return by_completions.get(self.args.loss_type, sum(lengths))
 
     def _accumulate(
         self, groups: Sequence[PackedGroup], loss_of: Callable[[Tensor, PackedBatch, Sequence[int]], Tensor]

@@ -1,4 +1,5 @@
-"""The folder of one run: config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, summary.json, checkpoints."""
+"""The folder of one run: config.yaml, metrics.jsonl, rollouts.jsonl, hard_samples.jsonl, curves.png, summary.json,
+checkpoints."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.train.checkpoint import checkpoints, latest_checkpoint, write_atomically
 from toolx_kernels.train.config import ToolExpanderConfig
 
-CONFIG, METRICS, ROLLOUTS, SUMMARY, CURVES = (
-    "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "curves.png",
+CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES = (
+    "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png",
 )  # fmt: skip
-MAY_DIFFER = ("resume", "overwrite", "max_steps", "num_train_epochs", "device", "output_dir", "log_completions")
+MAY_DIFFER = (
+    "resume", "overwrite", "max_steps", "max_tokens", "num_train_epochs", "device", "output_dir", "log_completions",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -68,7 +71,8 @@ class RunFolder:
         if config.overwrite and (self.path / CONFIG).exists():
             for checkpoint in (*checkpoints(self.path), *self.path.glob(".checkpoint-*")):
                 shutil.rmtree(checkpoint)
-            for name in (METRICS, ROLLOUTS, SUMMARY, CURVES, CONFIG):  # last what says that there is a run
+            # last what says that there is a run
+            for name in (METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before it is resumed
@@ -107,6 +111,12 @@ class RunFolder:
         """How many lines each log holds."""
         paths = {name: self.path / name for name in (METRICS, ROLLOUTS)}
         return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
+
+    def write_hard_samples(self, lines: list[dict]) -> None:
+        """The table of every probed row's state, replaced as a whole."""
+        write_atomically(
+            self.path / HARD_SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        )
 
     def write_summary(self, summary: dict) -> None:
         write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")

@@ -13,8 +13,6 @@ of the clipped loss is exactly 1; it knows one device and no distributed trainin
 
 from __future__ import annotations
 
-import math
-import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,29 +22,54 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.rollout import Completion, Group, RolloutEngine
+from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall.builtin import Example
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import rows_from
-from toolx_kernels.toolcall.rewards import call_reward, is_correct, no_think_reward
+from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
+from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
 from toolx_kernels.train.data import Prompts, cold_start_examples
-from toolx_kernels.train.evaluate import accuracy_of, generate_greedy
-from toolx_kernels.train.hard_sampling import HardSamplePolicy, PlainGRPO, Probe, ReplaceHard, probe
+from toolx_kernels.train.evaluate import accuracy_of
+from toolx_kernels.train.hard_sampling import (
+    Attempt,
+    Demonstrator,
+    FewShot,
+    HardSamplePolicy,
+    HardSamples,
+    PlainGRPO,
+    Probe,
+    RandomDemonstrations,
+    VerifiedDemonstrations,
+    probe,
+)
 from toolx_kernels.train.learner import DivergedError, Learner
 from toolx_kernels.train.models import load_model, stop_token_ids
+from toolx_kernels.train.policies import (
+    AdvantageShaper,
+    ClippedLoss,
+    DifficultyWeighted,
+    DynamicSampling,
+    EpochOrder,
+    GroupRelative,
+    PolicyLoss,
+    PromptSampler,
+)
+from toolx_kernels.train.rollouts import ScoredGroup, SingleTurn
 from toolx_kernels.train.run_folder import CURVES, RunFolder
+from toolx_kernels.train.schedule import ExponentialDecay
 
-PROBE_STREAM = 1 << 31  # probes draw from other random streams than training steps
+# Probes and verifications draw from other random streams than training steps.
+PROBE_STREAM = 1 << 31
+VERIFY_STREAM = 3 << 30
 
 
 @dataclass(slots=True)
@@ -54,12 +77,13 @@ class RunState:
     """Where a run stands: what a checkpoint keeps besides weights and optimizer."""
 
     step: int = 0  # optimizer steps done
+    batch: int = 0  # batches of prompts drawn, one a step unless groups are dropped and filled up
     round: int = -1  # round whose probe was done last
-    probed: list[int] = field(default_factory=list)  # training rows of that probe
-    hard: list[int] = field(default_factory=list)  # those of them that it found hard
+    table: list[dict] = field(default_factory=list)  # of HardSamples
+    schedule: dict = field(default_factory=dict)  # of ExponentialDecay
     hard_before: int | None = None
     eval_before: float | None = None
-    tokens: int = 0  # sampled so far
+    tokens: dict[str, int] = field(default_factory=dict)  # by purpose
     seconds: float = 0.0
     lines: dict[str, int] = field(default_factory=dict)  # of the logs when the checkpoint was written
 
@@ -70,13 +94,17 @@ class ToolExpanderTrainer:
     Args:
         model: a transformers causal LM or the name of one (see ``load_model``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
-            signature; their rewards add up, None adds nothing. Default: 1 for the right calls and nothing
-            else in the completion, else 0.
+            signature, plain or async; their rewards times ``args.reward_weights`` add up, None adds nothing. Default:
+            1 for the right calls and nothing else in the completion, else 0; with ``args.self_exemplify``
+            ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
         processing_class: the tokenizer; may be left out when ``model`` is a name.
         cold_start: examples to imitate before RL, endless; default: the training rows' answers, a part of them with
             demonstrations. Used when ``args.cold_start_steps`` is set.
+        demonstrations: more rows that demonstrations are taken from, besides the training rows.
+        hard_sample_policy, prompt_sampler, advantage_shaper, policy_loss: instead of what ``args`` choose; see the
+            protocols in ``hard_sampling`` and ``policies``.
 
     Raises:
         InputError: rows, prompts, run folder or model do not fit; before any work is done.
@@ -91,6 +119,12 @@ class ToolExpanderTrainer:
         eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
         cold_start: Iterator[Example] | None = None,
+        *,
+        demonstrations: Sequence[Row] = (),
+        hard_sample_policy: HardSamplePolicy | None = None,
+        prompt_sampler: PromptSampler | None = None,
+        advantage_shaper: AdvantageShaper | None = None,
+        policy_loss: PolicyLoss | None = None,
     ):
         self.args = args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
@@ -111,24 +145,52 @@ class ToolExpanderTrainer:
         context = model.get_decoder().config.max_position_embeddings
         self.prompts = Prompts(self.tokenizer, context)
         self.prompts.check([*self.rows, *self.eval_rows])
+        self.demonstrations = DemonstrationIndex([*self.rows, *demonstrations])
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)
-            cold_start = cold_start_examples(args, self.rows)
+            cold_start = cold_start_examples(args, self.rows, self.demonstrations)
         self.cold_start = cold_start
         self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
-        self.stop_token_ids = stop_token_ids(model, self.tokenizer)
-        self.policy: HardSamplePolicy = PlainGRPO()
-        if args.hard_sampling == "replace":
-            self.policy = ReplaceHard(
-                self.rows, args.seed, args.few_shots_per_tool, args.max_few_shots, self.prompts.fitting
-            )
-        self.learner = Learner(model, args)
+        self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss))
+        self.schedule = ExponentialDecay(self.learner.optimizer, args.lr_decay, args.min_lr_rate)
+        self.collector = Collector(
+            self.rows, self.prompts, SingleTurn(self.engine, self.tokenizer), is_correct, self.reward_funcs, args,
+            stop_token_ids(model, self.tokenizer),
+        )  # fmt: skip
+        self.table = HardSamples(self.rows, demonstrations)
+        self.policy = hard_sample_policy or self._hard_sample_policy()
+        sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
+        self.prompt_sampler = prompt_sampler or sampler(len(self.rows), args.prompts_per_step, args.seed)
+        relative = GroupRelative(args.scale_rewards, args.min_reward_std)
+        shaped = DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
+        self.advantages: AdvantageShaper = advantage_shaper or shaped
         self.state = RunState()
-        self.steps_per_epoch = max(1, len(self.rows) // args.prompts_per_step)
-        self.steps_per_round = self.steps_per_epoch * args.epochs_per_round
-        self.total_steps = args.num_train_epochs * self.steps_per_epoch
+        # the run in batches of prompts
+        self.per_epoch = max(1, len(self.rows) // args.prompts_per_step)
+        self.per_round = self.per_epoch * args.epochs_per_round
+        self.batches = args.num_train_epochs * self.per_epoch
         if args.max_steps > 0:
-            self.total_steps = min(self.total_steps, args.max_steps)
+            self.batches = min(self.batches, args.max_steps * self.prompt_sampler.max_batches)
+
+    def _hard_sample_policy(self) -> HardSamplePolicy:
+        args = self.args
+        if args.hard_sampling == "none":
+            return PlainGRPO()
+        demonstrator: Demonstrator = RandomDemonstrations(
+            self.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, self.prompts.fitting
+        )
+        if args.demonstrations == "better":
+            demonstrator = VerifiedDemonstrations(
+                demonstrator, args.demonstration_tries, args.verify_rollouts, self._verification
+            )
+        return FewShot(args.hard_sampling, demonstrator)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model before RL is kept: for the KL term, or because it is what verifies demonstrations."""
+        args = self.args
+        cautious = args.demonstrations == "better" and args.verification == "cautious"
+        return bool(args.beta) or cautious and args.hard_sampling != "none"
 
     # ---- the run
 
@@ -138,54 +200,60 @@ class ToolExpanderTrainer:
         resumed = self._restore()
         state = self.state
         started -= state.seconds
-        with tqdm(total=self.total_steps, initial=state.step, unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=self._planned_steps(), initial=state.step, unit="step", dynamic_ncols=True) as bar:
             if not resumed:
                 if args.cold_start_steps:
                     self._cold_start(bar)
-                bar.set_description("evaluating")
-                state.eval_before = self._evaluate_and_log()
-                bar.write(f"held-out accuracy before RL: {state.eval_before:.3f}")
+                if args.eval_on_start:
+                    bar.set_description("evaluating")
+                    state.eval_before = self._evaluate_and_log()
+                    bar.write(f"held-out accuracy before RL: {state.eval_before:.3f}")
                 self._save(started)
-            if args.beta:
+            if self.needs_reference:
                 self.learner.freeze_reference(self.run.path / "checkpoint-0")
             entered = None
-            while state.step < self.total_steps:
-                round_index = state.step // self.steps_per_round
+            while not self._finished():
+                round_index = state.batch // self.per_round
                 if round_index != entered:
                     bar.set_description(f"round {round_index + 1}: probing")
-                    self._enter_round(round_index)
+                    if self._enter_round(round_index):
+                        self._save(started)
                     bar.set_description(f"round {round_index + 1}")
                     entered = round_index
-                record = self._step(state.step, round_index)
-                state.step += 1
+                record = self._step(round_index)
                 bar.set_postfix_str(
-                    f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, hard {len(state.hard)}, "
+                    f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, "
+                    f"hard {sum(row.hard for row in self.table.states)}, "
                     f"{record['timing']['tokens_per_second']:.0f} tok/s"
                 )
                 bar.update()
-                if state.step < self.total_steps:
+                if not self._finished():
                     if args.eval_steps and state.step % args.eval_steps == 0:
                         self._evaluate_and_log()
                     if state.step % args.save_steps == 0:
                         self._save(started)
             checkpoint = self._save(started)
             bar.set_description("evaluating")
-            eval_after = self._evaluate_and_log()
+            just_done = state.step == 0 and state.eval_before is not None
+            eval_after = state.eval_before if just_done else self._evaluate_and_log()
             bar.set_description("probing")
-            probed = self._members_of_round(0)
-            last_probe = self._probe(probed, state.round + 1)
-            self._log_probe(last_probe, state.round + 1, len(probed), len(last_probe.hard), replaced=None)
+            last = self._probe(self._members_of_round(0), state.round + 1)
+            counters = self.table.counters(state.round + 1)
+            self._log_probe(last, state.round + 1, counters | {"replaced": None, "without_demonstrations": None})
+            self._write_table()
 
         summary = {
             "eval_before": state.eval_before,
             "eval_after": eval_after,
             "hard_before": state.hard_before,
-            "hard_after": len(last_probe.hard),
-            "probed_rows": len(probed),
+            "hard_after": counters["hard"],
+            "probed_rows": counters["rows"],
             "train_rows": len(self.rows),
             "eval_rows": len(self.eval_rows),
             "steps": state.step,
-            "sampled_tokens": state.tokens,
+            "sampled_tokens": sum(self.collector.tokens.values()),
+            "spent_tokens": self.spent_tokens,
+            "tokens": dict(self.collector.tokens),
             "wall_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "checkpoint": str(checkpoint),
@@ -194,81 +262,129 @@ class ToolExpanderTrainer:
         draw_curves(self.run.metrics(), self.run.path / CURVES, self._title())
         return summary
 
+    def _planned_steps(self) -> int:
+        """Steps that the run takes if no group is dropped and no budget of tokens ends it sooner."""
+        return min(self.batches, self.args.max_steps) if self.args.max_steps > 0 else self.batches
+
+    def _finished(self) -> bool:
+        args, state = self.args, self.state
+        out_of_tokens = 0 < args.max_tokens <= self.spent_tokens
+        return out_of_tokens or state.batch >= self.batches or state.step == args.max_steps
+
+    @property
+    def spent_tokens(self) -> int:
+        """Tokens that the method cost so far: written in steps and verifications, trained on, and written in probes
+        if the hard-sample policy acts on these; evaluations and the last probe are measurements."""
+        tokens = self.collector.tokens
+        acts = not isinstance(self.policy, PlainGRPO)
+        return tokens["step"] + tokens["trained"] + tokens["verify"] + (tokens["probe"] if acts else 0)
+
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
         checkpoint = self.run.latest_checkpoint() if self.args.resume else None
-        if checkpoint and self.args.beta and not (self.run.path / "checkpoint-0").exists():
-            raise InputError(f"beta={self.args.beta} needs {self.run.path}/checkpoint-0, and it is gone: start anew.")
+        if checkpoint and self.needs_reference and not (self.run.path / "checkpoint-0").exists():
+            why = f"beta={self.args.beta}" if self.args.beta else "verification='cautious'"
+            raise InputError(f"{why} needs {self.run.path}/checkpoint-0, and it is gone: start anew.")
         if checkpoint:
-            self.state = RunState(**_known(load_state(checkpoint, self.model)))
+            self.state = state = RunState(**_known(load_state(checkpoint, self.model)))
             load_weights(checkpoint, self.model)
             load_optimizer(checkpoint, self.model, self.learner.optimizer)
-            self.run.forget_after(self.state.lines)
+            self.schedule.load_state_dict(state.schedule)
+            self.table.load(state.table)
+            self.collector.tokens.update(state.tokens)
+            self.run.forget_after(state.lines)
+            self._write_table()
         elif self.args.resume:  # it was interrupted before its first checkpoint
             self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
         self.run.start(self.args)
         return checkpoint is not None
 
-    def _enter_round(self, round_index: int) -> None:
+    def _enter_round(self, round_index: int) -> bool:
         """Probes the round's raw prompts, then lets the policy choose what it shows with the hard ones.
 
-        Of a round that is gone on with only those rows are probed that a smaller ``max_steps`` had left out.
+        Of a round that is gone on with only those rows are probed that a smaller ``max_steps`` had left out. Returns
+        whether any were.
         """
-        state = self.state
-        if state.round != round_index:
-            state.round, state.probed, state.hard = round_index, [], []
-        new = sorted(set(self._members_of_round(round_index)) - set(state.probed))
-        found = self._probe(new, round_index) if new else None
-        if found:
-            state.probed += new
-            state.hard += found.hard
-        self.policy.start_round(round_index, state.hard)
-        if found:
-            shown = sum(bool(self.policy.demonstrations(i)) for i in state.hard)
-            self._log_probe(found, round_index, len(state.probed), len(state.hard), shown)
+        asked = self._members_of_round(round_index)
+        if self.state.round == round_index:
+            done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == round_index}
+            asked = [row for row in asked if row not in done]
+        self.state.round = round_index
+        if not asked:
+            return False
+        found = self._probe(asked, round_index)
+        self.policy.start_round(self.table, found.hard, round_index)
+        counters = self.table.counters(round_index)
+        self._log_probe(found, round_index, counters)
+        self._write_table()
         if round_index == 0:
-            state.hard_before = len(state.hard)
+            self.state.hard_before = counters["hard"]
+        return True
 
-    def _step(self, step: int, round_index: int) -> dict:
+    def _step(self, round_index: int) -> dict:
         """One optimizer step: sample prompts, roll out, reward, advantages, loss, update."""
-        args, started = self.args, time.perf_counter()
-        members = self._members(step)
-        rows = [self.rows[i] for i in members]
-        shown = [self.policy.demonstrations(i) for i in members]
-        with self._naming(f"step {step + 1}"):
-            groups, texts = self._generate(members, shown, args.num_generations, step)
+        args, state, started = self.args, self.state, time.perf_counter()
+        with self._naming(f"step {state.step + 1}"):
+            groups, sampled = self._groups(round_index)
         rolled_out = time.perf_counter()
-        rewards = self._rewards(rows, groups, texts)
-        correct = [[is_correct(text, row) for text in of_row] for row, of_row in zip(rows, texts, strict=True)]
-        advantages = group_advantages(rewards, group_size=args.num_generations, scale=args.scale_rewards)
-        learning_rate = args.learning_rate * args.lr_decay**round_index
-        with self._naming(f"step {step + 1}"):
-            trained = self.learner.improve(groups, advantages, learning_rate)
+        advantages = iter(self.advantages(groups).tolist()) if groups else iter(())
+        for group in groups:
+            group.advantages = [next(advantages) for _ in group.rollouts]
+        decays = {"round": round_index, "epoch": (state.batch - 1) // self.per_epoch, "step": state.step}
+        while self.schedule.count < decays[args.lr_decay_per]:
+            self.schedule.step()
+        with self._naming(f"step {state.step + 1}"):
+            trained = self.learner.improve(groups)
+        self.collector.tokens["trained"] += trained["trained_tokens"]
+        state.step += 1
 
-        completions = [c for group in groups for c in group.completions]
-        n_tokens = sum(len(c.ids) for c in completions)
-        self._log_rollouts(step, rows, shown, texts, rewards, advantages)
+        rollouts = [rollout for group in sampled for rollout in group.rollouts]
+        written = sum(rollout.written for rollout in rollouts)
+        correct = [flag for group in sampled for flag in group.correct]
+        rewards = [reward for group in sampled for reward in group.rewards]
+        self._log_rollouts(sampled)
         now = time.perf_counter()
         return self.run.log(
             "step",
-            step + 1,
+            state.step,
             timing={
                 "seconds": now - started,
                 "rollout_seconds": rolled_out - started,
-                "tokens_per_second": n_tokens / (rolled_out - started),
+                "tokens_per_second": written / (rolled_out - started),
             },
             round=round_index,
-            reward=float(rewards.mean()),
-            accuracy=sum(map(sum, correct)) / len(completions),
-            solved=sum(map(any, correct)) / len(rows),
-            replaced=sum(map(bool, shown)),
-            learning_rate=learning_rate,
+            reward=sum(rewards) / len(rewards),
+            accuracy=sum(correct) / len(correct),
+            solved=sum(any(group.correct) for group in sampled) / len(sampled),
+            replaced=sum(any(group.plan.shown) for group in sampled),
+            dropped=len(sampled) - len(groups),
+            learning_rate=self.schedule.get_last_lr()[0],
             **trained,
-            sampler_entropy=sum(sum(c.entropies) for c in completions) / n_tokens,
-            completion_length=n_tokens / len(completions),
-            truncated=sum(c.finish_reason == "length" for c in completions) / len(completions),
-            tokens=self.state.tokens,
+            sampler_entropy=sum(sum(rollout.entropies) for rollout in rollouts) / written,
+            completion_length=written / len(rollouts),
+            truncated=sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+            tokens=sum(self.collector.tokens.values()),
+            spent_tokens=self.spent_tokens,
         )
+
+    def _groups(self, round_index: int) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """The groups that the next step learns from, and all that were sampled for it.
+
+        What the prompt sampler does not keep is replaced by groups of the round's next batches, as long as it allows.
+        """
+        state, sampler = self.state, self.prompt_sampler
+        kept, sampled, wanted, drawn = [], [], None, 0
+        last_of_round = min(self.batches, (round_index + 1) * self.per_round)
+        while wanted is None or (len(kept) < wanted and drawn < sampler.max_batches and state.batch < last_of_round):
+            rows = sampler.rows(state.batch)
+            plans = [plan for row in rows for plan in self.policy.groups(self.table, row)]
+            groups = self.collector.groups(plans, state.batch)
+            wanted = len(plans) if wanted is None else wanted
+            sampled += groups
+            kept += [group for group in groups if sampler.keeps(group)]
+            state.batch += 1
+            drawn += 1
+        return kept[:wanted], sampled
 
     def _cold_start(self, bar: tqdm) -> None:
         """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
@@ -299,93 +415,45 @@ class ToolExpanderTrainer:
                 f"{where}: {error}; the last good checkpoint is {last}; lower the learning rate."
             ) from None
 
-    # ---- rollouts
-
-    def _members(self, step: int) -> list[int]:
-        """The training rows of a step: each epoch is a permutation of them, cut into equal batches."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = list(range(len(self.rows)))
-        random.Random(f"epoch {self.args.seed} {epoch}").shuffle(order)
-        return order[place * self.args.prompts_per_step :][: self.args.prompts_per_step]
-
-    def _generate(
-        self,
-        members: list[int],
-        shown: Sequence[Sequence[Row]],
-        n: int,
-        step: int,
-        first_rollout: int = 0,
-        on_completion: Callable[[int, int, Completion], bool] | None = None,
-    ) -> tuple[list[Group], list[list[str]]]:
-        """Samples ``n`` completions of each row's prompt with its demonstrations; returns groups and their texts."""
-        groups = self.engine.generate(
-            [self.prompts.ids(self.rows[i], demos) for i, demos in zip(members, shown, strict=True)],
-            n,
-            self.args.sampling(self.stop_token_ids),
-            row_ids=members,
-            step=step,
-            first_rollout=first_rollout,
-            on_completion=on_completion,
-        )
-        for i, group in zip(members, groups, strict=True):
-            for completion in group.completions:
-                if not math.isfinite(sum(completion.logprobs) + sum(completion.entropies)):
-                    raise DivergedError(f"the model's log-probs on row {self.rows[i].id} are not finite")
-        self.state.tokens += sum(len(c.ids) for group in groups for c in group.completions)
-        return groups, [[self._text(c.ids) for c in group.completions] for group in groups]
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _rewards(self, rows: list[Row], groups: list[Group], texts: list[list[str]]) -> Tensor:
-        size = self.args.num_generations
-        flat_rows = [row for row in rows for _ in range(size)]
-        flat_texts = [text for of_row in texts for text in of_row]
-        flat_ids = [c.ids for group in groups for c in group.completions]
-        total = torch.zeros(len(flat_rows))
-        for func in self.reward_funcs:
-            total += torch.tensor([r or 0.0 for r in call_reward(func, flat_rows, flat_texts, flat_ids)])
-        return total
+    # ---- probes and evaluations
 
     def _members_of_round(self, round_index: int) -> list[int]:
-        """The training rows that the steps of a round use, in dataset order."""
-        first = round_index * self.steps_per_round
-        steps = range(first, min(first + self.steps_per_round, self.total_steps))
-        return sorted({row for step in steps for row in self._members(step)})
+        """The training rows that a round may use, in dataset order."""
+        first = round_index * self.per_round
+        batches = range(first, min(first + self.per_round, self.batches))
+        return sorted({row for batch in batches for row in self.prompt_sampler.rows(batch)})
 
     def _probe(self, members: list[int], round_index: int) -> Probe:
-        """Finds the rows among ``members`` whose raw prompts get no correct rollout."""
+        """Finds the rows among ``members`` whose raw prompts get no correct rollout, and enters them in the table."""
+        attempt = self.collector.attempt(PROBE_STREAM + round_index, "probe")
+        with self._naming(f"probe before step {self.state.step + 1}"):
+            found = probe([(row, ()) for row in members], self.args.probe_rollouts, attempt)
+        self.table.record(found, round_index)
+        return found
 
-        def correct(members: list[int], n: int, first: int) -> list[bool]:
-            solved = [False] * len(members)
-
-            def ends_its_group(place: int, _: int, completion: Completion) -> bool:
-                solved[place] |= is_correct(self._text(completion.ids), self.rows[members[place]])
-                return solved[place]
-
-            with self._naming(f"probe before step {self.state.step + 1}"):
-                nothing = [()] * len(members)
-                self._generate(members, nothing, n, PROBE_STREAM + round_index, first, ends_its_group)
-            return solved
-
-        return probe(members, self.args.probe_rollouts, correct)
+    def _verification(self, number: int) -> Attempt:
+        """How draw ``number`` of demonstrations in this round is verified."""
+        stream = VERIFY_STREAM + self.state.round * self.args.demonstration_tries + number
+        sampler = None
+        if self.args.verification == "cautious":
+            sampler = SingleTurn(RolloutEngine(self.learner.reference, seed=self.args.seed), self.tokenizer)
+        return self.collector.attempt(stream, "verify", sampler)
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Greedy exact-match accuracy on the held-out rows, over all and per tier or category."""
-        greedy = self.args.sampling(self.stop_token_ids, greedy=True)
-        return accuracy_of(self.eval_rows, generate_greedy(self.engine, self.prompts, self.eval_rows, greedy))
+        return accuracy_of(self.eval_rows, self.collector.greedy_texts(self.eval_rows))
 
-    def _log_probe(self, found: Probe, round_index: int, rows: int, hard: int, replaced: int | None) -> None:
+    def _log_probe(self, found: Probe, round_index: int, counters: dict) -> None:
         self.run.log(
             "probe", self.state.step, {"seconds": found.seconds},
-            round=round_index, rows=rows, hard=hard, replaced=replaced, rollouts=found.rollouts,
+            round=round_index, **counters, rollouts=found.rollouts, spent_tokens=self.spent_tokens,
         )  # fmt: skip
 
     def _evaluate_and_log(self) -> float:
         started = time.perf_counter()
         accuracy, parts = self.evaluate()
         timing = {"seconds": time.perf_counter() - started}
-        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts)
+        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts, spent_tokens=self.spent_tokens)
         return accuracy
 
     # ---- the run folder
@@ -398,27 +466,35 @@ class ToolExpanderTrainer:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             with self._naming(f"checkpoint {self.state.step}"):
                 raise DivergedError("the weights are not finite")
-        self.state.seconds = time.perf_counter() - started
-        self.state.lines = self.run.lines()
+        state = self.state
+        state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
+        state.table, state.schedule = self.table.lines(), self.schedule.state_dict()
+        state.tokens = dict(self.collector.tokens)
         self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
         return save_checkpoint(
-            self.run.path, self.state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(self.state),
-            keep=self.args.save_total_limit, keep_first=bool(self.args.beta),
+            self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(state),
+            keep=self.args.save_total_limit, keep_first=self.needs_reference,
         )  # fmt: skip
 
-    def _log_rollouts(self, step, rows, shown, texts, rewards, advantages) -> None:
-        size = self.args.num_generations
-        for place in range(min(self.args.log_completions, len(rows) * size)):
-            row, completion = (place % len(rows)), place // len(rows)
-            flat = row * size + completion
+    def _write_table(self) -> None:
+        self.run.write_hard_samples(self.table.lines())
+
+    def _log_rollouts(self, groups: Sequence[ScoredGroup]) -> None:
+        """Some of a step's rollouts, first one of each group, then another one of each, ..."""
+        places = [(place, group) for place in range(max(len(g.rollouts) for g in groups)) for group in groups]
+        places = [(place, group) for place, group in places if place < len(group.rollouts)]
+        for place, group in places[: self.args.log_completions]:
+            row = self.rows[group.plan.row]
+            shown = group.plan.shown[place // self.args.num_generations]
             self.run.log_rollout(
-                step=step + 1,
-                row=rows[row].id,
-                demonstrations=[demo.id for demo in shown[row]],
-                prompt=rows[row].user_text,
-                completion=texts[row][completion],
-                reward=float(rewards[flat]),
-                advantage=float(advantages[flat]),
+                step=self.state.step,
+                row=row.id,
+                demonstrations=[demonstration.id for demonstration in shown],
+                learned_with=[demonstration.id for demonstration in group.plan.learned],
+                prompt=row.user_text,
+                completion=group.rollouts[place].text,
+                reward=group.rewards[place],
+                advantage=group.advantages[place] if group.advantages else None,
             )
 
 

@@ -1,0 +1,125 @@
+"""What a run samples: groups to learn from, probes, evaluations; and how many tokens that took."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from toolx_kernels.rollout import SamplingParams
+from toolx_kernels.toolcall.rewards import call_reward
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
+from toolx_kernels.train.learner import DivergedError
+from toolx_kernels.train.rollouts import GroupPlan, Rollout, Sampler, ScoredGroup
+
+Judge = Callable[[str, Row], bool]
+
+
+class Collector:
+    """Samples prompts of the training rows with ``sampler`` and judges what comes.
+
+    ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify".
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Prompts,
+        sampler: Sampler,
+        judge: Judge,
+        reward_funcs: Sequence[Callable],
+        args: ToolExpanderConfig,
+        stop_token_ids: tuple[int, ...],
+    ):
+        self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
+        self.reward_funcs = reward_funcs
+        self.params = args.sampling(stop_token_ids)
+        self.greedy = args.sampling(stop_token_ids, greedy=True)
+        self.tokens: Counter[str] = Counter()
+
+    def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
+        """Samples and scores the groups of a step; all their prompts go to the engine together."""
+        size = self.args.num_generations
+        asked = [(plan, place, shown) for plan in plans for place, shown in enumerate(plan.shown)]
+        # one stream of random numbers for each prompt of a row in a step
+        prompts_of_row: Counter[int] = Counter()
+        streams = []
+        for plan, _, _ in asked:
+            streams.append(plan.row + prompts_of_row[plan.row] * len(self.rows))
+            prompts_of_row[plan.row] += 1
+        sampled = self._sample(
+            [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.sampler, "step", streams, step
+        )
+        of_plan: dict[int, ScoredGroup] = {}
+        for (plan, place, shown), rollouts in zip(asked, sampled, strict=True):
+            if place == 0:
+                of_plan[id(plan)] = ScoredGroup(plan, self.prompts.ids(self.rows[plan.row], plan.learned), [], [])
+            group = of_plan[id(plan)]
+            group.rollouts += rollouts
+            group.sampled_here += [shown == plan.learned] * len(rollouts)
+        groups = list(of_plan.values())
+        self._score(groups)
+        return groups
+
+    def attempt(self, stream: int, purpose: str, sampler: Sampler | None = None) -> Attempt:
+        """Rolls prompts out until they have a correct rollout, for ``probe``; a row leaves its wave at once then."""
+
+        def attempt(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
+            solved = [False] * len(asked)
+
+            def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
+                solved[place] |= self.judge(rollout.text, self.rows[asked[place][0]])
+                return solved[place]
+
+            streams = [row for row, _ in asked]
+            self._sample(
+                asked, n, self.params, sampler or self.sampler, purpose, streams, stream, first, ends_its_group
+            )
+            return solved
+
+        return attempt
+
+    def greedy_texts(self, rows: Sequence[Row]) -> list[str]:
+        """The most likely completion of each row's raw prompt; not counted as tokens."""
+        prompts = [self.prompts.ids(row) for row in rows]
+        groups = self.sampler.sample(rows, prompts, 1, self.greedy, row_ids=range(len(rows)))
+        return [rollouts[0].text for rollouts in groups]
+
+    def _sample(
+        self,
+        asked: Sequence[tuple[int, Demonstrations]],
+        n: int,
+        params: SamplingParams,
+        sampler: Sampler,
+        purpose: str,
+        streams: Sequence[int],
+        step: int,
+        first_rollout: int = 0,
+        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+    ) -> list[list[Rollout]]:
+        rows = [self.rows[row] for row, _ in asked]
+        prompts = [self.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
+        groups = sampler.sample(
+            rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
+        )
+        for row, rollouts in zip(rows, groups, strict=True):
+            for rollout in rollouts:
+                if not math.isfinite(sum(rollout.logprobs) + sum(rollout.entropies)):
+                    raise DivergedError(f"the model's log-probs on row {row.id} are not finite")
+                self.tokens[purpose] += rollout.written
+        return groups
+
+    def _score(self, groups: Sequence[ScoredGroup]) -> None:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
+        total = [0.0] * len(rollouts)
+        for func in self.reward_funcs:
+            rewards = call_reward(func, rows, [r.text for r in rollouts], [r.ids for r in rollouts])
+            total = [so_far + (reward or 0.0) for so_far, reward in zip(total, rewards, strict=True)]
+        rewards = iter(total)
+        for group in groups:
+            group.rewards = [next(rewards) for _ in group.rollouts]
+            group.correct = [self.judge(rollout.text, self.rows[group.plan.row]) for rollout in group.rollouts]

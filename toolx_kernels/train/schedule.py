@@ -1,0 +1,57 @@
+"""The learning rate's exponential decay."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+
+from toolx_kernels.errors import InputError
+
+
+class ExponentialDecay:
+    """``lr_k = lr_0 * max(factor**k, floor)`` with k the number of ``step()`` calls.
+
+    ToolExpander decays by 0.8 (arXiv 2510.07737); when a step is taken (per round, epoch or update) is the caller's
+    choice. Has the methods of torch's schedulers that a training loop calls. The rate is computed from k and not
+    from the rate before, so a resumed run has the same one to the last bit.
+
+    Args:
+        optimizer: its present rates are lr_0, one per parameter group.
+        factor: in (0, 1].
+        floor: share of lr_0 below which the rate does not fall, in [0, 1].
+
+    Raises:
+        InputError: factor or floor outside their ranges.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: float, floor: float = 0.0):
+        if not 0 < factor <= 1:
+            raise InputError(f"lr_decay={factor} must lie in (0, 1]; 1 keeps the learning rate.")
+        if not 0 <= floor <= 1:
+            raise InputError(f"min_lr_rate={floor} must lie in [0, 1]; 0 is no floor.")
+        self.optimizer, self.factor, self.floor = optimizer, factor, floor
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.count = 0
+
+    def step(self) -> None:
+        self.count += 1
+        self._set()
+
+    def get_last_lr(self) -> list[float]:
+        rate = max(self.factor**self.count, self.floor)
+        return [base * rate for base in self.base_lrs]
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "base_lrs": self.base_lrs}
+
+    def load_state_dict(self, state: dict) -> None:
+        count, base_lrs = state["count"], state["base_lrs"]
+        if count < 0 or len(base_lrs) != len(self.base_lrs) or not all(map(math.isfinite, base_lrs)):
+            raise InputError(f"{state} is no state of this learning-rate schedule: resume from another checkpoint.")
+        self.count, self.base_lrs = count, list(base_lrs)
+        self._set()
+
+    def _set(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
+            group["lr"] = rate
