@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import builtin
+from toolx_kernels.toolcall import DemonstrationIndex, builtin
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.data import Prompts, cold_start_examples, load_rows, split_rows

@@ -1,13 +1,28 @@
-"""Probing in waves, and replacing hard rows by few-shot versions of themselves."""
+"""Probing in waves, the table of hard rows, choosing demonstrations, and what is rolled out with them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolx_kernels.toolcall import builtin
-from toolx_kernels.train.hard_sampling import PlainGRPO, ReplaceHard, probe, waves
+from toolx_kernels.toolcall import DemonstrationIndex, builtin
+from toolx_kernels.train.hard_sampling import (
+    FewShot,
+    HardSamples,
+    PlainGRPO,
+    Probe,
+    RandomDemonstrations,
+    VerifiedDemonstrations,
+    probe,
+    waves,
+)
+from toolx_kernels.train.rollouts import GroupPlan
+
+
+def raw(rows):
+    return [(row, ()) for row in rows]
 
 
 @given(st.integers(1, 40))
@@ -19,19 +34,24 @@ def test_a_prompt_leaves_at_its_first_correct_wave():
     first_correct = {0: 0, 1: 2, 2: 3, 3: 4, 4: 9, 5: None}  # index of the first correct rollout of each row
     asked = []
 
-    def correct(rows, n, first):
+    def attempt(rows, n, first):
+        rows = [row for row, _ in rows]
         asked.append((tuple(rows), n, first))
         return [first_correct[row] is not None and first_correct[row] < first + n for row in rows]
 
-    found = probe(range(6), 10, correct)
+    found = probe(raw(range(6)), 10, attempt)
     assert asked == [((0, 1, 2, 3, 4, 5), 1, 0), ((1, 2, 3, 4, 5), 3, 1), ((3, 4, 5), 6, 4)]
     assert found.hard == [5]
+    assert found.tried == {0: 1, 1: 4, 2: 4, 3: 10, 4: 10, 5: 10}
     assert found.rollouts == 6 + 15 + 18 < 60
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=10, max_size=10), min_size=1, max_size=12))
 def test_the_classification_is_that_of_all_rollouts(outcomes):
-    found = probe(range(len(outcomes)), 10, lambda rows, n, first: [any(outcomes[r][first : first + n]) for r in rows])
+    def attempt(rows, n, first):
+        return [any(outcomes[row][first : first + n]) for row, _ in rows]
+
+    found = probe(raw(range(len(outcomes))), 10, attempt)
     assert found.hard == [row for row, of_row in enumerate(outcomes) if not any(of_row)]
     assert found.rollouts <= 10 * len(outcomes)
 
@@ -41,51 +61,186 @@ def rows():
     return builtin.train_rows(400, 0, ("easy",))
 
 
-def policy(rows, fitting=lambda row, shown: shown, **settings):
-    return ReplaceHard(rows, **({"seed": 0, "per_tool": 1, "limit": 3} | settings), fitting=fitting)
+def chooser(rows, fitting=lambda row, shown: shown, **settings):
+    return RandomDemonstrations(
+        DemonstrationIndex(rows), **({"seed": 0, "per_tool": 1, "limit": 3} | settings), fitting=fitting
+    )
+
+
+def table_of(rows, hard, round_index=0):
+    table = HardSamples(rows)
+    table.record(Probe({row: 10 for row in hard}, list(hard), 0.0), round_index)
+    return table
 
 
 def test_hard_rows_show_other_rows_of_their_tools_and_no_others_do(rows):
-    replacing = policy(rows)
-    replacing.start_round(0, [3, 50, 51, 52])
-    shown = [row for row in range(len(rows)) if replacing.demonstrations(row)]
-    assert shown and set(shown) <= {3, 50, 51, 52}
+    hard = [3, 50, 51, 52]
+    table = table_of(rows, hard)
+    chooser(rows).choose(table, hard, 0)
+    shown = [row for row in range(len(rows)) if table.demonstrations(row)]
+    assert shown and set(shown) <= set(hard)
     for row in shown:
-        for demo in replacing.demonstrations(row):
+        for demo in table.demonstrations(row):
             assert demo.id != rows[row].id and demo.answer != rows[row].answer
             assert {call["name"] for call in demo.answer} <= set(rows[row].tool_names)
 
 
-def test_rounds_start_afresh_and_repeat(rows):
-    one, two = policy(rows), policy(rows)
+def test_random_demonstrations_are_drawn_anew_each_round_and_repeat(rows):
     hard = list(range(0, 400, 7))
-    one.start_round(0, hard)
-    first_round = dict(one.shown)
-    one.start_round(1, hard)
-    assert one.shown != first_round, "another round may show other demonstrations"
-    two.start_round(1, hard)
-    assert one.shown == two.shown
-    one.start_round(2, [])
-    assert not any(one.demonstrations(row) for row in hard), "solved rows are raw again"
+    tables = [table_of(rows, hard) for _ in range(2)]
+    seen = []
+    for table in tables:
+        for round_index in (0, 1):
+            chooser(rows).choose(table, hard, round_index)
+            seen.append([table.demonstrations(row) for row in hard])
+    assert seen[:2] == seen[2:] and seen[0] != seen[1]
 
 
-def test_a_row_whose_tool_occurs_nowhere_else_stays_raw(rows):
+def test_a_row_whose_tool_occurs_nowhere_else_stays_raw_and_is_counted(rows):
     lonely = replace(rows[0], id="lonely", answer=[{"name": "unheard_of", "arguments": {}}], tools=[])
-    replacing = policy([*rows, lonely])
-    replacing.start_round(0, [len(rows)])
-    assert not replacing.demonstrations(len(rows))
+    table = table_of([*rows, lonely], [3, len(rows)])
+    chooser(rows).choose(table, [3, len(rows)], 0)
+    assert not table.demonstrations(len(rows))
+    counters = table.counters(0)
+    assert (counters["hard"], counters["replaced"], counters["without_demonstrations"]) == (2, 1, 1)
 
 
 def test_demonstrations_are_dropped_until_the_prompt_fits(rows):
-    free, tight, none = policy(rows), policy(rows, lambda _, shown: shown[:1]), policy(rows, lambda *_: [])
-    for each in (free, tight, none):
-        each.start_round(0, range(400))
-    assert max(map(len, free.shown.values())) > 1
-    assert {row: shown[:1] for row, shown in free.shown.items()} == tight.shown
-    assert none.shown == {}
+    everything = range(400)
+    shown = []
+    for fitting in (lambda _, shown: shown, lambda _, shown: shown[:1], lambda *_: []):
+        table = table_of(rows, everything)
+        chooser(rows, fitting).choose(table, everything, 0)
+        shown.append([table.demonstrations(row) for row in everything])
+    free, tight, none = shown
+    assert max(map(len, free)) > 1
+    assert [of_row[:1] for of_row in free] == tight
+    assert not any(none)
 
 
-def test_plain_grpo_replaces_nothing(rows):
-    plain = PlainGRPO()
-    plain.start_round(0, [1, 2, 3])
-    assert not plain.demonstrations(1)
+# ---- better demonstrations
+
+
+def verified(rows, attempt, tries=4, rollouts=4):
+    return VerifiedDemonstrations(chooser(rows), tries, rollouts, lambda number: attempt)
+
+
+def test_better_demonstrations_are_drawn_until_they_help(rows):
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))]
+    draws = {row: [chooser(rows).draw(rows[row], 0, number) for number in range(4)] for row in hard}
+    helps = {row: draws[row][row % 4] for row in hard if row % 5}  # for every fifth row nothing ever helps
+    asked = []
+
+    def attempt(asked_now, n, first):
+        asked.append((len(asked_now), n, first))
+        return [shown == helps.get(row) for row, shown in asked_now]
+
+    table = table_of(rows, hard)
+    verified(rows, attempt).choose(table, hard, 0)
+    for row in hard:
+        state = table.states[row]
+        if row in helps:
+            first = draws[row].index(helps[row])
+            assert table.demonstrations(row) == helps[row] and state.verified and state.tries == first + 1
+        else:
+            assert table.demonstrations(row) == () and state.verified is False and state.tries == 4
+    assert max(n + first for _, n, first in asked) == 4, "at most verify_rollouts for a draw"
+
+
+def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_solved(rows):
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))][:6]
+    calls = []
+
+    def attempt(asked, n, first):
+        calls.append([row for row, _ in asked])
+        return [True] * len(asked)
+
+    better, table = verified(rows, attempt), table_of(rows, hard)
+    better.choose(table, hard, 0)
+    before = [table.demonstrations(row) for row in hard]
+    solved, still = hard[:2], hard[2:]
+    table.record(Probe({row: 1 if row in solved else 10 for row in hard}, still, 0.0), 1)
+    better.choose(table, still, 1)
+    assert [table.demonstrations(row) for row in still] == before[2:] and len(calls) == 1
+    assert not any(table.demonstrations(row) for row in solved)
+    table.record(Probe({row: 10 for row in hard}, hard, 0.0), 2)  # hard again: they may be shown demonstrations again
+    better.choose(table, hard, 2)
+    assert calls[1] == solved and all(table.demonstrations(row) for row in hard)
+    assert table.counters(2) | {} == {
+        "rows": 6, "hard": 6, "replaced": 6, "without_demonstrations": 0, "recovered": 0, "relapsed": 2,
+    }  # fmt: skip
+
+
+# ---- the table
+
+
+def test_the_table_tells_the_story_of_every_row(rows):
+    table = HardSamples(rows[:4])
+    table.record(Probe({0: 10, 1: 4, 2: 10}, [0, 2], 0.0), 0)
+    table.show(0, (rows[3],), True, 2)
+    table.record(Probe({0: 1, 1: 10, 2: 10}, [1, 2], 0.0), 1)
+    assert table.counters(1) == {
+        "rows": 3, "hard": 2, "replaced": 0, "without_demonstrations": 2, "recovered": 1, "relapsed": 1,
+    }  # fmt: skip
+    lines = table.lines()
+    assert [line["id"] for line in lines] == [row.id for row in rows[:3]], "a row that was never probed has no line"
+    assert lines[0] == {
+        "id": rows[0].id, "hard": False, "probes": [[0, 0, 10], [1, 1, 1]], "demonstrations": [], "verified": None,
+        "tries": 0, "retired": [1], "relapsed": [],
+    }  # fmt: skip
+    assert lines[1]["relapsed"] == [1] and lines[1]["hard"]
+
+
+def test_the_table_survives_a_checkpoint(rows):
+    table = table_of(rows, [1, 2, 3])
+    chooser(rows).choose(table, [1, 2, 3], 0)
+    again = HardSamples(rows)
+    again.load(json.loads(json.dumps(table.lines())))
+    assert again.states == table.states and again.demonstrations(2) == table.demonstrations(2)
+
+
+def test_demonstrations_may_come_from_other_rows_than_the_training_rows(rows):
+    train, others = rows[:40], rows[40:]
+    table = HardSamples(train, others)
+    table.record(Probe({row: 10 for row in range(40)}, list(range(40)), 0.0), 0)
+    chooser([*train, *others]).choose(table, list(range(40)), 0)
+    ids = {name for state in table.states for name in state.demonstrations}
+    assert ids & {row.id for row in others}
+    for row in range(40):
+        assert [d.id for d in table.demonstrations(row)] == table.states[row].demonstrations
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_counters_add_up_over_any_history(solved):
+    """``solved[round][row]``: recoveries and relapses are the changes from one round to the next."""
+    table = HardSamples(builtin.train_rows(5, 0))
+    for round_index, of_round in enumerate(solved):
+        hard = [row for row, done in enumerate(of_round) if not done]
+        table.record(Probe({row: 1 if done else 10 for row, done in enumerate(of_round)}, hard, 0.0), round_index)
+        counters = table.counters(round_index)
+        before = solved[round_index - 1] if round_index else of_round
+        assert counters["hard"] == len(hard)
+        assert counters["recovered"] == sum(now and not then for now, then in zip(of_round, before, strict=True))
+        assert counters["relapsed"] == sum(then and not now for now, then in zip(of_round, before, strict=True))
+
+
+# ---- what is rolled out
+
+
+def test_what_each_form_rolls_out(rows):
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))][:1]
+    row, easy = hard[0], 399
+
+    def groups(policy, of):
+        table = table_of(rows, hard)
+        policy.start_round(table, hard, 0)
+        return policy.groups(table, of)
+
+    shown = chooser(rows).draw(rows[row], 0, 0)
+    forms = {form: FewShot(form, chooser(rows)) for form in ("replace", "add", "distill")}
+    assert groups(forms["replace"], row) == [GroupPlan(row, (shown,), shown)]
+    assert groups(forms["add"], row) == [GroupPlan(row), GroupPlan(row, (shown,), shown)]
+    assert groups(forms["distill"], row) == [GroupPlan(row, ((), shown), ())]
+    assert groups(PlainGRPO(), row) == [GroupPlan(row)]
+    for form in forms.values():
+        assert groups(form, easy) == [GroupPlan(easy)], "a row that is not hard is raw"

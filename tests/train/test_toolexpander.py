@@ -1,0 +1,278 @@
+"""Whole small runs of ToolExpander's forms: what they sample, learn on, count, keep and resume."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import builtin
+from toolx_kernels.train.collector import Collector
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.learner import Learner
+from toolx_kernels.train.policies import ClippedLoss, EpochOrder, GroupRelative
+from toolx_kernels.train.trainer import ToolExpanderTrainer
+
+
+def table(folder):
+    return [json.loads(line) for line in (folder / "hard_samples.jsonl").read_text().splitlines()]
+
+
+def spied(monkeypatch):
+    """The groups that the learner gets, step by step."""
+    steps, improve = [], Learner.improve
+
+    def spy(self, groups):
+        steps.append(groups)
+        return improve(self, groups)
+
+    monkeypatch.setattr(Learner, "improve", spy)
+    return steps
+
+
+@pytest.mark.parametrize("form", ["replace", "add", "distill"])
+def test_every_form_learns_on_the_prompts_it_says(tmp_path, monkeypatch, form):
+    steps = spied(monkeypatch)
+    trainer = make_trainer(tmp_path / form, hard_sampling=form, max_steps=2)
+    trainer.train()
+    hard = {line["id"]: line for line in table(tmp_path / form) if line["demonstrations"]}
+    assert hard, "a random model finds every row hard"
+    for groups in steps[:2]:
+        raw, shown = {}, {}
+        for group in groups:
+            row, plan = trainer.rows[group.plan.row], group.plan
+            (shown if plan.learned else raw).setdefault(row.id, []).append(group)
+            assert group.prompt == trainer.prompts.ids(row, plan.learned)
+            assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.shown)
+            torch.testing.assert_close(torch.tensor(group.advantages), GroupRelative(min_std=0.1)([group]))
+        for row_id in hard:
+            n_raw, n_shown = len(raw.get(row_id, ())), len(shown.get(row_id, ()))
+            if n_raw + n_shown:
+                assert (n_raw, n_shown) == {"replace": (0, 1), "add": (1, 1), "distill": (1, 0)}[form]
+            for group in raw.get(row_id, ()) if form == "distill" else ():
+                assert len(group.plan.shown) == 2 and group.sampled_here == [True] * 4 + [False] * 4
+    logged = metrics(tmp_path / form, ["step"])
+    assert all(step["replaced"] > 0 and step["logp_difference"] < 1e-4 for step in logged)
+    assert all(("distilled_gap" in step) == (form == "distill") for step in logged)
+
+
+def test_the_two_prompts_of_a_row_draw_different_random_numbers(tmp_path, monkeypatch):
+    steps = spied(monkeypatch)
+    trainer = make_trainer(tmp_path / "add", hard_sampling="add", max_steps=1, few_shots_per_tool=1)
+    monkeypatch.setattr(trainer.prompts, "fitting", lambda row, shown, room=1: ())
+    trainer.prompts.ids_of = trainer.prompts.ids
+    monkeypatch.setattr(trainer.prompts, "ids", lambda row, shown=(): trainer.prompts.ids_of(row))
+    trainer.policy.demonstrator.fitting = lambda row, shown: shown
+    trainer.train()
+    by_row = {}
+    for group in steps[0]:
+        by_row.setdefault(group.plan.row, []).append([rollout.ids for rollout in group.rollouts])
+    pairs = [groups for groups in by_row.values() if len(groups) == 2]
+    assert pairs and all(one != two for one, two in pairs), "the prompts were made equal, so only the stream differs"
+
+
+def test_probes_leave_a_table_that_a_person_can_read(tmp_path):
+    make_trainer(tmp_path / "run").train()
+    probes, rows = metrics(tmp_path / "run", ["probe"]), table(tmp_path / "run")
+    assert len(rows) == 12 and all(line["id"].startswith("easy-") for line in rows)
+    for place, of_round in enumerate(probes):
+        here = [line["probes"][place] for line in rows]
+        assert all(entry[0] == of_round["round"] for entry in here)
+        assert of_round["hard"] == sum(not correct for _, correct, _ in here)
+        assert of_round["rollouts"] == sum(rollouts for _, _, rollouts in here)
+        assert of_round["rows"] == 12
+    assert probes[0]["replaced"] + probes[0]["without_demonstrations"] == probes[0]["hard"]
+
+
+def test_tokens_are_counted_by_purpose_and_a_budget_ends_the_run(tmp_path):
+    whole = make_trainer(tmp_path / "whole").train()
+    lines = metrics(tmp_path / "whole")
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["spent_tokens"] for line in lines if "spent_tokens" in line] == sorted(
+        line["spent_tokens"] for line in lines if "spent_tokens" in line
+    )
+    tokens = whole["tokens"]
+    assert tokens["trained"] == sum(step["trained_tokens"] for step in steps)
+    assert tokens["step"] == sum(round(step["completion_length"] * 16) for step in steps)
+    assert whole["spent_tokens"] == sum(tokens.values())
+    budget = steps[3]["spent_tokens"]
+    short = make_trainer(tmp_path / "short", max_tokens=budget).train()
+    assert short["steps"] == 4, "the step that reaches the budget is the last one"
+    shorter = make_trainer(tmp_path / "shorter", max_tokens=budget + 1).train()
+    assert shorter["steps"] == 5
+    plain = make_trainer(tmp_path / "plain", hard_sampling="none").train()
+    assert plain["spent_tokens"] == plain["tokens"]["step"] + plain["tokens"]["trained"], "its probes only measure"
+
+
+def test_better_demonstrations_are_verified_by_the_model_before_rl_or_by_the_present_one(tmp_path, monkeypatch):
+    asked, attempt = [], Collector.attempt
+
+    def spy(self, stream, purpose, sampler=None):
+        asked.append((purpose, (sampler or self.sampler).engine.model))
+        return attempt(self, stream, purpose, sampler)
+
+    monkeypatch.setattr(Collector, "attempt", spy)
+    for verification in ("cautious", "bold"):
+        asked.clear()
+        run = tmp_path / verification
+        trainer = make_trainer(run, demonstrations="better", verification=verification, demonstration_tries=2)
+        trainer.train()
+        models = [model for purpose, model in asked if purpose == "verify"]
+        assert len(models) == 2 * 2, "two tries in each of two rounds"
+        cautious = verification == "cautious"
+        assert all((model is trainer.learner.reference) == cautious for model in models)
+        assert (run / "checkpoint-0").exists() == cautious
+        assert all(not line["demonstrations"] for line in table(run)), "nothing helps a random model, so all stay raw"
+        assert all(line["tries"] == 2 and line["verified"] is False for line in table(run) if line["tries"])
+        first = metrics(run, ["probe"])[0]
+        assert (first["hard"], first["replaced"], first["without_demonstrations"]) == (12, 0, 12)
+        make_trainer(tmp_path / f"{verification}-halves", demonstrations="better", verification=verification,
+                     demonstration_tries=2, max_steps=3).train()  # fmt: skip
+        make_trainer(tmp_path / f"{verification}-halves", demonstrations="better", verification=verification,
+                     demonstration_tries=2, resume=True).train()  # fmt: skip
+        again = metrics(tmp_path / f"{verification}-halves", ["step", "eval"])
+        assert again == metrics(run, ["step", "eval"])
+
+
+def test_the_learning_rate_decays_per_round_epoch_or_step_down_to_the_floor(tmp_path):
+    def rates(**settings):
+        name = "-".join(map(str, settings.values()))
+        make_trainer(tmp_path / name, hard_sampling="none", probe_rollouts=1, **settings).train()
+        return [step["learning_rate"] / 3e-3 for step in metrics(tmp_path / name, ["step"])]
+
+    per_epoch = rates(lr_decay_per="epoch", epochs_per_round=2)
+    assert per_epoch == pytest.approx([1, 1, 1, 0.8, 0.8, 0.8])
+    assert rates(lr_decay_per="round", epochs_per_round=2) == pytest.approx([1] * 6)
+    assert rates(lr_decay_per="step", min_lr_rate=0.6) == pytest.approx([1, 0.8, 0.64, 0.6, 0.6, 0.6])
+
+
+def test_dynamic_sampling_fills_a_step_up_with_the_next_prompts(tmp_path, monkeypatch):
+    """Only rows of even number earn unequal rewards: DAPO learns from these alone, four a step."""
+    steps = spied(monkeypatch)
+
+    def reward(prompts, completions, completion_ids, id, **columns):
+        number = [int(name.rsplit("-", 1)[1]) for name in id]
+        return [ids[0] % 7 if n % 2 == 0 else 1.0 for ids, n in zip(completion_ids, number, strict=True)]
+
+    trainer = make_trainer(
+        tmp_path / "dapo", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2
+    )
+    trainer.train()
+    even = {place for place, row in enumerate(trainer.rows) if int(row.id.rsplit("-", 1)[1]) % 2 == 0}
+    logged = metrics(tmp_path / "dapo", ["step"])
+    assert 0 < len(even) < 12
+    for groups, line in zip(steps, logged, strict=True):
+        assert len(groups) <= 3 and {group.plan.row for group in groups} <= even
+        assert all(not group.equal_rewards for group in groups)
+        assert line["groups_with_gradient"] == 1.0 and line["dropped"] >= 0
+    assert len(steps) < 8, "fewer steps than the eight batches of two epochs"
+    again = make_trainer(
+        tmp_path / "again", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2,
+        max_steps=2,
+    )  # fmt: skip
+    again.train()
+    make_trainer(
+        tmp_path / "again", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2,
+        resume=True,
+    ).train()  # fmt: skip
+    assert metrics(tmp_path / "again", ["step", "eval"]) == metrics(tmp_path / "dapo", ["step", "eval"])
+
+
+def test_a_step_whose_groups_are_all_dropped_changes_nothing_and_is_logged(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "run", lambda completions, **_: [1.0] * len(completions), prompt_sampling="dynamic",
+        hard_sampling="none", cold_start_steps=0,
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    logged = metrics(tmp_path / "run", ["step"])
+    assert [line["dropped"] for line in logged] == [12, 12], "an epoch is used up by each"
+
+
+@pytest.mark.parametrize("where", ["first wave", "second wave", "of the second round"])
+def test_a_probe_interrupted_halfway_is_repeated_when_resumed(tmp_path, monkeypatch, where):
+    make_trainer(tmp_path / "whole").train()
+    waves, attempt = [], Collector.attempt
+
+    def interrupted(self, stream, purpose, sampler=None):
+        inner = attempt(self, stream, purpose, sampler)
+
+        def wave(asked, n, first):
+            waves.append(n)
+            if len(waves) == {"first wave": 1, "second wave": 2, "of the second round": 4}[where]:
+                raise KeyboardInterrupt
+            return inner(asked, n, first)
+
+        return wave
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Collector, "attempt", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path / "run").train()
+    make_trainer(tmp_path / "run", resume=True).train()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert table(tmp_path / "run") == table(tmp_path / "whole")
+    step = max(int(path.name.rsplit("-", 1)[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    again = weights(tmp_path / "run", step)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(tmp_path / "whole", step).items())
+
+
+def test_only_a_cold_start(tmp_path):
+    summary = make_trainer(tmp_path / "cold", num_train_epochs=0).train()
+    assert summary["steps"] == 0 and summary["eval_after"] == summary["eval_before"]
+    assert [line["event"] for line in metrics(tmp_path / "cold")] == ["cold_start"] * 2 + ["eval", "probe"]
+
+
+def test_without_an_evaluation_before(tmp_path):
+    summary = make_trainer(tmp_path / "run", eval_on_start=False, max_steps=1).train()
+    assert summary["eval_before"] is None and math.isfinite(summary["eval_after"])
+
+
+def test_a_policy_of_ones_own(tmp_path):
+    class Loss:
+        def denominator(self, lengths):
+            return sum(lengths)
+
+        def __call__(self, hidden, **batch):
+            seen.append(batch["denominator"])
+            return inner(hidden, **batch)
+
+    class Shaper:
+        def __call__(self, groups):
+            return torch.tensor([reward - 0.5 for group in groups for reward in group.rewards])
+
+    class Backwards(EpochOrder):
+        def rows(self, batch):
+            return [11 - 4 * batch - k for k in range(4)] if batch < 3 else super().rows(batch)
+
+    seen, inner = [], ClippedLoss(ToolExpanderConfig(**SMALL).loss)
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), max_steps=1, log_completions=16, **SMALL)
+    trainer = ToolExpanderTrainer(
+        "tiny", even_is_good, args, training_rows(), builtin.heldout_rows(6, 0, ("easy",)), policy_loss=Loss(),
+        advantage_shaper=Shaper(), prompt_sampler=Backwards(12, 4, 0),
+    )  # fmt: skip
+    trainer.train()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["row"] for line in logged} == {trainer.rows[place].id for place in (8, 9, 10, 11)}
+    assert all(line["advantage"] == pytest.approx(line["reward"] - 0.5) for line in logged)
+    assert seen and len(set(seen)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_tokens": 0}, "max_tokens=0 must be -1"),
+        ({"demonstration_tries": 0}, "demonstration_tries=0 must be at least 1"),
+        ({"min_lr_rate": 2}, "min_lr_rate=2.0 must lie in"),
+        ({"min_reward_std": -1}, "min_reward_std=-1.0 must be a number"),
+        ({"hard_sampling": "drop"}, "hard_sampling='drop' is unknown"),
+        ({"reward_weights": []}, "reward_weights=\\[\\] must be a list of numbers"),
+        ({"reward_weights": ["much"]}, "reward_weights='much' must be a number"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        ToolExpanderConfig(**settings)
