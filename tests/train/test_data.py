@@ -61,12 +61,13 @@ def test_completions_end_with_the_end_of_turn(rows):
 
 def test_the_cold_start_of_other_datasets_shows_answers_and_some_demonstrations(rows):
     config = ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.5)
-    stream = cold_start_examples(config, rows)
+    stream = cold_start_examples(config, rows, DemonstrationIndex(rows))
     epoch = [next(stream) for _ in rows]
     assert sorted(e.row.id for e in epoch) == sorted(row.id for row in rows)
     assert all(e.target == e.row.answer and e.row not in e.demonstrations for e in epoch)
     assert 0 < sum(bool(e.demonstrations) for e in epoch) < len(epoch)
-    never = cold_start_examples(ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.0), rows)
+    config = ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.0)
+    never = cold_start_examples(config, rows, DemonstrationIndex(rows))
     assert not any(next(never).demonstrations for _ in rows)
 
 

@@ -70,12 +70,8 @@ class Learner:
     def improve(self, groups: Sequence[ScoredGroup]) -> dict[str, float | None]:
         """One policy-gradient step at the optimizer's present rate; groups without any gradient take no part in it."""
         needed = [group for group in groups if self.args.beta or any(group.advantages)]
-        metrics = {
-            "loss": 0.0,
-            "grad_norm": 0.0,
-            "groups_with_gradient": len(needed) / max(1, len(groups)),
-            "entropy": None,
-        }
+        share = len(needed) / max(1, len(groups))
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share, "entropy": None}
         if not needed:
             return metrics | {"trained_tokens": 0}
         sums: dict[str, float] = defaultdict(float)
