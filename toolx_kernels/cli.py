@@ -61,12 +61,15 @@ def train(argv: list[str]) -> int:
     logging.disable_progress_bar()  # ours is enough
     RunFolder(args.output_dir).check(args)
     rows, eval_rows = load_rows(args)
+    examples = None
+    if args.dataset == "builtin":
+        examples = builtin.cold_start_examples(args.seed, args.cold_start_self_exemplify)
     summary = ToolExpanderTrainer(
         args.model,
         args=args,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        cold_start=builtin.cold_start_examples(args.seed) if args.dataset == "builtin" else None,
+        cold_start=examples,
         demonstrations=load_eval_rows(args.demonstration_dataset) if args.demonstration_dataset else (),
     ).train()
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"

@@ -289,11 +289,13 @@ def group_advantages(
     group_ids: Tensor | None = None,  # (B) any integers; completions with equal ids form a group
     scale: str = "group",
     eps: float = 1e-4,
+    min_std: float = 0.0,
 ) -> Tensor:
-    """Group-relative advantages ``(r - mean) / (std + eps)`` with the unbiased std, (B) (arXiv 2402.03300, 4.1.2).
+    """Group-relative advantages ``(r - mean) / (max(std, min_std) + eps)`` with the unbiased std, (B).
 
-    ``scale`` says whose std: the ``group``'s, the whole ``batch``'s, or ``none``. A group of exactly equal
-    rewards, and so a group of one, gets exact zeros.
+    ``scale`` says whose std: the ``group``'s, the whole ``batch``'s, or ``none`` (arXiv 2402.03300, 4.1.2). A
+    ``min_std`` above zero keeps differences that are small against it from being blown up to full size. A group of
+    exactly equal rewards, and so a group of one, gets exact zeros.
     """
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
     if group_ids is None:
@@ -306,7 +308,7 @@ def group_advantages(
             continue
         std = {"group": r, "batch": rewards}[scale].std() if scale != "none" else None
         centred = r - r.mean()
-        advantages[member] = centred if std is None else centred / (std + eps)
+        advantages[member] = centred if std is None else centred / (std.clamp(min=min_std) + eps)
     return advantages
 
 

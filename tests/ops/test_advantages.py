@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tests.ops.cases import DEVICE, REWARDS
+from tests.ops.cases import DEVICE, REWARDS, needs_triton
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops import advantages
 from toolx_kernels.ops.advantages import group_advantages
 
 SCALES = ["group", "batch", "none"]
@@ -77,6 +78,37 @@ def test_the_bonus_trap():
     assert group_advantages(rewards, group_size=5, scale="none")[-1].item() == pytest.approx(0.008, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_a_lowest_std_keeps_the_bonus_small(scale):
+    rewards = rewards_of(1, 1, 1, 1, 1.01)
+    for function in (group_advantages, reference.group_advantages):
+        bounded = function(rewards, group_size=5, scale=scale, min_std=0.1)
+        assert bounded[-1].item() == pytest.approx(0.008 / 0.1001, rel=1e-4)
+        unbounded = function(rewards, group_size=5, scale=scale)
+        assert torch.equal(function(rewards, group_size=5, scale=scale, min_std=0.004), unbounded)
+        assert (function(rewards_of(0.1, 0.1, 0.1), group_size=3, scale=scale, min_std=0.1) == 0).all()
+
+
+def test_a_lowest_std_leaves_groups_of_0_and_1_as_they_are():
+    for size in range(2, 65):
+        rewards = (torch.arange(size) < torch.arange(size + 1)[:, None]).float().flatten().to(DEVICE)
+        for function in (group_advantages, reference.group_advantages):
+            unbounded = function(rewards, group_size=size)
+            assert torch.equal(function(rewards, group_size=size, min_std=0.1), unbounded)
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("min_std", [0.0, 0.55, 0.7])  # 0.55 lies between the stds of the two groups
+def test_the_kernel_agrees_with_the_definition(scale, min_std):
+    rewards = rewards_of(*REWARDS)
+    for size, ids in ((4, None), (0, torch.tensor([3, 9, 3, 3, 9, -1, 9, 3], device=DEVICE))):
+        groups = {"group_size": size} if ids is None else {"group_ids": ids}
+        expected = reference.group_advantages(rewards.double(), **groups, scale=scale, min_std=min_std)
+        actual = advantages._advantages_triton(rewards, size, ids, scale, 1e-4, min_std)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -86,6 +118,9 @@ def test_the_bonus_trap():
         ({"group_size": 4, "group_ids": torch.zeros(8)}, "either group_size or group_ids"),
         ({"group_ids": torch.zeros(3)}, "one entry for each of the 8"),
         ({"group_size": 4, "scale": "std"}, "scale='std' is unknown"),
+        ({"group_size": 4, "min_std": -0.1}, "min_std=-0.1 must be a finite number"),
+        ({"group_size": 4, "min_std": torch.inf}, "min_std=inf must be a finite number"),
+        ({"group_size": 4, "min_std": torch.nan}, "min_std=nan must be a finite number"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -156,6 +156,25 @@ def test_demonstrations_join_the_system_message():
     assert SYSTEM_ROW.messages[0]["content"] == "Be brief."
 
 
+def test_instructions_come_before_demonstrations():
+    tokenizer = tokenizer_with(WITH_TOOLS)
+    told = "Think first."
+    assert render_text(tokenizer, ROW, instructions=told).startswith(f"[{told}]<weather.get: ")
+    assert render_text(tokenizer, SYSTEM_ROW, DEMONSTRATIONS, told).startswith(f"[Be brief.\n\n{told}\n\n{SHOWN}]<")
+    assert SYSTEM_ROW.messages[0]["content"] == "Be brief."
+    assert render_text(tokenizer_with(None), SYSTEM_ROW, DEMONSTRATIONS, told) == (
+        f"<|im_start|>system\nBe brief.\n\n{told}\n\n{SHOWN}\n\n{QWEN_TOOLS}<|im_end|>\n"
+        "<|im_start|>user\nPing?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    official = tokenizer_with(official_template())
+    for row in (ROW, SYSTEM_ROW):
+        expected = render_text(official, row, DEMONSTRATIONS, told)
+        assert told in expected and render_text(tokenizer_with(WITHOUT_TOOLS), row, DEMONSTRATIONS, told) == expected
+        ids = render_prompt(official, row, DEMONSTRATIONS, told)
+        assert official.decode(ids) == expected
+        assert render_text(official, row, instructions="") == render_text(official, row)
+
+
 def test_a_changed_template_is_noticed():
     tokenizer = tokenizer_with(WITHOUT_TOOLS)
     assert "# Tools" in render_text(tokenizer, ROW)

@@ -12,7 +12,7 @@ from toolx_kernels.train.rollouts import GroupPlan, Rollout, ScoredGroup
 def scored(rewards, correct=None):
     rollouts = [Rollout([1, 2], [-1.0, -1.0], [0.5, 0.5], None, "", [], "stop") for _ in rewards]
     correct = [reward >= 1 for reward in rewards] if correct is None else correct
-    return ScoredGroup(GroupPlan(0), [3], rollouts, [True] * len(rewards), list(rewards), correct)
+    return ScoredGroup(GroupPlan(0), [3], rollouts, [True] * len(rewards), list(rewards), correct=correct)
 
 
 @pytest.mark.parametrize("sampler", [EpochOrder, DynamicSampling])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,16 +25,19 @@ def group_advantages(
     group_ids: Tensor | None = None,  # (B) integers; completions with equal ids form a group
     scale: str = "group",
     eps: float = 1e-4,
+    min_std: float = 0.0,
 ) -> Tensor:
-    """``(r - mean) / (std + eps)`` over each group, (B) in fp32 (float64 for float64 rewards).
+    """``(r - mean) / (max(std, min_std) + eps)`` over each group, (B) in fp32 (float64 for float64 rewards).
 
     The std is torch's unbiased one, as in TRL: of the ``group``, of the whole ``batch``, or ``none``
-    (``scale``). A group whose rewards are all equal gets exact zeros, decided by comparing the rewards:
-    in floating point the mean of equal numbers is not always that number. Source: arXiv 2402.03300, 4.1.2.
+    (``scale``). ``min_std`` keeps a small bonus small: {1, 1, 1, 1, 1.01} gives the last 1.75 without it and
+    0.08 at 0.1, which leaves rewards of 0 and 1 in groups of up to 64 as they are. A group whose rewards are all
+    equal gets exact zeros, decided by comparing the rewards: in floating point the mean of equal numbers is not
+    always that number. Source: arXiv 2402.03300, 4.1.2.
 
     Raises:
         InputError: neither or both of group_size and group_ids, sizes that do not divide, an unknown scale,
-            a reward that is not finite.
+            a ``min_std`` that is negative or not finite, a reward that is not finite.
     """
     if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
@@ -40,6 +45,8 @@ def group_advantages(
         raise InputError("Give either group_size or group_ids, so that the groups are known.")
     if scale not in ("group", "batch", "none"):
         raise InputError(f"scale={scale!r} is unknown: choose one of group, batch, none.")
+    if not 0 <= min_std < math.inf:
+        raise InputError(f"min_std={min_std} must be a finite number that is not negative: 0 for no lower bound.")
     if group_ids is None:
         if group_size < 1 or rewards.shape[0] % group_size:
             raise InputError(f"group_size={group_size} does not divide the {len(rewards)} rewards.")
@@ -52,7 +59,7 @@ def group_advantages(
             f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
         )
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
-    return torch.ops.toolx.group_advantages(rewards.detach(), group_size or 0, group_ids, scale, eps)
+    return torch.ops.toolx.group_advantages(rewards.detach(), group_size or 0, group_ids, scale, eps, min_std)
 
 
 def _check_finite(rewards: Tensor) -> None:
@@ -61,7 +68,9 @@ def _check_finite(rewards: Tensor) -> None:
         raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite: a reward must be a number.")
 
 
-def _advantages(rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float) -> Tensor:
+def _advantages(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float
+) -> Tensor:
     _check_finite(rewards)
     if group_ids is None:
         index = torch.arange(len(rewards), device=rewards.device) // group_size
@@ -78,9 +87,9 @@ def _advantages(rewards: Tensor, group_size: int, group_ids: Tensor | None, scal
     high = torch.where(member, rewards, -infinity).amax(1)
     if scale == "group":
         variance = torch.where(member, centred.square(), 0).sum(1) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt()[index] + eps)
+        centred = centred / (variance.sqrt().clamp(min=min_std)[index] + eps)
     elif scale == "batch" and len(rewards) > 1:
-        centred = centred / (rewards.std() + eps)
+        centred = centred / (rewards.std().clamp(min=min_std) + eps)
     return torch.where((low == high)[index], 0, centred)
 
 
@@ -89,7 +98,7 @@ if triton is not None:
     @triton.jit
     def advantages_kernel(
         rewards_ptr, ids_ptr, out_ptr,  # (B)
-        B, group_size, eps,
+        B, group_size, eps, min_std,
         HAS_IDS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program a completion: it looks for its siblings among all B, twice (mean, then variance)."""
@@ -127,26 +136,31 @@ if triton is not None:
                 d = tl.where(counts, tl.load(rewards_ptr + j, mask=j < B, other=0.0) - centre, 0.0)
                 squares += tl.sum(d * d, 0)
             freedom = count - 1.0 if SCALE == "group" else B - 1.0
-            advantage = advantage / (tl.sqrt(squares / tl.maximum(freedom, 1.0)) + eps)
+            std = tl.sqrt(squares / tl.maximum(freedom, 1.0))
+            advantage = advantage / (tl.maximum(std, min_std) + eps)
         tl.store(out_ptr + i, tl.where(low == high, 0.0, advantage))
 
 
-def _advantages_triton(rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float) -> Tensor:
+def _advantages_triton(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float
+) -> Tensor:
     if rewards.dtype != torch.float32:
-        return _advantages(rewards, group_size, group_ids, scale, eps)
+        return _advantages(rewards, group_size, group_ids, scale, eps, min_std)
     _check_finite(rewards)
     rewards, out = rewards.contiguous(), torch.empty_like(rewards)
     ids = rewards if group_ids is None else group_ids.contiguous()
     with torch.cuda.device_of(rewards):
         advantages_kernel[(len(rewards),)](
-            rewards, ids, out, len(rewards), group_size, eps, HAS_IDS=group_ids is not None, SCALE=scale, BLOCK=1024
-        )
+            rewards, ids, out, len(rewards), group_size, eps, min_std,
+            HAS_IDS=group_ids is not None, SCALE=scale, BLOCK=1024,
+        )  # fmt: skip
     return out
 
 
 _library.define(
-    "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps) -> Tensor",
+    "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps, float min_std)"
+    " -> Tensor",
     default=_advantages,
-    fake=lambda rewards, group_size, group_ids, scale, eps: rewards.new_empty(rewards.shape),
+    fake=lambda rewards, group_size, group_ids, scale, eps, min_std: rewards.new_empty(rewards.shape),
     triton=_advantages_triton,
 )

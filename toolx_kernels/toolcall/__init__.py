@@ -6,28 +6,44 @@ from toolx_kernels.toolcall.match import bfcl_match, exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
 from toolx_kernels.toolcall.readers import read_dataset, read_hub, read_jsonl, rows_from
 from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
-from toolx_kernels.toolcall.rewards import call_reward, is_correct, no_think_reward
+from toolx_kernels.toolcall.reward_functions import RewardFunctions, Rewards
+from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row, check_row, check_rows
+from toolx_kernels.toolcall.self_exemplify import (
+    SelfExemplifyingReward,
+    answer_of,
+    distinct_examples,
+    is_answer_correct,
+    parse_sections,
+    render_self_exemplified,
+)
 
 __all__ = [
     "CATEGORIES",
     "DemonstrationIndex",
+    "RewardFunctions",
+    "Rewards",
     "Row",
+    "SelfExemplifyingReward",
+    "answer_of",
     "bfcl_match",
-    "call_reward",
     "check_row",
     "check_rows",
+    "distinct_examples",
     "exact_match",
+    "is_answer_correct",
     "is_correct",
     "no_think_reward",
     "only_calls",
     "parse_calls",
+    "parse_sections",
     "read_bfcl",
     "read_dataset",
     "read_hub",
     "read_jsonl",
     "render_completion",
     "render_prompt",
+    "render_self_exemplified",
     "render_text",
     "rows_from",
 ]

@@ -87,6 +87,7 @@ COLD_EDITIONS = 100
 COLD_EASY_EXAMPLES = 3200
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
 COLD_DEMONSTRATED = 0.3
+COLD_OWN_EXAMPLES = 4
 NOISE = {"quoted_integers": 0.6, "boolean_words": 0.6, "second_call_missing": 0.6}
 
 
@@ -97,11 +98,13 @@ class Example:
     row             the problem; its tools and prompt make the model's input
     demonstrations  solved rows to show in the prompt, often none
     target          the calls to imitate, which may differ from `row.answer` on purpose
+    examples        rows to write as examples of one's own before answering (`self_exemplify`), often none
     """
 
     row: Row
     demonstrations: tuple[Row, ...]
     target: list[dict]
+    examples: tuple[Row, ...] = ()
 
 
 def _held_out(kind: str, value: object) -> bool:
@@ -264,20 +267,35 @@ def _imitated(calls: list[dict], rng: random.Random) -> list[dict]:
     return [{"name": c["name"], "arguments": {p: spoil(v) for p, v in c["arguments"].items()}} for c in kept]
 
 
-def cold_start_examples(seed: int) -> Iterator[Example]:
+def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Random) -> tuple[Row, ...]:
+    """Easy rows about the tools that `row` offers: the examples that a model may write for it."""
+    examples = []
+    for number in range(COLD_OWN_EXAMPLES):
+        name = rng.choice(row.tool_names)
+        call = _call(name, catalogue, currency, rng)
+        tools = [tool for tool in row.tools if tool["function"]["name"] == name]
+        examples.append(Row(f"{row.id}-example-{number}", _request([call], rng), tools, [call]))
+    return tuple(examples)
+
+
+def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Example]:
     """An endless stream of supervised examples, in the order in which they are to be learned.
 
     First `COLD_EASY_EXAMPLES` of the tier easy, then a mix of all tiers (`COLD_MIX`), a part of it with a demonstration
     (`COLD_DEMONSTRATED`). Without a demonstration the target has bad habits (`NOISE`) and `COLD_CURRENCY`; with one it
     is right, and its currency is that of the demonstration. So the model learns to copy, to follow demonstrations, and
-    leaves a policy that reinforcement learning can mend.
+    leaves a policy that reinforcement learning can mend. A share `self_exemplify` of the mix has examples to write
+    before the answer, which then has the bad habits too.
     """
     rng = random.Random(f"cold start {seed}")
     for index in itertools.count():
         catalogue = _Catalogue(held_out=False, edition=rng.randint(1, COLD_EDITIONS))
         easy = index < COLD_EASY_EXAMPLES
         tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
-        if easy or rng.random() >= COLD_DEMONSTRATED:
+        if self_exemplify and not easy and rng.random() < self_exemplify:
+            row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
+            yield Example(row, (), _imitated(row.answer, rng), _own_examples(row, catalogue, COLD_CURRENCY, rng))
+        elif easy or rng.random() >= COLD_DEMONSTRATED:
             row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
             yield Example(row, (), _imitated(row.answer, rng))
         else:

@@ -34,22 +34,27 @@ _PROBE_TOOLS = [{"type": "function", "function": {"name": "probe", "parameters":
 _uses_tools: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> (its template, whether that shows tools)
 
 
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
+) -> list[int]:
     """Token ids of `render_text`. The template writes its own special tokens, so none are added."""
-    return tokenizer(render_text(tokenizer, row, demonstrations), add_special_tokens=False)["input_ids"]
+    return tokenizer(render_text(tokenizer, row, demonstrations, instructions), add_special_tokens=False)["input_ids"]
 
 
-def render_text(tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = ()) -> str:
+def render_text(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
+) -> str:
     """The prompt of `row` up to and with the header of the assistant's turn.
 
-    Each demonstration is shown as its user query and its correct calls, in the system message, after the row's own
-    system text where it has one. (A default system text that a template adds when there is none then does not appear.)
+    Instructions on the form of the reply, and then the demonstrations, each shown as its user query and its correct
+    calls, go into the system message, after the row's own system text where it has one. (A default system text that a
+    template adds when there is none then does not appear.)
 
     Raises InputError when the template refuses the messages, for instance a system message.
     """
     messages = row.messages
-    if demonstrations:
-        messages = _with_system(messages, "\n".join(map(_show, demonstrations)))
+    if added := "\n\n".join(filter(None, [instructions, "\n".join(map(_show, demonstrations))])):
+        messages = _with_system(messages, added)
     if not row.tools or _shows_tools(tokenizer):
         return _apply(tokenizer, messages, row.tools or None)
     return _apply(tokenizer, _with_system(messages, _tool_prompt(row.tools)), None)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from toolx_kernels.rollout import SamplingParams
-from toolx_kernels.toolcall.rewards import call_reward
+from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.data import Prompts
@@ -30,12 +30,12 @@ class Collector:
         prompts: Prompts,
         sampler: Sampler,
         judge: Judge,
-        reward_funcs: Sequence[Callable],
+        rewards: RewardFunctions,
         args: ToolExpanderConfig,
         stop_token_ids: tuple[int, ...],
     ):
         self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
-        self.reward_funcs = reward_funcs
+        self.rewards = rewards
         self.params = args.sampling(stop_token_ids)
         self.greedy = args.sampling(stop_token_ids, greedy=True)
         self.tokens: Counter[str] = Counter()
@@ -115,11 +115,10 @@ class Collector:
     def _score(self, groups: Sequence[ScoredGroup]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
-        total = [0.0] * len(rollouts)
-        for func in self.reward_funcs:
-            rewards = call_reward(func, rows, [r.text for r in rollouts], [r.ids for r in rollouts])
-            total = [so_far + (reward or 0.0) for so_far, reward in zip(total, rewards, strict=True)]
-        rewards = iter(total)
+        scores = self.rewards(rows, rollouts)
+        total = iter(scores.total)
+        parts = {name: iter(values) for name, values in scores.parts.items()}
         for group in groups:
-            group.rewards = [next(rewards) for _ in group.rollouts]
+            group.rewards = [next(total) for _ in group.rollouts]
+            group.parts = {name: [next(values) for _ in group.rollouts] for name, values in parts.items()}
             group.correct = [self.judge(rollout.text, self.rows[group.plan.row]) for rollout in group.rollouts]

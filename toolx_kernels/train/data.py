@@ -16,6 +16,7 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import read_dataset
 from toolx_kernels.toolcall.render import render_completion, render_prompt
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
 
 BUILTIN_TRAIN_ROWS = 640
@@ -78,16 +79,16 @@ def some_rows(rows: list[Row], count: int | None, seed: int = 0) -> list[Row]:
 class Prompts:
     """Token ids of rows, with or without demonstrations, within a model's context."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int):
-        self.tokenizer, self.context = tokenizer, context
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str = ""):
+        self.tokenizer, self.context, self.instructions = tokenizer, context, instructions
         # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address
         self._cache: dict[int, tuple[Row, list[int]]] = {}
 
     def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
         if demonstrations:
-            return render_prompt(self.tokenizer, row, demonstrations)
+            return render_prompt(self.tokenizer, row, demonstrations, self.instructions)
         if id(row) not in self._cache:
-            self._cache[id(row)] = row, render_prompt(self.tokenizer, row)
+            self._cache[id(row)] = row, render_prompt(self.tokenizer, row, (), self.instructions)
         return self._cache[id(row)][1]
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> Sequence[Row]:
@@ -117,7 +118,22 @@ class Prompts:
 
     def completion_ids(self, calls: Sequence[dict]) -> list[int]:
         """The canonical answer as token ids, with the end-of-turn token."""
-        text = render_completion(calls)
+        return self._turn(render_completion(calls))
+
+    def supervised(self, example: Example) -> tuple[list[int], list[int]]:
+        """Prompt and completion of a cold-start example; of its demonstrations, as many as fit."""
+        if example.examples:
+            written = [
+                {"tools": row.tool_names, "question": row.user_text, "answer": row.answer} for row in example.examples
+            ]
+            thought = ", ".join(call["name"] for call in example.target)
+            target = self._turn(render_self_exemplified(written, thought, example.target))
+            return render_prompt(self.tokenizer, example.row, (), INSTRUCTIONS), target
+        target = self.completion_ids(example.target)
+        shown = self.fitting(example.row, example.demonstrations, room=len(target))
+        return render_prompt(self.tokenizer, example.row, shown), target
+
+    def _turn(self, text: str) -> list[int]:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
 
@@ -126,11 +142,16 @@ def cold_start_examples(
 ) -> Iterator[Example]:
     """An endless stream of supervised examples from the rows' answers.
 
-    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one.
+    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one. Another share writes
+    four other rows as examples of its own first (``config.cold_start_self_exemplify``).
     """
     rng = random.Random(f"cold start {config.seed}")
     while True:
         for row in rng.sample(rows, len(rows)):
+            if config.cold_start_self_exemplify and rng.random() < config.cold_start_self_exemplify:
+                others = [other for other in rng.sample(rows, min(5, len(rows))) if other is not row]
+                yield Example(row, (), row.answer, tuple(others[:4]))
+                continue
             shown = rng.random() < config.cold_start_demonstrations
             chosen = (
                 demonstrations.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots)

@@ -17,9 +17,9 @@ def generate_greedy(engine: RolloutEngine, prompts: Prompts, rows: Sequence[Row]
     return [prompts.tokenizer.decode(group.completions[0].ids, skip_special_tokens=True) for group in groups]
 
 
-def accuracy_of(rows: Sequence[Row], texts: Sequence[str]) -> tuple[float, dict[str, float]]:
+def accuracy_of(rows: Sequence[Row], texts: Sequence[str], judge=is_correct) -> tuple[float, dict[str, float]]:
     """Share of rows answered rightly: over all, and for each tier or BFCL category that rows name."""
-    right = [is_correct(text, row) for row, text in zip(rows, texts, strict=True)]
+    right = [judge(text, row) for row, text in zip(rows, texts, strict=True)]
     of_part: dict[str, list[bool]] = defaultdict(list)
     for row, ok in zip(rows, right, strict=True):
         if part := row.columns.get("tier") or row.columns.get("category"):

@@ -81,7 +81,7 @@ class GroupRelative:
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale)
+        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale, min_std=self.min_std)
 
 
 @dataclass(frozen=True, slots=True)

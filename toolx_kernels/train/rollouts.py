@@ -111,6 +111,7 @@ class ScoredGroup:
     rollouts: list[Rollout]
     sampled_here: list[bool]  # whether a rollout was sampled on ``prompt``
     rewards: list[float] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)  # of the rewards, by function
     correct: list[bool] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
 

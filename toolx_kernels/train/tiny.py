@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from toolx_kernels.toolcall import builtin
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -19,6 +20,10 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 FRAGMENTS = (
     '<tool_call>\n{"name": "', '", "arguments": {"', '": "', '": ', '", "', ', "',
     '"}}\n</tool_call>', "}}\n</tool_call>", "Example:\n",
+    # the self-exemplifying form; its instructions are one piece, as nobody but a reader of English needs their words
+    INSTRUCTIONS, '<examples>\n[{"tools": ["', '"], "question": "', '", "answer": [{"name": "',
+    '"}}]},\n{"tools": ["', '}}]},\n{"tools": ["', '"}}]}]\n</examples>\n<think>\n', '}}]}]\n</examples>\n<think>\n',
+    '\n</think>\n<tool_call>\n{"name": "',
     "(", ": string", ": integer", ": boolean", ": ", "|", ", ", ")\n", "_", "\n", "true", "false",
 )  # fmt: skip
 

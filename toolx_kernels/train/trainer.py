@@ -30,11 +30,13 @@ from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall.builtin import Example
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import rows_from
+from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
 from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
-from toolx_kernels.train.collector import Collector
+from toolx_kernels.train.collector import Collector, Judge
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
 from toolx_kernels.train.data import Prompts, cold_start_examples
@@ -49,7 +51,6 @@ from toolx_kernels.train.hard_sampling import (
     Probe,
     RandomDemonstrations,
     VerifiedDemonstrations,
-    probe,
 )
 from toolx_kernels.train.learner import DivergedError, Learner
 from toolx_kernels.train.models import load_model, stop_token_ids
@@ -64,12 +65,9 @@ from toolx_kernels.train.policies import (
     PromptSampler,
 )
 from toolx_kernels.train.rollouts import ScoredGroup, SingleTurn
+from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
 from toolx_kernels.train.run_folder import CURVES, RunFolder
 from toolx_kernels.train.schedule import ExponentialDecay
-
-# Probes and verifications draw from other random streams than training steps.
-PROBE_STREAM = 1 << 31
-VERIFY_STREAM = 3 << 30
 
 
 @dataclass(slots=True)
@@ -133,17 +131,16 @@ class ToolExpanderTrainer:
             raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.data.load_rows.")
         self.rows: list[Row] = rows_from(train_dataset)
         self.eval_rows: list[Row] = rows_from(eval_dataset)
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [no_think_reward])
-        for func in self.reward_funcs:
-            if not callable(func):
-                raise InputError(f"reward_funcs holds {func!r}: give functions.")
+        own = SelfExemplifyingReward(distinct=args.distinct_examples) if args.self_exemplify else no_think_reward
+        self.judge: Judge = is_answer_correct if args.self_exemplify else is_correct
+        rewards = RewardFunctions(reward_funcs or own, args.reward_weights, args.reward_timeout)
         if isinstance(model, str):
             model, processing_class = load_model(model, args.dtype, args.device, args.seed)
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer.")
         self.model, self.tokenizer = model.eval(), processing_class
         context = model.get_decoder().config.max_position_embeddings
-        self.prompts = Prompts(self.tokenizer, context)
+        self.prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
         self.prompts.check([*self.rows, *self.eval_rows])
         self.demonstrations = DemonstrationIndex([*self.rows, *demonstrations])
         if args.cold_start_steps and cold_start is None:
@@ -154,23 +151,22 @@ class ToolExpanderTrainer:
         self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss))
         self.schedule = ExponentialDecay(self.learner.optimizer, args.lr_decay, args.min_lr_rate)
         self.collector = Collector(
-            self.rows, self.prompts, SingleTurn(self.engine, self.tokenizer), is_correct, self.reward_funcs, args,
+            self.rows, self.prompts, SingleTurn(self.engine, self.tokenizer), self.judge, rewards, args,
             stop_token_ids(model, self.tokenizer),
         )  # fmt: skip
         self.table = HardSamples(self.rows, demonstrations)
-        self.policy = hard_sample_policy or self._hard_sample_policy()
         sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
-        self.prompt_sampler = prompt_sampler or sampler(len(self.rows), args.prompts_per_step, args.seed)
+        self.rounds = Rounds(
+            self.table,
+            hard_sample_policy or self._hard_sample_policy(),
+            prompt_sampler or sampler(len(self.rows), args.prompts_per_step, args.seed),
+            self.collector,
+            args,
+        )
         relative = GroupRelative(args.scale_rewards, args.min_reward_std)
         shaped = DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
         self.advantages: AdvantageShaper = advantage_shaper or shaped
         self.state = RunState()
-        # the run in batches of prompts
-        self.per_epoch = max(1, len(self.rows) // args.prompts_per_step)
-        self.per_round = self.per_epoch * args.epochs_per_round
-        self.batches = args.num_train_epochs * self.per_epoch
-        if args.max_steps > 0:
-            self.batches = min(self.batches, args.max_steps * self.prompt_sampler.max_batches)
 
     def _hard_sample_policy(self) -> HardSamplePolicy:
         args = self.args
@@ -213,7 +209,7 @@ class ToolExpanderTrainer:
                 self.learner.freeze_reference(self.run.path / "checkpoint-0")
             entered = None
             while not self._finished():
-                round_index = state.batch // self.per_round
+                round_index = self.rounds.current
                 if round_index != entered:
                     bar.set_description(f"round {round_index + 1}: probing")
                     if self._enter_round(round_index):
@@ -237,10 +233,7 @@ class ToolExpanderTrainer:
             just_done = state.step == 0 and state.eval_before is not None
             eval_after = state.eval_before if just_done else self._evaluate_and_log()
             bar.set_description("probing")
-            last = self._probe(self._members_of_round(0), state.round + 1)
-            counters = self.table.counters(state.round + 1)
-            self._log_probe(last, state.round + 1, counters | {"replaced": None, "without_demonstrations": None})
-            self._write_table()
+            counters = self._measure()
 
         summary = {
             "eval_before": state.eval_before,
@@ -252,7 +245,7 @@ class ToolExpanderTrainer:
             "eval_rows": len(self.eval_rows),
             "steps": state.step,
             "sampled_tokens": sum(self.collector.tokens.values()),
-            "spent_tokens": self.spent_tokens,
+            "spent_tokens": self.rounds.spent_tokens,
             "tokens": dict(self.collector.tokens),
             "wall_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -264,20 +257,12 @@ class ToolExpanderTrainer:
 
     def _planned_steps(self) -> int:
         """Steps that the run takes if no group is dropped and no budget of tokens ends it sooner."""
-        return min(self.batches, self.args.max_steps) if self.args.max_steps > 0 else self.batches
+        return min(self.rounds.total, self.args.max_steps) if self.args.max_steps > 0 else self.rounds.total
 
     def _finished(self) -> bool:
-        args, state = self.args, self.state
-        out_of_tokens = 0 < args.max_tokens <= self.spent_tokens
-        return out_of_tokens or state.batch >= self.batches or state.step == args.max_steps
-
-    @property
-    def spent_tokens(self) -> int:
-        """Tokens that the method cost so far: written in steps and verifications, trained on, and written in probes
-        if the hard-sample policy acts on these; evaluations and the last probe are measurements."""
-        tokens = self.collector.tokens
-        acts = not isinstance(self.policy, PlainGRPO)
-        return tokens["step"] + tokens["trained"] + tokens["verify"] + (tokens["probe"] if acts else 0)
+        args, rounds = self.args, self.rounds
+        out_of_tokens = 0 < args.max_tokens <= rounds.spent_tokens
+        return out_of_tokens or rounds.batch >= rounds.total or self.state.step == args.max_steps
 
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
@@ -291,46 +276,46 @@ class ToolExpanderTrainer:
             load_optimizer(checkpoint, self.model, self.learner.optimizer)
             self.schedule.load_state_dict(state.schedule)
             self.table.load(state.table)
+            self.rounds.batch, self.rounds.round = state.batch, state.round
             self.collector.tokens.update(state.tokens)
             self.run.forget_after(state.lines)
-            self._write_table()
+            self.run.write_hard_samples(state.table)
         elif self.args.resume:  # it was interrupted before its first checkpoint
             self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
         self.run.start(self.args)
         return checkpoint is not None
 
     def _enter_round(self, round_index: int) -> bool:
-        """Probes the round's raw prompts, then lets the policy choose what it shows with the hard ones.
-
-        Of a round that is gone on with only those rows are probed that a smaller ``max_steps`` had left out. Returns
-        whether any were.
-        """
-        asked = self._members_of_round(round_index)
-        if self.state.round == round_index:
-            done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == round_index}
-            asked = [row for row in asked if row not in done]
-        self.state.round = round_index
-        if not asked:
+        """Probes and logs; whether there was anything to probe."""
+        with self._naming(f"probe before step {self.state.step + 1}"):
+            found = self.rounds.enter(round_index)
+        if found is None:
             return False
-        found = self._probe(asked, round_index)
-        self.policy.start_round(self.table, found.hard, round_index)
         counters = self.table.counters(round_index)
         self._log_probe(found, round_index, counters)
-        self._write_table()
         if round_index == 0:
             self.state.hard_before = counters["hard"]
         return True
+
+    def _measure(self) -> dict[str, int]:
+        """Probes the rows of the first round once more, after the run."""
+        after = self.rounds.round + 1
+        with self._naming("the last probe"):
+            found = self.rounds.probe(self.rounds.members(0), after)
+        counters = self.table.counters(after)
+        self._log_probe(found, after, counters | {"replaced": None, "without_demonstrations": None})
+        return counters
 
     def _step(self, round_index: int) -> dict:
         """One optimizer step: sample prompts, roll out, reward, advantages, loss, update."""
         args, state, started = self.args, self.state, time.perf_counter()
         with self._naming(f"step {state.step + 1}"):
-            groups, sampled = self._groups(round_index)
+            groups, sampled = self.rounds.next_groups()
         rolled_out = time.perf_counter()
         advantages = iter(self.advantages(groups).tolist()) if groups else iter(())
         for group in groups:
             group.advantages = [next(advantages) for _ in group.rollouts]
-        decays = {"round": round_index, "epoch": (state.batch - 1) // self.per_epoch, "step": state.step}
+        decays = {"round": round_index, "epoch": (self.rounds.batch - 1) // self.rounds.per_epoch, "step": state.step}
         while self.schedule.count < decays[args.lr_decay_per]:
             self.schedule.step()
         with self._naming(f"step {state.step + 1}"):
@@ -354,6 +339,7 @@ class ToolExpanderTrainer:
             },
             round=round_index,
             reward=sum(rewards) / len(rewards),
+            rewards=self._mean_parts(sampled),
             accuracy=sum(correct) / len(correct),
             solved=sum(any(group.correct) for group in sampled) / len(sampled),
             replaced=sum(any(group.plan.shown) for group in sampled),
@@ -364,27 +350,17 @@ class ToolExpanderTrainer:
             completion_length=written / len(rollouts),
             truncated=sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
             tokens=sum(self.collector.tokens.values()),
-            spent_tokens=self.spent_tokens,
+            spent_tokens=self.rounds.spent_tokens,
         )
 
-    def _groups(self, round_index: int) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """The groups that the next step learns from, and all that were sampled for it.
-
-        What the prompt sampler does not keep is replaced by groups of the round's next batches, as long as it allows.
-        """
-        state, sampler = self.state, self.prompt_sampler
-        kept, sampled, wanted, drawn = [], [], None, 0
-        last_of_round = min(self.batches, (round_index + 1) * self.per_round)
-        while wanted is None or (len(kept) < wanted and drawn < sampler.max_batches and state.batch < last_of_round):
-            rows = sampler.rows(state.batch)
-            plans = [plan for row in rows for plan in self.policy.groups(self.table, row)]
-            groups = self.collector.groups(plans, state.batch)
-            wanted = len(plans) if wanted is None else wanted
-            sampled += groups
-            kept += [group for group in groups if sampler.keeps(group)]
-            state.batch += 1
-            drawn += 1
-        return kept[:wanted], sampled
+    @staticmethod
+    def _mean_parts(groups: Sequence[ScoredGroup]) -> dict[str, float | None]:
+        """What each reward function gave on average, where it applied."""
+        means = {}
+        for name in groups[0].parts:
+            values = [value for group in groups for value in group.parts[name] if value is not None]
+            means[name] = sum(values) / len(values) if values else None
+        return means
 
     def _cold_start(self, bar: tqdm) -> None:
         """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
@@ -396,9 +372,8 @@ class ToolExpanderTrainer:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
             batch = []
             for example in islice(self.cold_start, args.cold_start_batch_size):
-                target = self.prompts.completion_ids(example.target)
-                shown = self.prompts.fitting(example.row, example.demonstrations, room=len(target))
-                batch.append(PackedGroup(self.prompts.ids(example.row, shown), [target]))
+                prompt, target = self.prompts.supervised(example)
+                batch.append(PackedGroup(prompt, [target]))
             with self._naming(f"cold-start step {step}"):
                 metrics = self.learner.imitate(batch, optimizer)
             self.run.log("cold_start", step, {"seconds": time.perf_counter() - started}, **metrics)
@@ -417,23 +392,9 @@ class ToolExpanderTrainer:
 
     # ---- probes and evaluations
 
-    def _members_of_round(self, round_index: int) -> list[int]:
-        """The training rows that a round may use, in dataset order."""
-        first = round_index * self.per_round
-        batches = range(first, min(first + self.per_round, self.batches))
-        return sorted({row for batch in batches for row in self.prompt_sampler.rows(batch)})
-
-    def _probe(self, members: list[int], round_index: int) -> Probe:
-        """Finds the rows among ``members`` whose raw prompts get no correct rollout, and enters them in the table."""
-        attempt = self.collector.attempt(PROBE_STREAM + round_index, "probe")
-        with self._naming(f"probe before step {self.state.step + 1}"):
-            found = probe([(row, ()) for row in members], self.args.probe_rollouts, attempt)
-        self.table.record(found, round_index)
-        return found
-
     def _verification(self, number: int) -> Attempt:
         """How draw ``number`` of demonstrations in this round is verified."""
-        stream = VERIFY_STREAM + self.state.round * self.args.demonstration_tries + number
+        stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
         sampler = None
         if self.args.verification == "cautious":
             sampler = SingleTurn(RolloutEngine(self.learner.reference, seed=self.args.seed), self.tokenizer)
@@ -441,19 +402,21 @@ class ToolExpanderTrainer:
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Greedy exact-match accuracy on the held-out rows, over all and per tier or category."""
-        return accuracy_of(self.eval_rows, self.collector.greedy_texts(self.eval_rows))
+        return accuracy_of(self.eval_rows, self.collector.greedy_texts(self.eval_rows), self.judge)
 
     def _log_probe(self, found: Probe, round_index: int, counters: dict) -> None:
         self.run.log(
             "probe", self.state.step, {"seconds": found.seconds},
-            round=round_index, **counters, rollouts=found.rollouts, spent_tokens=self.spent_tokens,
+            round=round_index, **counters, rollouts=found.rollouts, spent_tokens=self.rounds.spent_tokens,
         )  # fmt: skip
+        self.run.write_hard_samples(self.table.lines())
 
     def _evaluate_and_log(self) -> float:
         started = time.perf_counter()
         accuracy, parts = self.evaluate()
         timing = {"seconds": time.perf_counter() - started}
-        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts, spent_tokens=self.spent_tokens)
+        spent = self.rounds.spent_tokens
+        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts, spent_tokens=spent)
         return accuracy
 
     # ---- the run folder
@@ -468,6 +431,7 @@ class ToolExpanderTrainer:
                 raise DivergedError("the weights are not finite")
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
+        state.batch, state.round = self.rounds.batch, self.rounds.round
         state.table, state.schedule = self.table.lines(), self.schedule.state_dict()
         state.tokens = dict(self.collector.tokens)
         self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
@@ -475,9 +439,6 @@ class ToolExpanderTrainer:
             self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(state),
             keep=self.args.save_total_limit, keep_first=self.needs_reference,
         )  # fmt: skip
-
-    def _write_table(self) -> None:
-        self.run.write_hard_samples(self.table.lines())
 
     def _log_rollouts(self, groups: Sequence[ScoredGroup]) -> None:
         """Some of a step's rollouts, first one of each group, then another one of each, ..."""
