@@ -56,6 +56,23 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     assert [row.prompt for row in read_jsonl(path)] == ["a"]
 
 
+def test_rows_that_call_a_tool_they_do_not_offer_are_counted_over_the_file(tmp_path):
+    wrong = {**ROWS[0], "answer": [{"name": "g", "arguments": {}}]}
+    path = write(tmp_path / "rows.jsonl", ROWS[0], wrong, "\n", wrong, ROWS[1])
+    with pytest.raises(InputError, match=r"rows.jsonl: 2 of 4 rows call a tool .*; the first: .*rows.jsonl:2: call 0"):
+        read_dataset(path)
+
+
+def test_several_datasets_joined_by_commas(tmp_path):
+    one, two = (write(tmp_path / name, ROWS[n]) for n, name in enumerate(("one.jsonl", "two.jsonl")))
+    assert [row.prompt for row in read_dataset(f"{one},{two}")] == ["a", "b"]
+    assert [row.prompt for row in read_dataset(write(tmp_path / "a,b.jsonl", ROWS[1]))] == ["b"]
+    with pytest.raises(InputError, match="one.jsonl:1' occurs twice"):
+        read_dataset(f"{one}, {one}")
+    with pytest.raises(InputError, match="the dataset name '' is empty"):
+        read_dataset(f"{one},")
+
+
 @pytest.mark.parametrize("spec", ["", "  "])
 def test_an_empty_name(spec):
     with pytest.raises(InputError, match=f"the dataset name '{spec}' is empty; give bfcl:<category>"):

@@ -6,6 +6,7 @@ import pytest
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import Row, bfcl_match, check_row, check_rows
+from toolx_kernels.toolcall.rows import with_calls
 
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
 TOOL = {"type": "function", "function": FUNCTION}
@@ -208,3 +209,23 @@ def test_bad_datasets():
         check_rows([GOOD, GOOD], "d")
     row = check_row(GOOD, "d", 0)
     assert check_rows([row, {**GOOD, "id": 5}], "d") == [row, Row("5", "p", [TOOL], [CALL], {"level": 3})]
+
+
+def test_all_rows_that_call_a_tool_they_do_not_offer_are_counted():
+    wrong = [{**changed(answer=[CALL, {"name": name, "arguments": {}}]), "id": name} for name in "gh"]
+    words = (
+        r"^d: 2 of 4 rows call a tool in their answer that they do not offer; the first: d:1 \(id 'g'\): call 1 .*'g'"
+    )
+    with pytest.raises(InputError, match=words):
+        check_rows([GOOD, wrong[0], {**GOOD, "id": "ok"}, wrong[1]], "d")
+    with pytest.raises(InputError, match="d:2 .*'prompt' is missing"):
+        check_rows([GOOD, wrong[0], changed(prompt=...)], "d")
+    with pytest.raises(InputError, match="^d:7 .*'g', a tool that the row does not offer"):
+        check_row(wrong[0], "d", 7)
+
+
+def test_rows_with_so_many_calls():
+    rows = [check_row(changed(id=str(n), answer=[CALL] * calls), "d", n) for n, calls in enumerate((1, 0, 2, 1))]
+    assert [row.id for row in with_calls(rows, 1)] == ["0", "3"] and [row.id for row in with_calls(rows, 0)] == ["1"]
+    with pytest.raises(InputError, match=r"none of 4 rows asks for 3 calls; .*: 0 \(1 rows\), 1 \(2 rows\), 2 \(1"):
+        with_calls(rows, 3)

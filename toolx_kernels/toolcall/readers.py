@@ -1,4 +1,5 @@
-"""Rows from files and datasets: JSONL, the Hugging Face hub, BFCL, and the formats of ToolACE and xLAM."""
+"""Rows from files and datasets: JSONL, the Hugging Face hub, BFCL, Seal-Tools, and the formats of ToolACE and
+xLAM."""
 
 import ast
 import json
@@ -11,23 +12,29 @@ from typing import Any
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.bfcl import read_bfcl
 from toolx_kernels.toolcall.parse import read_json
-from toolx_kernels.toolcall.rows import Row, check_row, check_rows, check_set, short
+from toolx_kernels.toolcall.rows import Row, check_numbered, check_rows, check_set, json_lines, short
 from toolx_kernels.toolcall.schema import annotation_schema, json_schema
+from toolx_kernels.toolcall.seal_tools import read_seal_tools
 
 _log = logging.getLogger(__name__)
-_NAMES = "bfcl:<category>, a JSONL file, or a dataset on the Hugging Face hub"
+_NAMES = "bfcl:<category>, seal-tools:<path>, a JSONL file, or a dataset on the Hugging Face hub"
 
 
 def read_dataset(spec: str) -> list[Row]:
-    """The rows of `spec`: `bfcl:<category>`, a file or any path that ends in `.jsonl`, else a name on the hub.
+    """The rows of `spec`: `bfcl:<category>`, `seal-tools:<path>` (`read_seal_tools`), a file or any path that ends in
+    `.jsonl`, else a name on the hub; or the rows of several of these, joined by commas.
 
-    Raises InputError for what cannot be found or read.
+    Raises InputError for what cannot be found or read, and for an id that occurs in two of them.
     """
     if not spec.strip():
         raise InputError(f"the dataset name {spec!r} is empty; give {_NAMES}")
-    kind, _, category = spec.partition(":")
+    kind, _, name = spec.partition(":")
+    if "," in spec and not Path(name if kind == "seal-tools" else spec).exists():
+        return check_set([row for part in spec.split(",") for row in read_dataset(part.strip())], spec)
     if kind == "bfcl":
-        return read_bfcl(category)
+        return read_bfcl(name)
+    if kind == "seal-tools":
+        return read_seal_tools(name)
     if spec.endswith(".jsonl") or Path(spec).is_file():
         return read_jsonl(spec)
     return read_hub(spec)
@@ -35,19 +42,7 @@ def read_dataset(spec: str) -> list[Row]:
 
 def read_jsonl(path: str | Path) -> list[Row]:
     """Rows from a file with one JSON object a line (see `check_row`). Raises InputError, naming file and line."""
-    path = Path(path)
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig") as lines:  # Windows editors put a byte order mark first
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    raw = _parse(line, f"{path}:{number}", "write one JSON object a line")
-                    rows.append(check_row(raw, str(path), number))
-    except OSError as error:
-        raise InputError(f"cannot read the dataset file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    return check_set(rows, str(path))
+    return check_numbered(json_lines(path), str(path))
 
 
 def read_hub(name: str, split: str = "train") -> list[Row]:

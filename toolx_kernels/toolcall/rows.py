@@ -1,7 +1,9 @@
 """Dataset rows: one prompt, the tools it offers, the calls that answer it. Checked once, here."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from toolx_kernels.errors import InputError
@@ -10,6 +12,10 @@ from toolx_kernels.toolcall.parse import read_json
 from toolx_kernels.toolcall.schema import json_fault, schema_fault
 
 _RESERVED = ("prompts", "completions", "completion_ids")
+
+
+class _ToolNotOfferedError(InputError):
+    """The one fault of a row that is counted over the whole dataset: it tells a wrong conversion from a wrong row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,27 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
     """Checks every row (`check_row`, numbered from 0; a `Row` passes as it is) and the set of them.
 
-    Raises InputError for a row that is wrong, an empty dataset, or an id that occurs twice.
+    Raises InputError for a row that is wrong, an empty dataset, or an id that occurs twice. Rows that call a tool which
+    they do not offer are counted over the whole dataset.
     """
-    return check_set([raw if isinstance(raw, Row) else check_row(raw, where, n) for n, raw in enumerate(raws)], where)
+    return check_numbered(enumerate(raws), where)
+
+
+def check_numbered(numbered: Iterable[tuple[int, Mapping | Row]], where: str) -> list[Row]:
+    """`check_rows` for rows that come with their numbers, such as the lines of a file."""
+    rows, unoffered, total = [], [], 0
+    for number, raw in numbered:
+        total += 1
+        try:
+            rows.append(raw if isinstance(raw, Row) else check_row(raw, where, number))
+        except _ToolNotOfferedError as error:
+            unoffered.append(error)
+    if unoffered:
+        raise InputError(
+            f"{where}: {len(unoffered)} of {total} rows call a tool in their answer that they do not offer; the first:"
+            f" {unoffered[0]}"
+        ) from unoffered[0]
+    return check_set(rows, where)
 
 
 def check_set(rows: list[Row], where: str) -> list[Row]:
@@ -96,6 +120,40 @@ def check_set(rows: list[Row], where: str) -> list[Row]:
             raise InputError(f"{where}: the id {row.id!r} occurs twice; make ids unique or leave them out")
         seen.add(row.id)
     return rows
+
+
+def with_calls(rows: Iterable[Row], calls: int) -> list[Row]:
+    """Those of `rows` whose answer has exactly `calls` calls. Raises InputError, saying what there is, for none."""
+    rows = list(rows)
+    kept = [row for row in rows if len(row.answer) == calls]
+    if not kept:
+        there = sorted(Counter(len(row.answer) for row in rows).items())
+        raise InputError(
+            f"none of {len(rows)} rows asks for {calls} calls; give one of the numbers of calls that there are:"
+            f" {', '.join(f'{number} ({count} rows)' for number, count in there)}"
+        )
+    return kept
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line that is not blank in a file of JSON values. Raises InputError, naming file and
+    line, for a file that cannot be read or is no UTF-8 text, and a line that is not JSON."""
+    try:
+        with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors put a byte order mark first
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _read_line(line, f"{path}:{number}")
+    except OSError as error:
+        raise InputError(f"cannot read the dataset file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _read_line(line: str, place: str) -> Any:
+    try:
+        return read_json(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON ({error}); write one JSON object a line") from error
 
 
 def short(value: Any) -> str:
@@ -194,7 +252,7 @@ def _call(call: Any, place: str, n: int, offered: list[str]) -> dict:
             f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {short(call)}"
         )
     if call["name"] not in offered:
-        raise InputError(
+        raise _ToolNotOfferedError(
             f"{place}: call {n} of field 'answer' is of {call['name']!r}, a tool that the row does not offer; add it to"
             " 'tools' or mend the answer"
         )

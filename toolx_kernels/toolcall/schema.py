@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 from typing import Any
 
 from toolx_kernels.toolcall.parse import MAX_DEPTH, is_shallow
@@ -11,6 +12,10 @@ JSON_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "obje
 _NAMES = {
     "dict": "object", "map": "object", "float": "number", "double": "number", "int": "integer", "long": "integer",
     "bool": "boolean", "str": "string", "any": "string", "list": "array", "tuple": "array", "set": "array",
+}  # fmt: skip
+_CLASSES = {
+    "string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
 }  # fmt: skip
 _OPTIONAL_SUFFIX = re.compile(r",?\s*optional\.?$", re.IGNORECASE)
 
@@ -77,6 +82,59 @@ def schema_fault(schema: Any, path: str = "") -> str | None:
             return f"{path}.{name} is not a list of schemas"
         inner += [(f"{path}.{name}[{n}]", choice) for n, choice in enumerate(choices)]
     return next((fault for where, value in inner if (fault := schema_fault(value, where))), None)
+
+
+def arguments_fault(arguments: dict, parameters: dict) -> str | None:
+    """How the arguments of a call break `parameters`, the checked schema of its tool, in words, or None.
+
+    A fault is a required argument that is missing, an argument that the schema does not name, a value of another type
+    and one outside its `enum`; also inside arrays and objects, and where `anyOf`, `oneOf` (taken as `anyOf`) and
+    `allOf` say so. As in JSON Schema, an integer serves where a number is due and 1.0 is an integer; unlike there, a
+    name that is not among the `properties` is a fault unless the schema has `additionalProperties`. Patterns, formats
+    and ranges are not looked at.
+    """
+    return _members_fault(arguments, parameters, "")
+
+
+def _members_fault(members: dict, schema: dict, path: str) -> str | None:
+    properties = schema.get("properties")
+    for name in schema.get("required", ()):
+        if name not in members:
+            return f"the required argument '{path}{name}' is missing"
+    if properties is None:
+        return None
+    for name, value in members.items():
+        if name in properties:
+            if fault := _value_fault(value, properties[name], path + name):
+                return fault
+        elif not schema.get("additionalProperties"):
+            return f"the schema knows no argument '{path}{name}'"
+    return None
+
+
+def _value_fault(value: Any, schema: dict, path: str) -> str | None:
+    stated = schema.get("type", [])
+    names = stated if isinstance(stated, list) else [stated]
+    if names and not any(_has_type(value, name) for name in names):
+        return f"argument '{path}' is {reprlib.repr(value)}, which is not of type {' or '.join(names)}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"argument '{path}' is {reprlib.repr(value)}, which is none of the values that the schema lists"
+    for name in ("anyOf", "oneOf"):
+        faults = [_value_fault(value, choice, path) for choice in schema.get(name, ())]
+        if faults and None not in faults:
+            return faults[0]
+    if isinstance(value, dict) and (fault := _members_fault(value, schema, f"{path}.")):
+        return fault
+    inner = [(choice, value, path) for choice in schema.get("allOf", ())]
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        inner += [(schema["items"], item, f"{path}[{n}]") for n, item in enumerate(value)]
+    return next((fault for part, item, where in inner if (fault := _value_fault(item, part, where))), None)
+
+
+def _has_type(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return name == "boolean"
+    return isinstance(value, _CLASSES[name]) or name == "integer" and isinstance(value, float) and value.is_integer()
 
 
 def json_fault(value: Any, path: str) -> str | None:
