@@ -6,9 +6,11 @@ from toolx_kernels.toolcall.match import bfcl_match, exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
 from toolx_kernels.toolcall.readers import read_dataset, read_hub, read_jsonl, rows_from
 from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
+from toolx_kernels.toolcall.report import DatasetReport, dataset_report
 from toolx_kernels.toolcall.reward_functions import RewardFunctions, Rewards
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
-from toolx_kernels.toolcall.rows import Row, check_row, check_rows
+from toolx_kernels.toolcall.rows import Row, check_row, check_rows, with_calls
+from toolx_kernels.toolcall.seal_tools import read_seal_tools
 from toolx_kernels.toolcall.self_exemplify import (
     SelfExemplifyingReward,
     answer_of,
@@ -20,6 +22,7 @@ from toolx_kernels.toolcall.self_exemplify import (
 
 __all__ = [
     "CATEGORIES",
+    "DatasetReport",
     "DemonstrationIndex",
     "RewardFunctions",
     "Rewards",
@@ -30,6 +33,7 @@ __all__ = [
     "check_row",
     "check_rows",
     "distinct_examples",
+    "dataset_report",
     "exact_match",
     "is_answer_correct",
     "is_correct",
@@ -41,9 +45,11 @@ __all__ = [
     "read_dataset",
     "read_hub",
     "read_jsonl",
+    "read_seal_tools",
     "render_completion",
     "render_prompt",
     "render_self_exemplified",
     "render_text",
     "rows_from",
+    "with_calls",
 ]

@@ -51,9 +51,10 @@ class DatasetReport:
         return lines
 
 
-def dataset_report(rows: Sequence[Row]) -> DatasetReport:
-    """The report on checked rows, which demonstrate to one another. Takes time in proportion to their number."""
-    index = DemonstrationIndex(rows)
+def dataset_report(rows: Sequence[Row], index: DemonstrationIndex | None = None) -> DatasetReport:
+    """The report on checked rows, whose demonstrations come from `index` or, by default, from one another. Takes time
+    in proportion to their number."""
+    index = index or DemonstrationIndex(rows)
     without = [row.id for row in rows if not index.possible(row)]
     outside = [(row.id, fault) for row in rows if (fault := _answer_fault(row))]
     first_outside_schema, first_fault = outside[0] if outside else (None, None)

@@ -28,7 +28,10 @@ class ToolExpanderConfig:
 
     # what is trained, on what, and where it goes
     model: str | None = setting(None, "tiny (the default), smollm2-135m, a folder, a .gguf file, or a hub name")
-    dataset: str | None = setting(None, "builtin (the default), bfcl:<category>, a .jsonl path, or a hub name")
+    dataset: str | None = setting(
+        None,
+        "builtin (the default), bfcl:<category>, seal-tools:<path>, a .jsonl path or a hub name; or several, by commas",
+    )
     eval_dataset: str | None = setting(None, "as --dataset; by default a held-out part of --dataset")
     demonstration_dataset: str | None = setting(
         None, "as --dataset: more rows that demonstrations are taken from, besides the training rows"
@@ -41,6 +44,7 @@ class ToolExpanderConfig:
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of the weights; bfloat16 weights do not move at learning rates near 1e-6"
     )
+    calls: int | None = setting(None, "only rows with so many calls in their answer")
     train_rows: int | None = setting(None, "rows to train on; all of the dataset's by default, 640 of builtin")
     eval_rows: int | None = setting(None, "held-out rows to evaluate on; all by default, 480 of builtin")
     eval_fraction: float = setting(0.2, "share of --dataset held out when there is no --eval_dataset")

@@ -15,7 +15,7 @@ from toolx_kernels.toolcall.builtin import Example
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import read_dataset
 from toolx_kernels.toolcall.render import render_completion, render_prompt
-from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.rows import Row, with_calls
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
 
@@ -33,6 +33,8 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
         train = builtin.train_rows(config.train_rows or BUILTIN_TRAIN_ROWS, config.seed)
     else:
         train = read_dataset(config.dataset)
+    if config.calls is not None:
+        train = with_calls(train, config.calls)
     if config.eval_dataset is not None:
         held_out = load_eval_rows(config.eval_dataset)
     elif config.dataset == "builtin":

@@ -30,6 +30,7 @@ from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall.builtin import Example
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import rows_from
+from toolx_kernels.toolcall.report import dataset_report
 from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
@@ -198,6 +199,7 @@ class ToolExpanderTrainer:
         started -= state.seconds
         with tqdm(total=self._planned_steps(), initial=state.step, unit="step", dynamic_ncols=True) as bar:
             if not resumed:
+                self._report_data(bar)
                 if args.cold_start_steps:
                     self._cold_start(bar)
                 if args.eval_on_start:
@@ -254,6 +256,13 @@ class ToolExpanderTrainer:
         self.run.write_summary(summary)
         draw_curves(self.run.metrics(), self.run.path / CURVES, self._title())
         return summary
+
+    def _report_data(self, bar: tqdm) -> None:
+        """Says what the training rows hold, and what in them is odd but allowed, before anything is spent on it."""
+        report = dataset_report(self.rows, self.demonstrations)
+        for line in report.lines():
+            bar.write(line)
+        self.run.log("data", 0, {}, **asdict(report))
 
     def _planned_steps(self) -> int:
         """Steps that the run takes if no group is dropped and no budget of tokens ends it sooner."""
