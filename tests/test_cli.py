@@ -7,12 +7,20 @@ import yaml
 
 from toolx_kernels import cli
 from toolx_kernels.errors import InputError
+from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.train.config import ToolExpanderConfig
 
 TINY = [
     "--train_rows", "16", "--eval_rows", "8", "--prompts-per-step", "8", "--num_generations", "2", "--max_steps", "1",
     "--max_completion_length", "16", "--cold_start_steps", "2", "--cold_start_batch_size", "4", "--probe_rollouts", "1",
 ]  # fmt: skip
+
+
+ROW = {"prompt": "p", "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}], "answer": []}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def toolx(*argv):
@@ -38,13 +46,47 @@ def test_train_writes_its_results_and_says_where(run_folder, tmp_path, capsys):
 
 
 def test_eval_scores_a_run_folder(run_folder, tmp_path, capsys):
-    scores = tmp_path / "scores.json"
+    scores = tmp_path / "scores"
     code = toolx("eval", "--model", run_folder, "--eval_rows", 8, "--max_completion_length", 16, "--output", scores)
     assert code == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
-    written = json.loads(scores.read_text())
-    assert written["parts"].keys() == {"easy", "hard", "parallel", "convention"} and written["rows"] == 8
-    assert float(printed["accuracy"]) == pytest.approx(written["accuracy"], abs=1e-4)
+    out = capsys.readouterr().out
+    printed = next(line.split() for line in out.splitlines() if line.startswith("builtin "))
+    written = json.loads((scores / "scores.json").read_text())["scores"]["builtin"]
+    assert written["parts"].keys() == {"easy", "hard", "parallel", "convention"} and written["n"] == 8
+    assert printed[1:3] == ["8", str(written["right"])]
+    assert float(printed[3]) == pytest.approx(written["accuracy"], abs=1e-4)
+    assert len((scores / "answers.jsonl").read_text().splitlines()) == 8 and "builtin" in out
+    assert toolx("eval", "--model", run_folder, "--output", scores) == 2, "results are not overwritten"
+
+
+def test_eval_of_several_datasets_with_samples(run_folder, tmp_path, capsys):
+    others, scores = tmp_path / "others.jsonl", tmp_path / "scores"
+    long = {**ROW, "prompt": "x " * 5000, "id": "long"}
+    others.write_text(
+        lines(*[{**ROW, "prompt": f"say {word}", "category": "talk"} for word in "one two".split()], long)
+    )
+    flags = ["--model", run_folder, "--dataset", "builtin", others, "--eval_rows", 4, "--max_completion_length", 8]
+    flags += ["--num_generations", 3, "--temperature", 0.9, "--k", 1, 3, "--seed", 5]
+    assert toolx("eval", *flags, "--output", scores) == 0
+    out = capsys.readouterr().out
+    assert "pass@3" in out and "1 prompts do not fit the model's context and count as wrong: long." in out
+    assert "temperature 0.9, seed 5" in out
+    written = json.loads((scores / "scores.json").read_text())
+    of_others = written["scores"][str(others)]
+    assert (of_others["n"], of_others["samples"], of_others["parts"]["talk"]["n"]) == (3, 3, 2)
+    assert of_others["too_long"] == ["long"] and written["settings"]["seed"] == 5
+    assert of_others["pass_at"]["1"]["value"] == pytest.approx(of_others["accuracy"])
+    assert toolx("eval", *flags, "--output", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "answers.jsonl").read_text() == (scores / "answers.jsonl").read_text()
+
+
+def test_an_interrupted_eval_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RolloutEngine, "generate", interrupted)
+    assert toolx("eval", "--model", run_folder, "--eval_rows", 4, "--output", tmp_path / "scores") == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
@@ -65,10 +107,10 @@ def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["train_rows"] + summary["eval_rows"] == 12 and summary["eval_rows"] > 0
     for split, count in (("all", 12), ("held-out", summary["eval_rows"])):
-        scores = tmp_path / f"{split}.json"
+        scores = tmp_path / split
         arguments = ["--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8, "--output", scores]
         assert toolx("eval", *arguments, "--split", split) == 0
-        assert json.loads(scores.read_text())["rows"] == count
+        assert json.loads((scores / "scores.json").read_text())["scores"][str(path)]["n"] == count
 
 
 def test_doctor_speaks(capsys):
@@ -105,13 +147,6 @@ def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
     assert {name: getattr(again, name) for name in written} == written
 
 
-ROW = {"prompt": "p", "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}], "answer": []}
-
-
-def lines(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 BAD_FLAGS = [
     (["train", "--nope", "3"], "--nope"),
     (["train", "--learning_rate", "fast"], "learning_rate"),
@@ -128,8 +163,6 @@ BAD_FLAGS = [
     (["train", "--seed", "99999999999999999999"], "seed=99999999999999999999"),
     (["train", "--learning_rate", "inf"], "learning_rate=inf"),
     (["train", "--conf", "builtin"], "--conf"),
-    (["eval", "--model", "tiny", "--output", "nowhere/scores.json"], "nowhere/scores.json"),
-    (["eval", "--model", "tiny", "--output", "."], "--output . is a folder"),
     (["train", "--model", "no/such-model"], "no/such-model"),
     (["train", "--model", "./no-such-folder"], "./no-such-folder"),
     (["train", "--model", "missing.gguf"], "missing.gguf"),
@@ -141,17 +174,29 @@ BAD_FLAGS = [
     (["eval", "--model", "tiny", "--dataset", "bfcl:cooking"], "cooking"),
     (["eval", "--model", "tiny", "--eval_rows", "0"], "--eval_rows 0"),
     (["eval", "--model", "tiny", "--max_completion_length", "0"], "--max_completion_length 0"),
+    (["eval", "--model", "tiny", "--eval_fraction", "1"], "--eval_fraction 1.0"),
+    (["eval", "--model", "tiny", "--num_generations", "4"], "num_generations=4 greedy"),
+    (["eval", "--model", "tiny", "--num_generations", "4", "--temperature", "1", "--k", "5"], "pass@5"),
+    (["eval", "--model", "tiny", "--temperature", "-1"], "temperature=-1.0"),
+    (["eval", "--model", "tiny", "--seed", "-1"], "seed=-1"),
+    (["eval", "--model", "tiny", "--dataset", "builtin", "builtin"], "--dataset names builtin twice"),
+    (["eval", "--model", "tiny", "--output", "{file}"], "is a file"),
+    (["eval", "--model", "tiny", "--output", "{folder}"], "holds files already"),
     (["fly"], "'fly'"),
 ]
 
 
 @pytest.mark.parametrize("argv, named", BAD_FLAGS, ids=[" ".join(argv) for argv, _ in BAD_FLAGS])
 def test_bad_flags(argv, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert toolx(*argv) == 2
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert toolx(*(word.format(file=file, folder=tmp_path) for word in argv)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert named in error
-    assert list(tmp_path.iterdir()) == [], "nothing may be written"
+    assert list(here.iterdir()) == [], "nothing may be written"
 
 
 BAD_FILES = {

@@ -1,12 +1,13 @@
-"""``toolx train | eval | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
+"""``toolx train | eval | compare | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from toolx_kernels.errors import InputError  # noqa: E402
 USAGE = """usage: toolx <command> [flags]
 
   train    train a model to call tools; without flags: the built-in task, in minutes on a laptop
-  eval     score a model or checkpoint on a dataset
+  eval     score a model or checkpoint on datasets
+  compare  put learning curves and final figures of several runs side by side
   doctor   what is installed here, and which backend each op uses
 
 toolx <command> --help lists the flags.
@@ -28,7 +30,7 @@ toolx <command> --help lists the flags.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "eval": evaluate, "doctor": doctor}
+    commands = {"train": train, "eval": evaluate, "compare": compare, "doctor": doctor}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -155,59 +157,111 @@ class _Parser(_OneSentence, argparse.ArgumentParser):
 
 
 def evaluate(argv: list[str]) -> int:
-    parser = _Parser(prog="toolx eval", allow_abbrev=False, description="Greedy accuracy per category.")
+    parser = _Parser(
+        prog="toolx eval", allow_abbrev=False,
+        description="Accuracy per category with 95 %% intervals; of several samples a row also pass@k.",
+    )  # fmt: skip
     parser.add_argument(
         "--model", default="runs/train", help="as for toolx train, or a run folder (default: runs/train)"
     )
-    parser.add_argument("--dataset", default="builtin", help="builtin, bfcl:<category>, a .jsonl path, or a hub name")
-    parser.add_argument("--eval_rows", "--eval-rows", type=int, help="score so many rows, drawn with a fixed seed")
+    parser.add_argument(
+        "--dataset", nargs="+", default=["builtin"],
+        help="one or several of: builtin, bfcl:<category>, bfcl:single_turn (the eight categories, 2,351 rows, that "
+        "the paper averages over), a .jsonl path, a hub name",
+    )  # fmt: skip
+    parser.add_argument("--eval_rows", "--eval-rows", type=int, help="so many rows a dataset, drawn with a fixed seed")
     parser.add_argument(
         "--split", choices=("all", "held-out"), default="all",
         help="held-out: only the part that toolx train --dataset of the same name does not train on",
     )  # fmt: skip
     parser.add_argument("--eval_fraction", "--eval-fraction", type=float, default=0.2, help="as in toolx train")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--num_generations", "--num-generations", type=int, default=1, help="completions per row")
+    parser.add_argument("--k", type=int, nargs="+", default=[], help="report pass@k for these k")
     parser.add_argument("--max_completion_length", "--max-completion-length", type=int, default=256, help="tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", help="also write the scores to this JSON file")
+    parser.add_argument("--output", help="a new folder for scores.json, scores.md and answers.jsonl")
     args = parser.parse_args(argv)
     for flag in ("eval_rows", "max_completion_length"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
-
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise InputError(f"--output {args.output}: there is no such folder.")
-    if args.output and Path(args.output).is_dir():
-        raise InputError(f"--output {args.output} is a folder: name a file.")
+    if not 0 < args.eval_fraction < 1:
+        raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
+    if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
+        raise InputError(f"--dataset names {twice[0]} twice: name it once.")
     if args.model == parser.get_default("model") and not Path(args.model).exists():
         raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
 
-    from toolx_kernels.rollout import RolloutEngine, SamplingParams
-    from toolx_kernels.train.checkpoint import write_atomically
-    from toolx_kernels.train.data import Prompts, load_eval_rows, some_rows, split_rows
-    from toolx_kernels.train.evaluate import accuracy_of, generate_greedy
-    from toolx_kernels.train.models import load_model, stop_token_ids
+    from transformers.utils import logging
 
-    if args.split == "held-out" and args.dataset != "builtin":
-        rows = some_rows(split_rows(load_eval_rows(args.dataset), args.eval_fraction)[1], args.eval_rows)
-    else:
-        rows = load_eval_rows(args.dataset, args.eval_rows)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    sampling = SamplingParams(
-        args.max_completion_length, temperature=0.0, stop_token_ids=stop_token_ids(model, tokenizer)
-    )
-    prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
-    prompts.check(rows)
-    accuracy, parts = accuracy_of(rows, generate_greedy(RolloutEngine(model), prompts, rows, sampling))
-    width = max(map(len, ("accuracy", *parts)))
-    for name, score in (("accuracy", accuracy), *parts.items()):
-        print(f"{name:<{width}}  {score:.4f}")
-    print(f"{len(rows)} rows of {args.dataset}, {args.split}, greedy, model {args.model}")
+    from toolx_kernels.rollout import RolloutEngine, SamplingParams
+    from toolx_kernels.train.data import Prompts, load_eval_rows, some_rows, split_rows
+    from toolx_kernels.train.evaluate import check_sampling
+    from toolx_kernels.train.evaluate import evaluate as score
+    from toolx_kernels.train.models import load_model, stop_token_ids
+    from toolx_kernels.train.scores import check_new, describe, new_folder, write_scores
+
+    check_sampling(args.temperature, args.num_generations, args.k)
     if args.output:
-        scores = {"model": args.model, "dataset": args.dataset, "split": args.split, "rows": len(rows)}
-        write_atomically(
-            Path(args.output), json.dumps(scores | {"accuracy": accuracy, "parts": parts}, indent=1) + "\n"
-        )
+        check_new(Path(args.output))
+    sampling = SamplingParams(args.max_completion_length, temperature=args.temperature)
+
+    def rows_of(dataset: str):
+        if args.split == "held-out" and dataset != "builtin":
+            return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
+        return load_eval_rows(dataset, args.eval_rows)
+
+    rows = {dataset: rows_of(dataset) for dataset in args.dataset}
+    logging.disable_progress_bar()  # ours is enough
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
+    prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
+    engine = RolloutEngine(model, seed=args.seed)
+    with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
+        scores = {
+            dataset: score(
+                engine, prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset
+            )
+            for dataset, of_dataset in rows.items()
+        }  # fmt: skip
+        print(describe(scores))
+        how = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}"
+        print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
+        if folder:
+            settings = {name: value for name, value in vars(args).items() if name != "output"}
+            write_scores(folder, scores, settings)
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="toolx compare", allow_abbrev=False,
+        description="Runs side by side: curves in one picture, final figures with 95 %% intervals in tables. Runs "
+        "whose settings differ only in the seed are one arm; differences are to the first arm, paired by seed.",
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", help="run folders of toolx train")
+    parser.add_argument(
+        "--names", nargs="+",
+        help="one for each arm in order, or one for each run, where runs of the same name are one arm",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", default="runs/comparison",
+        help="the folder for comparison.png, .md and .json, which are replaced there (default: runs/comparison)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: name a folder.")
+
+    from toolx_kernels.train.compare import arms_of, read_run
+    from toolx_kernels.train.comparison import describe, write_comparison
+
+    arms = arms_of([read_run(Path(run)) for run in args.runs], args.names)
+    write_comparison(output, arms)
+    print(describe(arms))
+    print(f"See {output}/comparison.png, .md and .json.")
     return 0
 
 

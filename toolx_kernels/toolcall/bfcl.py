@@ -17,11 +17,18 @@ CATEGORIES = (
     "simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
     "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "irrelevance", "live_irrelevance",
 )  # fmt: skip
+GROUPS = {
+    # what ToolExpander (arXiv 2510.07737) averages over: 2,351 rows
+    "single_turn": (
+        "simple_python", "multiple", "parallel", "parallel_multiple",
+        "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
+    ),
+}  # fmt: skip
 _LANGUAGES = {"simple_java": ("java", "Java", "Java 8 SDK"), "simple_javascript": ("javascript",) + ("JavaScript",) * 2}
 
 
 def read_bfcl(category: str) -> list[Row]:
-    """The rows of one single-turn category, one of `CATEGORIES`.
+    """The rows of one single-turn category, one of `CATEGORIES`, or of all categories of one of `GROUPS`.
 
     Tools carry BFCL's names, dots included, its note on the language, and JSON Schema types. Java and JavaScript
     arguments are strings whose type in the language stands in `format`, an array's items in angle brackets
@@ -31,8 +38,10 @@ def read_bfcl(category: str) -> list[Row]:
 
     Raises InputError for an unknown category, or when the bfcl-eval package is not there.
     """
+    if category in GROUPS:
+        return check_rows((row for member in GROUPS[category] for row in read_bfcl(member)), f"bfcl:{category}")
     if category not in CATEGORIES:
-        raise InputError(f"unknown BFCL category {category!r}; choose one of {', '.join(CATEGORIES)}")
+        raise InputError(f"unknown BFCL category {category!r}; choose one of {', '.join((*GROUPS, *CATEGORIES))}")
     rows = _read_lines(f"BFCL_v4_{category}.json")
     if "irrelevance" in category:
         possible = {row["id"]: [] for row in rows}

@@ -1,27 +1,85 @@
-"""Scoring a model: greedy completions of held-out rows, right or wrong, per tier or category."""
+"""Scoring a model: completions of rows, greedy or sampled, right or wrong, per tier or category."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from tqdm import tqdm
+
+from toolx_kernels.errors import InputError
 from toolx_kernels.rollout import RolloutEngine, SamplingParams
+from toolx_kernels.rollout.types import Completion
 from toolx_kernels.toolcall.rewards import is_correct
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.scores import TOO_LONG, Answer, Scores
+
+Judge = Callable[[str, Row], bool]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Prompts,
+    rows: Sequence[Row],
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    ks: Sequence[int] = (),
+    judge: Judge = is_correct,
+    progress: str | None = None,
+) -> Scores:
+    """``n`` completions of every row's prompt, judged; with pass@k for each k of ``ks``.
+
+    A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
+    gets depends on engine seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the title
+    of a bar, drawn on a terminal when it takes more than a moment.
+
+    Raises InputError for what ``check_sampling`` refuses; before anything runs.
+    """
+    check_sampling(params.temperature, n, ks)
+    ids = [prompts.ids(row) for row in rows]
+    fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]
+    total, off = n * len(fitting), progress is None
+    with tqdm(total=total, desc=progress, unit="answer", delay=2, disable=off or None, dynamic_ncols=True) as bar:
+
+        def count(*_) -> bool:
+            bar.update()
+            return False
+
+        groups = engine.generate([ids[place] for place in fitting], n, params, row_ids=fitting, on_completion=count)
+    answers = [[Answer("", False, 0, TOO_LONG)] * n for _ in rows]
+    for place, group in zip(fitting, groups, strict=True):
+        texts = [_text(prompts, completion) for completion in group.completions]
+        answers[place] = [
+            Answer(text, bool(judge(text, rows[place])), len(completion.ids), completion.finish_reason)
+            for text, completion in zip(texts, group.completions, strict=True)
+        ]
+    return Scores(rows, answers, ks)
+
+
+def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
+    """Raises InputError for several greedy completions, which would all be the same, and for pass@k with k > n."""
+    if n < 1:
+        raise InputError(f"num_generations={n} must be at least 1.")
+    if temperature == 0 and n > 1:
+        raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
+    for k in ks:
+        if not 1 <= k <= n:
+            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
 
 
 def generate_greedy(engine: RolloutEngine, prompts: Prompts, rows: Sequence[Row], params: SamplingParams) -> list[str]:
     """The model's most likely completion of every row, as text."""
     groups = engine.generate([prompts.ids(row) for row in rows], 1, params)
-    return [prompts.tokenizer.decode(group.completions[0].ids, skip_special_tokens=True) for group in groups]
+    return [_text(prompts, group.completions[0]) for group in groups]
 
 
-def accuracy_of(rows: Sequence[Row], texts: Sequence[str], judge=is_correct) -> tuple[float, dict[str, float]]:
+def accuracy_of(rows: Sequence[Row], texts: Sequence[str], judge: Judge = is_correct) -> tuple[float, dict[str, float]]:
     """Share of rows answered rightly: over all, and for each tier or BFCL category that rows name."""
-    right = [judge(text, row) for row, text in zip(rows, texts, strict=True)]
-    of_part: dict[str, list[bool]] = defaultdict(list)
-    for row, ok in zip(rows, right, strict=True):
-        if part := row.columns.get("tier") or row.columns.get("category"):
-            of_part[str(part)].append(ok)
-    return sum(right) / len(right), {part: sum(oks) / len(oks) for part, oks in of_part.items()}
+    answers = [[Answer(text, bool(judge(text, row)), 0, "")] for row, text in zip(rows, texts, strict=True)]
+    scores = Scores(rows, answers)
+    return scores.accuracy, {part: score.accuracy.value for part, score in scores.parts.items()}
+
+
+def _text(prompts: Prompts, completion: Completion) -> str:
+    return prompts.tokenizer.decode(completion.ids, skip_special_tokens=True)

@@ -1,0 +1,65 @@
+"""95 % intervals in closed form: of a share, and of a mean over few values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value and the ends of its 95 % interval; they are None where a single observation allows none."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def wilson(share: float, n: int) -> Estimate:
+    """A share that was seen in ``n >= 1`` independent trials, with Wilson's score interval (1927, JASA 22, p. 209).
+
+    ``share`` may also be the mean of ``n`` values in [0, 1]: their variance is at most that of as many 0s and 1s with
+    the same mean, so the interval is wide enough then too.
+    """
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mean_of(values: Sequence[float]) -> Estimate | None:
+    """The mean of independent values with Student's t interval; None of no values."""
+    if not values:
+        return None
+    mean = fmean(values)
+    if len(values) == 1:
+        return Estimate(mean, None, None)
+    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def t_quantile(degrees: int) -> float:
+    """The t beyond which, on either side, lies 5 % of Student's distribution with ``degrees >= 1`` degrees of freedom.
+
+    >>> round(t_quantile(7), 4)
+    2.3646
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # halves the bracket to below float64's resolution
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, degrees) < CONFIDENCE else (low, middle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _t_within(angle: float, degrees: int) -> float:
+    """P(|T| <= tan(angle) sqrt(degrees)): the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    cosine2, odd = math.cos(angle) ** 2, degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(degrees // 2):
+        total += term
+        term *= cosine2 * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
