@@ -69,7 +69,7 @@ def test_eval_of_several_datasets_with_samples(run_folder, tmp_path, capsys):
     flags += ["--num_generations", 3, "--temperature", 0.9, "--k", 1, 3, "--seed", 5]
     assert toolx("eval", *flags, "--output", scores) == 0
     out = capsys.readouterr().out
-    assert "pass@3" in out and "1 prompts do not fit the model's context and count as wrong: long." in out
+    assert "pass@3" in out and "1 of 3 prompts do not fit the model's context and count as wrong: long." in out
     assert "temperature 0.9, seed 5" in out
     written = json.loads((scores / "scores.json").read_text())
     of_others = written["scores"][str(others)]

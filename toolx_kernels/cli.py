@@ -261,7 +261,7 @@ def compare(argv: list[str]) -> int:
     arms = arms_of([read_run(Path(run)) for run in args.runs], args.names)
     write_comparison(output, arms)
     print(describe(arms))
-    print(f"See {output}/comparison.png, .md and .json.")
+    print(f"See {output}/comparison.md, which shows comparison.png, and comparison.json.")
     return 0
 
 

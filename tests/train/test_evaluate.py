@@ -97,10 +97,10 @@ def test_parts_of_unequal_size_do_not_weigh_alike():
 def test_the_table_has_a_row_for_each_dataset_and_part():
     one = Scores([row("x", category="irrelevance")], [answers(0, 0, reason="context")], ks=(1, 2))
     cells = table({"first": two_parts(), "second|x": one})
-    assert [line[0] for line in cells] == ["", "first", "  a", "  b", "second|x", "  irrelevance"]
+    assert [line[0] for line in cells] == ["", "first", "  a", "  b", "second|x"], "a part that is all needs no row"
     assert cells[1][1:4] == ["5", "6/10", "0.6000"] and cells[2][-2:] == ["0.5000", "0.6667"]
     said = " ".join(notes({"first": two_parts(), "second|x": one}))
-    assert "second|x: 1 prompts do not fit the model's context and count as wrong: x." in said
+    assert "second|x: 1 of 1 prompts do not fit the model's context and count as wrong: x." in said
     assert "first: 2 completions were cut off" in said and "not averaged" in said
     assert "| second\\|x | 1 |" in markdown(cells) and "&nbsp;&nbsp;a |" in markdown(cells)
     assert "micro-average" not in " ".join(notes({"second|x": one}))
@@ -169,6 +169,14 @@ def test_answers_are_judged_for_their_own_rows(tiny):
     scores = evaluate(engine, prompts, rows, SamplingParams(4), n=3, ks=(1, 3), judge=judge)
     assert seen == [of_row.id for of_row in rows for _ in range(3)]
     assert scores.total.right == 3 and scores.accuracy == scores.total.pass_at[3].value == 0.25
+
+
+def test_a_completion_that_ends_early_cancels_none_of_its_siblings(tiny):
+    engine, prompts = tiny
+    stops = tuple(range(0, len(prompts.tokenizer), 5))  # every fifth token ends a completion
+    scores = evaluate(engine, prompts, builtin.heldout_rows(4, 0), SamplingParams(12, stop_token_ids=stops), n=4)
+    lengths = {answer.tokens for of_row in scores.answers for answer in of_row}
+    assert len(lengths) > 2 and {a.finish_reason for of_row in scores.answers for a in of_row} <= {"stop", "length"}
 
 
 def test_a_prompt_beyond_the_context_is_wrong_and_leaves_the_others_as_they_are(tiny):

@@ -100,10 +100,9 @@ def collapse(curve: Sequence[tuple[int, float]], round_steps: int) -> bool | Non
     """
     best = 0.0
     for i, (start, accuracy) in enumerate(curve):
-        if accuracy < best / 2:
-            through = next((j for j in range(i, len(curve)) if curve[j][0] >= start + round_steps), None)
-            if through is not None and all(value < best / 2 for _, value in curve[i : through + 1]):
-                return True
+        through = next((j for j in range(i, len(curve)) if curve[j][0] >= start + round_steps), None)
+        if through is not None and all(value < best / 2 for _, value in curve[i : through + 1]):
+            return True
         best = max(best, accuracy)
     return False if curve else None
 

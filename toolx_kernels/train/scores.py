@@ -118,12 +118,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def table(scores: Mapping[str, Scores]) -> list[list[str]]:
-    """Cells of a table with a row for each dataset and, indented below it, one for each of its parts."""
+    """Cells of a table with a row for each dataset and, indented below it, one for each part that is not all of it."""
     ks = next(iter(scores.values())).ks
     cells = [["", "items", "right", "accuracy", "95 % interval", *(f"pass@{k}" for k in ks)]]
     for name, of_dataset in scores.items():
         cells.append(_cells(name, of_dataset.total))
-        cells += [_cells(f"  {part}", score) for part, score in of_dataset.parts.items()]
+        cells += [
+            _cells(f"  {part}", score) for part, score in of_dataset.parts.items() if score.n < of_dataset.total.n
+        ]
     return cells
 
 
@@ -144,7 +146,10 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
     for name, of_dataset in scores.items():
         if too_long := of_dataset.too_long:
             named = ", ".join(row.id for row in too_long[:5]) + (", ..." if len(too_long) > 5 else "")
-            said.append(f"{name}: {len(too_long)} prompts do not fit the model's context and count as wrong: {named}.")
+            said.append(
+                f"{name}: {len(too_long)} of {len(of_dataset.rows)} prompts do not fit the model's context and "
+                f"count as wrong: {named}."
+            )
         if of_dataset.cut_off:
             said.append(f"{name}: {of_dataset.cut_off} completions were cut off at the limit of tokens.")
     return said
@@ -198,7 +203,8 @@ def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) 
         for row, of_row in zip(of_dataset.rows, of_dataset.answers, strict=True)
         for sample, answer in enumerate(of_row)
     ]  # fmt: skip
-    how = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    words = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    how = ", ".join(f"{name} {value}" for name, value in words.items() if value not in (None, ""))
     page = [markdown(table(scores)), *notes(scores), f"Settings: {how}."]
     write_atomically(folder / ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_atomically(folder / TABLE, "\n\n".join(page) + "\n")
