@@ -110,7 +110,7 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_got(tmp_path):
     [
         "{oops", "[]", "3", '{"step": 1}', '{"event": "eval", "step": 1}', '{"event": "eval", "accuracy": 1}',
         '{"event": "probe", "step": 2, "hard": null}', '{"event": "eval", "step": 2, "accuracy": NaN}',
-        '{"event": "step", "step": "x"}', b"\xff\xfe",
+        '{"event": "step", "step": "x"}', '{"event": "step", "step": -1}', b"\xff\xfe",
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, line):

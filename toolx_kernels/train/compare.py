@@ -153,7 +153,9 @@ def _take(run: Run, record: dict) -> None:
     event = record["event"]
     if event not in ("step", *_CURVES):
         return
-    run.step = max(run.step, int(record["step"]))
+    if record["step"] < run.step:  # two processes wrote here
+        raise ValueError(record["step"])
+    run.step = int(record["step"])
     # runs of older versions count sampled tokens alone, and only in their steps
     fallback = record.get("tokens", run.tokens) if event == "step" else run.tokens
     run.tokens = int(record.get("spent_tokens", fallback))
