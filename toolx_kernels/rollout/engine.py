@@ -8,7 +8,7 @@ pool outlives the call, and with it what was computed of prompts, until the weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -90,13 +90,16 @@ class RolloutEngine:
         *,
         row_ids: Sequence[int] | None = None,
         step: int = 0,
-        first_rollout: int = 0,
+        first_rollout: int | Sequence[int] = 0,
+        limits: Sequence[int] | None = None,
         on_completion: Callable[[int, int, Completion], bool] | None = None,
     ) -> list[Group]:
         """``n`` completions of each prompt (lists of token ids), as groups in the order of ``prompts``.
 
         The noise of a token is a function of (seed, step, row id, rollout index, position); ``row_ids`` default to
-        the prompts' places, and the n rollouts have the indices from ``first_rollout`` on.
+        the prompts' places, and the n rollouts have the indices from ``first_rollout`` on, which is one number or one
+        for each prompt. ``limits``, one for each prompt, bounds its completions more tightly than
+        ``params.max_new_tokens`` does: prompts that hold earlier turns have less left of it.
 
         ``on_completion(place of the prompt, rollout index, completion)`` is called with each completion as soon as
         it ends; when it returns True, those of the prompt that have not ended are cancelled.
@@ -105,8 +108,8 @@ class RolloutEngine:
 
         Raises:
             InputError: n < 1, an empty prompt, an id outside the vocabulary, a prompt that fills the model's
-                context, one whose row would not fit the pool, or a step, row id or rollout index outside
-                [0, 2**32); before anything runs, naming the prompt.
+                context, one whose row would not fit the pool, a limit below 1, or a step, row id or rollout index
+                outside [0, 2**32); before anything runs, naming the prompt.
         """
         if self._running:
             raise InputError("generate was called from its own on_completion: call it when that call has returned.")
@@ -114,16 +117,22 @@ class RolloutEngine:
             raise InputError(f"n={n} completions per prompt: n must be at least 1.")
         prompts = [_integers(ids) for ids in prompts]
         row_ids = list(range(len(prompts))) if row_ids is None else _integers(row_ids)
-        if len(row_ids) != len(prompts):
-            raise InputError(f"{len(row_ids)} row_ids for {len(prompts)} prompts: give one for each.")
-        self._check(
-            prompts, row_ids, params, step=step, first_rollout=first_rollout, last_rollout=first_rollout + n - 1
-        )
+        firsts = _integers(first_rollout) if hasattr(first_rollout, "__len__") else [first_rollout] * len(prompts)
+        limits = [params.max_new_tokens] * len(prompts) if limits is None else _integers(limits)
+        for name, values in (("row_ids", row_ids), ("first_rollout", firsts), ("limits", limits)):
+            if len(values) != len(prompts):
+                raise InputError(f"{len(values)} {name} for {len(prompts)} prompts: give one for each.")
+        context = self.config.max_position_embeddings
+        limits = [
+            min(limit, params.max_new_tokens, context - len(ids)) for ids, limit in zip(prompts, limits, strict=True)
+        ]
+        words = {"seed": [self.seed], "step": [step], "row id": row_ids, "first_rollout": firsts}
+        self._check(prompts, row_ids, limits, params, words | {"last_rollout": (first + n - 1 for first in firsts)})
         if not prompts:
             return []
         rows = [
-            Row(place, ids, self._limit(ids, params), (self.seed, step, row_id, first_rollout + i))
-            for place, (ids, row_id) in enumerate(zip(prompts, row_ids, strict=True))
+            Row(place, ids, limit, (self.seed, step, row_id, first + i))
+            for place, (ids, limit, row_id, first) in enumerate(zip(prompts, limits, row_ids, firsts, strict=True))
             for i in range(n)
         ]
 
@@ -140,7 +149,7 @@ class RolloutEngine:
                 _evaluating(self.model),
                 toolx_attention(self.model),
             ):
-                runner = self._runner_for(prompts, n, params)
+                runner = self._runner_for(prompts, n, limits)
                 scheduler = Scheduler(runner.pool, rows, params, MAX_ROWS, ended)
                 runner.start(params)
                 while scheduler.waiting or len(scheduler.order):
@@ -165,22 +174,26 @@ class RolloutEngine:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
-        return min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
-
-    def _pages_of_row(self, prompt: list[int], params: SamplingParams) -> int:
+    def _pages_of_row(self, prompt: list[int], limit: int) -> int:
         """Pages of one row at its longest: the last token that is sampled is never written."""
-        return -(-(len(prompt) + self._limit(prompt, params) - 1) // self.page_size)
+        return -(-(len(prompt) + limit - 1) // self.page_size)
 
-    def _check(self, prompts: list[list[int]], row_ids: list[int], params: SamplingParams, **words: int) -> None:
+    def _check(
+        self,
+        prompts: list[list[int]],
+        row_ids: list[int],
+        limits: list[int],
+        params: SamplingParams,
+        words: dict[str, Iterable[int]],
+    ) -> None:
         context, vocab_size = self.config.max_position_embeddings, head_of(self.model)["weight"].shape[0]
-        for name, word in [("seed", self.seed), *words.items(), *(("row id", row_id) for row_id in row_ids)]:
+        for name, word in ((name, word) for name, given in words.items() for word in given):
             if not (isinstance(word, int) and 0 <= word < 2**32):
                 raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, as it names a stream.")
         for token in params.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise InputError(f"stop token {token} is outside the vocabulary of {vocab_size}: it would never come.")
-        for place, (ids, row_id) in enumerate(zip(prompts, row_ids, strict=True)):
+        for place, (ids, row_id, limit) in enumerate(zip(prompts, row_ids, limits, strict=True)):
             name = f"Prompt {place} (row {row_id})"
             if not ids:
                 raise InputError(f"{name} is empty: give it at least one token.")
@@ -189,18 +202,20 @@ class RolloutEngine:
                 raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
             if len(ids) >= context:
                 raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
-            needed = self._pages_of_row(ids, params)
+            if limit < 1:
+                raise InputError(f"{name} has a limit of {limit} tokens: it must be at least 1.")
+            needed = self._pages_of_row(ids, limit)
             if self.max_pages is not None and needed > self.max_pages:
                 raise InputError(
                     f"{name} with {len(ids)} tokens needs {needed} pages of {self.page_size} tokens, and "
                     f"max_pages is {self.max_pages}: raise it or shorten the prompt."
                 )
 
-    def _runner_for(self, prompts: list[list[int]], n: int, params: SamplingParams) -> Runner:
+    def _runner_for(self, prompts: list[list[int]], n: int, limits: list[int]) -> Runner:
         """The kept runner and pool; the pool grows where the work wants it, and forgets where the weights changed."""
         weight = next(self.model.parameters())
         shape = cache_shape(self.config)
-        n_pages = self._n_pages(prompts, n, params, 2 * math.prod(shape) * weight.element_size())
+        n_pages = self._n_pages(prompts, n, limits, 2 * math.prod(shape) * weight.element_size())
         if self.runner is not None:
             cache = self.pool.key_caches[0]
             if (cache.dtype, cache.device) != (weight.dtype, weight.device):
@@ -218,11 +233,11 @@ class RolloutEngine:
         self._weights = weights
         return self.runner
 
-    def _n_pages(self, prompts: list[list[int]], n: int, params: SamplingParams, token_bytes: int) -> int:
+    def _n_pages(self, prompts: list[list[int]], n: int, limits: list[int], token_bytes: int) -> int:
         if self.max_pages is not None:
             return self.max_pages
         prefixes = [len(ids) // self.page_size for ids in prompts]
-        of_row = [self._pages_of_row(ids, params) for ids in prompts]
+        of_row = [self._pages_of_row(ids, limit) for ids, limit in zip(prompts, limits, strict=True)]
         own = max(whole - shared for whole, shared in zip(of_row, prefixes, strict=True))
         wanted = sum(prefixes) + own * min(MAX_ROWS, n * len(prompts))
         budget = CPU_POOL_BYTES

@@ -14,11 +14,15 @@ from toolx_kernels.ops.hf_attention import PackedContext, run_body
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """A prompt with the completions that follow it, as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``."""
+    """A prompt with the completions that follow it, as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``.
+
+    ``masks`` has one entry per completion: True for each token that counts, or None where all of them do. The others,
+    of tool outputs, are context for what comes after them and no targets.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
-    masks: Sequence[Sequence[bool] | None] | None = None  # which tokens the model wrote; None: all
+    masks: Sequence[Sequence[bool] | None] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -35,6 +39,7 @@ class PackedBatch:
     source       1 2   | 3 4 5  3     whose hidden state predicts the N completion tokens
     targets      5 2   | 4 6 2  8
     cu_seqlens   0 2 5 6
+    mask         None: all targets count
     """
 
     input_ids: Tensor  # (packed) int64
@@ -43,7 +48,7 @@ class PackedBatch:
     source: Tensor  # (N) int64, indexes the packed tokens
     targets: Tensor  # (N) int64
     cu_seqlens: Tensor  # (B + 1) int32
-    mask: Tensor | None = None  # (N) bool
+    mask: Tensor | None = None  # (N) bool: the targets that the loss takes in
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
@@ -52,20 +57,22 @@ class PackedBatch:
 
 def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> PackedBatch:
     """One batch of all groups; completions keep their order, group by group."""
-    ids, positions, segments, source, targets, bounds = [], [], [], [], [], [0]
+    ids, positions, segments, source, targets, mask, bounds = [], [], [], [], [], [], [0]
     starts = [0]
     for group in groups:
+        masks = group.masks or [None] * len(group.completions)
         last_of_prompt = len(ids) + len(group.prompt) - 1
         ids += group.prompt
         positions += range(len(group.prompt))
         segments += [0] * len(group.prompt)
-        for k, completion in enumerate(group.completions, start=1):
+        for k, (completion, counts) in enumerate(zip(group.completions, masks, strict=True), start=1):
             inner = len(completion) - 1
             source += [last_of_prompt, *range(len(ids), len(ids) + inner)]
             ids += completion[:-1]
             positions += range(len(group.prompt), len(group.prompt) + inner)
             segments += [k] * inner
             targets += completion
+            mask += [True] * len(completion) if counts is None else counts
             bounds.append(len(targets))
         starts.append(len(ids))
 
@@ -88,6 +95,7 @@ def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> P
         torch.tensor(source, device=device),
         torch.tensor(targets, device=device),
         torch.tensor(bounds, dtype=torch.int32, device=device),
+        None if all(mask) else torch.tensor(mask, device=device),
     )
 
 

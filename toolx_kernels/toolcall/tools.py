@@ -1,0 +1,299 @@
+"""Python functions and environments as tools: the schemas that prompts show, and the running of calls.
+
+A tool is a function with type hints and a Google-style docstring, sync or async. An environment is an object with a
+method ``reset``; its other public methods are tools that see the state of one episode. What a call comes to is always
+text for the model: a string as it is, any other value as JSON, and whatever went wrong as ``{"error": "..."}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import json
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.rows import Row, short
+
+MAX_THREADS = 128  # calls, of all episodes together, that run at the same time
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """What the calls of one episode reach: functions by name, and which of them share the environment's state."""
+
+    row: Row
+    functions: dict[str, Callable]
+    stateful: frozenset[str] = frozenset()
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while the environment is at work
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One call on its way. It ends with a ``result``, or with an ``error`` in one line."""
+
+    work: Callable[[], Any] | None
+    convert: Callable[[Any], str]  # of what ``work`` returns
+    result: str = ""
+    error: str | None = None
+    future: Future = field(default_factory=Future)  # result, error, when it ended
+
+
+class Toolbox:
+    """Functions and an environment that answer the calls of many episodes.
+
+    Args:
+        tools: functions with type hints and Google-style docstrings, from which transformers makes their schemas.
+        environment_factory: a callable without arguments; makes a fresh environment for every episode. Its ``reset``
+            gets those of the row's columns, its id and its answer that it names; all of them with ``**kwargs``.
+        timeout: seconds that one call, or the making and resetting of an environment, may take. A call that takes
+            longer is left alone: Python cannot stop a thread. An async one is cancelled.
+
+    Raises:
+        InputError: neither tools nor environment; a tool that is no function, lacks a hint or a description, or shares
+            its name with another one; an environment without ``reset``, or with ``get_reward``, which nobody would
+            call; a timeout that is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Callable] = (),
+        environment_factory: Callable[[], Any] | None = None,
+        *,
+        timeout: float,
+    ):
+        if not 0 < timeout < float("inf"):
+            raise InputError(f"timeout={timeout} of a tool call must be positive and finite, in seconds.")
+        if callable(tools):
+            raise InputError(f"tools={short(tools)} must be a list of functions: put it into brackets.")
+        if not tools and environment_factory is None:
+            raise InputError("There are neither tools nor an environment_factory: give one of them.")
+        self.timeout, self.environment_factory = timeout, environment_factory
+        methods = {} if environment_factory is None else environment_methods(environment_factory())
+        functions: dict[str, Callable] = {}
+        for tool in (*tools, *methods.values()):
+            if not (inspect.isfunction(tool) or inspect.ismethod(tool)):
+                raise InputError(f"tools holds {short(tool)}: give functions that have a name, made with def.")
+            if tool.__name__ in functions:
+                raise InputError(f"Two tools are called {tool.__name__!r}: rename one of them.")
+            functions[tool.__name__] = tool
+        self.schemas = {name: tool_schema(tool) for name, tool in functions.items()}
+        self.functions = {name: tool for name, tool in functions.items() if name not in methods}
+        started: Future = Future()
+        threading.Thread(target=asyncio.run, args=(_serve(started),), name="async tools", daemon=True).start()
+        self._loop, stop = started.result()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, stop.set)
+
+    def offer(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows as prompts are to show them.
+
+        Each offers its own tools and then all of ours that it does not name itself; where it does, its own schema is
+        shown and our function answers. A text that ``reset`` returns for the row is added to the user's last message.
+
+        Raises:
+            InputError: ``reset`` fails for a row, which is named.
+        """
+        texts = self._begin([Session(row, dict(self.functions)) for row in rows])
+        missing = [[s for name, s in self.schemas.items() if name not in row.tool_names] for row in rows]
+        return [
+            replace(row, prompt=_with_text(row, text), tools=row.tools + tools)
+            for row, text, tools in zip(rows, texts, missing, strict=True)
+        ]
+
+    def open(self, rows: Sequence[Row]) -> list[Session]:
+        """A session for an episode of each of ``rows``, which come from ``offer``, with a fresh environment.
+
+        Raises:
+            InputError: ``reset`` fails, or returns another text than the one that ``offer`` put into the prompt: the
+                episodes of a prompt are compared with each other, so they must begin alike.
+        """
+        sessions = [Session(row, dict(self.functions)) for row in rows]
+        for row, text in zip(rows, self._begin(sessions), strict=True):
+            if not row.user_text.endswith(text):
+                raise InputError(
+                    f"reset returned {short(text)} for row {row.id!r}, whose prompt does not end with that: let it "
+                    "depend on the row's columns alone, and sample rows that offer() has returned."
+                )
+        return sessions
+
+    def answer(self, turns: Sequence[tuple[Session, list[dict]]]) -> list[list[str]]:
+        """The texts that the calls of each turn come to, in the order of the calls.
+
+        Functions run in parallel with everything else. The methods of one environment run one after the other, as each
+        may change what the next one sees; when one is too slow, those behind it do not run, and while it still runs
+        later ones wait for it.
+        """
+        of_turns = [[_job(session, call) for call in calls] for session, calls in turns]
+        queues = []
+        for (session, calls), jobs in zip(turns, of_turns, strict=True):
+            ready = [(job, call["name"] in session.stateful) for job, call in zip(jobs, calls, strict=True) if job.work]
+            queues.append(([job for job, stateful in ready if stateful], session.lock))
+            queues += [([job], None) for job, stateful in ready if not stateful]
+        self._run([queue for queue in queues if queue[0]])
+        return [[job.result if job.error is None else error_text(job.error) for job in jobs] for jobs in of_turns]
+
+    def _begin(self, sessions: Sequence[Session]) -> list[str]:
+        """Gives each session its environment; what their ``reset`` returns to show, mostly nothing."""
+        if self.environment_factory is None:
+            return [""] * len(sessions)
+        jobs = [_Job(lambda session=session: self._reset(session), _opening) for session in sessions]
+        self._run([([job], None) for job in jobs])
+        for session, job in zip(sessions, jobs, strict=True):
+            if job.error is not None:
+                raise InputError(f"The environment cannot be reset for row {session.row.id!r} ({job.error}): mend it.")
+        return [job.result for job in jobs]
+
+    def _reset(self, session: Session) -> Any:
+        row, environment = session.row, self.environment_factory()
+        methods = environment_methods(environment)
+        session.functions |= methods
+        session.stateful = frozenset(methods)
+        fields = {"id": row.id, "answer": row.answer, **row.columns}
+        parameters = inspect.signature(environment.reset).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            fields = {parameter.name: fields[parameter.name] for parameter in parameters if parameter.name in fields}
+        return environment.reset(**copy.deepcopy(fields))
+
+    # ---- threads
+
+    def _run(self, queues: Sequence[tuple[list[_Job], threading.Lock | None]]) -> None:
+        """Runs all queues side by side, the jobs of a queue in order; every job then has a result or an error."""
+        for first in range(0, len(queues), MAX_THREADS):
+            together = queues[first : first + MAX_THREADS]
+            begun = []
+            for jobs, lock in together:
+                begun.append(time.monotonic())
+                # daemons: a stuck call must not keep the process alive
+                threading.Thread(target=self._work, args=(jobs, lock or nullcontext()), daemon=True).start()
+            for (jobs, _), start in zip(together, begun, strict=True):
+                self._wait(jobs, start)
+
+    def _work(self, jobs: list[_Job], lock: AbstractContextManager) -> None:
+        with lock:
+            for job in jobs:
+                if job.future.set_running_or_notify_cancel():
+                    result, error = "", None
+                    try:
+                        result = job.convert(self._awaited(job.work()))
+                    except BaseException as raised:  # also what would end another thread, such as SystemExit
+                        error = _one_line(raised)
+                    job.future.set_result((result, error, time.monotonic()))
+
+    def _awaited(self, value: Any) -> Any:
+        if not inspect.isawaitable(value):
+            return value
+
+        async def awaited() -> Any:
+            return await value
+
+        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        if wait([future], self.timeout).not_done:
+            future.cancel()
+            raise TimeoutError(self._too_late)
+        return future.result()
+
+    def _wait(self, jobs: list[_Job], start: float) -> None:
+        late = False
+        for job in jobs:
+            if late and job.future.cancel():
+                job.error = "not run, as the call before it took too long"
+            elif wait([job.future], max(0.0, start + self.timeout - time.monotonic())).done:
+                job.result, job.error, start = job.future.result()
+            else:
+                late = True
+                job.future.cancel()  # where it still waits for the environment
+                job.error = f"TimeoutError: {self._too_late}"
+
+    @property
+    def _too_late(self) -> str:
+        return f"no answer within {self.timeout:g} s"
+
+
+def tool_schema(function: Callable) -> dict:
+    """The JSON schema of a function, made by transformers from its hints and docstring.
+
+    Raises:
+        InputError: a parameter without a hint, or without a line in the docstring; or no docstring.
+    """
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(function)
+    except Exception as error:  # its own kinds, and whatever evaluating a hint raises
+        raise InputError(
+            f"No schema can be made for the tool {function.__name__!r} ({_one_line(error)}): give it a docstring in "
+            "Google's style and every parameter a type hint and a line under Args."
+        ) from error
+
+
+def environment_methods(environment: Any) -> dict[str, Callable]:
+    """The public methods of an environment by name, ``reset`` left out.
+
+    Raises:
+        InputError: there is no method ``reset``, or one called ``get_reward``.
+    """
+    kind = type(environment)
+    names = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
+    if "reset" not in names:
+        raise InputError(f"The environment {kind.__name__} has no method reset: add one, which begins an episode.")
+    if "get_reward" in names:
+        raise InputError(f"get_reward of {kind.__name__} would never be called: make it a reward function.")
+    return {name: getattr(environment, name) for name in names if name != "reset"}
+
+
+def error_text(error: str) -> str:
+    """What the model reads of something that went wrong."""
+    return json.dumps({"error": error}, ensure_ascii=False)
+
+
+async def _serve(started: Future) -> None:
+    """Keeps the loop running in which all async tools run, so that what they share may belong to it."""
+    stop = asyncio.Event()
+    started.set_result((asyncio.get_running_loop(), stop))
+    await stop.wait()
+
+
+def _job(session: Session, call: dict) -> _Job:
+    name, arguments = call["name"], call["arguments"]
+    function = session.functions.get(name)
+    if function is None:
+        offered = name in session.row.tool_names
+        return _Job(None, _as_text, error=f"{name} cannot be run here" if offered else f"there is no tool {name}")
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        return _Job(None, _as_text, error=f"{name}: {error}")
+    return _Job(lambda: function(**arguments), _as_text)
+
+
+def _as_text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()  # a tokenizer takes no lone surrogates
+
+
+def _opening(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise TypeError(f"reset returned {short(value)}, neither a string nor None")
+    return value or ""
+
+
+def _with_text(row: Row, text: str) -> str | list[dict]:
+    """The prompt of ``row`` with ``text`` at the end of the user's last message."""
+    if isinstance(row.prompt, str):
+        return row.prompt + text
+    messages = list(row.prompt)
+    last = max(place for place, message in enumerate(messages) if message["role"] == "user")
+    messages[last] = messages[last] | {"content": messages[last]["content"] + text}
+    return messages
+
+
+def _one_line(error: BaseException) -> str:
+    return ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
