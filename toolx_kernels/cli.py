@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def train(argv: list[str]) -> int:
     args = parse_train(argv)
     from transformers.utils import logging
 
-    from toolx_kernels.toolcall import builtin
+    from toolx_kernels.toolcall import builtin_turns
+    from toolx_kernels.train.cold_start import built_in_cold_start
     from toolx_kernels.train.data import load_eval_rows, load_rows
     from toolx_kernels.train.run_folder import RunFolder
     from toolx_kernels.train.trainer import ToolExpanderTrainer
@@ -63,16 +65,14 @@ def train(argv: list[str]) -> int:
     logging.disable_progress_bar()  # ours is enough
     RunFolder(args.output_dir).check(args)
     rows, eval_rows = load_rows(args)
-    examples = None
-    if args.dataset == "builtin":
-        examples = builtin.cold_start_examples(args.seed, args.cold_start_self_exemplify)
     summary = ToolExpanderTrainer(
         args.model,
         args=args,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        cold_start=examples,
+        cold_start=built_in_cold_start(args),
         demonstrations=load_eval_rows(args.demonstration_dataset) if args.demonstration_dataset else (),
+        environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
     ).train()
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
     print(
@@ -121,7 +121,8 @@ def parse_train(argv: list[str]):
         k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
     }
     if settings["model"] == "tiny":
-        settings = read_config("builtin") | settings
+        recipe = settings["dataset"] if settings["dataset"] in ("builtin", "builtin-turns") else "builtin"
+        settings = read_config(recipe) | settings
     return ToolExpanderConfig(**settings)
 
 
@@ -166,8 +167,8 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--dataset", nargs="+", default=["builtin"],
-        help="one or several of: builtin, bfcl:<category>, bfcl:single_turn (the eight categories, 2,351 rows, that "
-        "the paper averages over), a .jsonl path, a hub name",
+        help="one or several of: builtin, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, "
+        "2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
     )  # fmt: skip
     parser.add_argument("--eval_rows", "--eval-rows", type=int, help="so many rows a dataset, drawn with a fixed seed")
     parser.add_argument(
@@ -197,11 +198,14 @@ def evaluate(argv: list[str]) -> int:
     from transformers.utils import logging
 
     from toolx_kernels.rollout import RolloutEngine, SamplingParams
-    from toolx_kernels.train.data import Prompts, load_eval_rows, some_rows, split_rows
+    from toolx_kernels.toolcall.builtin_turns import MAX_TURNS, Registry
+    from toolx_kernels.train.data import MADE_UP, Prompts, load_eval_rows, some_rows, split_rows
     from toolx_kernels.train.evaluate import check_sampling
     from toolx_kernels.train.evaluate import evaluate as score
     from toolx_kernels.train.models import load_model, stop_token_ids
+    from toolx_kernels.train.rollouts import SingleTurn
     from toolx_kernels.train.scores import check_new, describe, new_folder, write_scores
+    from toolx_kernels.train.tool_loop import ToolLoop
 
     check_sampling(args.temperature, args.num_generations, args.k)
     if args.output:
@@ -209,7 +213,7 @@ def evaluate(argv: list[str]) -> int:
     sampling = SamplingParams(args.max_completion_length, temperature=args.temperature)
 
     def rows_of(dataset: str):
-        if args.split == "held-out" and dataset != "builtin":
+        if args.split == "held-out" and dataset not in MADE_UP:
             return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
         return load_eval_rows(dataset, args.eval_rows)
 
@@ -219,10 +223,15 @@ def evaluate(argv: list[str]) -> int:
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
     prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
     engine = RolloutEngine(model, seed=args.seed)
+    in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
+
+    def sampler_of(dataset: str):
+        return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, tokenizer)
+
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
         scores = {
             dataset: score(
-                engine, prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset
+                sampler_of(dataset), prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset
             )
             for dataset, of_dataset in rows.items()
         }  # fmt: skip

@@ -7,8 +7,9 @@ import pytest
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import DemonstrationIndex, builtin
 from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.train.cold_start import cold_start_examples
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.data import Prompts, cold_start_examples, load_rows, split_rows
+from toolx_kernels.train.data import Prompts, load_rows, split_rows
 from toolx_kernels.train.tiny import tiny_tokenizer
 
 

@@ -8,6 +8,7 @@ pool outlives the call, and with it what was computed of prompts, until the weig
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,8 +23,9 @@ from toolx_kernels.rollout.scheduler import Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
 MAX_ROWS = 512  # rows that decode together
-CPU_POOL_BYTES = 1 << 30
-GPU_POOL_SHARE = 4  # a pool takes at most one part in this many of a GPU's memory
+# A pool takes at most one part in so many of the memory: a host has other work than this.
+CPU_POOL_SHARE = 8
+GPU_POOL_SHARE = 4
 
 
 class RolloutEngine:
@@ -240,7 +242,7 @@ class RolloutEngine:
         of_row = [self._pages_of_row(ids, limit) for ids, limit in zip(prompts, limits, strict=True)]
         own = max(whole - shared for whole, shared in zip(of_row, prefixes, strict=True))
         wanted = sum(prefixes) + own * min(MAX_ROWS, n * len(prompts))
-        budget = CPU_POOL_BYTES
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_POOL_SHARE
         if self._device.type == "cuda":
             budget = torch.cuda.get_device_properties(self._device).total_memory // GPU_POOL_SHARE
         return max(*of_row, min(wanted, budget // (token_bytes * self.page_size)), 1)

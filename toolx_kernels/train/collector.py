@@ -11,11 +11,10 @@ from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.evaluate import Judge
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.learner import DivergedError
 from toolx_kernels.train.rollouts import GroupPlan, Rollout, Sampler, ScoredGroup
-
-Judge = Callable[[str, Row], bool]
 
 
 class Collector:
@@ -37,7 +36,6 @@ class Collector:
         self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
         self.rewards = rewards
         self.params = args.sampling(stop_token_ids)
-        self.greedy = args.sampling(stop_token_ids, greedy=True)
         self.tokens: Counter[str] = Counter()
 
     def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
@@ -81,12 +79,6 @@ class Collector:
             return solved
 
         return attempt
-
-    def greedy_texts(self, rows: Sequence[Row]) -> list[str]:
-        """The most likely completion of each row's raw prompt; not counted as tokens."""
-        prompts = [self.prompts.ids(row) for row in rows]
-        groups = self.sampler.sample(rows, prompts, 1, self.greedy, row_ids=range(len(rows)))
-        return [rollouts[0].text for rollouts in groups]
 
     def _sample(
         self,

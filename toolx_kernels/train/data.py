@@ -5,49 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import builtin
-from toolx_kernels.toolcall.builtin import Example
-from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall import builtin, builtin_turns
 from toolx_kernels.toolcall.readers import read_dataset
 from toolx_kernels.toolcall.render import render_completion, render_prompt
 from toolx_kernels.toolcall.rows import Row, with_calls
-from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
 
-BUILTIN_TRAIN_ROWS = 640
-BUILTIN_EVAL_ROWS = 480
+MADE_UP = {"builtin": builtin, "builtin-turns": builtin_turns}  # tasks that need no data, by name
+MADE_UP_TRAIN_ROWS = 640
+MADE_UP_EVAL_ROWS = 480
 
 
 def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows as the config names them.
 
-    The built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
+    A built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
     ``eval_dataset`` is given.
     """
-    if config.dataset == "builtin":
-        train = builtin.train_rows(config.train_rows or BUILTIN_TRAIN_ROWS, config.seed)
+    if made_up := MADE_UP.get(config.dataset):
+        train = made_up.train_rows(config.train_rows or MADE_UP_TRAIN_ROWS, config.seed)
     else:
         train = read_dataset(config.dataset)
     if config.calls is not None:
         train = with_calls(train, config.calls)
     if config.eval_dataset is not None:
         held_out = load_eval_rows(config.eval_dataset)
-    elif config.dataset == "builtin":
-        held_out = load_eval_rows("builtin", config.eval_rows)
+    elif made_up:
+        held_out = load_eval_rows(config.dataset, config.eval_rows)
     else:
         train, held_out = split_rows(train, config.eval_fraction)
     return some_rows(train, config.train_rows, config.seed), some_rows(held_out, config.eval_rows)
 
 
 def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
-    """All rows of a dataset; of the built-in task ``count`` held-out ones, always the same."""
-    if dataset == "builtin":
-        return builtin.heldout_rows(count or BUILTIN_EVAL_ROWS, seed=0)
+    """All rows of a dataset; of a built-in task ``count`` held-out ones, always the same."""
+    if made_up := MADE_UP.get(dataset):
+        return made_up.heldout_rows(count or MADE_UP_EVAL_ROWS, seed=0)
     return some_rows(read_dataset(dataset), count)
 
 
@@ -87,11 +85,17 @@ class Prompts:
         self._cache: dict[int, tuple[Row, list[int]]] = {}
 
     def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
+        """The prompt that a rollout begins with; raw ones are kept."""
         if demonstrations:
-            return render_prompt(self.tokenizer, row, demonstrations, self.instructions)
+            return self.render(row, demonstrations)
         if id(row) not in self._cache:
-            self._cache[id(row)] = row, render_prompt(self.tokenizer, row, (), self.instructions)
+            self._cache[id(row)] = row, self.render(row)
         return self._cache[id(row)][1]
+
+    def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
+        """The same, made anew; with other instructions than those of all prompts."""
+        instructions = self.instructions if instructions is None else instructions
+        return render_prompt(self.tokenizer, row, demonstrations, instructions)
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> Sequence[Row]:
         """As many of the demonstrations, from the first on, as leave ``room`` tokens of the context."""
@@ -120,44 +124,8 @@ class Prompts:
 
     def completion_ids(self, calls: Sequence[dict]) -> list[int]:
         """The canonical answer as token ids, with the end-of-turn token."""
-        return self._turn(render_completion(calls))
+        return self.turn_ids(render_completion(calls))
 
-    def supervised(self, example: Example) -> tuple[list[int], list[int]]:
-        """Prompt and completion of a cold-start example; of its demonstrations, as many as fit."""
-        if example.examples:
-            written = [
-                {"tools": row.tool_names, "question": row.user_text, "answer": row.answer} for row in example.examples
-            ]
-            thought = ", ".join(call["name"] for call in example.target)
-            target = self._turn(render_self_exemplified(written, thought, example.target))
-            return render_prompt(self.tokenizer, example.row, (), INSTRUCTIONS), target
-        target = self.completion_ids(example.target)
-        shown = self.fitting(example.row, example.demonstrations, room=len(target))
-        return render_prompt(self.tokenizer, example.row, shown), target
-
-    def _turn(self, text: str) -> list[int]:
+    def turn_ids(self, text: str) -> list[int]:
+        """An assistant's turn as token ids, with the token that ends it."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-
-
-def cold_start_examples(
-    config: ToolExpanderConfig, rows: Sequence[Row], demonstrations: DemonstrationIndex
-) -> Iterator[Example]:
-    """An endless stream of supervised examples from the rows' answers.
-
-    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one. Another share writes
-    four other rows as examples of its own first (``config.cold_start_self_exemplify``).
-    """
-    rng = random.Random(f"cold start {config.seed}")
-    while True:
-        for row in rng.sample(rows, len(rows)):
-            if config.cold_start_self_exemplify and rng.random() < config.cold_start_self_exemplify:
-                others = [other for other in rng.sample(rows, min(5, len(rows))) if other is not row]
-                yield Example(row, (), row.answer, tuple(others[:4]))
-                continue
-            shown = rng.random() < config.cold_start_demonstrations
-            chosen = (
-                demonstrations.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots)
-                if shown
-                else ()
-            )
-            yield Example(row, tuple(chosen), row.answer)

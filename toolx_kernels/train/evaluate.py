@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.rollout import RolloutEngine, SamplingParams
-from toolx_kernels.rollout.types import Completion
+from toolx_kernels.rollout import SamplingParams
 from toolx_kernels.toolcall.rewards import is_correct
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.rollouts import Sampler
 from toolx_kernels.train.scores import TOO_LONG, Answer, Scores
 
 Judge = Callable[[str, Row], bool]
 
 
 def evaluate(
-    engine: RolloutEngine,
+    sampler: Sampler,
     prompts: Prompts,
     rows: Sequence[Row],
     params: SamplingParams,
@@ -31,8 +31,8 @@ def evaluate(
     """``n`` completions of every row's prompt, judged; with pass@k for each k of ``ks``.
 
     A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
-    gets depends on engine seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the title
-    of a bar, drawn on a terminal when it takes more than a moment.
+    gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the
+    title of a bar, drawn on a terminal when it takes more than a moment.
 
     Raises InputError for what ``check_sampling`` refuses; before anything runs.
     """
@@ -46,13 +46,14 @@ def evaluate(
             bar.update()
             return False
 
-        groups = engine.generate([ids[place] for place in fitting], n, params, row_ids=fitting, on_completion=count)
+        groups = sampler.sample(
+            [rows[place] for place in fitting], [ids[place] for place in fitting], n, params, row_ids=fitting,
+            on_rollout=count,
+        )  # fmt: skip
     answers = [[Answer("", False, 0, TOO_LONG)] * n for _ in rows]
-    for place, group in zip(fitting, groups, strict=True):
-        texts = [_text(prompts, completion) for completion in group.completions]
+    for place, rollouts in zip(fitting, groups, strict=True):
         answers[place] = [
-            Answer(text, bool(judge(text, rows[place])), len(completion.ids), completion.finish_reason)
-            for text, completion in zip(texts, group.completions, strict=True)
+            Answer(r.text, bool(judge(r.text, rows[place])), r.written, r.finish_reason) for r in rollouts
         ]
     return Scores(rows, answers, ks)
 
@@ -66,20 +67,3 @@ def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
     for k in ks:
         if not 1 <= k <= n:
             raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
-
-
-def generate_greedy(engine: RolloutEngine, prompts: Prompts, rows: Sequence[Row], params: SamplingParams) -> list[str]:
-    """The model's most likely completion of every row, as text."""
-    groups = engine.generate([prompts.ids(row) for row in rows], 1, params)
-    return [_text(prompts, group.completions[0]) for group in groups]
-
-
-def accuracy_of(rows: Sequence[Row], texts: Sequence[str], judge: Judge = is_correct) -> tuple[float, dict[str, float]]:
-    """Share of rows answered rightly: over all, and for each tier or BFCL category that rows name."""
-    answers = [[Answer(text, bool(judge(text, row)), 0, "")] for row, text in zip(rows, texts, strict=True)]
-    scores = Scores(rows, answers)
-    return scores.accuracy, {part: score.accuracy.value for part, score in scores.parts.items()}
-
-
-def _text(prompts: Prompts, completion: Completion) -> str:
-    return prompts.tokenizer.decode(completion.ids, skip_special_tokens=True)

@@ -54,13 +54,19 @@ class Learner:
         load_weights(checkpoint, self.reference)
 
     def imitate(self, groups: Sequence[PackedGroup], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """One supervised step: mean negative log-prob of all completion tokens."""
-        n_tokens = sum(len(ids) for group in groups for ids in group.completions)
+        """One supervised step: mean negative log-prob of the completion tokens that the model is to write."""
+        n_tokens = sum(
+            len(ids) if mask is None else sum(mask)
+            for group in groups
+            for ids, mask in zip(group.completions, group.masks or [None] * len(group.completions), strict=True)
+        )
         total = 0.0
 
         def loss_of(hidden: Tensor, batch: PackedBatch, _) -> Tensor:
             nonlocal total
-            loss = -linear_logprob(hidden, targets=batch.targets, **head_of(self.model)).logprobs.sum() / n_tokens
+            rows = slice(None) if batch.mask is None else batch.mask
+            stats = linear_logprob(hidden[rows], targets=batch.targets[rows], **head_of(self.model))
+            loss = -stats.logprobs.sum() / n_tokens
             total += float(loss.detach())
             return loss
 

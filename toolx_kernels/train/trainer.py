@@ -13,6 +13,7 @@ of the clipped loss is exactly 1; it knows one device and no distributed trainin
 
 from __future__ import annotations
 
+import copy
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall.builtin import Example
+from toolx_kernels.toolcall.builtin_turns import Episode
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.readers import rows_from
 from toolx_kernels.toolcall.report import dataset_report
@@ -35,13 +38,13 @@ from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
-from toolx_kernels.train.collector import Collector, Judge
+from toolx_kernels.train.cold_start import cold_start_examples, supervised
+from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
-from toolx_kernels.train.data import Prompts, cold_start_examples
-from toolx_kernels.train.evaluate import accuracy_of
+from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.evaluate import Judge, evaluate
 from toolx_kernels.train.hard_sampling import (
     Attempt,
     Demonstrator,
@@ -65,10 +68,12 @@ from toolx_kernels.train.policies import (
     PolicyLoss,
     PromptSampler,
 )
-from toolx_kernels.train.rollouts import ScoredGroup, SingleTurn
+from toolx_kernels.train.rollouts import Sampler, ScoredGroup, SingleTurn
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
 from toolx_kernels.train.run_folder import CURVES, RunFolder
 from toolx_kernels.train.schedule import ExponentialDecay
+from toolx_kernels.train.scores import Scores
+from toolx_kernels.train.tool_loop import ToolLoop
 
 
 @dataclass(slots=True)
@@ -102,6 +107,8 @@ class ToolExpanderTrainer:
         cold_start: examples to imitate before RL, endless; default: the training rows' answers, a part of them with
             demonstrations. Used when ``args.cold_start_steps`` is set.
         demonstrations: more rows that demonstrations are taken from, besides the training rows.
+        tools, environment_factory: Python functions, or what makes an environment for each rollout, that the model may
+            call in turns; TRL's names and habits, see ``Toolbox``. With either, rollouts have several turns.
         hard_sample_policy, prompt_sampler, advantage_shaper, policy_loss: instead of what ``args`` choose; see the
             protocols in ``hard_sampling`` and ``policies``.
 
@@ -117,9 +124,11 @@ class ToolExpanderTrainer:
         train_dataset=None,
         eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        cold_start: Iterator[Example] | None = None,
+        cold_start: Iterator[Example | Episode] | None = None,
         *,
         demonstrations: Sequence[Row] = (),
+        tools: Sequence[Callable] = (),
+        environment_factory: Callable[[], Any] | None = None,
         hard_sample_policy: HardSamplePolicy | None = None,
         prompt_sampler: PromptSampler | None = None,
         advantage_shaper: AdvantageShaper | None = None,
@@ -142,18 +151,23 @@ class ToolExpanderTrainer:
         self.model, self.tokenizer = model.eval(), processing_class
         context = model.get_decoder().config.max_position_embeddings
         self.prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
+        self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
+        self.sampler: Sampler = SingleTurn(self.engine, self.tokenizer)
+        if tools or environment_factory:
+            self.sampler = self._tool_loop(tools, environment_factory)
+            self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
         self.demonstrations = DemonstrationIndex([*self.rows, *demonstrations])
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)
             cold_start = cold_start_examples(args, self.rows, self.demonstrations)
         self.cold_start = cold_start
-        self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
         self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss))
         self.schedule = ExponentialDecay(self.learner.optimizer, args.lr_decay, args.min_lr_rate)
+        self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.collector = Collector(
-            self.rows, self.prompts, SingleTurn(self.engine, self.tokenizer), self.judge, rewards, args,
-            stop_token_ids(model, self.tokenizer),
+            self.rows, self.prompts, self.sampler, self.judge, rewards, args,
+            self.stop_token_ids,
         )  # fmt: skip
         self.table = HardSamples(self.rows, demonstrations)
         sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
@@ -168,6 +182,17 @@ class ToolExpanderTrainer:
         shaped = DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
         self.advantages: AdvantageShaper = advantage_shaper or shaped
         self.state = RunState()
+
+    def _tool_loop(self, tools: Sequence[Callable], environment_factory: Callable[[], Any] | None) -> ToolLoop:
+        return ToolLoop(
+            self.engine,
+            self.tokenizer,
+            self.prompts,
+            tools=tools,
+            environment_factory=environment_factory,
+            max_turns=self.args.max_tool_calling_iterations + 1,
+            tool_timeout=self.args.tool_timeout,
+        )
 
     def _hard_sample_policy(self) -> HardSamplePolicy:
         args = self.args
@@ -379,10 +404,8 @@ class ToolExpanderTrainer:
             started, progress = time.perf_counter(), step / args.cold_start_steps
             for parameters in optimizer.param_groups:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
-            batch = []
-            for example in islice(self.cold_start, args.cold_start_batch_size):
-                prompt, target = self.prompts.supervised(example)
-                batch.append(PackedGroup(prompt, [target]))
+            examples = islice(self.cold_start, args.cold_start_batch_size)
+            batch = [supervised(self.prompts, example) for example in examples]
             with self._naming(f"cold-start step {step}"):
                 metrics = self.learner.imitate(batch, optimizer)
             self.run.log("cold_start", step, {"seconds": time.perf_counter() - started}, **metrics)
@@ -406,12 +429,14 @@ class ToolExpanderTrainer:
         stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
         sampler = None
         if self.args.verification == "cautious":
-            sampler = SingleTurn(RolloutEngine(self.learner.reference, seed=self.args.seed), self.tokenizer)
+            sampler = copy.copy(self.sampler)
+            sampler.engine = RolloutEngine(self.learner.reference, seed=self.args.seed)
         return self.collector.attempt(stream, "verify", sampler)
 
-    def evaluate(self) -> tuple[float, dict[str, float]]:
-        """Greedy exact-match accuracy on the held-out rows, over all and per tier or category."""
-        return accuracy_of(self.eval_rows, self.collector.greedy_texts(self.eval_rows), self.judge)
+    def evaluate(self) -> Scores:
+        """Greedy answers to the held-out rows, judged."""
+        greedy = self.args.sampling(self.stop_token_ids, greedy=True)
+        return evaluate(self.sampler, self.prompts, self.eval_rows, greedy, judge=self.judge)
 
     def _log_probe(self, found: Probe, round_index: int, counters: dict) -> None:
         self.run.log(
@@ -422,11 +447,12 @@ class ToolExpanderTrainer:
 
     def _evaluate_and_log(self) -> float:
         started = time.perf_counter()
-        accuracy, parts = self.evaluate()
+        scores = self.evaluate()
+        parts = {name: score.accuracy.value for name, score in scores.parts.items()}
         timing = {"seconds": time.perf_counter() - started}
         spent = self.rounds.spent_tokens
-        self.run.log("eval", self.state.step, timing, accuracy=accuracy, parts=parts, spent_tokens=spent)
-        return accuracy
+        self.run.log("eval", self.state.step, timing, accuracy=scores.accuracy, parts=parts, spent_tokens=spent)
+        return scores.accuracy
 
     # ---- the run folder
 

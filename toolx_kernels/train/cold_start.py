@@ -1,0 +1,68 @@
+"""The supervised examples that a run may begin with, and their tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from toolx_kernels.toolcall import builtin, builtin_turns
+from toolx_kernels.toolcall.builtin import Example
+from toolx_kernels.toolcall.builtin_turns import Episode
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
+from toolx_kernels.train.batch import PackedGroup
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.tool_loop import supervised_episode
+
+OWN_EXAMPLES = 4  # more than three are rewarded
+
+
+def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episode] | None:
+    """The examples that a built-in task brings; None for any other dataset."""
+    if config.dataset == "builtin":
+        return builtin.cold_start_examples(config.seed, config.cold_start_self_exemplify)
+    return builtin_turns.cold_start_episodes(config.seed) if config.dataset == "builtin-turns" else None
+
+
+def cold_start_examples(
+    config: ToolExpanderConfig, rows: Sequence[Row], demonstrations: DemonstrationIndex
+) -> Iterator[Example]:
+    """An endless stream of supervised examples from the rows' answers.
+
+    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one. Another share writes
+    four other rows as examples of its own first (``config.cold_start_self_exemplify``).
+    """
+    rng = random.Random(f"cold start {config.seed}")
+    while True:
+        for row in rng.sample(rows, len(rows)):
+            if config.cold_start_self_exemplify and rng.random() < config.cold_start_self_exemplify:
+                others = [other for other in rng.sample(rows, min(OWN_EXAMPLES + 1, len(rows))) if other is not row]
+                yield Example(row, (), row.answer, tuple(others[:OWN_EXAMPLES]))
+                continue
+            shown = rng.random() < config.cold_start_demonstrations
+            chosen = (
+                demonstrations.choose(row, rng, per_tool=config.few_shots_per_tool, limit=config.max_few_shots)
+                if shown
+                else ()
+            )
+            yield Example(row, tuple(chosen), row.answer)
+
+
+def supervised(prompts: Prompts, example: Example | Episode) -> PackedGroup:
+    """What the model is to imitate, as tokens; of the example's demonstrations, as many as fit.
+
+    Only examples of the self-exemplifying form show its instructions, whatever form the run has.
+    """
+    if isinstance(example, Episode):
+        ids, mask = supervised_episode(prompts.tokenizer, example.row, example.turns)
+        return PackedGroup(prompts.render(example.row, instructions=""), [ids], [mask])
+    if example.examples:
+        written = [{"tools": e.tool_names, "question": e.user_text, "answer": e.answer} for e in example.examples]
+        thought = ", ".join(call["name"] for call in example.target)
+        target = prompts.turn_ids(render_self_exemplified(written, thought, example.target))
+        return PackedGroup(prompts.render(example.row, instructions=INSTRUCTIONS), [target])
+    target = prompts.completion_ids(example.target)
+    shown = prompts.fitting(example.row, example.demonstrations, room=len(target))
+    return PackedGroup(prompts.render(example.row, shown, instructions=""), [target])
