@@ -28,7 +28,7 @@ INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "stre
 INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
 OF_CACHE = {"query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"}
-FLOATS = {"softcap", "eps", "scale"}
+FLOATS = {"softcap", "eps", "min_std", "scale"}
 ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 16
 
 

@@ -78,7 +78,7 @@ def parse_sections(text: str) -> Sections:
         position = start
         if name == "tool_call" and not malformed:  # after a malformed block it matters no more what later ones hold
             end = _json_end(text, start)
-            malformed, position = end is None, start
+            malformed, position = end is None, end or start
         answer.append(text[tag.start() : position])
         in_order, answered = in_order and name is not None, True
     answer.append(text[position:])
