@@ -64,7 +64,7 @@ def test_the_two_prompts_of_a_row_draw_different_random_numbers(tmp_path, monkey
     monkeypatch.setattr(trainer.prompts, "fitting", lambda row, shown, room=1: ())
     trainer.prompts.ids_of = trainer.prompts.ids
     monkeypatch.setattr(trainer.prompts, "ids", lambda row, shown=(): trainer.prompts.ids_of(row))
-    trainer.policy.demonstrator.fitting = lambda row, shown: shown
+    trainer.rounds.policy.demonstrator.fitting = lambda row, shown: shown
     trainer.train()
     by_row = {}
     for group in steps[0]:

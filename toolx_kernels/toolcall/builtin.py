@@ -162,7 +162,8 @@ def _sized(catalogue: _Catalogue, convention: bool, low: int, high: int) -> tupl
     return tuple(n for n, t in types.items() if ("currency" in t) == convention and low <= len(t) - convention <= high)
 
 
-def _schema(name: str, types: dict[str, str]) -> dict:
+def signature(name: str, types: dict[str, str]) -> dict:
+    """A tool as rows offer it, with parameters of these types."""
     properties = {p: {"type": t} for p, t in types.items()}
     if "currency" in properties:
         properties["currency"]["enum"] = list(CURRENCIES)
@@ -225,7 +226,7 @@ def _row(tier: str, identifier: str, catalogue: _Catalogue, currency: str, rng: 
     others = [n for n in _distractors(names[0], level, catalogue, rng) if n not in offered]
     offered += others[: max(0, rng.randint(*level.offered) - len(offered))]
     rng.shuffle(offered)
-    tools = [_schema(n, catalogue.types(n)) for n in offered]
+    tools = [signature(n, catalogue.types(n)) for n in offered]
     return Row(identifier, _request(calls, rng), tools, calls, {"tier": tier})
 
 

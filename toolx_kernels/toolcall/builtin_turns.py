@@ -1,8 +1,8 @@
 """The built-in task in two turns: what the last call needs is shown by other tools only.
 
 A request asks to look something up and to use what comes back, as in "Please find the number with guest Norville, then
-book the room, that number and city Belton.": the model calls `find_number`, reads a number, and calls `book_room` with
-that. In the tier `lookup` one thing is looked up; in `lookups` a number and a label, by two calls in one turn. The
+book the room, that number and city Belton.": the model calls `find_number`, reads "number: 347", and calls `book_room`
+with that. In the tier `lookup` one thing is looked up; in `lookups` a number and a label, by two calls in one turn. The
 answer of a row holds the calls of both turns. `Registry` is the environment that answers the lookups; nothing answers
 the last call, so episodes have `MAX_TURNS` turns.
 
@@ -11,7 +11,6 @@ parameters, and held-out rows use tool names, strings and integers that no train
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from toolx_kernels.toolcall.builtin import (
     OPENINGS,
     PARAMETERS,
     SEPARATORS,
-    _schema,
     integers,
+    signature,
     strings,
     tool_names,
 )
@@ -50,7 +49,7 @@ class Registry:
         """Begins an episode with these records."""
         self._records = records
 
-    def find_number(self, guest: str) -> int:
+    def find_number(self, guest: str) -> str:
         """Find the number.
 
         Args:
@@ -66,10 +65,15 @@ class Registry:
         """
         return self._record("label", owner)
 
-    def _record(self, kind: str, key: str) -> str | int:
+    def _record(self, kind: str, key: str) -> str:
         if key not in self._records[kind]:
             raise LookupError(f"no {KEYS[kind]} {key}")
-        return self._records[kind][key]
+        return _told(kind, self._records[kind][key])
+
+
+def _told(kind: str, value: str | int) -> str:
+    """What a lookup returns, in the words of a request: what copies values from there can copy from here."""
+    return f"{kind}: {value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +111,10 @@ def _row(tier: str, identifier: str, held_out: bool, edition: int, rng: random.R
     keys = {kind: next(values["string"]) for kind in sought}
     lookups = [{"name": f"find_{kind}", "arguments": {KEYS[kind]: keys[kind]}} for kind in sought]
 
-    offered = [_schema(f"find_{kind}", {key: "string"}) for kind, key in KEYS.items()]
+    offered = [signature(f"find_{kind}", {key: "string"}) for kind, key in KEYS.items()]
     others = [n for n in tool_names(held_out) if n != name]
     own = [name, *rng.sample(others, int(rng.random() < DISTRACTOR_SHARE))]
-    offered += [_schema(n, _types(n, edition)) for n in rng.sample(own, len(own))]
+    offered += [signature(n, _types(n, edition)) for n in rng.sample(own, len(own))]
 
     told = {p: value for p, value in arguments.items() if p not in sought}
     order = {p: arguments[p] for p in (*sought, *told)}
@@ -163,8 +167,7 @@ def turns_of(row: Row, last: dict) -> list[dict]:
     for call in lookups:
         kind = call["name"].removeprefix("find_")
         value = row.columns["records"][kind][call["arguments"][KEYS[kind]]]
-        text = value if isinstance(value, str) else json.dumps(value)
-        results.append({"role": "tool", "name": call["name"], "content": text})
+        results.append({"role": "tool", "name": call["name"], "content": _told(kind, value)})
     return [
         {"role": "assistant", "content": render_completion(lookups)},
         *results,

@@ -55,7 +55,7 @@ def render_text(
     messages = row.messages
     if added := "\n\n".join(filter(None, [instructions, "\n".join(map(_show, demonstrations))])):
         messages = _with_system(messages, added)
-    if not row.tools or _shows_tools(tokenizer):
+    if not row.tools or shows_tools(tokenizer):
         return _apply(tokenizer, messages, row.tools or None)
     return _apply(tokenizer, _with_system(messages, _tool_prompt(row.tools)), None)
 
@@ -84,7 +84,8 @@ def _with_system(messages: list[dict], text: str) -> list[dict]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _shows_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def shows_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template writes the tools that it is given."""
     template = tokenizer.chat_template
     if tokenizer not in _uses_tools or _uses_tools[tokenizer][0] != template:
         shown = _apply(tokenizer, _PROBE_MESSAGES, _PROBE_TOOLS) != _apply(tokenizer, _PROBE_MESSAGES, None)

@@ -219,6 +219,12 @@ class ToolExpanderConfig:
             max_completion_length=self.max_completion_length,
         )
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model before RL is kept: for the KL term, or because it is what verifies demonstrations."""
+        cautious = self.demonstrations == "better" and self.verification == "cautious"
+        return bool(self.beta) or (cautious and self.hard_sampling != "none")
+
     def to_dict(self) -> dict:
         return asdict(self)
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.rollouts import GroupPlan
 
 Demonstrations = tuple[Row, ...]
@@ -254,3 +255,18 @@ class FewShot:
             return [GroupPlan(row, ((), shown))]
         replaced = GroupPlan(row, (shown,), shown)
         return [replaced] if self.form == "replace" else [GroupPlan(row), replaced]
+
+
+def chosen_hard_sample_policy(
+    args: ToolExpanderConfig,
+    index: DemonstrationIndex,
+    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]],
+    verification: Callable[[int], Attempt],
+) -> HardSamplePolicy:
+    if args.hard_sampling == "none":
+        return PlainGRPO()
+    drawn = RandomDemonstrations(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
+    if args.demonstrations == "random":
+        return FewShot(args.hard_sampling, drawn)
+    verified = VerifiedDemonstrations(drawn, args.demonstration_tries, args.verify_rollouts, verification)
+    return FewShot(args.hard_sampling, verified)

@@ -17,6 +17,7 @@ from torch import Tensor
 from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.reference import GRPOLossConfig, GRPOOutput
+from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.rollouts import ScoredGroup
 
 # ---- which prompts a step learns from
@@ -64,6 +65,11 @@ class DynamicSampling(EpochOrder):
         return not group.equal_rewards
 
 
+def chosen_prompt_sampler(args: ToolExpanderConfig, count: int) -> PromptSampler:
+    sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
+    return sampler(count, args.prompts_per_step, args.seed)
+
+
 # ---- from rewards to advantages
 
 
@@ -95,6 +101,11 @@ class DifficultyWeighted:
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         share = torch.tensor([sum(group.correct) / len(group.correct) for group in groups])
         return self.of(groups) * (4 * self.sigma * share * (1 - share))[_group_ids(groups)]
+
+
+def chosen_advantage_shaper(args: ToolExpanderConfig) -> AdvantageShaper:
+    relative = GroupRelative(args.scale_rewards, args.min_reward_std)
+    return DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
 
 
 def _group_ids(groups: Sequence[ScoredGroup]) -> Tensor:

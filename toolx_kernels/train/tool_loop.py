@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.toolcall.parse import parse_calls
-from toolx_kernels.toolcall.render import _shows_tools, render_text
+from toolx_kernels.toolcall.render import render_text, shows_tools
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.tools import Session, Toolbox, error_text
 from toolx_kernels.train.data import Prompts
@@ -262,7 +262,7 @@ def _conventions(
     where there is none."""
     try:
         result = {"role": "tool", "name": "tool", "content": _RESULT}
-        own_role = _shows_tools(tokenizer) and _RESULT in _after_turn(tokenizer, [result])
+        own_role = shows_tools(tokenizer) and _RESULT in _after_turn(tokenizer, [result])
     except InputError:
         own_role = False
     tail = _after_turn(tokenizer, [])

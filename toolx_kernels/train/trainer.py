@@ -47,28 +47,23 @@ from toolx_kernels.train.data import Prompts
 from toolx_kernels.train.evaluate import Judge, evaluate
 from toolx_kernels.train.hard_sampling import (
     Attempt,
-    Demonstrator,
-    FewShot,
     HardSamplePolicy,
     HardSamples,
-    PlainGRPO,
     Probe,
-    RandomDemonstrations,
-    VerifiedDemonstrations,
+    chosen_hard_sample_policy,
 )
 from toolx_kernels.train.learner import DivergedError, Learner
 from toolx_kernels.train.models import load_model, stop_token_ids
 from toolx_kernels.train.policies import (
     AdvantageShaper,
     ClippedLoss,
-    DifficultyWeighted,
-    DynamicSampling,
-    EpochOrder,
-    GroupRelative,
     PolicyLoss,
     PromptSampler,
+    chosen_advantage_shaper,
+    chosen_prompt_sampler,
 )
-from toolx_kernels.train.rollouts import Sampler, ScoredGroup, SingleTurn
+from toolx_kernels.train.records import rollout_lines, step_values
+from toolx_kernels.train.rollouts import Sampler, SingleTurn
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
 from toolx_kernels.train.run_folder import CURVES, RunFolder
 from toolx_kernels.train.schedule import ExponentialDecay
@@ -170,17 +165,14 @@ class ToolExpanderTrainer:
             self.stop_token_ids,
         )  # fmt: skip
         self.table = HardSamples(self.rows, demonstrations)
-        sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
         self.rounds = Rounds(
             self.table,
             hard_sample_policy or self._hard_sample_policy(),
-            prompt_sampler or sampler(len(self.rows), args.prompts_per_step, args.seed),
+            prompt_sampler or chosen_prompt_sampler(args, len(self.rows)),
             self.collector,
             args,
         )
-        relative = GroupRelative(args.scale_rewards, args.min_reward_std)
-        shaped = DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
-        self.advantages: AdvantageShaper = advantage_shaper or shaped
+        self.advantages = advantage_shaper or chosen_advantage_shaper(args)
         self.state = RunState()
 
     def _tool_loop(self, tools: Sequence[Callable], environment_factory: Callable[[], Any] | None) -> ToolLoop:
@@ -195,24 +187,7 @@ class ToolExpanderTrainer:
         )
 
     def _hard_sample_policy(self) -> HardSamplePolicy:
-        args = self.args
-        if args.hard_sampling == "none":
-            return PlainGRPO()
-        demonstrator: Demonstrator = RandomDemonstrations(
-            self.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, self.prompts.fitting
-        )
-        if args.demonstrations == "better":
-            demonstrator = VerifiedDemonstrations(
-                demonstrator, args.demonstration_tries, args.verify_rollouts, self._verification
-            )
-        return FewShot(args.hard_sampling, demonstrator)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the model before RL is kept: for the KL term, or because it is what verifies demonstrations."""
-        args = self.args
-        cautious = args.demonstrations == "better" and args.verification == "cautious"
-        return bool(args.beta) or cautious and args.hard_sampling != "none"
+        return chosen_hard_sample_policy(self.args, self.demonstrations, self.prompts.fitting, self._verification)
 
     # ---- the run
 
@@ -232,7 +207,7 @@ class ToolExpanderTrainer:
                     state.eval_before = self._evaluate_and_log()
                     bar.write(f"held-out accuracy before RL: {state.eval_before:.3f}")
                 self._save(started)
-            if self.needs_reference:
+            if self.args.needs_reference:
                 self.learner.freeze_reference(self.run.path / "checkpoint-0")
             entered = None
             while not self._finished():
@@ -301,7 +276,7 @@ class ToolExpanderTrainer:
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
         checkpoint = self.run.latest_checkpoint() if self.args.resume else None
-        if checkpoint and self.needs_reference and not (self.run.path / "checkpoint-0").exists():
+        if checkpoint and self.args.needs_reference and not (self.run.path / "checkpoint-0").exists():
             why = f"beta={self.args.beta}" if self.args.beta else "verification='cautious'"
             raise InputError(f"{why} needs {self.run.path}/checkpoint-0, and it is gone: start anew.")
         if checkpoint:
@@ -357,12 +332,10 @@ class ToolExpanderTrainer:
         self.collector.tokens["trained"] += trained["trained_tokens"]
         state.step += 1
 
-        rollouts = [rollout for group in sampled for rollout in group.rollouts]
-        written = sum(rollout.written for rollout in rollouts)
-        correct = [flag for group in sampled for flag in group.correct]
-        rewards = [reward for group in sampled for reward in group.rewards]
-        self._log_rollouts(sampled)
+        for line in rollout_lines(sampled, self.rows, args.num_generations, args.log_completions):
+            self.run.log_rollout(step=state.step, **line)
         now = time.perf_counter()
+        written = sum(rollout.written for group in sampled for rollout in group.rollouts)
         return self.run.log(
             "step",
             state.step,
@@ -372,29 +345,12 @@ class ToolExpanderTrainer:
                 "tokens_per_second": written / (rolled_out - started),
             },
             round=round_index,
-            reward=sum(rewards) / len(rewards),
-            rewards=self._mean_parts(sampled),
-            accuracy=sum(correct) / len(correct),
-            solved=sum(any(group.correct) for group in sampled) / len(sampled),
-            replaced=sum(any(group.plan.shown) for group in sampled),
-            dropped=len(sampled) - len(groups),
+            **step_values(sampled, kept=len(groups)),
             learning_rate=self.schedule.get_last_lr()[0],
             **trained,
-            sampler_entropy=sum(sum(rollout.entropies) for rollout in rollouts) / written,
-            completion_length=written / len(rollouts),
-            truncated=sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
             tokens=sum(self.collector.tokens.values()),
             spent_tokens=self.rounds.spent_tokens,
         )
-
-    @staticmethod
-    def _mean_parts(groups: Sequence[ScoredGroup]) -> dict[str, float | None]:
-        """What each reward function gave on average, where it applied."""
-        means = {}
-        for name in groups[0].parts:
-            values = [value for group in groups for value in group.parts[name] if value is not None]
-            means[name] = sum(values) / len(values) if values else None
-        return means
 
     def _cold_start(self, bar: tqdm) -> None:
         """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
@@ -472,26 +428,8 @@ class ToolExpanderTrainer:
         self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
         return save_checkpoint(
             self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(state),
-            keep=self.args.save_total_limit, keep_first=self.needs_reference,
+            keep=self.args.save_total_limit, keep_first=self.args.needs_reference,
         )  # fmt: skip
-
-    def _log_rollouts(self, groups: Sequence[ScoredGroup]) -> None:
-        """Some of a step's rollouts, first one of each group, then another one of each, ..."""
-        places = [(place, group) for place in range(max(len(g.rollouts) for g in groups)) for group in groups]
-        places = [(place, group) for place, group in places if place < len(group.rollouts)]
-        for place, group in places[: self.args.log_completions]:
-            row = self.rows[group.plan.row]
-            shown = group.plan.shown[place // self.args.num_generations]
-            self.run.log_rollout(
-                step=self.state.step,
-                row=row.id,
-                demonstrations=[demonstration.id for demonstration in shown],
-                learned_with=[demonstration.id for demonstration in group.plan.learned],
-                prompt=row.user_text,
-                completion=group.rollouts[place].text,
-                reward=group.rewards[place],
-                advantage=group.advantages[place] if group.advantages else None,
-            )
 
 
 def peak_memory_bytes() -> int:
