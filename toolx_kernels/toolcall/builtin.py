@@ -88,6 +88,7 @@ COLD_EASY_EXAMPLES = 3200
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
 COLD_DEMONSTRATED = 0.3
 COLD_OWN_EXAMPLES = 4
+COLD_OWN_EXAMPLES_AFTER = 9600  # examples; earlier, their length and their own values hinder learning to copy
 NOISE = {"quoted_integers": 0.6, "boolean_words": 0.6, "second_call_missing": 0.6}
 
 
@@ -285,15 +286,15 @@ def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Exam
     First `COLD_EASY_EXAMPLES` of the tier easy, then a mix of all tiers (`COLD_MIX`), a part of it with a demonstration
     (`COLD_DEMONSTRATED`). Without a demonstration the target has bad habits (`NOISE`) and `COLD_CURRENCY`; with one it
     is right, and its currency is that of the demonstration. So the model learns to copy, to follow demonstrations, and
-    leaves a policy that reinforcement learning can mend. A share `self_exemplify` of the mix has examples to write
-    before the answer, which then has the bad habits too.
+    leaves a policy that reinforcement learning can mend. From `COLD_OWN_EXAMPLES_AFTER` on, a share
+    `self_exemplify` has examples to write before the answer, which has the bad habits too.
     """
     rng = random.Random(f"cold start {seed}")
     for index in itertools.count():
         catalogue = _Catalogue(held_out=False, edition=rng.randint(1, COLD_EDITIONS))
         easy = index < COLD_EASY_EXAMPLES
         tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
-        if self_exemplify and not easy and rng.random() < self_exemplify:
+        if self_exemplify and index >= COLD_OWN_EXAMPLES_AFTER and rng.random() < self_exemplify:
             row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
             yield Example(row, (), _imitated(row.answer, rng), _own_examples(row, catalogue, COLD_CURRENCY, rng))
         elif easy or rng.random() >= COLD_DEMONSTRATED:
