@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import DemonstrationIndex, builtin
 from toolx_kernels.train.hard_sampling import (
     FewShot,
@@ -208,6 +209,12 @@ def test_demonstrations_may_come_from_other_rows_than_the_training_rows(rows):
     assert ids & {row.id for row in others}
     for row in range(40):
         assert [d.id for d in table.demonstrations(row)] == table.states[row].demonstrations
+
+
+def test_demonstrations_with_the_id_of_another_row_are_refused(rows):
+    HardSamples(rows[:4], rows[2:8])
+    with pytest.raises(InputError, match=f"another row with the id '{rows[1].id}'"):
+        HardSamples(rows[:4], [replace(rows[9], id=rows[1].id)])
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))

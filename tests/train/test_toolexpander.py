@@ -2,13 +2,22 @@
 
 import json
 import math
+from itertools import islice
 
 import pytest
 import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import builtin
+from toolx_kernels.toolcall import (
+    builtin,
+    distinct_examples,
+    is_answer_correct,
+    parse_sections,
+    render_self_exemplified,
+)
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.learner import Learner
@@ -276,3 +285,55 @@ def test_a_policy_of_ones_own(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(InputError, match=message):
         ToolExpanderConfig(**settings)
+
+
+def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_alone(tmp_path, monkeypatch):
+    """A sampler that writes the right answer behind examples, or only within its examples, stands in for the model."""
+    args = ToolExpanderConfig(
+        output_dir=str(tmp_path / "run"), self_exemplify=True, **SMALL | {"cold_start_steps": 0, "max_steps": 1}
+    )
+    trainer = ToolExpanderTrainer("tiny", None, args, training_rows(), builtin.heldout_rows(6, 0, ("easy",)))
+    assert all(INSTRUCTIONS in trainer.tokenizer.decode(trainer.prompts.ids(row)) for row in trainer.rows)
+    rows = {row.id: row for row in trainer.rows}
+    others = [
+        {"tools": row.tool_names, "question": row.user_text, "answer": row.answer} for row in list(rows.values())[:5]
+    ]
+
+    def text_of(row, place):
+        examples = [other for other in others if other["question"] != row.user_text][:4]
+        if place % 2:  # the right calls among the examples, a wrong answer
+            examples[0] = {"tools": row.tool_names, "question": "another one", "answer": row.answer}
+            return render_self_exemplified(examples, "", [{"name": row.answer[0]["name"], "arguments": {}}])
+        return render_self_exemplified(examples if place else examples[:2], "", row.answer)
+
+    sample = trainer.sampler.sample
+
+    def scripted(rows, prompts, n, params, **keywords):
+        groups = sample(rows, prompts, n, params, **keywords)
+        for row, rollouts in zip(rows, groups, strict=True):
+            for place, rollout in enumerate(rollouts):
+                rollout.text = text_of(row, place)
+        return groups
+
+    monkeypatch.setattr(type(trainer.sampler), "sample", lambda self, *args, **keywords: scripted(*args, **keywords))
+    steps = spied(monkeypatch)
+    trainer.train()
+    for group in steps[0]:
+        assert group.rewards == [1.0, 0.0, 1.01, 0.0]
+        assert group.correct == [True, False, True, False]
+        assert abs(group.advantages[2] - group.advantages[0]) < 0.03, "the bonus stays small"
+
+
+def test_the_cold_start_can_teach_the_self_exemplifying_form(tmp_path):
+    trainer = make_trainer(tmp_path / "run", dataset=None, cold_start_self_exemplify=0.5)
+    groups = [(example, supervised(trainer.prompts, example)) for example in islice(trainer.cold_start, 24)]
+    written = [group for example, group in groups if example.examples]
+    assert 4 < len(written) < 20
+    for example, group in groups:
+        prompt, text = (trainer.tokenizer.decode(ids) for ids in (group.prompt, group.completions[0]))
+        assert (INSTRUCTIONS in prompt) == bool(example.examples)
+        text = text.removesuffix(trainer.tokenizer.eos_token)
+        assert is_answer_correct(text, example.row)
+        if example.examples:
+            assert distinct_examples(parse_sections(text).examples, example.row.user_text) == 4
+            assert example.row not in example.examples

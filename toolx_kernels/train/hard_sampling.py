@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -102,6 +103,15 @@ class HardSamples:
     """The state of every training row; part of each checkpoint."""
 
     def __init__(self, rows: Sequence[Row], demonstrations: Sequence[Row] = ()):
+        """``demonstrations`` are more rows whose ids the table may name.
+
+        Raises:
+            InputError: one of them has the id of a training row and is another row.
+        """
+        own = {row.id: row for row in rows}
+        for row in demonstrations:
+            if own.get(row.id, row) != row:
+                raise InputError(f"The demonstrations hold another row with the id {row.id!r}: make ids unique.")
         self.rows = rows
         self.states = [RowState() for _ in rows]
         self._place = {row.id: place for place, row in enumerate(rows)}

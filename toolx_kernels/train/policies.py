@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -35,6 +36,13 @@ class PromptSampler(Protocol):
         """Whether a step learns from the group; what it keeps too few of is sampled anew, up to ``max_batches``."""
 
 
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return tuple(order)
+
+
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
     """Each epoch is a permutation of the rows, cut into equal batches; a step is a batch."""
@@ -46,9 +54,7 @@ class EpochOrder:
 
     def rows(self, batch: int) -> list[int]:
         epoch, place = divmod(batch, max(1, self.count // self.size))
-        order = list(range(self.count))
-        random.Random(f"epoch {self.seed} {epoch}").shuffle(order)
-        return order[place * self.size :][: self.size]
+        return list(_permutation(self.count, self.seed, epoch)[place * self.size :][: self.size])
 
     def keeps(self, group: ScoredGroup) -> bool:
         return True
