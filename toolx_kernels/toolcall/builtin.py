@@ -84,7 +84,7 @@ TIERS = tuple(LEVELS)
 
 # The cold start: how long it stays easy, what it mixes then, how often it shows demonstrations and bad habits.
 COLD_EDITIONS = 100
-COLD_EASY_EXAMPLES = 3200
+COLD_EASY_EXAMPLES = 4800
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
 COLD_DEMONSTRATED = 0.3
 COLD_OWN_EXAMPLES = 4
