@@ -183,6 +183,10 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--self_exemplify", "--self-exemplify", action="store_true",
+        help="the model writes examples and thinks first; a run that was trained so is known by its folder",
+    )  # fmt: skip
     parser.add_argument("--output", help="a new folder for scores.json, scores.md and answers.jsonl")
     args = parser.parse_args(argv)
     for flag in ("eval_rows", "max_completion_length"):
@@ -199,6 +203,8 @@ def evaluate(argv: list[str]) -> int:
 
     from toolx_kernels.rollout import RolloutEngine, SamplingParams
     from toolx_kernels.toolcall.builtin_turns import MAX_TURNS, Registry
+    from toolx_kernels.toolcall.rewards import is_correct
+    from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
     from toolx_kernels.train.data import MADE_UP, Prompts, load_eval_rows, some_rows, split_rows
     from toolx_kernels.train.evaluate import check_sampling
     from toolx_kernels.train.evaluate import evaluate as score
@@ -221,7 +227,9 @@ def evaluate(argv: list[str]) -> int:
     logging.disable_progress_bar()  # ours is enough
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
-    prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
+    own_examples = args.self_exemplify or trained_to_exemplify(args.model)
+    context = model.get_decoder().config.max_position_embeddings
+    prompts = Prompts(tokenizer, context, INSTRUCTIONS if own_examples else "")
     engine = RolloutEngine(model, seed=args.seed)
     in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
@@ -231,7 +239,8 @@ def evaluate(argv: list[str]) -> int:
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
         scores = {
             dataset: score(
-                sampler_of(dataset), prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset
+                sampler_of(dataset), prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset,
+                judge=is_answer_correct if own_examples else is_correct,
             )
             for dataset, of_dataset in rows.items()
         }  # fmt: skip
@@ -240,8 +249,19 @@ def evaluate(argv: list[str]) -> int:
         print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
         if folder:
             settings = {name: value for name, value in vars(args).items() if name != "output"}
+            settings["self_exemplify"] = own_examples
             write_scores(folder, scores, settings)
     return 0
+
+
+def trained_to_exemplify(model: str) -> bool:
+    """Whether ``model`` is the folder of a run, or a checkpoint of one, in the self-exemplifying form."""
+    from toolx_kernels.train.run_folder import CONFIG, RunFolder
+
+    for folder in (Path(model), Path(model).parent):
+        if (folder / CONFIG).is_file():
+            return bool(RunFolder(folder).config().get("self_exemplify"))
+    return False
 
 
 def compare(argv: list[str]) -> int:

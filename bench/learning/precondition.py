@@ -30,7 +30,7 @@ def main(output: str, *flags: str) -> None:
         trainer = ToolExpanderTrainer(args.model, None, args, *load_rows(args), demonstrations=more)
         rows, collector = trainer.rows, trainer.collector
         drawer = RandomDemonstrations(
-            trainer.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, trainer.prompts.fitting
+            trainer.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, trainer.fitting
         )
 
         def hard(asked, stream: int) -> set[int]:
@@ -40,7 +40,7 @@ def main(output: str, *flags: str) -> None:
         counts, left = {"raw": len(raw)}, list(range(len(rows)))
         without = 0
         for number in range(args.demonstration_tries):
-            drawn = [(row, drawer.draw(rows[row], 0, number)) for row in left]
+            drawn = [(row, drawer.draw(rows[row], 0, number)[0]) for row in left]
             shown = [(row, demonstrations) for row, demonstrations in drawn if demonstrations]
             still = hard(shown, VERIFY_STREAM + number)
             bare = {row for row, demonstrations in drawn if not demonstrations} & raw

@@ -98,7 +98,7 @@ def test_a_report():
         first_outside_schema="two",
         first_fault="call 1 (a): argument 'n' is '2', which is not of type integer",
     )
-    assert dataset_report(rows).empty_answers == 1
+    assert dataset_report(rows).calls[0] == 1
     assert dataset_report(rows).lines() == [
         "6 rows, 3 tools; rows by calls in the answer: 0 calls: 1, 1 call: 2, 2 calls: 2, 3 calls: 1",
         "rows without any possible demonstration, so never shown with one: 2 of 6, first 'lonely'",

@@ -78,7 +78,12 @@ def test_demonstrations_and_answers_stay_within_the_context(rows):
     raw, with_one = (len(render_prompt(tokenizer, row, shown)) for shown in ((), demos[:1]))
     assert Prompts(tokenizer, 1024).fitting(row, demos) == demos
     assert Prompts(tokenizer, with_one + 1).fitting(row, demos) == demos[:1]
-    assert Prompts(tokenizer, with_one + 1).fitting(row, demos, room=2) == []
+    room = with_one - raw
+    assert Prompts(tokenizer, with_one + room).fitting(row, demos, room=room) == demos[:1]
+    assert Prompts(tokenizer, with_one + room - 1).fitting(row, demos[:1], room=room) == []
+    long = replace(demos[0], id="long", prompt="find the hotel " * 200)
+    assert Prompts(tokenizer, with_one + 1).fitting(row, [long, demos[0]]) == demos[:1], "what is too long is skipped"
+    assert Prompts(tokenizer, with_one + 1).fitting(row, demos[:1], room=1000) == [], "capped by the raw prompt's"
     prompts = Prompts(tokenizer, raw + 1)
     prompts.check(rows[:1])
     with pytest.raises(InputError, match=f"Row {row.id}: its prompt and answer have"):

@@ -113,6 +113,7 @@ def test_demonstrations_are_dropped_until_the_prompt_fits(rows):
         table = table_of(rows, everything)
         chooser(rows, fitting).choose(table, everything, 0)
         shown.append([table.demonstrations(row) for row in everything])
+        assert table.counters(0)["demonstrations_cut"] == sum(map(len, shown[0])) - sum(map(len, shown[-1]))
     free, tight, none = shown
     assert max(map(len, free)) > 1
     assert [of_row[:1] for of_row in free] == tight
@@ -127,8 +128,8 @@ def verified(rows, attempt, tries=4, rollouts=4):
 
 
 def test_better_demonstrations_are_drawn_until_they_help(rows):
-    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))]
-    draws = {row: [chooser(rows).draw(rows[row], 0, number) for number in range(4)] for row in hard}
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])]
+    draws = {row: [chooser(rows).draw(rows[row], 0, number)[0] for number in range(4)] for row in hard}
     helps = {row: draws[row][row % 4] for row in hard if row % 5}  # for every fifth row nothing ever helps
     asked = []
 
@@ -149,7 +150,7 @@ def test_better_demonstrations_are_drawn_until_they_help(rows):
 
 
 def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_solved(rows):
-    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))][:6]
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])][:6]
     calls = []
 
     def attempt(asked, n, first):
@@ -168,7 +169,8 @@ def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_so
     better.choose(table, hard, 2)
     assert calls[1] == solved and all(table.demonstrations(row) for row in hard)
     assert table.counters(2) | {} == {
-        "rows": 6, "hard": 6, "replaced": 6, "without_demonstrations": 0, "recovered": 0, "relapsed": 2,
+        "rows": 6, "hard": 6, "replaced": 6, "without_demonstrations": 0, "demonstrations_cut": 0,
+        "recovered": 0, "relapsed": 2,
     }  # fmt: skip
 
 
@@ -178,16 +180,18 @@ def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_so
 def test_the_table_tells_the_story_of_every_row(rows):
     table = HardSamples(rows[:4])
     table.record(Probe({0: 10, 1: 4, 2: 10}, [0, 2], 0.0), 0)
-    table.show(0, (rows[3],), True, 2)
+    table.show(0, (rows[3],), 1, True, 2)
+    assert table.counters(0)["demonstrations_cut"] == 1
     table.record(Probe({0: 1, 1: 10, 2: 10}, [1, 2], 0.0), 1)
     assert table.counters(1) == {
-        "rows": 3, "hard": 2, "replaced": 0, "without_demonstrations": 2, "recovered": 1, "relapsed": 1,
+        "rows": 3, "hard": 2, "replaced": 0, "without_demonstrations": 2, "demonstrations_cut": 0,
+        "recovered": 1, "relapsed": 1,
     }  # fmt: skip
     lines = table.lines()
     assert [line["id"] for line in lines] == [row.id for row in rows[:3]], "a row that was never probed has no line"
     assert lines[0] == {
-        "id": rows[0].id, "hard": False, "probes": [[0, 0, 10], [1, 1, 1]], "demonstrations": [], "verified": None,
-        "tries": 0, "retired": [1], "relapsed": [],
+        "id": rows[0].id, "hard": False, "probes": [[0, 0, 10], [1, 1, 1]], "demonstrations": [], "cut": 0,
+        "verified": None, "tries": 0, "retired": [1], "relapsed": [],
     }  # fmt: skip
     assert lines[1]["relapsed"] == [1] and lines[1]["hard"]
 
@@ -226,7 +230,7 @@ def test_counters_add_up_over_any_history(solved):
         table.record(Probe({row: 1 if done else 10 for row, done in enumerate(of_round)}, hard, 0.0), round_index)
         counters = table.counters(round_index)
         before = solved[round_index - 1] if round_index else of_round
-        assert counters["hard"] == len(hard)
+        assert counters["hard"] == table.hard == len(hard)
         assert counters["recovered"] == sum(now and not then for now, then in zip(of_round, before, strict=True))
         assert counters["relapsed"] == sum(then and not now for now, then in zip(of_round, before, strict=True))
 
@@ -235,7 +239,7 @@ def test_counters_add_up_over_any_history(solved):
 
 
 def test_what_each_form_rolls_out(rows):
-    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0))][:1]
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])][:1]
     row, easy = hard[0], 399
 
     def groups(policy, of):
@@ -243,7 +247,7 @@ def test_what_each_form_rolls_out(rows):
         policy.start_round(table, hard, 0)
         return policy.groups(table, of)
 
-    shown = chooser(rows).draw(rows[row], 0, 0)
+    shown, _ = chooser(rows).draw(rows[row], 0, 0)
     forms = {form: FewShot(form, chooser(rows)) for form in ("replace", "add", "distill")}
     assert groups(forms["replace"], row) == [GroupPlan(row, (shown,), shown)]
     assert groups(forms["add"], row) == [GroupPlan(row), GroupPlan(row, (shown,), shown)]
@@ -251,3 +255,47 @@ def test_what_each_form_rolls_out(rows):
     assert groups(PlainGRPO(), row) == [GroupPlan(row)]
     for form in forms.values():
         assert groups(form, easy) == [GroupPlan(easy)], "a row that is not hard is raw"
+
+
+def test_a_draw_that_the_context_cuts_to_nothing_is_one_try_of_several(rows):
+    """Its row is tried again: another draw may be shorter."""
+    hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])][:4]
+    draws = []
+
+    def fitting(row, shown):
+        draws.append(row.id)
+        return [] if draws.count(row.id) < 3 else shown
+
+    better = VerifiedDemonstrations(
+        chooser(rows, fitting), 4, 1, lambda number: lambda asked, n, first: [True] * len(asked)
+    )
+    table = table_of(rows, hard)
+    better.choose(table, hard, 0)
+    assert all(table.states[row].tries == 3 and table.states[row].verified for row in hard)
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_ten_thousand_rows_of_which_all_or_none_are_hard(solved):
+    """Work per row is constant: counted by the rollouts and the demonstrations asked for."""
+    rows = builtin.train_rows(10_000, 0)
+    table, asked, fitted = HardSamples(rows), [], []
+
+    def attempt(of_wave, n, first):
+        asked.append(len(of_wave))
+        return [solved] * len(of_wave)
+
+    def fitting(row, shown):
+        fitted.append(row.id)
+        return shown
+
+    found = probe(raw(range(10_000)), 10, attempt)
+    table.record(found, 0)
+    policy = FewShot("replace", chooser(rows, fitting))
+    policy.start_round(table, found.hard, 0)
+    groups = [policy.groups(table, row) for row in range(10_000)]
+    assert asked == ([10_000] if solved else [10_000] * 3)
+    counters = table.counters(0)
+    assert counters["hard"] == (0 if solved else 10_000) == len(fitted)
+    assert counters["replaced"] + counters["without_demonstrations"] == counters["hard"]
+    assert sum(bool(of_row[0].learned) for of_row in groups) == counters["replaced"]
+    assert len(table.lines()) == 10_000

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
+from toolx_kernels import cli
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import (
     builtin,
@@ -17,6 +19,7 @@ from toolx_kernels.toolcall import (
     render_self_exemplified,
 )
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+from toolx_kernels.train import evaluate as cli_evaluate
 from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -103,16 +106,19 @@ def test_tokens_are_counted_by_purpose_and_a_budget_ends_the_run(tmp_path):
         line["spent_tokens"] for line in lines if "spent_tokens" in line
     )
     tokens = whole["tokens"]
-    assert tokens["trained"] == sum(step["trained_tokens"] for step in steps)
+    assert whole["trained_tokens"] == sum(step["trained_tokens"] for step in steps)
     assert tokens["step"] == sum(round(step["completion_length"] * 16) for step in steps)
-    assert whole["spent_tokens"] == sum(tokens.values())
+    assert tokens["measure"] > 0 and whole["sampled_tokens"] == sum(tokens.values())
+    assert (
+        whole["spent_tokens"] == steps[-1]["spent_tokens"] == whole["trained_tokens"] + tokens["step"] + tokens["probe"]
+    )
     budget = steps[3]["spent_tokens"]
     short = make_trainer(tmp_path / "short", max_tokens=budget).train()
     assert short["steps"] == 4, "the step that reaches the budget is the last one"
     shorter = make_trainer(tmp_path / "shorter", max_tokens=budget + 1).train()
     assert shorter["steps"] == 5
     plain = make_trainer(tmp_path / "plain", hard_sampling="none").train()
-    assert plain["spent_tokens"] == plain["tokens"]["step"] + plain["tokens"]["trained"], "its probes only measure"
+    assert plain["spent_tokens"] == plain["tokens"]["step"] + plain["trained_tokens"], "its probes only measure"
 
 
 def test_better_demonstrations_are_verified_by_the_model_before_rl_or_by_the_present_one(tmp_path, monkeypatch):
@@ -337,3 +343,78 @@ def test_the_cold_start_can_teach_the_self_exemplifying_form(tmp_path):
         if example.examples:
             assert distinct_examples(parse_sections(text).examples, example.row.user_text) == 4
             assert example.row not in example.examples
+
+
+def test_a_resume_on_other_rows_is_refused(tmp_path):
+    make_trainer(tmp_path / "run", max_steps=2).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, max_steps=4, **SMALL)
+    rows = training_rows()
+    rows[3] = replace(rows[3], prompt="Please do something else.")
+    with pytest.raises(InputError, match="was run on other training rows"):
+        ToolExpanderTrainer("tiny", even_is_good, args, rows, builtin.heldout_rows(6, 0, ("easy",))).train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_large_probe_is_sampled_in_parts_with_the_same_result(tmp_path, monkeypatch):
+    make_trainer(tmp_path / "whole", max_steps=3).train()
+    monkeypatch.setattr("toolx_kernels.train.collector.MAX_ROLLOUTS", 5)
+    make_trainer(tmp_path / "parts", max_steps=3).train()
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
+
+
+# the paper's rows (arXiv 2510.07737), and ours below
+RECIPES = {
+    "grpo": ("none", False, 1e-3, 0.2, 0.2, 1.0),
+    "replace": ("replace", False, 1e-3, 0.2, 0.2, 0.8),
+    "add": ("add", False, 1e-3, 0.2, 0.2, 0.8),
+    "self-exemplify": ("none", True, 0.0, 0.2, 0.26, 0.8),
+    "self-exemplify-replace": ("replace", True, 0.0, 0.2, 0.26, 0.8),
+    "distill": ("distill", False, 1e-3, 0.2, 0.2, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_are_the_papers_rows_and_run(name, tmp_path):
+    args = cli.parse_train(["--config", name])
+    assert (
+        args.hard_sampling, args.self_exemplify, args.beta, args.epsilon, args.epsilon_high, args.lr_decay
+    ) == RECIPES[name]  # fmt: skip
+    own = {"hard_sampling", "self_exemplify", "beta", "epsilon", "epsilon_high", "lr_decay"}
+    own |= {"max_completion_length", "cold_start_self_exemplify"} if args.self_exemplify else set()
+    assert set(cli.read_config(name)) == own, "all other settings are equal"
+    flags = [
+        "--cold_start_steps", "2", "--max_steps", "1", "--train_rows", "8", "--eval_rows", "4", "--probe_rollouts", "1",
+        "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "16",
+    ]  # fmt: skip
+    assert cli.main(["train", "--config", name, "--output_dir", str(tmp_path / "run"), *flags]) == 0
+    assert cli.main(["eval", "--model", str(tmp_path / "run"), "--eval_rows", "4"]) == 0
+
+
+def test_eval_shows_a_self_exemplifying_run_its_own_prompts(tmp_path, monkeypatch):
+    make_trainer(tmp_path / "run", self_exemplify=True, max_steps=1).train()
+    seen, evaluate = [], cli_evaluate.evaluate
+
+    def spy(sampler, prompts, *args, judge, **keywords):
+        seen.append((prompts.instructions, judge))
+        return evaluate(sampler, prompts, *args, judge=judge, **keywords)
+
+    monkeypatch.setattr(cli_evaluate, "evaluate", spy)
+    for model in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        assert cli.main(["eval", "--model", str(model), "--eval_rows", "2"]) == 0
+    assert seen == [(INSTRUCTIONS, is_answer_correct)] * 2
+
+
+def test_self_exemplifying_has_no_tools(tmp_path):
+    def find(city: str) -> str:
+        """Finds.
+
+        Args:
+            city: where.
+        """
+        return city
+
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), self_exemplify=True, **SMALL)
+    with pytest.raises(InputError, match="self_exemplify=True has one turn"):
+        ToolExpanderTrainer("tiny", even_is_good, args, training_rows(), training_rows(), tools=[find])

@@ -29,11 +29,6 @@ class DatasetReport:
     first_outside_schema: str | None
     first_fault: str | None  # the call and the fault of that row, in words
 
-    @property
-    def empty_answers(self) -> int:
-        """Rows for which making no call is right."""
-        return self.calls.get(0, 0)
-
     def lines(self) -> list[str]:
         """The report in words: one line on all rows, and one for each oddity that occurs."""
         by_calls = ", ".join(f"{calls} {'call' if calls == 1 else 'calls'}: {n}" for calls, n in self.calls.items())

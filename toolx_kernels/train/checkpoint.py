@@ -73,7 +73,7 @@ def save_checkpoint(
         for key, value in values.items()
     }
     save_file(tensors, beside / "optimizer.safetensors")
-    (beside / STATE_FILE).write_text(json.dumps(state | {"model_shape": model_shape(model)}, indent=1))
+    (beside / STATE_FILE).write_text(json.dumps(state | {"model_shape": model_shape(model)}))
     for path in (*beside.iterdir(), beside):
         _sync(path)
     if final.exists():  # a finished run that was resumed: never a moment without a whole checkpoint

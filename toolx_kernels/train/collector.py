@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from tqdm import tqdm
+
 from toolx_kernels.rollout import SamplingParams
 from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rows import Row
@@ -16,11 +18,14 @@ from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.learner import DivergedError
 from toolx_kernels.train.rollouts import GroupPlan, Rollout, Sampler, ScoredGroup
 
+MAX_ROLLOUTS = 2048  # of a probe that are sampled together
+
 
 class Collector:
     """Samples prompts of the training rows with ``sampler`` and judges what comes.
 
-    ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify".
+    ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify", "measure" (the last probe);
+    ``unrewarded`` the rollouts to which no reward function applied, which earn 0.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Collector:
         self.rewards = rewards
         self.params = args.sampling(stop_token_ids)
         self.tokens: Counter[str] = Counter()
+        self.unrewarded = 0
 
     def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
         """Samples and scores the groups of a step; all their prompts go to the engine together."""
@@ -66,19 +72,36 @@ class Collector:
         """Rolls prompts out until they have a correct rollout, for ``probe``; a row leaves its wave at once then."""
 
         def attempt(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
-            solved = [False] * len(asked)
-
-            def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-                solved[place] |= self.judge(rollout.text, self.rows[asked[place][0]])
-                return solved[place]
-
-            streams = [row for row, _ in asked]
-            self._sample(
-                asked, n, self.params, sampler or self.sampler, purpose, streams, stream, first, ends_its_group
-            )
+            solved: list[bool] = []
+            size = max(1, MAX_ROLLOUTS // n)
+            with tqdm(total=len(asked), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
+                # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
+                for start in range(0, len(asked), size):
+                    part = asked[start : start + size]
+                    solved += self._solved(part, n, sampler or self.sampler, purpose, stream, first)
+                    bar.update(len(part))
             return solved
 
         return attempt
+
+    def _solved(
+        self,
+        asked: list[tuple[int, Demonstrations]],
+        n: int,
+        sampler: Sampler,
+        purpose: str,
+        stream: int,
+        first_rollout: int,
+    ) -> list[bool]:
+        solved = [False] * len(asked)
+
+        def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
+            solved[place] |= self.judge(rollout.text, self.rows[asked[place][0]])
+            return solved[place]
+
+        streams = [row for row, _ in asked]
+        self._sample(asked, n, self.params, sampler, purpose, streams, stream, first_rollout, ends_its_group)
+        return solved
 
     def _sample(
         self,
@@ -108,6 +131,7 @@ class Collector:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
         scores = self.rewards(rows, rollouts)
+        self.unrewarded += scores.unrewarded
         total = iter(scores.total)
         parts = {name: iter(values) for name, values in scores.parts.items()}
         for group in groups:

@@ -75,8 +75,9 @@ class Arm:
         return {run.seed: run.curves[curve][-1].value for run in self.finished if run.curves[curve]}
 
     def starts(self, curve: str) -> list[float]:
-        """The first value of a curve in each finished run that has one."""
-        return [run.curves[curve][0].value for run in self.finished if run.curves[curve]]
+        """The value before the first step in each finished run that measured it."""
+        of_runs = (run.curves[curve][0] for run in self.finished if run.curves[curve])
+        return [point.value for point in of_runs if point.step == 0]
 
     def mean_curve(self, curve: str) -> list[tuple[float, float, Estimate]]:
         """(step, mean tokens, mean with its interval) where all finished runs have a value.
@@ -92,7 +93,8 @@ class Arm:
 
 
 def collapse(curve: Sequence[tuple[int, float]], round_steps: int) -> bool | None:
-    """Whether accuracy falls by more than half of its best and stays there for a round; None without a curve.
+    """Whether accuracy falls by more than half of its best and stays there for a round; None where no evaluation
+    but the first has another one a round after it, so that nobody could tell.
 
     ``curve`` holds (step, accuracy) of the evaluations in order. The run collapsed if after some evaluation at a step
     s, every evaluation from s to the first at or beyond s + ``round_steps`` is below half of the best accuracy seen
@@ -104,7 +106,8 @@ def collapse(curve: Sequence[tuple[int, float]], round_steps: int) -> bool | Non
         if through is not None and all(value < best / 2 for _, value in curve[i : through + 1]):
             return True
         best = max(best, accuracy)
-    return False if curve else None
+    told = any(last >= start + round_steps for start, _ in curve[1:] for last, _ in curve)
+    return False if told else None
 
 
 def oscillation(hard: Sequence[float]) -> float | None:
@@ -158,12 +161,14 @@ def _take(run: Run, record: dict) -> None:
     run.step = int(record["step"])
     # runs of older versions count sampled tokens alone, and only in their steps
     fallback = record.get("tokens", run.tokens) if event == "step" else run.tokens
-    run.tokens = int(record.get("spent_tokens", fallback))
+    tokens = int(record.get("spent_tokens", fallback))
+    if event != "probe":  # the last one measures, and may have been counted
+        run.tokens = tokens
     if event in _CURVES:
         value = float(record[_CURVES[event]])
         if not math.isfinite(value):
             raise ValueError(value)
-        run.curves[_CURVES[event]].append(Point(run.step, run.tokens, value))
+        run.curves[_CURVES[event]].append(Point(run.step, tokens, value))
 
 
 def arms_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Arm]:

@@ -144,7 +144,7 @@ class ToolExpanderConfig:
     eval_on_start: bool = setting(True, "evaluate before RL")
     eval_steps: int = setting(0, "evaluate every so many steps besides the beginning and the end; 0: not")
     save_steps: int = setting(50, "checkpoint every so many steps besides the end")
-    save_total_limit: int = setting(2, "checkpoints kept; with beta > 0 the first is kept too")
+    save_total_limit: int = setting(2, "checkpoints kept; the first too where it is needed (KL, cautious verification)")
     log_completions: int = setting(4, "completions per step written to rollouts.jsonl")
 
     def __post_init__(self):

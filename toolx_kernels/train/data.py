@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,18 @@ def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     return some_rows(read_dataset(dataset), count)
 
 
+def _content(row: Row) -> str:
+    return json.dumps([row.messages, row.tools, row.answer], sort_keys=True)
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Tells these rows, in this order, from any others."""
+    state = hashlib.sha256()
+    for row in rows:
+        state.update(f"{row.id}\n{_content(row)}\n".encode())
+    return state.hexdigest()
+
+
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """(train, held out): a row's content alone decides.
 
@@ -56,8 +69,7 @@ def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Ro
     """
 
     def place(row: Row) -> float:
-        content = json.dumps([row.messages, row.tools, row.answer], sort_keys=True)
-        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
+        return int.from_bytes(hashlib.sha256(_content(row).encode()).digest()[:8], "big") / 2**64
 
     held_out = [row for row in rows if place(row) < fraction]
     train = [row for row in rows if place(row) >= fraction]
@@ -81,27 +93,32 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str = ""):
         self.tokenizer, self.context, self.instructions = tokenizer, context, instructions
-        # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address
-        self._cache: dict[int, tuple[Row, list[int]]] = {}
+        # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address;
+        # as 4-byte numbers, since a large dataset has tens of millions of tokens
+        self._cache: dict[int, tuple[Row, array]] = {}
 
     def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
         """The prompt that a rollout begins with; raw ones are kept."""
         if demonstrations:
             return self.render(row, demonstrations)
         if id(row) not in self._cache:
-            self._cache[id(row)] = row, self.render(row)
-        return self._cache[id(row)][1]
+            self._cache[id(row)] = row, array("i", self.render(row))
+        return self._cache[id(row)][1].tolist()
 
     def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
         """The same, made anew; with other instructions than those of all prompts."""
         instructions = self.instructions if instructions is None else instructions
         return render_prompt(self.tokenizer, row, demonstrations, instructions)
 
-    def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> Sequence[Row]:
-        """As many of the demonstrations, from the first on, as leave ``room`` tokens of the context."""
-        while demonstrations and len(self.ids(row, demonstrations)) + room > self.context:
-            demonstrations = demonstrations[:-1]
-        return demonstrations
+    def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
+        """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or
+        as many as the raw prompt leaves."""
+        room = min(room, self.context - len(self.ids(row)))
+        shown: list[Row] = []
+        for demonstration in demonstrations:
+            if len(self.ids(row, [*shown, demonstration])) + room <= self.context:
+                shown.append(demonstration)
+        return shown
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raises InputError for the first row whose raw prompt leaves no room for an answer."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from toolx_kernels.errors import InputError
@@ -81,6 +81,7 @@ class RowState:
 
     probes          [round, correct (0 or 1: it leaves at the first), rollouts begun] of each probe
     demonstrations  ids of the rows that its prompt shows in the present round; none: it is raw
+    cut             demonstrations that were left out of these because the model's context would not hold them
     verified        whether these made a model answer correctly; null when nobody asked
     tries           choices of demonstrations that were tried for the present ones
     retired         rounds whose probe solved the row after one that had not
@@ -89,6 +90,7 @@ class RowState:
 
     probes: list[list[int]] = field(default_factory=list)
     demonstrations: list[str] = field(default_factory=list)
+    cut: int = 0
     verified: bool | None = None
     tries: int = 0
     retired: list[int] = field(default_factory=list)
@@ -114,31 +116,35 @@ class HardSamples:
                 raise InputError(f"The demonstrations hold another row with the id {row.id!r}: make ids unique.")
         self.rows = rows
         self.states = [RowState() for _ in rows]
+        self.hard = 0  # rows that are hard at present
         self._place = {row.id: place for place, row in enumerate(rows)}
         self._by_id = {row.id: row for row in (*demonstrations, *rows)}
 
     def record(self, found: Probe, round_index: int) -> None:
         """Enters a probe of raw prompts. Rows that it solved lose their demonstrations."""
         hard = set(found.hard)
+        before = sum(self.states[row].hard for row in found.tried)
         for row, rollouts in found.tried.items():
             state = self.states[row]
             if state.probes and state.hard != (row in hard):
                 (state.relapsed if row in hard else state.retired).append(round_index)
             state.probes.append([round_index, int(row not in hard), rollouts])
             if row not in hard:
-                self.show(row, (), None, 0)
+                self.show(row, (), 0, None, 0)
+        self.hard += len(hard) - before
 
-    def show(self, row: int, demonstrations: Demonstrations, verified: bool | None, tries: int) -> None:
+    def show(self, row: int, demonstrations: Demonstrations, cut: int, verified: bool | None, tries: int) -> None:
         state = self.states[row]
         state.demonstrations = [demonstration.id for demonstration in demonstrations]
-        state.verified, state.tries = verified, tries
+        state.cut, state.verified, state.tries = cut, verified, tries
 
     def demonstrations(self, row: int) -> Demonstrations:
         return tuple(self._by_id[name] for name in self.states[row].demonstrations)
 
     def counters(self, round_index: int) -> dict[str, int]:
         """Of the rows that were probed for the round: how many are hard, how many of these are shown with
-        demonstrations and how many found none, how many are solved or hard unlike the last time."""
+        demonstrations and how many found none, how many demonstrations the context cut from these, how many rows are
+        solved or hard unlike the last time."""
         probed = [state for state in self.states if state.probes and state.probes[-1][0] == round_index]
         hard = [state for state in probed if state.hard]
         shown = sum(bool(state.demonstrations) for state in hard)
@@ -147,20 +153,26 @@ class HardSamples:
             "hard": len(hard),
             "replaced": shown,
             "without_demonstrations": len(hard) - shown,
+            "demonstrations_cut": sum(state.cut for state in hard),
             "recovered": sum(round_index in state.retired for state in probed),
             "relapsed": sum(round_index in state.relapsed for state in probed),
         }
 
     def lines(self) -> list[dict]:
         """The table for people: one object per row that was ever probed."""
-        known = ((row, state) for row, state in zip(self.rows, self.states, strict=True) if state.probes)
-        return [{"id": row.id, "hard": state.hard, **asdict(state)} for row, state in known]
+        names = tuple(RowState.__dataclass_fields__)
+        return [
+            {"id": row.id, "hard": state.hard} | {name: getattr(state, name) for name in names}
+            for row, state in zip(self.rows, self.states, strict=True)
+            if state.probes
+        ]
 
     def load(self, lines: Iterable[dict]) -> None:
         """Takes up the table of a checkpoint, written by ``lines``."""
         for line in lines:
             values = {name: line[name] for name in RowState.__dataclass_fields__}
             self.states[self._place[line["id"]]] = RowState(**values)
+        self.hard = sum(state.hard for state in self.states)
 
 
 # ---- which demonstrations
@@ -186,11 +198,14 @@ class RandomDemonstrations:
 
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         for row in hard:
-            table.show(row, self.draw(table.rows[row], round_index, 0), None, 1)
+            table.show(row, *self.draw(table.rows[row], round_index, 0), None, 1)
 
-    def draw(self, row: Row, round_index: int, attempt: int) -> Demonstrations:
+    def draw(self, row: Row, round_index: int, attempt: int) -> tuple[Demonstrations, int]:
+        """Demonstrations for a row, and how many more there would be if the context held them."""
         rng = random.Random(f"{self.seed} {round_index} {row.id} {attempt}")
-        return tuple(self.fitting(row, self.index.choose(row, rng, per_tool=self.per_tool, limit=self.limit)))
+        chosen = self.index.choose(row, rng, per_tool=self.per_tool, limit=self.limit)
+        shown = tuple(self.fitting(row, chosen))
+        return shown, len(chosen) - len(shown)
 
 
 @dataclass(slots=True)
@@ -208,14 +223,15 @@ class VerifiedDemonstrations:
 
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         left = [row for row in hard if not table.states[row].demonstrations]
+        left = [row for row in left if self.random.index.possible(table.rows[row])]
         for number in range(self.tries):
-            drawn = [(row, self.random.draw(table.rows[row], round_index, number)) for row in left]
-            drawn = [(row, shown) for row, shown in drawn if shown]
-            failed = set(probe(drawn, self.rollouts, self.attempt(number)).hard)
-            for row, shown in drawn:
-                verified = row not in failed
-                table.show(row, shown if verified else (), verified, number + 1)
-            left = [row for row, _ in drawn if row in failed]
+            drawn = {row: self.random.draw(table.rows[row], round_index, number) for row in left}
+            asked = [(row, shown) for row, (shown, _) in drawn.items() if shown]
+            failed = set(probe(asked, self.rollouts, self.attempt(number)).hard)
+            for row, (shown, cut) in drawn.items():
+                verified = bool(shown) and row not in failed
+                table.show(row, shown if verified else (), cut, verified, number + 1)
+            left = [row for row in left if not table.states[row].verified]
 
 
 # ---- what is rolled out

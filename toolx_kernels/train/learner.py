@@ -35,7 +35,7 @@ class Learner:
     def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, loss: PolicyLoss):
         self.model, self.args, self.loss = model, args, loss
         self.optimizer = self.adamw(args.learning_rate)
-        self.reference: PreTrainedModel | None = None  # for the KL term
+        self.reference: PreTrainedModel | None = None  # the model before RL
 
     def adamw(self, learning_rate: float) -> torch.optim.AdamW:
         args = self.args
@@ -49,7 +49,7 @@ class Learner:
         )
 
     def freeze_reference(self, checkpoint: Path) -> None:
-        """Keeps the model of ``checkpoint`` for the KL term."""
+        """Keeps the model of ``checkpoint``, for the KL term or for verifying demonstrations."""
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         load_weights(checkpoint, self.reference)
 
@@ -133,7 +133,7 @@ class Learner:
         return {name: float(values.max()) for name, values in gaps.items() if len(values)}
 
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
-        if self.reference is None:
+        if not self.args.beta:
             return None
         with torch.no_grad(), toolx_attention(self.reference):
             hidden = batch.hidden(self.reference)

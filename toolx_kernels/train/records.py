@@ -9,8 +9,8 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.rollouts import ScoredGroup
 
 
-def step_values(groups: Sequence[ScoredGroup], kept: int) -> dict:
-    """Means over all groups that a step sampled, of which it learned from ``kept``."""
+def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
+    """Means over all groups that a step sampled, of which the prompt sampler ``dropped`` so many."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = [flag for group in groups for flag in group.correct]
     rewards = [reward for group in groups for reward in group.rewards]
@@ -18,20 +18,14 @@ def step_values(groups: Sequence[ScoredGroup], kept: int) -> dict:
     return {
         "reward": sum(rewards) / len(rewards),
         "rewards": {name: _mean_part(groups, name) for name in groups[0].parts},
-        "unrewarded": sum(_unrewarded(group) for group in groups),
         "accuracy": sum(correct) / len(correct),
         "solved": sum(any(group.correct) for group in groups) / len(groups),
         "replaced": sum(any(group.plan.shown) for group in groups),
-        "dropped": len(groups) - kept,
+        "dropped": dropped,
         "sampler_entropy": sum(sum(rollout.entropies) for rollout in rollouts) / written,
         "completion_length": written / len(rollouts),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
     }
-
-
-def _unrewarded(group: ScoredGroup) -> int:
-    """Rollouts to which no reward function applied; they earn 0."""
-    return sum(all(reward is None for reward in of_rollout) for of_rollout in zip(*group.parts.values(), strict=True))
 
 
 def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:

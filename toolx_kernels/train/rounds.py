@@ -30,6 +30,7 @@ class Rounds:
         self.table, self.policy, self.prompts, self.collector, self.args = table, policy, prompts, collector, args
         self.batch = 0  # drawn so far: one a step, unless groups are dropped and the step filled up
         self.round = -1  # the one whose probe was done last
+        self.trained_tokens = 0  # that passed through the training forward
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
         self.per_round = self.per_epoch * args.epochs_per_round
         self.total = args.num_train_epochs * self.per_epoch
@@ -64,9 +65,9 @@ class Rounds:
         self.policy.start_round(self.table, found.hard, round_index)
         return found
 
-    def probe(self, members: list[int], round_index: int) -> Probe:
+    def probe(self, members: list[int], round_index: int, purpose: str = "probe") -> Probe:
         """Finds the rows among ``members`` whose raw prompts get no correct rollout, and enters them in the table."""
-        attempt = self.collector.attempt(PROBE_STREAM + round_index, "probe")
+        attempt = self.collector.attempt(PROBE_STREAM + round_index, purpose)
         found = probe([(row, ()) for row in members], self.args.probe_rollouts, attempt)
         self.table.record(found, round_index)
         return found
@@ -98,4 +99,4 @@ class Rounds:
         if the hard-sample policy acts on these; evaluations and the last probe are measurements."""
         tokens = self.collector.tokens
         acts = not isinstance(self.policy, PlainGRPO)
-        return tokens["step"] + tokens["trained"] + tokens["verify"] + (tokens["probe"] if acts else 0)
+        return self.trained_tokens + tokens["step"] + tokens["verify"] + (tokens["probe"] if acts else 0)

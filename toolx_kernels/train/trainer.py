@@ -43,7 +43,7 @@ from toolx_kernels.train.cold_start import cold_start_examples, supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
-from toolx_kernels.train.data import Prompts
+from toolx_kernels.train.data import Prompts, digest
 from toolx_kernels.train.evaluate import Judge, evaluate
 from toolx_kernels.train.hard_sampling import (
     Attempt,
@@ -78,13 +78,19 @@ class RunState:
     step: int = 0  # optimizer steps done
     batch: int = 0  # batches of prompts drawn, one a step unless groups are dropped and filled up
     round: int = -1  # round whose probe was done last
+    rows: str = ""  # digest of the training rows
     table: list[dict] = field(default_factory=list)  # of HardSamples
     schedule: dict = field(default_factory=dict)  # of ExponentialDecay
     hard_before: int | None = None
     eval_before: float | None = None
-    tokens: dict[str, int] = field(default_factory=dict)  # by purpose
+    tokens: dict[str, int] = field(default_factory=dict)  # written, by purpose
+    trained_tokens: int = 0
+    unrewarded: int = 0
     seconds: float = 0.0
     lines: dict[str, int] = field(default_factory=dict)  # of the logs when the checkpoint was written
+
+    def to_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class ToolExpanderTrainer:
@@ -149,6 +155,11 @@ class ToolExpanderTrainer:
         self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
         self.sampler: Sampler = SingleTurn(self.engine, self.tokenizer)
         if tools or environment_factory:
+            if args.self_exemplify:
+                raise InputError(
+                    "self_exemplify=True has one turn, with examples, thought and answer: leave tools and "
+                    "environment_factory out, or self_exemplify."
+                )
             self.sampler = self._tool_loop(tools, environment_factory)
             self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
@@ -173,6 +184,7 @@ class ToolExpanderTrainer:
             args,
         )
         self.advantages = advantage_shaper or chosen_advantage_shaper(args)
+        self._cautious: Sampler | None = None  # of the model before RL
         self.state = RunState()
 
     def _tool_loop(self, tools: Sequence[Callable], environment_factory: Callable[[], Any] | None) -> ToolLoop:
@@ -187,7 +199,11 @@ class ToolExpanderTrainer:
         )
 
     def _hard_sample_policy(self) -> HardSamplePolicy:
-        return chosen_hard_sample_policy(self.args, self.demonstrations, self.prompts.fitting, self._verification)
+        return chosen_hard_sample_policy(self.args, self.demonstrations, self.fitting, self._verification)
+
+    def fitting(self, row: Row, demonstrations: Sequence[Row]) -> list[Row]:
+        """Those of the demonstrations with which the context still holds an answer."""
+        return self.prompts.fitting(row, demonstrations, room=self.args.max_completion_length)
 
     # ---- the run
 
@@ -221,7 +237,7 @@ class ToolExpanderTrainer:
                 record = self._step(round_index)
                 bar.set_postfix_str(
                     f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, "
-                    f"hard {sum(row.hard for row in self.table.states)}, "
+                    f"hard {self.table.hard}, "
                     f"{record['timing']['tokens_per_second']:.0f} tok/s"
                 )
                 bar.update()
@@ -248,6 +264,7 @@ class ToolExpanderTrainer:
             "steps": state.step,
             "sampled_tokens": sum(self.collector.tokens.values()),
             "spent_tokens": self.rounds.spent_tokens,
+            "trained_tokens": self.rounds.trained_tokens,
             "tokens": dict(self.collector.tokens),
             "wall_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -284,9 +301,15 @@ class ToolExpanderTrainer:
             load_weights(checkpoint, self.model)
             load_optimizer(checkpoint, self.model, self.learner.optimizer)
             self.schedule.load_state_dict(state.schedule)
+            if state.rows != digest(self.rows):
+                raise InputError(
+                    f"{self.run.path} was run on other training rows: resume with the same, or start another run."
+                )
             self.table.load(state.table)
             self.rounds.batch, self.rounds.round = state.batch, state.round
+            self.rounds.trained_tokens = state.trained_tokens
             self.collector.tokens.update(state.tokens)
+            self.collector.unrewarded = state.unrewarded
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
         elif self.args.resume:  # it was interrupted before its first checkpoint
@@ -310,7 +333,7 @@ class ToolExpanderTrainer:
         """Probes the rows of the first round once more, after the run."""
         after = self.rounds.round + 1
         with self._naming("the last probe"):
-            found = self.rounds.probe(self.rounds.members(0), after)
+            found = self.rounds.probe(self.rounds.members(0), after, "measure")
         counters = self.table.counters(after)
         self._log_probe(found, after, counters | {"replaced": None, "without_demonstrations": None})
         return counters
@@ -329,7 +352,7 @@ class ToolExpanderTrainer:
             self.schedule.step()
         with self._naming(f"step {state.step + 1}"):
             trained = self.learner.improve(groups)
-        self.collector.tokens["trained"] += trained["trained_tokens"]
+        self.rounds.trained_tokens += trained["trained_tokens"]
         state.step += 1
 
         for line in rollout_lines(sampled, self.rows, args.num_generations, args.log_completions):
@@ -345,7 +368,8 @@ class ToolExpanderTrainer:
                 "tokens_per_second": written / (rolled_out - started),
             },
             round=round_index,
-            **step_values(sampled, kept=len(groups)),
+            **step_values(sampled, dropped=sum(not self.rounds.prompts.keeps(group) for group in sampled)),
+            unrewarded=self.collector.unrewarded,
             learning_rate=self.schedule.get_last_lr()[0],
             **trained,
             tokens=sum(self.collector.tokens.values()),
@@ -385,9 +409,14 @@ class ToolExpanderTrainer:
         stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
         sampler = None
         if self.args.verification == "cautious":
-            sampler = copy.copy(self.sampler)
-            sampler.engine = RolloutEngine(self.learner.reference, seed=self.args.seed)
+            sampler = self._cautious = self._cautious or self._sampler_of(self.learner.reference)
         return self.collector.attempt(stream, "verify", sampler)
+
+    def _sampler_of(self, model: PreTrainedModel) -> Sampler:
+        """As the trainer's own, of another model."""
+        sampler = copy.copy(self.sampler)
+        sampler.engine = RolloutEngine(model, seed=self.args.seed, compile=self.args.torch_compile)
+        return sampler
 
     def evaluate(self) -> Scores:
         """Greedy answers to the held-out rows, judged."""
@@ -423,11 +452,13 @@ class ToolExpanderTrainer:
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
         state.batch, state.round = self.rounds.batch, self.rounds.round
+        state.rows = digest(self.rows)
+        state.trained_tokens = self.rounds.trained_tokens
         state.table, state.schedule = self.table.lines(), self.schedule.state_dict()
-        state.tokens = dict(self.collector.tokens)
+        state.tokens, state.unrewarded = dict(self.collector.tokens), self.collector.unrewarded
         self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
         return save_checkpoint(
-            self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, asdict(state),
+            self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, state.to_dict(),
             keep=self.args.save_total_limit, keep_first=self.args.needs_reference,
         )  # fmt: skip
 
