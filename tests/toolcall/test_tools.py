@@ -390,3 +390,11 @@ class Adder(Counter):
 def test_what_cannot_be_a_tool_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         Toolbox(**({"timeout": 1} | arguments))
+
+
+def test_an_environment_factory_that_fails_is_named():
+    def no_server():
+        raise RuntimeError("no server")
+
+    with pytest.raises(InputError, match="environment_factory raised RuntimeError: no server; mend it"):
+        Toolbox((), no_server, timeout=1.0)

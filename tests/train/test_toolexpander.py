@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from toolx_kernels.toolcall import (
 )
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train import evaluate as cli_evaluate
+from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -418,3 +420,38 @@ def test_self_exemplifying_has_no_tools(tmp_path):
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), self_exemplify=True, **SMALL)
     with pytest.raises(InputError, match="self_exemplify=True has one turn"):
         ToolExpanderTrainer("tiny", even_is_good, args, training_rows(), training_rows(), tools=[find])
+
+
+def test_a_resume_with_fewer_steps_than_done_takes_none(tmp_path):
+    make_trainer(tmp_path / "run", max_steps=3).train()
+    assert make_trainer(tmp_path / "run", max_steps=2, resume=True).train()["steps"] == 3
+
+
+def test_a_kill_while_a_checkpoint_replaces_one_of_its_step_loses_nothing(tmp_path, monkeypatch):
+    make_trainer(tmp_path / "whole").train()
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == ".checkpoint-0.part" and (tmp_path / "run" / ".checkpoint-0.old").exists():
+            raise KeyboardInterrupt  # the checkpoint after the first probe has step 0 like the one before it
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path / "run").train()
+    assert not (tmp_path / "run" / "checkpoint-0").exists()
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-0"
+    make_trainer(tmp_path / "run", resume=True).train()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", ["schedule", "table"])
+def test_a_damaged_state_is_named(tmp_path, part):
+    make_trainer(tmp_path / "run", max_steps=2).train()
+    path = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state = json.loads(path.read_text())
+    state[part] = {} if part == "schedule" else [{"id": state["table"][0]["id"]}]
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="checkpoint-2 holds a damaged state"):
+        make_trainer(tmp_path / "run", max_steps=3, resume=True).train()

@@ -77,7 +77,13 @@ class Toolbox:
         if not tools and environment_factory is None:
             raise InputError("There are neither tools nor an environment_factory: give one of them.")
         self.timeout, self.environment_factory = timeout, environment_factory
-        methods = {} if environment_factory is None else environment_methods(environment_factory())
+        methods = {}
+        if environment_factory is not None:
+            try:
+                environment = environment_factory()
+            except Exception as error:
+                raise InputError(f"environment_factory raised {type(error).__name__}: {error}; mend it.") from error
+            methods = environment_methods(environment)
         functions: dict[str, Callable] = {}
         for tool in (*tools, *methods.values()):
             if not (inspect.isfunction(tool) or inspect.ismethod(tool)):

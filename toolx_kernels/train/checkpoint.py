@@ -28,7 +28,11 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+    """The run's checkpoints, oldest first; one whose replacement was interrupted is put back in its place."""
+    for outdated in run.glob(".checkpoint-*.old"):
+        final = run / outdated.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            outdated.rename(final)
     found = [
         (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
@@ -76,7 +80,7 @@ def save_checkpoint(
     (beside / STATE_FILE).write_text(json.dumps(state | {"model_shape": model_shape(model)}))
     for path in (*beside.iterdir(), beside):
         _sync(path)
-    if final.exists():  # a finished run that was resumed: never a moment without a whole checkpoint
+    if final.exists():  # of the same step: `checkpoints` takes back the outdated one if this stops in between
         outdated = run / f".checkpoint-{step}.old"
         shutil.rmtree(outdated, ignore_errors=True)
         final.rename(outdated)

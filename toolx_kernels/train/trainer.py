@@ -288,7 +288,8 @@ class ToolExpanderTrainer:
     def _finished(self) -> bool:
         args, rounds = self.args, self.rounds
         out_of_tokens = 0 < args.max_tokens <= rounds.spent_tokens
-        return out_of_tokens or rounds.batch >= rounds.total or self.state.step == args.max_steps
+        out_of_steps = 0 < args.max_steps <= self.state.step
+        return out_of_tokens or out_of_steps or rounds.batch >= rounds.total
 
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
@@ -300,12 +301,17 @@ class ToolExpanderTrainer:
             self.state = state = RunState(**_known(load_state(checkpoint, self.model)))
             load_weights(checkpoint, self.model)
             load_optimizer(checkpoint, self.model, self.learner.optimizer)
-            self.schedule.load_state_dict(state.schedule)
             if state.rows != digest(self.rows):
                 raise InputError(
                     f"{self.run.path} was run on other training rows: resume with the same, or start another run."
                 )
-            self.table.load(state.table)
+            try:
+                self.schedule.load_state_dict(state.schedule)
+                self.table.load(state.table)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{checkpoint} holds a damaged state ({error!r}): remove it to resume from an older one."
+                ) from None
             self.rounds.batch, self.rounds.round = state.batch, state.round
             self.rounds.trained_tokens = state.trained_tokens
             self.collector.tokens.update(state.tokens)
