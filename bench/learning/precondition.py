@@ -4,8 +4,8 @@
 
 takes the settings of ``toolx train``. A sample is hard when none of ``probe_rollouts`` rollouts is correct. ``random``
 shows every row demonstrations drawn once, ``better`` draws again for those still hard, up to ``demonstration_tries``
-times in all; a row that can have none counts as it does raw. Only where hard(raw) > hard(random) > hard(better) can
-replacing prompts help.
+times in all; a row that can have none counts as it does raw. ``raw_as_often`` is the control of ``better``: raw prompts
+given as many tries. Only where hard(raw) > hard(random) > hard(better) can replacing prompts help.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ def main(output: str, *flags: str) -> None:
                 without = len(drawn) - len(shown)
                 counts["random"] = len(left)
         counts["better"] = len(left)
+        again = sorted(raw)
+        for number in range(1, args.demonstration_tries):
+            again = sorted(hard([(row, ()) for row in again], PROBE_STREAM + number))
+        counts["raw_as_often"] = len(again)
     settings = {name: getattr(args, name) for name in ("model", "dataset", "seed", "temperature", "probe_rollouts")}
     result = {"rows": len(rows), "without_demonstrations": without, "hard": counts, **settings}
     write_atomically(Path(output), json.dumps(result, indent=1) + "\n")
