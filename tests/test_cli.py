@@ -1,6 +1,7 @@
 """The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -139,6 +140,8 @@ def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
     assert cli.parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
     path.write_text("learning_rate: 5e-4")  # text to YAML 1.1
     assert cli.parse_train(["--config", str(path)]).learning_rate == 5e-4
+    twice = cli.parse_train(["--config", "replace", "--config", str(path)])
+    assert (twice.beta, twice.learning_rate) == (1e-3, 5e-4)
 
 
 def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
@@ -257,3 +260,13 @@ def test_bad_config_files(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         cli.parse_train(["--config", str(path)])
+
+
+def test_eval_looks_for_the_run_of_a_folder_only(tmp_path, monkeypatch):
+    """A config.yaml that happens to lie where the command is given is nobody's."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("self_exemplify: true")
+    assert cli.settings_of_run("tiny") == {}
+    Path("run/checkpoint-3").mkdir(parents=True)
+    Path("run/config.yaml").write_text("max_completion_length: 512")
+    assert cli.settings_of_run("run") == cli.settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}

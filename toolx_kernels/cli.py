@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from toolx_kernels.errors import InputError  # noqa: E402
 
+MAX_COMPLETION_LENGTH = 256  # of toolx eval
 USAGE = """usage: toolx <command> [flags]
 
   train    train a model to call tools; without flags: the built-in task, in minutes on a laptop
@@ -58,7 +59,7 @@ def train(argv: list[str]) -> int:
 
     from toolx_kernels.toolcall import builtin_turns
     from toolx_kernels.train.cold_start import built_in_cold_start
-    from toolx_kernels.train.data import load_eval_rows, load_rows
+    from toolx_kernels.train.data import load_demonstrations, load_rows
     from toolx_kernels.train.run_folder import RunFolder
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
@@ -71,14 +72,16 @@ def train(argv: list[str]) -> int:
         train_dataset=rows,
         eval_dataset=eval_rows,
         cold_start=built_in_cold_start(args),
-        demonstrations=load_eval_rows(args.demonstration_dataset) if args.demonstration_dataset else (),
+        demonstrations=load_demonstrations(args.demonstration_dataset),
         environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
     ).train()
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
+    seen = summary["eval_rows_seen"]
+    hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
     print(
-        f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} held out from training: "
-        f"{before} -> {summary['eval_after']:.3f}; hard rows {summary['hard_before']} -> "
-        f"{summary['hard_after']} of {summary['probed_rows']}; {summary['steps']} steps, "
+        f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} "
+        f"{f'({seen} of them shown in training)' if seen else 'held out from training'}: "
+        f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
         f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
     )
     return 0
@@ -99,8 +102,9 @@ def parse_train(argv: list[str]):
 
     parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
     parser.add_argument(
-        "--config", nargs="+", help="YAML files, or names of those in toolx_kernels/configs; of two values the later "
-        "file's counts; the tiny model starts from builtin",
+        "--config", nargs="+", action="extend",
+        help="YAML files, or names of those in toolx_kernels/configs; of two values the later file's counts; the tiny "
+        "model starts from builtin",
     )  # fmt: skip
     for action in parser._actions:  # only what was typed
         if action.dest != "help":
@@ -179,7 +183,10 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--num_generations", "--num-generations", type=int, default=1, help="completions per row")
     parser.add_argument("--k", type=int, nargs="+", default=[], help="report pass@k for these k")
-    parser.add_argument("--max_completion_length", "--max-completion-length", type=int, default=256, help="tokens")
+    parser.add_argument(
+        "--max_completion_length", "--max-completion-length", type=int,
+        help=f"tokens (default: {MAX_COMPLETION_LENGTH}, or what the model's run had, if that is more)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="auto")
@@ -216,7 +223,9 @@ def evaluate(argv: list[str]) -> int:
     check_sampling(args.temperature, args.num_generations, args.k)
     if args.output:
         check_new(Path(args.output))
-    sampling = SamplingParams(args.max_completion_length, temperature=args.temperature)
+    trained = settings_of_run(args.model)
+    length = args.max_completion_length or max(trained.get("max_completion_length", 0), MAX_COMPLETION_LENGTH)
+    sampling = SamplingParams(length, temperature=args.temperature)
 
     def rows_of(dataset: str):
         if args.split == "held-out" and dataset not in MADE_UP:
@@ -227,7 +236,7 @@ def evaluate(argv: list[str]) -> int:
     logging.disable_progress_bar()  # ours is enough
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
-    own_examples = args.self_exemplify or trained_to_exemplify(args.model)
+    own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
     context = model.get_decoder().config.max_position_embeddings
     prompts = Prompts(tokenizer, context, INSTRUCTIONS if own_examples else "")
     engine = RolloutEngine(model, seed=args.seed)
@@ -249,19 +258,17 @@ def evaluate(argv: list[str]) -> int:
         print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
         if folder:
             settings = {name: value for name, value in vars(args).items() if name != "output"}
-            settings["self_exemplify"] = own_examples
+            settings |= {"self_exemplify": own_examples, "max_completion_length": length}
             write_scores(folder, scores, settings)
     return 0
 
 
-def trained_to_exemplify(model: str) -> bool:
-    """Whether ``model`` is the folder of a run, or a checkpoint of one, in the self-exemplifying form."""
+def settings_of_run(model: str) -> dict:
+    """The settings of the run whose folder, or a checkpoint of which, ``model`` is; empty when it is none."""
     from toolx_kernels.train.run_folder import CONFIG, RunFolder
 
-    for folder in (Path(model), Path(model).parent):
-        if (folder / CONFIG).is_file():
-            return bool(RunFolder(folder).config().get("self_exemplify"))
-    return False
+    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    return next((RunFolder(folder).config() for folder in folders if (folder / CONFIG).is_file()), {})
 
 
 def compare(argv: list[str]) -> int:

@@ -35,7 +35,7 @@ def main(*flags: str) -> None:
     )
     sequential, hard = 0, []
     for place, rollouts in enumerate(whole):
-        right = [trainer.judge(rollout.text, rows[place]) for rollout in rollouts]
+        right = [trainer.judge(rollout.judged, rows[place]) for rollout in rollouts]
         until = right.index(True) + 1 if any(right) else len(right)
         sequential += sum(rollout.written for rollout in rollouts[:until])
         hard += [] if any(right) else [place]

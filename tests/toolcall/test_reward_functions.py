@@ -369,3 +369,13 @@ for func in (stuck, stuck_later):
 def test_bad_configurations_are_refused_at_once(arguments, message):
     with pytest.raises(InputError, match=message):
         RewardFunctions(*arguments)
+
+
+def test_a_function_that_exits_is_named_with_the_row():
+    def leaves(prompts, level, **columns):
+        if 2 in level:
+            sys.exit(3)
+        return [0.0] * len(prompts)
+
+    with pytest.raises(InputError, match="'leaves' raised SystemExit: 3 on row 'two'"):
+        rewards_of(leaves, [EXACT, Row("two", "p", TOOLS, CALLS, {"level": 2})])

@@ -65,3 +65,21 @@ def test_of_messages_only_the_assistant_s_are_judged():
     judged = no_think_reward(["p"] * 2, [turns, turns[:1]], [[1]] * 2, answer=[answer, CALLS], tools=[TOOLS] * 2)
     assert judged == [1.0, 1.0]
     assert no_think_reward(["p"], [turns], [[1]], answer=[CALLS], tools=[TOOLS]) == [0.0]
+
+
+def test_turns_are_well_formed_each_by_itself_and_count_together():
+    opened, closed = RIGHT.rsplit("\n", 1)
+    assert is_correct(opened + "\n" + closed, EXACT), "one turn"
+    assert not is_correct([opened, closed], EXACT)
+    wrong = RIGHT.replace("1", "2")
+    assert is_correct(["", RIGHT], EXACT) and not is_correct([wrong, RIGHT], EXACT)
+
+    def reward_of(*turns):
+        messages = [message for text in turns for message in (
+            {"role": "assistant", "content": text}, {"role": "tool", "name": "f", "content": "3"}
+        )]  # fmt: skip
+        (reward,) = no_think_reward(["p"], [messages], [[1]], answer=[EXACT.answer], tools=[EXACT.tools])
+        return reward
+
+    assert reward_of(RIGHT) == reward_of(RIGHT, "") == 1.0
+    assert reward_of(opened, closed) == reward_of(wrong, RIGHT) == 0.0

@@ -84,6 +84,16 @@ def test_oscillation_is_the_deviation_of_changes():
     assert oscillation([40, 30]) is None and oscillation([]) is None
 
 
+def test_a_last_probe_within_a_round_is_no_part_of_oscillation(tmp_path):
+    folder = write_run(tmp_path / "a", accuracies=(0.1, 0.2, 0.3, 0.4), hard=(40, 20, 30, 29))
+    whole = read_run(folder).oscillation
+    assert whole == pytest.approx(stdev([-20, 10, -1]))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if json.loads(line)["step"] <= 22 or json.loads(line)["event"] != "step"]
+    (folder / "metrics.jsonl").write_text("\n".join(line.replace('"step": 30', '"step": 22') for line in lines) + "\n")
+    assert read_run(folder).oscillation == pytest.approx(stdev([-20, 10]))
+
+
 def test_a_run_is_read(tmp_path):
     run = read_run(write_run(tmp_path / "a", seed=4))
     assert (run.seed, run.step, run.tokens, run.finished) == (4, 20, 20_000, True)

@@ -9,7 +9,7 @@ from toolx_kernels.toolcall import DemonstrationIndex, builtin
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.cold_start import cold_start_examples
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.data import Prompts, load_rows, split_rows
+from toolx_kernels.train.data import Prompts, load_demonstrations, load_eval_rows, load_rows, split_rows
 from toolx_kernels.train.tiny import tiny_tokenizer
 
 
@@ -88,3 +88,11 @@ def test_demonstrations_and_answers_stay_within_the_context(rows):
     prompts.check(rows[:1])
     with pytest.raises(InputError, match=f"Row {row.id}: its prompt and answer have"):
         prompts.check_answers(rows[:1])
+
+
+@pytest.mark.parametrize("dataset", ["builtin,x.jsonl", "x.jsonl, builtin-turns"])
+def test_made_up_tasks_stand_alone(dataset):
+    with pytest.raises(InputError, match="builtin.* is made up for each run: name it alone"):
+        load_eval_rows(dataset)
+    with pytest.raises(InputError, match="demonstration_dataset=builtin has the rows that builtin evaluates on"):
+        load_demonstrations("builtin")

@@ -56,6 +56,12 @@ def test_the_bonus_keeps_its_size_where_everything_else_is_equal():
     assert torch.equal(GroupRelative(min_std=0.1)([zero_one]), GroupRelative()([zero_one]))
 
 
+def test_the_least_std_is_a_groups_own():
+    rare = [scored([1.0] + [0.0] * 3)] + [scored([0.0] * 4) for _ in range(60)]
+    plain, floored = (GroupRelative("batch", min_std)(rare) for min_std in (0.0, 0.1))
+    assert torch.equal(plain, floored) and plain.max() > 10
+
+
 def test_difficulty_weights_follow_observe_r1():
     groups = [scored([1.0, 0.0, 0.0, 0.0]), scored([1.0, 1.0, 0.0, 0.0]), scored([1.0, 1.0, 1.0, 1.5])]
     plain, weighted = GroupRelative()(groups), DifficultyWeighted(GroupRelative())(groups)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,7 @@ from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.hard_sampling import probe
 from toolx_kernels.train.learner import Learner
 from toolx_kernels.train.policies import ClippedLoss, EpochOrder, GroupRelative
 from toolx_kernels.train.trainer import ToolExpanderTrainer
@@ -334,7 +337,7 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
 
 def test_the_cold_start_can_teach_the_self_exemplifying_form(tmp_path):
     trainer = make_trainer(tmp_path / "run", dataset=None, cold_start_self_exemplify=0.5)
-    groups = [(example, supervised(trainer.prompts, example)) for example in islice(trainer.cold_start, 24)]
+    groups = [(example, supervised(trainer.prompts, example)[0]) for example in islice(trainer.cold_start, 24)]
     written = [group for example, group in groups if example.examples]
     assert 4 < len(written) < 20
     for example, group in groups:
@@ -353,8 +356,14 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, max_steps=4, **SMALL)
     rows = training_rows()
     rows[3] = replace(rows[3], prompt="Please do something else.")
-    with pytest.raises(InputError, match="was run on other training rows"):
-        ToolExpanderTrainer("tiny", even_is_good, args, rows, builtin.heldout_rows(6, 0, ("easy",))).train()
+    held_out = builtin.heldout_rows(6, 0, ("easy",))
+    for others in ((rows, held_out), (training_rows(), held_out[:4])):
+        with pytest.raises(InputError, match="was run on other rows to train on, to evaluate on or to demonstrate"):
+            ToolExpanderTrainer("tiny", even_is_good, args, *others).train()
+    more = builtin.train_rows(3, 5, ("hard",))
+    more = [replace(row, id=f"more-{row.id}") for row in more]
+    with pytest.raises(InputError, match="to demonstrate with"):
+        ToolExpanderTrainer("tiny", even_is_good, args, training_rows(), held_out, demonstrations=more).train()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -455,3 +464,63 @@ def test_a_damaged_state_is_named(tmp_path, part):
     path.write_text(json.dumps(state))
     with pytest.raises(InputError, match="checkpoint-2 holds a damaged state"):
         make_trainer(tmp_path / "run", max_steps=3, resume=True).train()
+
+
+def test_any_character_that_a_line_may_hold_survives_a_resume(tmp_path):
+    """U+2028 and its like end a line for Python's texts, and not for JSON."""
+
+    def of(folder, **settings):
+        rows = [replace(row, prompt=f"Please\u2028{row.prompt}\u0085") for row in training_rows()]
+        args = ToolExpanderConfig(output_dir=str(folder), **SMALL, **settings)
+        ToolExpanderTrainer("tiny", even_is_good, args, rows, builtin.heldout_rows(6, 0, ("easy",))).train()
+        return (folder / "rollouts.jsonl").read_bytes()
+
+    whole = of(tmp_path / "whole", max_steps=4)
+    of(tmp_path / "parts", max_steps=2)
+    assert of(tmp_path / "parts", max_steps=4, resume=True) == whole
+    assert "\u2028" in json.loads(whole.split(b"\n")[0])["prompt"]
+
+
+def test_rows_that_are_trained_on_and_evaluated_on_are_counted(tmp_path, capsys):
+    rows = training_rows()
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL, max_steps=1)
+    summary = ToolExpanderTrainer("tiny", even_is_good, args, rows[:8], rows[6:], demonstrations=rows[10:]).train()
+    assert summary["eval_rows_seen"] == 4 and summary["eval_rows"] == 6
+    assert metrics(tmp_path / "run", ["data"])[0]["eval_rows_seen"] == 4
+
+
+def test_a_probe_that_takes_the_last_tokens_ends_the_run(tmp_path):
+    """The budget is looked at again before a step: a round's probe may have used it up."""
+    make_trainer(tmp_path / "whole").train()
+    probes, steps = metrics(tmp_path / "whole", ["probe"]), metrics(tmp_path / "whole", ["step"])
+    second = next(i for i, step in enumerate(steps) if step["round"] == 1)
+    budget = (steps[second - 1]["spent_tokens"] + probes[1]["spent_tokens"]) // 2
+    assert steps[second - 1]["spent_tokens"] < budget < probes[1]["spent_tokens"]
+    summary = make_trainer(tmp_path / "run", max_tokens=budget).train()
+    assert summary["steps"] == second
+    assert [probe["step"] for probe in metrics(tmp_path / "run", ["probe"])] == [0, second, second]
+
+
+def test_probes_tell_what_leaving_early_saved(tmp_path):
+    make_trainer(tmp_path / "run", max_steps=1).train()
+    for found in metrics(tmp_path / "run", ["probe"]):
+        assert found["saved_rollouts"] == found["rows"] * SMALL["probe_rollouts"] - found["rollouts"] >= 0
+
+
+def test_waves_cost_little_more_than_one_rollout_at_a_time():
+    """At solve rates as weak models have them: most rows hard, the others anywhere between; rollouts of one length."""
+    rng = random.Random(0)
+    rates = [0.0] * 600 + [rng.random() for _ in range(400)]
+    outcomes = {row: [rng.random() < rate for _ in range(10)] for row, rate in enumerate(rates)}
+    written = Counter()
+
+    def attempt(asked, n, first):
+        for row, _ in asked:
+            assert not any(outcomes[row][:first]), "it has left"
+            written["waves"] += n
+        return [any(outcomes[row][first : first + n]) for row, _ in asked]
+
+    found = probe([(row, ()) for row in outcomes], 10, attempt)
+    written["sequential"] = sum((wins.index(True) + 1) if any(wins) else 10 for wins in outcomes.values())
+    assert found.hard == [row for row, wins in outcomes.items() if not any(wins)]
+    assert written["waves"] == found.rollouts <= 1.15 * written["sequential"]

@@ -54,8 +54,8 @@ def test_cold_start_episodes_supervise_the_models_turns_alone(tmp_path):
         "tiny", even_is_good, args, *load_rows(args), environment_factory=builtin_turns.Registry,
         cold_start=built_in_cold_start(args),
     )  # fmt: skip
-    episode = next(trainer.cold_start)
-    group = supervised(trainer.prompts, episode)
+    episode = next(example for example in trainer.cold_start if isinstance(example, builtin_turns.Episode))
+    group, _ = supervised(trainer.prompts, episode)
     (ids,), (mask,) = group.completions, group.masks
     ours = trainer.tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts])
     theirs = trainer.tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if not counts])

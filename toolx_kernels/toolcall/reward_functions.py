@@ -150,7 +150,9 @@ class RewardFunctions:
             )
         try:
             rewards = future.result()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
             where = self._culprits(func, rows, completions, stuck=False)
             reason = ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
             raise InputError(f"reward function {name!r} raised {reason}{where}; mend it or leave it out") from error
@@ -223,8 +225,17 @@ class RewardFunctions:
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
+        loop.run_until_complete(_cancel_all())
     finally:
         loop.close()
+
+
+async def _cancel_all() -> None:
+    """Lets what a timeout has cancelled end before the loop does."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _awaited(rewards: Awaitable) -> Any:

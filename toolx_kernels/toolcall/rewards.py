@@ -1,14 +1,20 @@
 """Rewards for tool calls."""
 
+from collections.abc import Sequence
+
 from toolx_kernels.toolcall.match import bfcl_match, exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
 from toolx_kernels.toolcall.rows import Row
 
 
-def is_correct(text: str, row: Row) -> bool:
+def is_correct(text: str | Sequence[str], row: Row) -> bool:
     """Whether the calls in `text` are right for `row`, whatever else `text` says: by BFCL's rules (`bfcl_match`) for a
-    row with `possible_answers`, else by `exact_match` with its answer."""
-    return _is_correct(text, row.answer, row.tools, row.columns.get("possible_answers"), row.columns.get("category"))
+    row with `possible_answers`, else by `exact_match` with its answer.
+
+    Of several turns, a list of texts, each must be well-formed by itself, and their calls count together: one that
+    failed and was mended in a later turn is one too many."""
+    turns = [text] if isinstance(text, str) else text
+    return _is_correct(turns, row.answer, row.tools, row.columns.get("possible_answers"), row.columns.get("category"))
 
 
 def no_think_reward(
@@ -25,8 +31,8 @@ def no_think_reward(
     category = columns.get("category") or [None] * len(completions)
     rewards = []
     for completion, *expected in zip(completions, answer, tools, possible, category, strict=True):
-        text = completion_text(completion)
-        right = _is_correct(text, *expected) and (only_calls(text) or parse_calls(text) == [])
+        turns = completion_turns(completion)
+        right = _is_correct(turns, *expected) and all(only_calls(text) or parse_calls(text) == [] for text in turns)
         rewards.append(float(right))
     return rewards
 
@@ -34,11 +40,17 @@ def no_think_reward(
 def completion_text(completion: str | list[dict]) -> str:
     """What the model wrote: a string as it is; of chat messages those of the assistant, joined by newlines, without
     what tools answered in between."""
+    return "\n".join(completion_turns(completion))
+
+
+def completion_turns(completion: str | list[dict]) -> list[str]:
+    """The same, turn by turn."""
     if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] or "" for message in completion if message["role"] == "assistant")
+        return [completion]
+    return [message["content"] or "" for message in completion if message["role"] == "assistant"]
 
 
-def _is_correct(text: str, answer: list, tools: list, possible: list | None, category: str | None) -> bool:
-    calls = parse_calls(text)
+def _is_correct(turns: Sequence[str], answer: list, tools: list, possible: list | None, category: str | None) -> bool:
+    of_turns = [parse_calls(text) for text in turns]
+    calls = None if None in of_turns else [call for of_turn in of_turns for call in of_turn]
     return exact_match(calls, answer) if possible is None else bfcl_match(calls, tools, possible, category)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 from toolx_kernels.toolcall import builtin, builtin_turns
 from toolx_kernels.toolcall.builtin import Example
@@ -17,13 +18,17 @@ from toolx_kernels.train.data import Prompts
 from toolx_kernels.train.tool_loop import supervised_episode
 
 OWN_EXAMPLES = 4  # more than three are rewarded
+BEFORE_TURNS = 9600  # examples in one turn, from which the tiny model learns to copy before it meets episodes
 
 
 def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episode] | None:
     """The examples that a built-in task brings; None for any other dataset."""
     if config.dataset == "builtin":
         return builtin.cold_start_examples(config.seed, config.cold_start_self_exemplify)
-    return builtin_turns.cold_start_episodes(config.seed) if config.dataset == "builtin-turns" else None
+    if config.dataset == "builtin-turns":
+        copying = islice(builtin.cold_start_examples(config.seed), BEFORE_TURNS)
+        return chain(copying, builtin_turns.cold_start_episodes(config.seed))
+    return None
 
 
 def cold_start_examples(
@@ -50,19 +55,21 @@ def cold_start_examples(
             yield Example(row, tuple(chosen), row.answer)
 
 
-def supervised(prompts: Prompts, example: Example | Episode) -> PackedGroup:
-    """What the model is to imitate, as tokens; of the example's demonstrations, as many as fit.
+def supervised(prompts: Prompts, example: Example | Episode) -> tuple[PackedGroup, int]:
+    """What the model is to imitate, as tokens, with as many of the example's demonstrations as fit; and how many did
+    not.
 
     Only examples of the self-exemplifying form show its instructions, whatever form the run has.
     """
     if isinstance(example, Episode):
         ids, mask = supervised_episode(prompts.tokenizer, example.row, example.turns)
-        return PackedGroup(prompts.render(example.row, instructions=""), [ids], [mask])
+        return PackedGroup(prompts.render(example.row, instructions=""), [ids], [mask]), 0
     if example.examples:
         written = [{"tools": e.tool_names, "question": e.user_text, "answer": e.answer} for e in example.examples]
         thought = ", ".join(call["name"] for call in example.target)
         target = prompts.turn_ids(render_self_exemplified(written, thought, example.target))
-        return PackedGroup(prompts.render(example.row, instructions=INSTRUCTIONS), [target])
+        return PackedGroup(prompts.render(example.row, instructions=INSTRUCTIONS), [target]), 0
     target = prompts.completion_ids(example.target)
     shown = prompts.fitting(example.row, example.demonstrations, room=len(target))
-    return PackedGroup(prompts.render(example.row, shown, instructions=""), [target])
+    cut = len(example.demonstrations) - len(shown)
+    return PackedGroup(prompts.render(example.row, shown, instructions=""), [target]), cut

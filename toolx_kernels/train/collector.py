@@ -96,7 +96,7 @@ class Collector:
         solved = [False] * len(asked)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.judge(rollout.text, self.rows[asked[place][0]])
+            solved[place] |= self.judge(rollout.judged, self.rows[asked[place][0]])
             return solved[place]
 
         streams = [row for row, _ in asked]
@@ -137,4 +137,4 @@ class Collector:
         for group in groups:
             group.rewards = [next(total) for _ in group.rollouts]
             group.parts = {name: [next(values) for _ in group.rollouts] for name, values in parts.items()}
-            group.correct = [self.judge(rollout.text, self.rows[group.plan.row]) for rollout in group.rollouts]
+            group.correct = [self.judge(rollout.judged, self.rows[group.plan.row]) for rollout in group.rollouts]

@@ -55,8 +55,11 @@ class Run:
 
     @property
     def oscillation(self) -> float | None:
-        """See ``oscillation``."""
-        return oscillation([point.value for point in self.curves["hard"]])
+        """See ``oscillation``; without the last probe where it ends no whole round."""
+        probes = self.curves["hard"]
+        steps = [point.step for point in probes]
+        partial = len(steps) > 2 and steps[-1] - steps[-2] < steps[-2] - steps[-3]
+        return oscillation([point.value for point in probes[: -1 if partial else None]])
 
 
 @dataclass(slots=True)

@@ -16,8 +16,8 @@ PICTURE, PAGE, FIGURES = "comparison.png", "comparison.md", "comparison.json"
 DEFINITIONS = (
     "Means over finished runs, with 95 % intervals (Student's t over seeds). Hard: training rows without a correct "
     "rollout of their raw prompt. Collapsed: runs whose accuracy fell below half of its best and stayed there for a "
-    "round. Oscillation: standard deviation of the change in the hard count from one probe to the next. Tokens: all "
-    "that were spent."
+    "round. Oscillation: standard deviation of the change in the hard count from one round's probe to the next's. "
+    "Tokens: all that were spent."
 )
 
 

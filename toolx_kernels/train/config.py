@@ -109,7 +109,9 @@ class ToolExpanderConfig:
     beta: float = setting(0.0, "weight of the KL to the model before RL; 0 needs no reference model")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose std divides the advantages")
     min_reward_std: float = setting(
-        0.1, "the least std that divides advantages, so that a bonus of 0.01 stays small; 0: none (no effect on 0 / 1)"
+        0.1,
+        "the least std of a group that divides advantages, so that a bonus of 0.01 stays small; 0: none (0 / 1 rewards "
+        "of up to 100 rollouts never have less)",
     )
     advantage_shaping: Literal["group", "difficulty"] = setting(
         "group", "difficulty: weighted by how middling a prompt's difficulty is (Observe-R1)"

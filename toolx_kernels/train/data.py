@@ -31,7 +31,7 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
     if made_up := MADE_UP.get(config.dataset):
         train = made_up.train_rows(config.train_rows or MADE_UP_TRAIN_ROWS, config.seed)
     else:
-        train = read_dataset(config.dataset)
+        train = _read(config.dataset)
     if config.calls is not None:
         train = with_calls(train, config.calls)
     if config.eval_dataset is not None:
@@ -47,7 +47,21 @@ def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     """All rows of a dataset; of a built-in task ``count`` held-out ones, always the same."""
     if made_up := MADE_UP.get(dataset):
         return made_up.heldout_rows(count or MADE_UP_EVAL_ROWS, seed=0)
-    return some_rows(read_dataset(dataset), count)
+    return some_rows(_read(dataset), count)
+
+
+def load_demonstrations(dataset: str | None) -> list[Row]:
+    """More rows to demonstrate with, as ``demonstration_dataset`` names them."""
+    if dataset in MADE_UP:
+        raise InputError(f"demonstration_dataset={dataset} has the rows that {dataset} evaluates on: name a file.")
+    return read_dataset(dataset) if dataset else []
+
+
+def _read(dataset: str) -> list[Row]:
+    for name in dataset.split(","):
+        if name.strip() in MADE_UP:
+            raise InputError(f"{name.strip()} in {dataset!r} is made up for each run: name it alone.")
+    return read_dataset(dataset)
 
 
 def _content(row: Row) -> str:
@@ -60,6 +74,12 @@ def digest(rows: Sequence[Row]) -> str:
     for row in rows:
         state.update(f"{row.id}\n{_content(row)}\n".encode())
     return state.hexdigest()
+
+
+def shared_rows(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Those of ``rows`` whose content one of ``others`` has too."""
+    contents = {_content(row) for row in others}
+    return [row for row in rows if _content(row) in contents]
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:

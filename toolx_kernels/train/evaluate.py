@@ -14,7 +14,7 @@ from toolx_kernels.train.data import Prompts
 from toolx_kernels.train.rollouts import Sampler
 from toolx_kernels.train.scores import TOO_LONG, Answer, Scores
 
-Judge = Callable[[str, Row], bool]
+Judge = Callable[[str | list[str], Row], bool]  # of a text, or of the turns' texts
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
     answers = [[Answer("", False, 0, TOO_LONG)] * n for _ in rows]
     for place, rollouts in zip(fitting, groups, strict=True):
         answers[place] = [
-            Answer(r.text, bool(judge(r.text, rows[place])), r.written, r.finish_reason) for r in rollouts
+            Answer(r.text, bool(judge(r.judged, rows[place])), r.written, r.finish_reason) for r in rollouts
         ]
     return Scores(rows, answers, ks)
 

@@ -89,11 +89,12 @@ class GroupRelative:
     """How much better a rollout is than its siblings (``group_advantages``)."""
 
     scale: str = "group"
-    min_std: float = 0.0  # see ToolExpanderConfig.min_reward_std
+    min_std: float = 0.0  # of a group's rewards; see ToolExpanderConfig.min_reward_std
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale, min_std=self.min_std)
+        min_std = self.min_std if self.scale == "group" else 0.0
+        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale, min_std=min_std)
 
 
 @dataclass(frozen=True, slots=True)

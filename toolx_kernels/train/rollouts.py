@@ -9,6 +9,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.rollout import Completion, RolloutEngine, SamplingParams
+from toolx_kernels.toolcall.rewards import completion_turns
 from toolx_kernels.toolcall.rows import Row
 
 
@@ -24,7 +25,7 @@ class Rollout:
     logprobs: list[float]  # the sampler's, one per id; 0.0 at tool outputs
     entropies: list[float]  # one per id; 0.0 at tool outputs
     mask: list[bool] | None  # which ids the model wrote; None: all of them
-    text: str  # what the model wrote, turns joined by newlines, special tokens skipped: what is judged
+    text: str  # what the model wrote, turns joined by newlines, special tokens skipped
     messages: list[dict]  # the completion as chat messages: assistant turns and tool messages in order
     finish_reason: str  # "stop", "length", "cancelled" (of the engine); "turns" when the turn limit ended it
 
@@ -32,6 +33,12 @@ class Rollout:
     def written(self) -> int:
         """How many tokens the model wrote."""
         return len(self.ids) if self.mask is None else sum(self.mask)
+
+    @property
+    def judged(self) -> str | list[str]:
+        """Its text, or those of its turns where there are several."""
+        turns = completion_turns(self.messages)
+        return turns if len(turns) > 1 else self.text
 
 
 class Sampler(Protocol):

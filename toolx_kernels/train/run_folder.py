@@ -97,15 +97,16 @@ class RunFolder:
 
     def metrics(self) -> list[dict]:
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def forget_after(self, lines: dict[str, int]) -> None:
         """Drops what was logged after the checkpoint that is resumed, given the lines each file had then."""
         for name in (METRICS, ROLLOUTS):
             path = self.path / name
             if path.exists():
-                kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[: lines[name]]
-                write_atomically(path, "".join(kept))
+                # as bytes: a text may hold other line ends (U+2028), which JSON leaves as they are
+                kept = path.read_bytes().splitlines(keepends=True)[: lines[name]]
+                write_atomically(path, b"".join(kept).decode())
 
     def lines(self) -> dict[str, int]:
         """How many lines each log holds."""

@@ -43,7 +43,7 @@ from toolx_kernels.train.cold_start import cold_start_examples, supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
-from toolx_kernels.train.data import Prompts, digest
+from toolx_kernels.train.data import Prompts, digest, shared_rows
 from toolx_kernels.train.evaluate import Judge, evaluate
 from toolx_kernels.train.hard_sampling import (
     Attempt,
@@ -78,7 +78,7 @@ class RunState:
     step: int = 0  # optimizer steps done
     batch: int = 0  # batches of prompts drawn, one a step unless groups are dropped and filled up
     round: int = -1  # round whose probe was done last
-    rows: str = ""  # digest of the training rows
+    rows: str = ""  # digest of all rows, those to evaluate on and to demonstrate with included
     table: list[dict] = field(default_factory=list)  # of HardSamples
     schedule: dict = field(default_factory=dict)  # of ExponentialDecay
     hard_before: int | None = None
@@ -144,7 +144,8 @@ class ToolExpanderTrainer:
         self.eval_rows: list[Row] = rows_from(eval_dataset)
         own = SelfExemplifyingReward(distinct=args.distinct_examples) if args.self_exemplify else no_think_reward
         self.judge: Judge = is_answer_correct if args.self_exemplify else is_correct
-        rewards = RewardFunctions(reward_funcs or own, args.reward_weights, args.reward_timeout)
+        reward_funcs = own if reward_funcs is None else reward_funcs
+        rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
         if isinstance(model, str):
             model, processing_class = load_model(model, args.dtype, args.device, args.seed)
         if processing_class is None:
@@ -163,7 +164,10 @@ class ToolExpanderTrainer:
             self.sampler = self._tool_loop(tools, environment_factory)
             self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
-        self.demonstrations = DemonstrationIndex([*self.rows, *demonstrations])
+        own = {row.id for row in self.rows}
+        self.demonstrations = DemonstrationIndex([*self.rows, *(row for row in demonstrations if row.id not in own)])
+        self._digest = digest([*self.rows, *self.eval_rows, *demonstrations])
+        self.eval_rows_seen = len(shared_rows(self.eval_rows, [*self.rows, *demonstrations]))
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)
             cold_start = cold_start_examples(args, self.rows, self.demonstrations)
@@ -234,6 +238,8 @@ class ToolExpanderTrainer:
                         self._save(started)
                     bar.set_description(f"round {round_index + 1}")
                     entered = round_index
+                    if self._finished():  # the probe took what was left of the tokens
+                        break
                 record = self._step(round_index)
                 bar.set_postfix_str(
                     f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, "
@@ -261,6 +267,7 @@ class ToolExpanderTrainer:
             "probed_rows": counters["rows"],
             "train_rows": len(self.rows),
             "eval_rows": len(self.eval_rows),
+            "eval_rows_seen": self.eval_rows_seen,
             "steps": state.step,
             "sampled_tokens": sum(self.collector.tokens.values()),
             "spent_tokens": self.rounds.spent_tokens,
@@ -279,7 +286,12 @@ class ToolExpanderTrainer:
         report = dataset_report(self.rows, self.demonstrations)
         for line in report.lines():
             bar.write(line)
-        self.run.log("data", 0, {}, **asdict(report))
+        if self.eval_rows_seen:
+            bar.write(
+                f"rows to evaluate on that training or demonstrations show too: {self.eval_rows_seen} of "
+                f"{len(self.eval_rows)}"
+            )
+        self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=self.eval_rows_seen)
 
     def _planned_steps(self) -> int:
         """Steps that the run takes if no group is dropped and no budget of tokens ends it sooner."""
@@ -301,9 +313,10 @@ class ToolExpanderTrainer:
             self.state = state = RunState(**_known(load_state(checkpoint, self.model)))
             load_weights(checkpoint, self.model)
             load_optimizer(checkpoint, self.model, self.learner.optimizer)
-            if state.rows != digest(self.rows):
+            if state.rows != self._digest:
                 raise InputError(
-                    f"{self.run.path} was run on other training rows: resume with the same, or start another run."
+                    f"{self.run.path} was run on other rows to train on, to evaluate on or to demonstrate with: resume "
+                    "with the same, or start another run."
                 )
             try:
                 self.schedule.load_state_dict(state.schedule)
@@ -391,10 +404,11 @@ class ToolExpanderTrainer:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
             examples = islice(self.cold_start, args.cold_start_batch_size)
-            batch = [supervised(self.prompts, example) for example in examples]
+            batch, cuts = zip(*(supervised(self.prompts, example) for example in examples), strict=True)
             with self._naming(f"cold-start step {step}"):
                 metrics = self.learner.imitate(batch, optimizer)
-            self.run.log("cold_start", step, {"seconds": time.perf_counter() - started}, **metrics)
+            seconds = time.perf_counter() - started
+            self.run.log("cold_start", step, {"seconds": seconds}, **metrics, demonstrations_cut=sum(cuts))
             bar.set_description(f"cold start {step}/{args.cold_start_steps}, loss {metrics['loss']:.3f}")
 
     @contextmanager
@@ -432,7 +446,9 @@ class ToolExpanderTrainer:
     def _log_probe(self, found: Probe, round_index: int, counters: dict) -> None:
         self.run.log(
             "probe", self.state.step, {"seconds": found.seconds},
-            round=round_index, **counters, rollouts=found.rollouts, spent_tokens=self.rounds.spent_tokens,
+            round=round_index, **counters, rollouts=found.rollouts,
+            saved_rollouts=len(found.tried) * self.args.probe_rollouts - found.rollouts,
+            spent_tokens=self.rounds.spent_tokens,
         )  # fmt: skip
         self.run.write_hard_samples(self.table.lines())
 
@@ -458,7 +474,7 @@ class ToolExpanderTrainer:
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
         state.batch, state.round = self.rounds.batch, self.rounds.round
-        state.rows = digest(self.rows)
+        state.rows = self._digest
         state.trained_tokens = self.rounds.trained_tokens
         state.table, state.schedule = self.table.lines(), self.schedule.state_dict()
         state.tokens, state.unrewarded = dict(self.collector.tokens), self.collector.unrewarded
