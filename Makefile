@@ -1,4 +1,4 @@
-# make train | test | models | bench | gpu | lint | nvcc-check | cuda-link | clean
+# make train | test | soak | models | bench | gpu | lint | nvcc-check | cuda-link | clean
 # Each does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
 # ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
 
@@ -17,7 +17,7 @@ INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 # Waiting OpenMP threads that spin slow every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup train test models bench gpu lint nvcc-check cuda-link clean
+.PHONY: setup train test soak models bench gpu lint nvcc-check cuda-link clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -44,6 +44,10 @@ train: setup
 test: setup
 	$(PY) -m pytest $(ARGS)
 
+# Kills small runs fifty times at random moments and compares what they come to; a line a kill. ARGS="--seed 1"
+soak: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.train.killing --kills 50 $(ARGS)
+
 # Both packages drag in dozens of dependencies that are not used here.
 models: setup
 	$(PIP) accelerate gguf
@@ -57,6 +61,7 @@ bench: models
 	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
 	$(PY) -m bench.report build/bench.json
 	$(PY) -m bench.report_rollout build/bench.json
+	$(PY) -m bench.report_step build/bench.json
 
 # For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
 # transformers and pytest. ARGS="--minutes 20" gives a slow card more time.

@@ -209,8 +209,12 @@ def machine() -> dict[str, str | int]:
         "cuda": torch.version.cuda or "none",
     }
     for package in ("torch", "triton", *dict.fromkeys(kind.package for kind in PEERS if kind.package)):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
+        facts[package] = package_version(package)
     return facts
+
+
+def package_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

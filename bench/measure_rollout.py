@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 import torch
 
-from bench.measure import MIB, SLOW, added_peak, seconds, why_absent
+from bench.measure import MIB, SLOW, added_peak, package_version, seconds, why_absent
 from bench.providers import Absent
 from bench.rollout_providers import PEERS, Sampler, Toolx
 from bench.rollout_work import Case, Floor, make_prompts, model_of, token_bytes
@@ -97,7 +96,7 @@ def measure(benchmark, case: Case, peers: Sequence[type[Sampler]], device: torch
         "rollout_case": asdict(case) | {"kv_duplicated_mib": duplicated},
         "rollout": list(records.values()),
         "floor": floor_figures(floor, floor_times),
-        "versions": {kind.package: _version(kind.package) for kind in PEERS},
+        "versions": {kind.package: package_version(kind.package) for kind in PEERS},
     }
     return list(records.values())
 
@@ -145,10 +144,3 @@ def floor_figures(floor: Floor, times: dict[str, list[float]]) -> dict:
         "kv_mib": round(floor.kv_bytes / MIB, 1),
         "bandwidth_gb_s": round(bandwidth / 1e9, 2),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

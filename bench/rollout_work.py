@@ -27,6 +27,9 @@ SHAPES = {  # Qwen2.5 with random weights: speed does not depend on their values
     "qwen2.5-1.5b-shape": dict(
         hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, **QWEN2
     ),
+    "qwen2.5-3b-shape": dict(
+        hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16, **QWEN2
+    ),
 }
 
 

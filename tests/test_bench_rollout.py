@@ -38,7 +38,7 @@ def test_the_work_is_the_same_each_time_and_as_large_as_the_case_says():
     assert token_bytes(model) == 2 * 2 * 2 * 64 * 4  # keys and values, layers, heads, head dim, fp32
 
 
-@pytest.mark.parametrize("size, parameters", [("0.5b", 494_032_768), ("1.5b", 1_543_714_304)])
+@pytest.mark.parametrize("size, parameters", [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688)])
 def test_shapes_are_those_of_the_published_models(size, parameters):
     model = model_of(f"qwen2.5-{size}-shape", "bfloat16", torch.device("meta"))
     assert model.num_parameters() == parameters and model.dtype == torch.bfloat16

@@ -64,10 +64,10 @@ def test_report_on_a_gpu_without_the_cuda_part_says_how_to_build_it(monkeypatch)
 
 
 def test_optional_packages_present_and_absent(monkeypatch):
-    present = {"gguf", "datasets"}
+    present = {"gguf", "datasets", "peft"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
     report = doctor.report()
     assert "present" in lines_of(report, "datasets")[0]
     assert "`pip install gguf accelerate`" in lines_of(report, "gguf + accelerate")[0]
     assert "`pip install --no-deps bfcl-eval`" in lines_of(report, "bfcl-eval")[0]
-    assert "makes no use of them" in lines_of(report, "The extras lora and optim")[0]
+    assert "present" in lines_of(report, "peft")[0] and "pip install 'torchao" in lines_of(report, "torchao")[0]

@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu import run, steps
 from bench.gpu.run import Findings, Result, Step, run_all, summary
+from bench.gpu.training import Peak, Run, take_steps
+from bench.gpu.training import runs as gpu_runs
+from bench.rollout_work import SHAPES
+from bench.step_work import Case
 from bench.test_loss import default_cases
 from bench.test_rollout import cases as rollout_cases
+from tests.ops.cases import DEVICE
 from toolx_kernels import _library, cli
 from toolx_kernels import doctor as toolx_doctor
 
@@ -203,7 +209,10 @@ def test_the_steps_name_what_exists(tmp_path):
     assert {"measure", "length"} <= default_cases().keys() and "measure" in rollout_cases()
     train = cli.parse_train(list(all_steps["train"].command[4:]))
     assert (train.device, train.max_steps, train.model) == ("cuda", 40, "tiny")
-    assert [name for name, each in all_steps.items() if "CAP" in each.env] == ["train", "loss", "rollout"]
+    sizes = [f"steps-{size}" for size in gpu_runs()]
+    assert [name for name, each in all_steps.items() if "CAP" in each.env] == ["train", "loss", "rollout", *sizes]
+    assert all(gpu_runs()[name.removeprefix("steps-")].case.model in SHAPES for name in sizes)
+    assert all(all_steps[name].command[2:4] == ["bench.gpu.training", name.removeprefix("steps-")] for name in sizes)
     assert all_steps["build"].env == {"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": "8.9"}
 
 
@@ -316,6 +325,59 @@ def test_figures_of_the_rollout_benchmark(tmp_path):
     failed = steps.sampled(path)(1, "FAILED bench/test_rollout.py::test_rollout[y] - OutOfMemoryError\n1 failed")
     assert failed.failures == ("bench/test_rollout.py::test_rollout[y] - OutOfMemoryError",)
     assert steps.sampled(tmp_path / "none.json")(4, "usage").failures == ("exit status 4: usage",)
+
+
+def test_the_steps_of_a_shape_at_a_tiny_one(tmp_path):
+    run = Run(Case("tiny", 3, 100, 4, 6, "bfloat16", rounds=2), "adamw")
+    found = take_steps(run, DEVICE)
+    assert len(found["steps_s"]) == 3 and 0 < sum(found["rollouts_s"]) < sum(found["steps_s"])
+    # each prompt once: 96, 100 and 104 tokens, in which a word takes several
+    assert all(3 * (96 + 4 * 5) - 12 <= tokens <= 3 * (100 + 4 * 5) for tokens in found["trained_tokens"])
+    assert all(norm > 0 for norm in found["grad_norms"]) and 0 < found["moved"] < 1
+    assert found["measured_bytes"] > found["planned_bytes"] * (0.5 if DEVICE.type == "cuda" else 1)  # of all of Python
+    (tmp_path / "found.json").write_text(json.dumps(found | {"planned_by_measured": 1.05}))
+    told = steps.stepped(tmp_path / "found.json")(0, "")
+    assert told.words.startswith("tiny, adamw: ") and told.failures == () and told.figures["steps_s"]
+
+
+@pytest.mark.parametrize(
+    "change, failure",
+    [
+        ({"planned_by_measured": 0.89}, "planned 8.90 GB, measured 10.00 GB"),
+        ({"planned_by_measured": 1.11}, "planned 8.90 GB, measured 10.00 GB"),
+        ({"moved": 0.0}, "no weight moved in 2 steps with adamw_offload"),
+    ],
+)
+def test_a_plan_far_off_and_weights_that_stay_have_failed(tmp_path, change, failure):
+    found = {
+        "model": "some-shape", "optim": "adamw_offload", "steps_s": [9.0, 7.0], "step_s": 7.0, "moved": 0.1,
+        "trained_tokens": [113_600], "planned_bytes": 8_900_000_000, "measured_bytes": 10_000_000_000,
+        "planned_by_measured": 0.95,
+    }  # fmt: skip
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found))
+    told = steps.stepped(path)(0, "")
+    assert told.failures == () and told.words == (
+        "some-shape, adamw_offload: 7.0 s a step, 113,600 tokens in its training pass; planned 8.90 GB, "
+        "measured 10.00 GB; 10.0% of weights moved"
+    )
+    path.write_text(json.dumps(found | change))
+    assert steps.stepped(path)(0, "").failures == (f"some-shape: {failure}",)
+    path.unlink()
+    assert steps.stepped(path)(1, "torch.OutOfMemoryError: none left").failures == (
+        "exit status 1: torch.OutOfMemoryError: none left",
+    )
+
+
+def test_the_peak_survives_that_others_set_it_back(monkeypatch):
+    peaks, resets = iter([5, 9, 3]), []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: resets.append(device))
+    peak = Peak(torch.device("cuda"))
+    with peak.watched():
+        torch.cuda.reset_peak_memory_stats("cuda:0")
+        torch.cuda.reset_peak_memory_stats()
+    assert peak.bytes == 9 and resets == [None, "cuda:0", None]
 
 
 def test_the_build_must_be_in_use_where_there_is_nvcc(monkeypatch):

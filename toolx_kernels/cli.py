@@ -1,4 +1,4 @@
-"""``toolx train | eval | compare | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
+"""``toolx train | eval | compare | plan | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ USAGE = """usage: toolx <command> [flags]
   train    train a model to call tools; without flags: the built-in task, in minutes on a laptop
   eval     score a model or checkpoint on datasets
   compare  put learning curves and final figures of several runs side by side
+  plan     the memory that a run would take, before anything is loaded, and what to change if it does not fit
   doctor   what is installed here, and which backend each op uses
 
 toolx <command> --help lists the flags.
@@ -32,7 +33,7 @@ toolx <command> --help lists the flags.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "eval": evaluate, "compare": compare, "doctor": doctor}
+    commands = {"train": train, "eval": evaluate, "compare": compare, "plan": plan, "doctor": doctor}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -61,20 +62,28 @@ def train(argv: list[str]) -> int:
     from toolx_kernels.train.cold_start import built_in_cold_start
     from toolx_kernels.train.data import load_demonstrations, load_rows
     from toolx_kernels.train.run_folder import RunFolder
+    from toolx_kernels.train.stopping import Stopped, stop_on_signals
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
     logging.disable_progress_bar()  # ours is enough
     RunFolder(args.output_dir).check(args)
-    rows, eval_rows = load_rows(args)
-    summary = ToolExpanderTrainer(
-        args.model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        cold_start=built_in_cold_start(args),
-        demonstrations=load_demonstrations(args.demonstration_dataset),
-        environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
-    ).train()
+    try:
+        with stop_on_signals() as stop:
+            rows, eval_rows = load_rows(args)
+            summary = ToolExpanderTrainer(
+                args.model,
+                args=args,
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                cold_start=built_in_cold_start(args),
+                demonstrations=load_demonstrations(args.demonstration_dataset),
+                environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
+            ).train(stop)
+    except Stopped as stopped:
+        saved = RunFolder(args.output_dir).latest_checkpoint()
+        how = f"--resume goes on from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
+        print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
+        return 128 + stopped.signal
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
     seen = summary["eval_rows_seen"]
     hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
@@ -299,6 +308,69 @@ def compare(argv: list[str]) -> int:
     print(describe(arms))
     print(f"See {output}/comparison.md, which shows comparison.png, and comparison.json.")
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="toolx plan", allow_abbrev=False,
+        description="The memory that toolx train would take with the same flags, told before anything is loaded, and "
+        "what to change if it does not fit. The exit code is 1 if it does not.",
+        epilog="All other flags are those of toolx train: see toolx train --help.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float,
+        help="GiB of the GPU to plan for (default: 24), or of the machine with --device cpu. Left out, where torch "
+        "sees no GPU and --device names none, the plan is for the CPU and the memory of this machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt_length", "--prompt-length", type=int,
+        help="tokens of a prompt (default: of the longest one where the dataset is on this machine, else 1000)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    own, others = parser.parse_known_args(argv)
+    if own.memory is not None and not 0 < own.memory < float("inf"):
+        raise InputError(f"--memory {own.memory} must be a positive number of GiB.")
+    if own.prompt_length is not None and own.prompt_length < 1:
+        raise InputError(f"--prompt_length {own.prompt_length} must be at least 1.")
+    args = parse_train(others)
+
+    import json
+
+    import torch
+
+    from toolx_kernels.rollout.pages import physical_memory
+    from toolx_kernels.train.memory import GIB
+    from toolx_kernels.train.model_config import config_of, longest_prompt
+    from toolx_kernels.train.plan import Planner, flags_of
+
+    on_gpu = args.device.startswith("cuda") or (
+        args.device == "auto" and (own.memory is not None or torch.cuda.is_available())
+    )
+    memory = round((own.memory or 24) * GIB) if on_gpu or own.memory else physical_memory()
+    config = config_of(args.model)
+    prompt_length = own.prompt_length or longest_prompt(args, config) or 1000
+    where = dict(device="cuda" if on_gpu else "cpu", memory=memory, prompt_length=prompt_length)
+    planner = Planner(config, **where)
+    planned = planner.plan(args)
+    better = None if planned.fits else planner.advice(args)
+    if own.json:
+        found = {"settings": better[0], "plan": better[1].to_dict()} if better else None
+        print(json.dumps(planned.to_dict() | {"prompt_length": prompt_length, "advice": found}, indent=2))
+        return 0 if planned.fits else 1
+    print(f"{args.model}, {args.dtype}, {args.optim}; prompts of {prompt_length:,} tokens")
+    print(planned.table())
+    device = f"{'a GPU' if on_gpu else 'a machine'} with {memory / GIB:.1f} GiB"
+    needed = f"{planned.needed / GIB:.1f} GiB"
+    if planned.fits:
+        print(f"Needs {needed}: fits {device}, with {(memory - planned.needed) / GIB:.1f} GiB to spare.")
+    elif better:
+        print(
+            f"Needs {needed}: does not fit {device}. It fits with {flags_of(better[0])}, which needs "
+            f"{better[1].needed / GIB:.1f} GiB."
+        )
+    else:
+        print(f"Needs {needed}: does not fit {device}, whatever the settings: take a smaller model, or more memory.")
+    return 0 if planned.fits else 1
 
 
 def doctor(argv: list[str]) -> int:

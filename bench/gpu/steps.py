@@ -18,6 +18,7 @@ from bench.report import case_name, rows_of
 
 # The tests use them, the package does not: where one is absent, the tests that need it are left out and named.
 TEST_PACKAGES = ("build", "datasets", "hypothesis", "ruff", "scipy", "wheel")
+PLAN_TOLERANCE = 0.1  # of the measured peak
 SMALL_SET = "tests/test_every_op.py"
 # racecheck reports hazards inside NVIDIA's own matrix kernels and needs minutes for each of them.
 LIBRARY_KERNELS = "kns=gemm,kns=cublas,kns=cutlass,kns=nvjet"
@@ -63,6 +64,7 @@ def steps(facts: dict, capped: dict[str, str], scratch: Path) -> list[Step]:
             "rollout-csv", [sys.executable, "-m", "bench.report_rollout", str(rollouts)], 10,
             read=reported("rollout"),
         ),
+        *(training(size, share, capped, scratch) for size, share in (("0.5b", 45), ("1.5b", 75), ("3b", 120))),
         # Slow and picky, so they come last and get what time is left.
         sanitizer("racecheck", 30, [*pytest, SMALL_SET], "--kernel-name-exclude", LIBRARY_KERNELS),
         sanitizer("initcheck", 25, [*pytest, SMALL_SET]),
@@ -193,6 +195,35 @@ def sampled(measurements: Path) -> Callable:
             figures[row["model"]] = {name: row[name] for name in names} | {"continuous_batching_slower": faster}
         notes = dict.fromkeys(f"{row['provider']}: {row['absent']}" for row in rows if row["absent"])
         return Findings("; ".join(words) or "not measured", figures, failures, tuple(notes))
+
+    return read
+
+
+def training(size: str, share: float, capped: dict[str, str], scratch: Path) -> Step:
+    """Five optimizer steps of one shape under the cap; see ``bench.gpu.training``."""
+    found = scratch / f"steps-{size}.json"
+    command = [sys.executable, "-m", "bench.gpu.training", size, str(found)]
+    return Step(f"steps-{size}", command, share, env=capped, read=stepped(found))
+
+
+def stepped(found: Path) -> Callable:
+    """Reads what the steps of one shape took; a plan that is off by more than a tenth has failed."""
+
+    def read(code, output):
+        if code != 0 or not found.exists():
+            return exit_status(code, output)
+        run = json.loads(found.read_text(encoding="utf-8"))
+        peaks = f"planned {run['planned_bytes'] / 1e9:.2f} GB, measured {run['measured_bytes'] / 1e9:.2f} GB"
+        words = (
+            f"{run['model']}, {run['optim']}: {run['step_s']:.1f} s a step, {run['trained_tokens'][0]:,} tokens in its "
+            f"training pass; {peaks}; {run['moved']:.1%} of weights moved"
+        )
+        failures = []
+        if not abs(run["planned_by_measured"] - 1) <= PLAN_TOLERANCE:
+            failures.append(f"{run['model']}: {peaks}")
+        if not run["moved"] > 0:
+            failures.append(f"{run['model']}: no weight moved in {len(run['steps_s'])} steps with {run['optim']}")
+        return Findings(words, run, tuple(failures))
 
     return read
 

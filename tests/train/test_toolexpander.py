@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from toolx_kernels.toolcall import (
 )
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train import evaluate as cli_evaluate
-from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -41,9 +39,9 @@ def spied(monkeypatch):
     """The groups that the learner gets, step by step."""
     steps, improve = [], Learner.improve
 
-    def spy(self, groups):
+    def spy(self, groups, number):
         steps.append(groups)
-        return improve(self, groups)
+        return improve(self, groups, number)
 
     monkeypatch.setattr(Learner, "improve", spy)
     return steps
@@ -142,7 +140,8 @@ def test_better_demonstrations_are_verified_by_the_model_before_rl_or_by_the_pre
         models = [model for purpose, model in asked if purpose == "verify"]
         assert len(models) == 2 * 2, "two tries in each of two rounds"
         cautious = verification == "cautious"
-        assert all((model is trainer.learner.reference) == cautious for model in models)
+        frozen = trainer.learner.reference
+        assert all((frozen is not None and model is frozen.model) == cautious for model in models)
         assert (run / "checkpoint-0").exists() == cautious
         assert all(not line["demonstrations"] for line in table(run)), "nothing helps a random model, so all stay raw"
         assert all(line["tries"] == 2 and line["verified"] is False for line in table(run) if line["tries"])
@@ -289,7 +288,7 @@ def test_a_policy_of_ones_own(tmp_path):
         ({"min_lr_rate": 2}, "min_lr_rate=2.0 must lie in"),
         ({"min_reward_std": -1}, "min_reward_std=-1.0 must be a number"),
         ({"hard_sampling": "drop"}, "hard_sampling='drop' is unknown"),
-        ({"reward_weights": []}, "reward_weights=\\[\\] must be a list of numbers"),
+        ({"reward_weights": []}, "reward_weights=\\[\\] must be a list"),
         ({"reward_weights": ["much"]}, "reward_weights='much' must be a number"),
     ],
 )
@@ -356,14 +355,15 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, max_steps=4, **SMALL)
     rows = training_rows()
     rows[3] = replace(rows[3], prompt="Please do something else.")
-    held_out = builtin.heldout_rows(6, 0, ("easy",))
-    for others in ((rows, held_out), (training_rows(), held_out[:4])):
-        with pytest.raises(InputError, match="was run on other rows to train on, to evaluate on or to demonstrate"):
-            ToolExpanderTrainer("tiny", even_is_good, args, *others).train()
-    more = builtin.train_rows(3, 5, ("hard",))
+    held_out, more = builtin.heldout_rows(6, 0, ("easy",)), builtin.train_rows(3, 5, ("hard",))
     more = [replace(row, id=f"more-{row.id}") for row in more]
-    with pytest.raises(InputError, match="to demonstrate with"):
-        ToolExpanderTrainer("tiny", even_is_good, args, training_rows(), held_out, demonstrations=more).train()
+    for which, others, demonstrations in (
+        ("training rows", (rows, held_out), ()),
+        ("rows to evaluate on", (training_rows(), held_out[:4]), ()),
+        ("demonstrations", (training_rows(), held_out), more),
+    ):
+        with pytest.raises(InputError, match=f"was run on other {which}"):
+            ToolExpanderTrainer("tiny", even_is_good, args, *others, demonstrations=demonstrations).train()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -434,36 +434,6 @@ def test_self_exemplifying_has_no_tools(tmp_path):
 def test_a_resume_with_fewer_steps_than_done_takes_none(tmp_path):
     make_trainer(tmp_path / "run", max_steps=3).train()
     assert make_trainer(tmp_path / "run", max_steps=2, resume=True).train()["steps"] == 3
-
-
-def test_a_kill_while_a_checkpoint_replaces_one_of_its_step_loses_nothing(tmp_path, monkeypatch):
-    make_trainer(tmp_path / "whole").train()
-    rename = Path.rename
-
-    def killed(self, target):
-        if self.name == ".checkpoint-0.part" and (tmp_path / "run" / ".checkpoint-0.old").exists():
-            raise KeyboardInterrupt  # the checkpoint after the first probe has step 0 like the one before it
-        return rename(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make_trainer(tmp_path / "run").train()
-    assert not (tmp_path / "run" / "checkpoint-0").exists()
-    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-0"
-    make_trainer(tmp_path / "run", resume=True).train()
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("part", ["schedule", "table"])
-def test_a_damaged_state_is_named(tmp_path, part):
-    make_trainer(tmp_path / "run", max_steps=2).train()
-    path = tmp_path / "run" / "checkpoint-2" / "state.json"
-    state = json.loads(path.read_text())
-    state[part] = {} if part == "schedule" else [{"id": state["table"][0]["id"]}]
-    path.write_text(json.dumps(state))
-    with pytest.raises(InputError, match="checkpoint-2 holds a damaged state"):
-        make_trainer(tmp_path / "run", max_steps=3, resume=True).train()
 
 
 def test_any_character_that_a_line_may_hold_survives_a_resume(tmp_path):

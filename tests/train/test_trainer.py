@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import small_model
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout import RolloutEngine
 from toolx_kernels.toolcall import builtin
@@ -115,41 +114,12 @@ def test_two_runs_are_the_same(finished, tmp_path):
     assert metrics(tmp_path / "other") != metrics(folder)
 
 
-def test_a_round_and_a_resume_equal_one_run(finished, tmp_path):
-    folder, _ = finished
-    halves = tmp_path / "halves"
-    make_trainer(halves, max_steps=3).train()
-    make_trainer(halves, resume=True).train()
-    assert metrics(halves) == metrics(folder)
-    assert_same_weights(weights(halves, 6), weights(folder, 6))
-
-
 def test_a_longer_resume_probes_the_rows_that_were_left_out(tmp_path):
     run = tmp_path / "run"
     make_trainer(run, max_steps=1).train()
     make_trainer(run, max_steps=3, resume=True).train()
     probes = metrics(run, ["probe"])
     assert [(p["round"], p["rows"], p["rollouts"]) for p in probes] == [(0, 4, 8), (0, 12, 16), (1, 12, 24)]
-
-
-def test_an_interrupted_run_resumes_exactly(finished, tmp_path):
-    folder, _ = finished
-    run, calls = tmp_path / "interrupted", []
-
-    def interrupted(prompts, completions, completion_ids, **columns):
-        calls.append(1)
-        if len(calls) == 4:  # within step 4, after the checkpoint of step 2
-            raise KeyboardInterrupt
-        return even_is_good(prompts, completions, completion_ids)
-
-    interrupted.__name__ = "even_is_good"
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(run, interrupted).train()
-    assert not (run / "summary.json").exists()
-    make_trainer(run, resume=True).train()
-    assert metrics(run) == metrics(folder)
-    assert (run / "rollouts.jsonl").read_text() == (folder / "rollouts.jsonl").read_text()
-    assert_same_weights(weights(run, 6), weights(folder, 6))
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(finished, tmp_path):
@@ -248,50 +218,19 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
 def test_gradients_are_clipped(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_grad_norm=0.01)
     learner, seen = trainer.learner, []
-
-    class Spy:
-        def step(self):
-            seen.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm())
-
-        def zero_grad(self, set_to_none):
-            pass
-
+    apply = learner.updater.apply
+    learner.updater.apply = lambda norm, seed: seen.append((norm, seed)) or apply(norm, seed)
     batch = [
         PackedGroup(trainer.prompts.ids(trainer.rows[0]), [trainer.prompts.completion_ids(trainer.rows[0].answer)])
     ]
-    assert learner.imitate(batch, Spy())["grad_norm"] > 0.1
-    assert seen[0] == pytest.approx(0.01, rel=1e-3)
+    assert learner.imitate(batch, 3)["grad_norm"] > 0.1
+    assert seen == [(0.01, (0, 3))]
 
 
 def test_the_cold_start_of_given_rows_imitates_these(tmp_path):
     trainer = make_trainer(tmp_path / "run", dataset=None)
     shown = [next(trainer.cold_start).row.id for _ in trainer.rows]
     assert sorted(shown) == sorted(row.id for row in trainer.rows)
-
-
-DAMAGE = {
-    "truncated weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
-    "no weights": ("model.safetensors", lambda data: None),
-    "no optimizer": ("optimizer.safetensors", lambda data: None),
-    "state that is no object": ("state.json", lambda data: b"[]"),
-    "config that is no object": ("config.json", lambda data: b"[]"),
-    "config of another shape": ("config.json", lambda data: data.replace(b'"hidden_size": 128', b'"hidden_size": 64')),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoints_are_named(finished, tmp_path, damage):
-    folder, _ = finished
-    shutil.copytree(folder, tmp_path / "run")
-    name, change = DAMAGE[damage]
-    path = tmp_path / "run" / "checkpoint-6" / name
-    data = change(path.read_bytes())
-    path.unlink() if data is None else path.write_bytes(data)
-    with pytest.raises(InputError, match="checkpoint-6"):
-        make_trainer(tmp_path / "run", resume=True).train()
-    if name in ("model.safetensors", "config.json"):
-        with pytest.raises(InputError, match="run"):
-            load_model(str(tmp_path / "run"))
 
 
 def test_a_reference_that_is_gone_is_named_before_anything_is_lost(tmp_path):
@@ -363,17 +302,6 @@ def test_overwrite_starts_anew(tmp_path):
     make_trainer(tmp_path / "run", max_steps=1, overwrite=True).train()
     assert [s["step"] for s in metrics(tmp_path / "run", ["step"])] == [1]
     assert not (tmp_path / "run" / "checkpoint-2").exists()
-
-
-def test_a_checkpoint_of_another_model_is_refused(finished):
-    folder, _ = finished
-    args = ToolExpanderConfig(output_dir=str(folder), resume=True, **SMALL)
-    _, tokenizer = load_model("tiny")
-    rows = training_rows(), builtin.heldout_rows(6, 0, ("easy",))
-    other = small_model("llama")
-    other.resize_token_embeddings(len(tokenizer))
-    with pytest.raises(InputError, match="checkpoint of another model: its hidden_size is"):
-        ToolExpanderTrainer(other, even_is_good, args, *rows, tokenizer).train()
 
 
 def test_prompts_beyond_the_context_are_named(tmp_path):

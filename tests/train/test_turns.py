@@ -23,9 +23,9 @@ def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_pat
     """After a short cold start the model calls, reads what the registry returns, and goes on."""
     seen, improve = [], Learner.improve
 
-    def spy(self, groups):
+    def spy(self, groups, number):
         seen.extend(groups)
-        return improve(self, groups)
+        return improve(self, groups, number)
 
     monkeypatch.setattr(Learner, "improve", spy)
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **TURNS)

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.attention import kv_write, masked_attention, paged_attention
+from toolx_kernels.ops.attention import kv_write, paged_attention
+from toolx_kernels.ops.packed_attention import PackedContext
+from toolx_kernels.ops.rows import embed
 from toolx_kernels.reference import linear_logits
 
 NAME = "toolx"
@@ -63,43 +68,16 @@ class PagedContext:
         )  # fmt: skip
 
 
-@dataclass(slots=True)
-class PackedContext:
-    """Training: blocks of packed tokens, each attending within itself under its own mask.
-
-    A block is a prompt with its completions behind it. Blocks are padded to one length inside attention only.
-    """
-
-    index: Tensor  # (blocks, S) packed position of each place of a block; padding repeats some position
-    inverse: Tensor  # (N) place in index.flatten() of each packed token
-    segments: Tensor  # (blocks, S) 0 for the prompt, k for its k-th completion, -1 for padding
-    positions: Tensor  # (blocks, S) position id of each place
-    masks: dict[int, Tensor] = field(default_factory=dict)  # by window
-
-    def visible(self, window: int) -> Tensor:
-        """(blocks, 1, S, S): a token sees the prompt and its own completion, up to itself."""
-        if window not in self.masks:
-            seen_from, seen = self.segments[:, :, None], self.segments[:, None, :]
-            later_by = self.positions[:, :, None] - self.positions[:, None, :]
-            mask = ((seen == 0) | (seen == seen_from)) & (later_by >= 0)
-            # padding sees itself, so that no query is left without a key
-            mask = (mask & (seen >= 0)) | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
-            self.masks[window] = (mask & (later_by < window) if window else mask)[:, None]
-        return self.masks[window]
-
-    def attend(self, layer, query, key, value, scale, softcap, window):
-        def blocks(packed: Tensor) -> Tensor:  # (blocks, heads, S, Dh)
-            return packed.index_select(0, self.index.flatten()).unflatten(0, self.index.shape).transpose(1, 2)
-
-        out = masked_attention(blocks(query), blocks(key), blocks(value), self.visible(window), scale, softcap)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.inverse)
-
-
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-    """Last hidden states (N, D) of N packed tokens, inside ``with toolx_attention(model)``."""
-    output = model.get_decoder()(
-        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, toolx=context
-    )
+    """Last hidden states (N, D) of N packed tokens, inside ``with toolx_attention(model)``.
+
+    Backward adds the gradient of the embedding straight to its ``weight.grad`` (``ops.rows.embed``).
+    """
+    if torch.is_grad_enabled():
+        inputs = {"inputs_embeds": embed(model.get_input_embeddings(), input_ids[None])}
+    else:
+        inputs = {"input_ids": input_ids[None]}
+    output = model.get_decoder()(**inputs, position_ids=position_ids[None], use_cache=False, toolx=context)
     return output.last_hidden_state[0]
 
 
@@ -124,6 +102,28 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = before
 
 
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block each layer of a forward keeps only its input; backward, in the block or after it, computes the
+    rest again. The gradients are the same.
+
+    transformers' own switch works in training mode alone, which would turn dropout on. A checkpoint around each
+    layer's ``forward`` leaves modes, hooks and adapters as they are; random numbers are not kept for the second run,
+    because in evaluation mode there are none.
+    """
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
 @torch.no_grad()
 def check_supported(model: PreTrainedModel) -> None:
     """Compares a few log-probs through our attention and head with the model's own.
@@ -139,12 +139,14 @@ def check_supported(model: PreTrainedModel) -> None:
     vocab_size = model.get_output_embeddings().weight.shape[0]
     ids = torch.arange(length, device=device) * 7919 % vocab_size
     places = torch.arange(length, device=device)
-    context = PackedContext(places[None], places, torch.zeros_like(places)[None], places[None])
+    context = PackedContext([(length, [])], device)
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with toolx_attention(model):
-            ours = linear_logits(run_body(model, ids, places, context), **head_of(model)).log_softmax(-1)
+            with torch.enable_grad():  # the way that training takes
+                hidden = run_body(model, ids, places, context).detach()
+            ours = linear_logits(hidden, **head_of(model)).log_softmax(-1)
         theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(

@@ -8,24 +8,32 @@ pool outlives the call, and with it what was computed of prompts, until the weig
 from __future__ import annotations
 
 import math
-import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import cache_shape, check_supported, head_of, toolx_attention
-from toolx_kernels.rollout.pages import PagePool
+from toolx_kernels.rollout.pages import (
+    PagePool,
+    out_of_memory,
+    pages_of_row,
+    pages_wanted,
+    physical_memory,
+    pool_budget,
+)
 from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
-from toolx_kernels.rollout.scheduler import Row, Scheduler
+from toolx_kernels.rollout.scheduler import Chunk, Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
 MAX_ROWS = 512  # rows that decode together
-# A pool takes at most one part in so many of the memory: a host has other work than this.
-CPU_POOL_SHARE = 8
-GPU_POOL_SHARE = 4
+
+T = TypeVar("T")
 
 
 class RolloutEngine:
@@ -34,11 +42,14 @@ class RolloutEngine:
     Args:
         model: a transformers causal LM that takes its attention from the registry (Llama, Qwen2, Qwen3, Gemma 3).
         page_size: tokens per page.
-        max_pages: pages in the pool; None lets it grow with the work, up to 1 GiB on a CPU and a quarter of a GPU's
-            memory (more only where a single row needs more).
+        max_pages: pages in the pool; None lets it grow with the work, up to an eighth of a CPU's and a quarter of a
+            GPU's memory (more only where a single row needs more).
         seed: first word of every row's random stream.
         compile: decode through ``torch.compile``. The first step then takes a minute or so; worth it on a GPU, where
             a step is a thousand small kernels otherwise, for runs of more than a few minutes.
+
+    Where memory runs out, the engine goes on with less and warns once: with a pool of half the size, down to what the
+    longest row needs, with prefill in shorter pieces, with fewer rows at a time. No completion depends on these.
 
     ``preemptions`` counts the rows of the last call that had to give their pages back for a while.
 
@@ -68,6 +79,9 @@ class RolloutEngine:
         self.preemptions = 0
         self._running = False
         self._weights: tuple = ()  # fingerprint of those that wrote the pages
+        self._most_pages = max_pages or math.inf  # less where they could not be had
+        self._most_rows = MAX_ROWS
+        self._said: set[str] = set()
 
     @property
     def pool(self) -> PagePool | None:
@@ -152,17 +166,17 @@ class RolloutEngine:
                 toolx_attention(self.model),
             ):
                 runner = self._runner_for(prompts, n, limits)
-                scheduler = Scheduler(runner.pool, rows, params, MAX_ROWS, ended)
+                scheduler = Scheduler(runner.pool, rows, params, min(self._most_rows, MAX_ROWS), ended)
                 runner.start(params)
                 while scheduler.waiting or len(scheduler.order):
                     places, chunk_of, chunks = scheduler.admit()
                     if chunks:
-                        hidden = runner.prefill(chunks)[chunk_of]
-                        scheduler.record(places, *runner.sample(hidden, scheduler.streams(places)))
+                        start = partial(self._start, runner, scheduler, places, chunk_of, chunks)
+                        scheduler.record(places, *_within_memory(start, partial(self._halve_prefill, runner)))
                     scheduler.grow()
                     if len(scheduler.order):
-                        places, inputs = scheduler.decode_inputs()
-                        scheduler.record(places, *runner.decode(inputs))
+                        step = partial(self._decode, runner, scheduler)
+                        scheduler.record(*_within_memory(step, partial(self._halve_rows, scheduler)))
                 self.preemptions = scheduler.preemptions
         except BaseException:
             self.runner = None  # whatever was held at that moment (Ctrl-C, out of memory) goes with it
@@ -172,13 +186,38 @@ class RolloutEngine:
         completions = iter(row.completion for row in rows)
         return [Group(ids, [next(completions) for _ in range(n)]) for ids in prompts]
 
+    # Both may be done again after half of them: what they write to pages is the same every time.
+
+    @staticmethod
+    def _start(runner: Runner, scheduler: Scheduler, places, chunk_of: list[int], chunks: list[Chunk]):
+        return runner.sample(runner.prefill(chunks)[chunk_of], scheduler.streams(places))
+
+    @staticmethod
+    def _decode(runner: Runner, scheduler: Scheduler):
+        places, inputs = scheduler.decode_inputs()
+        return places, *runner.decode(inputs)
+
+    def _halve_prefill(self, runner: Runner) -> bool:
+        halved = runner.halve_prefill()
+        if halved:
+            self._say("prefill", f"prompts are computed in pieces of {runner.prefill_tokens} tokens or less")
+        return halved
+
+    def _halve_rows(self, scheduler: Scheduler) -> bool:
+        halved = scheduler.halve()
+        if halved:
+            self._most_rows = len(scheduler.order)
+            self._say("rows", f"{self._most_rows} completions or fewer are sampled at a time")
+        return halved
+
+    def _say(self, what: str, consequence: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"{self._device} ran out of memory during rollouts: {consequence}.", stacklevel=2)
+
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _pages_of_row(self, prompt: list[int], limit: int) -> int:
-        """Pages of one row at its longest: the last token that is sampled is never written."""
-        return -(-(len(prompt) + limit - 1) // self.page_size)
 
     def _check(
         self,
@@ -206,7 +245,7 @@ class RolloutEngine:
                 raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
             if limit < 1:
                 raise InputError(f"{name} has a limit of {limit} tokens: it must be at least 1.")
-            needed = self._pages_of_row(ids, limit)
+            needed = self._pages_of_row(len(ids), limit)
             if self.max_pages is not None and needed > self.max_pages:
                 raise InputError(
                     f"{name} with {len(ids)} tokens needs {needed} pages of {self.page_size} tokens, and "
@@ -217,35 +256,68 @@ class RolloutEngine:
         """The kept runner and pool; the pool grows where the work wants it, and forgets where the weights changed."""
         weight = next(self.model.parameters())
         shape = cache_shape(self.config)
-        n_pages = self._n_pages(prompts, n, limits, 2 * math.prod(shape) * weight.element_size())
+        n_pages, least = self._n_pages(prompts, n, limits, 2 * math.prod(shape) * weight.element_size())
         if self.runner is not None:
             cache = self.pool.key_caches[0]
             if (cache.dtype, cache.device) != (weight.dtype, weight.device):
                 self.runner = None
         weights = fingerprint(self.model)
-        if self.runner is None:
-            capture = capture_cuda_graph if weight.device.type == "cuda" else None
-            pool = PagePool(n_pages, self.page_size, *shape, like=weight)
-            self.runner = Runner(self.model, pool, capture, self.compile)
-        else:
+        if self.runner is not None:
             if weights != self._weights:
                 self.pool.forget_all()
             if n_pages > self.pool.n_pages:
-                self.pool.enlarge(n_pages)
+                try:
+                    self.pool.enlarge(n_pages)
+                except InputError:
+                    self.runner = None  # with what the pool held, there is room for another one
+        if self.runner is None:
+            capture = capture_cuda_graph if weight.device.type == "cuda" else None
+            pool = self._new_pool(n_pages, least, shape, weight)
+            self.runner = Runner(self.model, pool, capture, self.compile)
         self._weights = weights
         return self.runner
 
-    def _n_pages(self, prompts: list[list[int]], n: int, limits: list[int], token_bytes: int) -> int:
+    def _new_pool(self, n_pages: int, least: int, shape: tuple[int, int, int], weight: torch.Tensor) -> PagePool:
+        """Of ``n_pages``, or half as many as often as they cannot be had, down to ``least``."""
+        wanted = n_pages
+        while True:
+            try:
+                pool = PagePool(n_pages, self.page_size, *shape, like=weight)
+                break
+            except InputError:
+                if n_pages <= least:
+                    raise
+            n_pages = max(least, n_pages // 2)
+        if n_pages < wanted:
+            self._most_pages = n_pages
+            self._say("pool", f"the KV pool has {n_pages} pages, not {wanted}, so fewer completions run at a time")
+        return pool
+
+    def _n_pages(self, prompts: list[list[int]], n: int, limits: list[int], token_bytes: int) -> tuple[int, int]:
+        """Pages of the pool, and the least with which every row can run alone."""
+        least = max(1, *(self._pages_of_row(len(ids), limit) for ids, limit in zip(prompts, limits, strict=True)))
         if self.max_pages is not None:
-            return self.max_pages
-        prefixes = [len(ids) // self.page_size for ids in prompts]
-        of_row = [self._pages_of_row(ids, limit) for ids, limit in zip(prompts, limits, strict=True)]
-        own = max(whole - shared for whole, shared in zip(of_row, prefixes, strict=True))
-        wanted = sum(prefixes) + own * min(MAX_ROWS, n * len(prompts))
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_POOL_SHARE
+            return max(least, min(self.max_pages, self._most_pages)), least
+        wanted = pages_wanted([len(ids) for ids in prompts], n, limits, self.page_size, MAX_ROWS)
         if self._device.type == "cuda":
-            budget = torch.cuda.get_device_properties(self._device).total_memory // GPU_POOL_SHARE
-        return max(*of_row, min(wanted, budget // (token_bytes * self.page_size)), 1)
+            memory = torch.cuda.get_device_properties(self._device).total_memory
+        else:
+            memory = physical_memory()
+        budget = pool_budget(memory, self._device.type) // (token_bytes * self.page_size)
+        return max(least, min(wanted, budget, self._most_pages)), least
+
+    def _pages_of_row(self, prompt: int, limit: int) -> int:
+        return pages_of_row(prompt, limit, self.page_size)
+
+
+def _within_memory(work: Callable[[], T], give_back: Callable[[], bool]) -> T:
+    """What ``work()`` returns; it is done again as long as it runs out of memory and some could be given back."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not (out_of_memory(error) and give_back()):
+                raise
 
 
 def _integers(values: Sequence[int]) -> list[int]:

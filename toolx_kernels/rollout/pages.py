@@ -8,6 +8,7 @@ share their prompt, prompts share what they begin with, and a later call finds t
 from __future__ import annotations
 
 import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,6 +16,15 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
+
+# A pool takes at most one part in so many of the memory: a host has other work than this.
+CPU_POOL_SHARE = 8
+GPU_POOL_SHARE = 4
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory could not be had: a GPU's has a type of its own, a CPU's only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class PagePool:
@@ -141,3 +151,29 @@ class PagePool:
     def _forget(self, page: int) -> None:
         if page in self._of_page:
             del self._remembered[self._of_page.pop(page)[1]]
+
+
+def pages_of_row(prompt: int, limit: int, page_size: int) -> int:
+    """Pages of one row at its longest: ``prompt`` tokens and ``limit`` more, of which the last is never written."""
+    return -(-(prompt + limit - 1) // page_size)
+
+
+def pages_wanted(prompts: Sequence[int], n: int, limits: Sequence[int], page_size: int, max_rows: int) -> int:
+    """Pages with which all ``n`` rows of each prompt run at once, as far as at most ``max_rows`` do.
+
+    ``prompts`` holds lengths. The full pages of a prompt are there once, what follows is each row's own.
+    """
+    prefixes = [length // page_size for length in prompts]
+    of_row = [pages_of_row(length, limit, page_size) for length, limit in zip(prompts, limits, strict=True)]
+    own = max(whole - shared for whole, shared in zip(of_row, prefixes, strict=True))
+    return sum(prefixes) + own * min(max_rows, n * len(prompts))
+
+
+def pool_budget(memory: int, device: str) -> int:
+    """Bytes that a pool takes at most of a device's memory ("cpu" or "cuda"), where it is not told otherwise."""
+    return memory // (GPU_POOL_SHARE if device == "cuda" else CPU_POOL_SHARE)
+
+
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

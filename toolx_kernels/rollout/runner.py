@@ -25,6 +25,7 @@ from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
 from toolx_kernels.rollout.types import SamplingParams
 
 MAX_PREFILL_TOKENS = 4096  # tokens in one forward, which bounds the activations
+LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
 MAX_GRAPHS = 64  # kept at a time
 LEAST_WIDTH = 16  # columns of a graph's block table
 MAX_SIBLINGS = 64  # more of them choose no other kernel
@@ -52,6 +53,7 @@ class Runner:
         self.model, self.pool, self.capture = model, pool, capture
         self._body = torch.compile(run_body, dynamic=True) if compile else run_body
         self.device = pool.key_caches[0].device
+        self.prefill_tokens = MAX_PREFILL_TOKENS
         self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
         self._baked: tuple = ()
         self._memory = None
@@ -78,12 +80,19 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Writes the chunks' keys and values; returns the hidden state of each one's last token, (chunks, D)."""
         last = []
-        for batch in _batches(chunks):
+        for batch in _batches(chunks, self.prefill_tokens):
             hidden = self._prefill(batch)
             ends = np.cumsum([stop - start for _, start, stop in batch]) - 1
             done = [end for end, (chunk, _, stop) in zip(ends, batch, strict=True) if stop == len(chunk.tokens)]
             last.append(hidden[torch.tensor(done, dtype=torch.long, device=hidden.device)])
         return torch.cat(last)
+
+    def halve_prefill(self) -> bool:
+        """Forwards of half as many tokens from now on; False if they cannot be shorter."""
+        if self.prefill_tokens <= LEAST_PREFILL_TOKENS:
+            return False
+        self.prefill_tokens //= 2
+        return True
 
     def _prefill(self, batch: list[tuple[Chunk, int, int]]) -> Tensor:
         lengths = [stop - start for _, start, stop in batch]
@@ -162,9 +171,9 @@ class Runner:
         return torch.from_numpy(array).to(self.device)
 
 
-def _batches(chunks: Sequence[Chunk]) -> Iterator[list[tuple[Chunk, int, int]]]:
-    """(chunk, start, stop) of at most MAX_PREFILL_TOKENS tokens together; a chunk may be cut anywhere."""
-    batch, room = [], MAX_PREFILL_TOKENS
+def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chunk, int, int]]]:
+    """(chunk, start, stop) of at most ``n_tokens`` tokens together; a chunk may be cut anywhere."""
+    batch, room = [], n_tokens
     for chunk in chunks:
         start = chunk.start
         while start < len(chunk.tokens):
@@ -174,7 +183,7 @@ def _batches(chunks: Sequence[Chunk]) -> Iterator[list[tuple[Chunk, int, int]]]:
             start = stop
             if room == 0:
                 yield batch
-                batch, room = [], MAX_PREFILL_TOKENS
+                batch, room = [], n_tokens
     if batch:
         yield batch
 

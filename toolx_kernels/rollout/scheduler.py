@@ -247,6 +247,19 @@ class Scheduler:
         self.preemptions += 1
         self._close_ranks()
 
+    def halve(self) -> bool:
+        """Puts the younger half of the running rows back into the queue, and no more than the others run from now on.
+
+        False, and nothing happens, if only one row runs.
+        """
+        n_kept = len(self.order) // 2
+        if n_kept == 0:
+            return False
+        for place in self.order[n_kept:][::-1]:
+            self._preempt(place)
+        self._vacant.clear()
+        return True
+
     def _cancel(self, group: int) -> None:
         for place in self.order:
             if self._rows[place].group == group:

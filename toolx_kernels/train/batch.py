@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolx_kernels.ops.hf_attention import PackedContext, run_body
+from toolx_kernels.ops.hf_attention import run_body
+from toolx_kernels.ops.packed_attention import PackedContext
+from toolx_kernels.ops.rows import take_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,11 @@ class PackedGroup:
     completions: Sequence[Sequence[int]]
     masks: Sequence[Sequence[bool] | None] | None = None
 
+    def part(self, completions: slice) -> PackedGroup:
+        """The prompt with some of its completions."""
+        masks = None if self.masks is None else self.masks[completions]
+        return PackedGroup(self.prompt, self.completions[completions], masks)
+
     @property
     def n_tokens(self) -> int:
         """Tokens that pass through the model: the last one of a completion predicts nothing that is trained."""
@@ -35,7 +42,7 @@ class PackedBatch:
     """Groups laid end to end. Two groups ``([1, 7], [[5, 2]])`` and ``([3], [[4, 6, 2], [8]])`` pack to
 
     input_ids    1 7 5 | 3 4 6        the prompt once, then each completion without its last token
-    position_ids 0 1 2 | 0 1 2        restarting behind the prompt for every completion
+    positions    0 1 2 | 0 1 2        restarting behind the prompt for every completion
     source       1 2   | 3 4 5  3     whose hidden state predicts the N completion tokens
     targets      5 2   | 4 6 2  8
     cu_seqlens   0 2 5 6
@@ -43,7 +50,6 @@ class PackedBatch:
     """
 
     input_ids: Tensor  # (packed) int64
-    position_ids: Tensor  # (packed) int64
     context: PackedContext
     source: Tensor  # (N) int64, indexes the packed tokens
     targets: Tensor  # (N) int64
@@ -52,46 +58,35 @@ class PackedBatch:
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
-        return run_body(model, self.input_ids, self.position_ids, self.context).index_select(0, self.source)
+        return take_rows(run_body(model, self.input_ids, self.context.tokens.position, self.context), self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of completions of one group: ``groups[group].part(completions)``."""
+
+    group: int
+    completions: slice
 
 
 def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> PackedBatch:
     """One batch of all groups; completions keep their order, group by group."""
-    ids, positions, segments, source, targets, mask, bounds = [], [], [], [], [], [], [0]
-    starts = [0]
+    ids, source, targets, mask, bounds, lengths = [], [], [], [], [0], []
     for group in groups:
         masks = group.masks or [None] * len(group.completions)
-        last_of_prompt = len(ids) + len(group.prompt) - 1
         ids += group.prompt
-        positions += range(len(group.prompt))
-        segments += [0] * len(group.prompt)
-        for k, (completion, counts) in enumerate(zip(group.completions, masks, strict=True), start=1):
-            inner = len(completion) - 1
-            source += [last_of_prompt, *range(len(ids), len(ids) + inner)]
-            ids += completion[:-1]
-            positions += range(len(group.prompt), len(group.prompt) + inner)
-            segments += [k] * inner
+        last_of_prompt = len(ids) - 1
+        for completion, counts in zip(group.completions, masks, strict=True):
+            inner = completion[:-1]
+            source += [last_of_prompt, *range(len(ids), len(ids) + len(inner))]
+            ids += inner
             targets += completion
             mask += [True] * len(completion) if counts is None else counts
             bounds.append(len(targets))
-        starts.append(len(ids))
-
-    starts = torch.tensor(starts)
-    lengths = starts.diff()
-    place = torch.arange(int(lengths.max()))
-    filled = place < lengths[:, None]
-    index = torch.where(filled, starts[:-1, None] + place, 0)
-    positions, segments = torch.tensor(positions), torch.tensor(segments)
-    context = PackedContext(
-        index=index.to(device),
-        inverse=filled.flatten().nonzero().squeeze(1).to(device),
-        segments=torch.where(filled, segments[index], -1).to(device),
-        positions=torch.where(filled, positions[index], 0).to(device),
-    )
+        lengths.append((len(group.prompt), [len(completion) - 1 for completion in group.completions]))
     return PackedBatch(
         torch.tensor(ids, device=device),
-        positions.to(device),
-        context,
+        PackedContext(lengths, device),
         torch.tensor(source, device=device),
         torch.tensor(targets, device=device),
         torch.tensor(bounds, dtype=torch.int32, device=device),
@@ -99,14 +94,31 @@ def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> P
     )
 
 
-def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> Iterator[list[int]]:
-    """Indices of consecutive groups that together hold at most ``token_budget`` tokens; a larger group goes alone."""
-    batch, tokens = [], 0
+def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[Part]]:
+    """Cuts the groups, in their order, into micro-batches of at most ``token_budget`` tokens.
+
+    A group that fits into one micro-batch is never cut. A larger one is cut into as few runs of completions as can be,
+    each behind a copy of the prompt; other groups may share the micro-batches of its first and its last run. A
+    completion that exceeds the budget together with its prompt goes alone.
+    """
+    batches: list[list[Part]] = []
+    room = 0
+
+    def add(part: Part, tokens: int) -> None:
+        nonlocal room
+        if not batches or tokens > room:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(part)
+        room -= tokens
+
     for index, group in enumerate(groups):
-        if batch and tokens + group.n_tokens > token_budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += group.n_tokens
-    if batch:
-        yield batch
+        start, tokens = 0, len(group.prompt)
+        for place, completion in enumerate(group.completions):
+            more = len(completion) - 1
+            if place > start and tokens + more > token_budget:
+                add(Part(index, slice(start, place)), tokens)
+                start, tokens = place, len(group.prompt)
+            tokens += more
+        add(Part(index, slice(start, len(group.completions))), tokens)
+    return batches

@@ -16,6 +16,7 @@ from toolx_kernels.train.data import Prompts
 from toolx_kernels.train.evaluate import Judge
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.learner import DivergedError
+from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.rollouts import GroupPlan, Rollout, Sampler, ScoredGroup
 
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
@@ -37,9 +38,10 @@ class Collector:
         rewards: RewardFunctions,
         args: ToolExpanderConfig,
         stop_token_ids: tuple[int, ...],
+        phases: Phases,
     ):
         self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
-        self.rewards = rewards
+        self.rewards, self.phases = rewards, phases
         self.params = args.sampling(stop_token_ids)
         self.tokens: Counter[str] = Counter()
         self.unrewarded = 0
@@ -117,9 +119,10 @@ class Collector:
     ) -> list[list[Rollout]]:
         rows = [self.rows[row] for row, _ in asked]
         prompts = [self.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
-        groups = sampler.sample(
-            rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
-        )
+        with self.phases.phase("rollout" if purpose == "step" else "probe"):
+            groups = sampler.sample(
+                rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
+            )
         for row, rollouts in zip(rows, groups, strict=True):
             for rollout in rollouts:
                 if not math.isfinite(sum(rollout.logprobs) + sum(rollout.entropies)):
@@ -130,7 +133,8 @@ class Collector:
     def _score(self, groups: Sequence[ScoredGroup]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
-        scores = self.rewards(rows, rollouts)
+        with self.phases.phase("reward"):
+            scores = self.rewards(rows, rollouts)
         self.unrewarded += scores.unrewarded
         total = iter(scores.total)
         parts = {name: iter(values) for name, values in scores.parts.items()}

@@ -41,9 +41,7 @@ class ToolExpanderConfig:
     overwrite: bool = setting(False, "delete the run that the run folder holds")
     seed: int = setting(0, "of data, weights and sampling")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the weights; bfloat16 weights do not move at learning rates near 1e-6"
-    )
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the weights")
     calls: int | None = setting(None, "only rows with so many calls in their answer")
     train_rows: int | None = setting(None, "rows to train on; all of the dataset's by default, 640 of builtin")
     eval_rows: int | None = setting(None, "held-out rows to evaluate on; all by default, 480 of builtin")
@@ -118,7 +116,32 @@ class ToolExpanderConfig:
     )
     importance_sampling_level: Literal["token", "sequence"] = setting("token", "sequence is GSPO")
 
+    # updates from one batch
+    num_iterations: int = setting(1, "updates from one batch; with 1 the ratio is exactly 1 and no old log-probs exist")
+    old_logprobs: Literal["trainer", "sampler"] = setting(
+        "trainer",
+        "what the ratio of a second update starts from: log-probs of a forward of the trainer's own before the first "
+        "one, or those that the sampler reported",
+    )
+    importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        setting("none", "weights for what trainer and sampler disagree in, cut or left out beyond the cap")
+    )
+    importance_sampling_cap: float = setting(2.0, "largest of these weights")
+
     # the optimizer
+    optim: Literal["adamw", "adamw_8bit", "adamw_stochastic", "adamw_offload"] = setting(
+        "adamw",
+        "adamw: fp32 states, for bfloat16 weights also fp32 masters; adamw_8bit: 8-bit states (torchao); "
+        "adamw_stochastic: bfloat16 weights rounded stochastically instead of masters; adamw_offload: "
+        "fp32 masters and states in the CPU's memory",
+    )
+    gradient_checkpointing: bool = setting(
+        False, "activations of each layer are computed again in the backward pass: less memory, a third more work"
+    )
+    use_peft: bool = setting(False, "train a LoRA adapter (peft) instead of the weights")
+    lora_r: int = setting(16, "rank of the adapter")
+    lora_alpha: int = setting(32, "its output is scaled by lora_alpha / lora_r")
+    lora_target_modules: list[str] | None = setting(None, "linear layers with an adapter; all but the head by default")
     learning_rate: float = setting(1e-6, "of the first round")
     lr_decay: float = setting(0.8, "factor on the learning rate from one round (or lr_decay_per) to the next")
     lr_decay_per: Literal["round", "epoch", "step"] = setting("round", "when the learning rate decays")
@@ -148,6 +171,7 @@ class ToolExpanderConfig:
     save_steps: int = setting(50, "checkpoint every so many steps besides the end")
     save_total_limit: int = setting(2, "checkpoints kept; the first too where it is needed (KL, cautious verification)")
     log_completions: int = setting(4, "completions per step written to rollouts.jsonl")
+    profile_step: int = setting(0, "the optimizer step of which a torch profiler trace is written; 0: none")
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
@@ -156,7 +180,7 @@ class ToolExpanderConfig:
             "num_generations", "prompts_per_step", "max_completion_length", "probe_rollouts", "epochs_per_round",
             "micro_batch_tokens", "cold_start_batch_size", "save_steps", "save_total_limit",
             "few_shots_per_tool", "max_few_shots", "demonstration_tries", "verify_rollouts",
-            "max_tool_calling_iterations",
+            "max_tool_calling_iterations", "num_iterations", "lora_r", "lora_alpha",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -164,12 +188,15 @@ class ToolExpanderConfig:
         for name in ("train_rows", "eval_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("num_train_epochs", "cold_start_steps", "eval_steps", "log_completions", "weight_decay"):
+        not_negative = (
+            "num_train_epochs", "cold_start_steps", "eval_steps", "log_completions", "weight_decay", "profile_step",
+        )  # fmt: skip
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative.")
         positive = (
             "learning_rate", "cold_start_learning_rate", "adam_epsilon", "max_grad_norm", "temperature", "tool_timeout",
-            "reward_timeout",
+            "reward_timeout", "importance_sampling_cap",
         )  # fmt: skip
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -193,6 +220,14 @@ class ToolExpanderConfig:
         for name in ("max_steps", "max_tokens"):
             if getattr(self, name) == 0 or getattr(self, name) < -1:
                 raise InputError(f"{name}={getattr(self, name)} must be -1 (no limit) or at least 1.")
+        from_sampler = self.num_iterations > 1 and self.old_logprobs == "sampler"
+        if self.hard_sampling == "distill" and (from_sampler or self.importance_sampling_mode != "none"):
+            mode = f"importance_sampling_mode={self.importance_sampling_mode}"
+            which = "old_logprobs=sampler" if from_sampler else mode
+            raise InputError(
+                f"{which} compares log-probs on one prompt, and hard_sampling=distill samples on another one than it "
+                "learns on: leave it at its default there."
+            )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: choose one.")
         self.loss, self.sampling()  # noqa: B018 (they check themselves)
@@ -217,6 +252,11 @@ class ToolExpanderConfig:
             beta=self.beta,
             temperature=self.temperature,
             importance_sampling_level=self.importance_sampling_level,
+            # without sampler_logprobs nothing is weighted, whatever the mode
+            importance_sampling_mode=(
+                "token_truncate" if self.importance_sampling_mode == "none" else self.importance_sampling_mode
+            ),
+            importance_sampling_cap=self.importance_sampling_cap,
             scale_rewards=self.scale_rewards,
             max_completion_length=self.max_completion_length,
         )
@@ -243,7 +283,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
     (wanted,) = set(allowed or (kind,)) - {NoneType} if get_origin(kind) is not list else (kind,)
     if get_origin(wanted) is list:
         if not isinstance(value, list) or not value:
-            raise InputError(f"{name}={value!r} must be a list of numbers, one after the other.")
+            raise InputError(f"{name}={value!r} must be a list, one item after the other.")
         return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:

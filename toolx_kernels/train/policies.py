@@ -128,12 +128,13 @@ class PolicyLoss(Protocol):
         gradient does not depend on how the batch is cut."""
 
     def __call__(self, hidden: Tensor, *, denominator: float, ref_logprobs: Tensor | None, **batch) -> GRPOOutput:
-        """The loss of a micro-batch; ``batch`` is what ``linear_grpo_loss`` takes, the head included."""
+        """The loss of a micro-batch; ``batch`` is what ``linear_grpo_loss`` takes, the head included; its
+        ``old_logprobs`` are None in the first of several updates, and where there is only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClippedLoss:
-    """``linear_grpo_loss`` of any ``loss_type``, on the policy that sampled (its ratio is exactly 1)."""
+    """``linear_grpo_loss`` of any ``loss_type``."""
 
     config: GRPOLossConfig
 

@@ -4,21 +4,57 @@ checkpoints."""
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.train.checkpoint import checkpoints, latest_checkpoint, write_atomically
+from toolx_kernels.train.checkpoint import (
+    checkpoints,
+    first_line,
+    gone,
+    latest_checkpoint,
+    remove,
+    sweep,
+    write_atomically,
+)
 from toolx_kernels.train.config import ToolExpanderConfig
 
-CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES = (
-    "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png",
+CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
+    "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",
 )  # fmt: skip
+LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; written anew each time
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "num_train_epochs", "device", "output_dir", "log_completions",
+    "save_steps", "save_total_limit", "profile_step",
 )  # fmt: skip
+
+
+def binding_settings(config: ToolExpanderConfig) -> dict:
+    """The settings that a resumed run must share with the one before."""
+    return {name: value for name, value in config.to_dict().items() if name not in MAY_DIFFER}
+
+
+def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) -> None:
+    """Raises InputError, naming each setting that differs from those ``before``, of a run or checkpoint at ``path``.
+
+    A setting that did not exist then had the effect of its present default; one that is gone had better have none.
+    """
+    defaults = ToolExpanderConfig().to_dict()
+    differing = [
+        f"{name}={before.get(name, defaults[name])!r}, not {value!r}"
+        for name, value in binding_settings(config).items()
+        if before.get(name, defaults[name]) != value
+    ]
+    differing += [f"{name}={before[name]!r}, which is no setting here" for name in before if name not in defaults]
+    if differing:
+        raise InputError(
+            f"{path} was run with {', and '.join(differing)}: resume with the same settings, or start another run "
+            "folder."
+        )
 
 
 class RunFolder:
@@ -33,8 +69,11 @@ class RunFolder:
 
     def check(self, config: ToolExpanderConfig) -> None:
         """Raises InputError when the folder's content and the flags do not go together; touches nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output_dir={self.path} is a file: choose a folder.")
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"output_dir={self.path}: {there} is a file, so choose a folder.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"output_dir={self.path}: {there} must not be written to, so choose another folder.")
         holds_run = (self.path / CONFIG).exists()
         leftovers = (path for path in self.path.iterdir() if path.suffix != ".part") if self.path.is_dir() else ()
         if not holds_run and any(leftovers):
@@ -44,16 +83,7 @@ class RunFolder:
         if config.resume:
             if not holds_run:
                 raise InputError(f"{self.path} holds no run to resume: start one without --resume.")
-            self._check_same_run(config)
-
-    def _check_same_run(self, config: ToolExpanderConfig) -> None:
-        before = self.config()
-        for name, value in config.to_dict().items():
-            if name not in MAY_DIFFER and name in before and before[name] != value:
-                raise InputError(
-                    f"{self.path} was run with {name}={before[name]}, not {value}: resume with the same {name}, or "
-                    "start another run folder."
-                )
+            check_same_settings(self.path, self.config(), config)
 
     def config(self) -> dict:
         """The settings that the run was started with."""
@@ -69,16 +99,19 @@ class RunFolder:
     def start(self, config: ToolExpanderConfig) -> None:
         """An empty folder with the run's config, or the one to resume as it is."""
         if config.overwrite and (self.path / CONFIG).exists():
-            for checkpoint in (*checkpoints(self.path), *self.path.glob(".checkpoint-*")):
-                shutil.rmtree(checkpoint)
+            for checkpoint in checkpoints(self.path):
+                remove(checkpoint)
             # last what says that there is a run
-            for name in (METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, CONFIG):
+            for name in (METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before it is resumed
+        sweep(self.path)
+        for name in REPLACED:
+            (self.path / f"{name}.part").unlink(missing_ok=True)
         if not config.resume:
             settings = {k: v for k, v in config.to_dict().items() if k not in ("resume", "overwrite")}
-            write_atomically(self.path / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+            self._replace(CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
     def latest_checkpoint(self) -> Path | None:
         return latest_checkpoint(self.path)
@@ -92,8 +125,26 @@ class RunFolder:
         self._append(ROLLOUTS, values)
 
     def _append(self, name: str, record: dict) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with self._writing(name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        with self._writing(name):
+            write_atomically(self.path / name, text)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Says in one sentence why a file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if not self.path.is_dir():
+                raise gone(self.path) from None
+            why = error.strerror or first_line(error)
+            raise InputError(
+                f"{self.path / name} could not be written ({why}): mend that, and --resume goes on from the last "
+                "checkpoint."
+            ) from None
 
     def metrics(self) -> list[dict]:
         path = self.path / METRICS
@@ -101,23 +152,27 @@ class RunFolder:
 
     def forget_after(self, lines: dict[str, int]) -> None:
         """Drops what was logged after the checkpoint that is resumed, given the lines each file had then."""
-        for name in (METRICS, ROLLOUTS):
+        for name in LOGS:
             path = self.path / name
             if path.exists():
-                # as bytes: a text may hold other line ends (U+2028), which JSON leaves as they are
-                kept = path.read_bytes().splitlines(keepends=True)[: lines[name]]
-                write_atomically(path, b"".join(kept).decode())
+                with open(path, "r+b") as file:  # as bytes, because text has more ends of line than \n
+                    for _ in range(lines[name]):
+                        file.readline()
+                    file.truncate()
 
     def lines(self) -> dict[str, int]:
-        """How many lines each log holds."""
-        paths = {name: self.path / name for name in (METRICS, ROLLOUTS)}
-        return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
+        """How many lines each log holds, all of them on disk."""
+        counts = dict.fromkeys(LOGS, 0)
+        for name in LOGS:
+            if (path := self.path / name).exists():
+                with open(path, "rb") as file:
+                    counts[name] = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+                    os.fsync(file.fileno())
+        return counts
 
     def write_hard_samples(self, lines: list[dict]) -> None:
         """The table of every probed row's state, replaced as a whole."""
-        write_atomically(
-            self.path / HARD_SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        )
+        self._replace(HARD_SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def write_summary(self, summary: dict) -> None:
-        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        self._replace(SUMMARY, json.dumps(summary, indent=1) + "\n")

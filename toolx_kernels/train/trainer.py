@@ -14,16 +14,14 @@ of the clipped loss is exactly 1; it knows one device and no distributed trainin
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,13 +36,17 @@ from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
+from toolx_kernels.train.accounts import Accounts, StepCost
+from toolx_kernels.train.adapters import add_adapter
+from toolx_kernels.train.batch import PackedGroup
+from toolx_kernels.train.checkpoint import resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.cold_start import cold_start_examples, supervised
 from toolx_kernels.train.collector import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.curves import draw_curves
 from toolx_kernels.train.data import Prompts, digest, shared_rows
 from toolx_kernels.train.evaluate import Judge, evaluate
+from toolx_kernels.train.frozen import FrozenModel, FrozenSampler
 from toolx_kernels.train.hard_sampling import (
     Attempt,
     HardSamplePolicy,
@@ -52,7 +54,7 @@ from toolx_kernels.train.hard_sampling import (
     Probe,
     chosen_hard_sample_policy,
 )
-from toolx_kernels.train.learner import DivergedError, Learner
+from toolx_kernels.train.learner import DivergedError, Learner, packed
 from toolx_kernels.train.models import load_model, stop_token_ids
 from toolx_kernels.train.policies import (
     AdvantageShaper,
@@ -63,34 +65,14 @@ from toolx_kernels.train.policies import (
     chosen_prompt_sampler,
 )
 from toolx_kernels.train.records import rollout_lines, step_values
-from toolx_kernels.train.rollouts import Sampler, SingleTurn
+from toolx_kernels.train.rollouts import Sampler, ScoredGroup, SingleTurn
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
-from toolx_kernels.train.run_folder import CURVES, RunFolder
+from toolx_kernels.train.run_folder import CURVES, TRACE, RunFolder, binding_settings, check_same_settings
+from toolx_kernels.train.run_state import RunState, check_reference
 from toolx_kernels.train.schedule import ExponentialDecay
 from toolx_kernels.train.scores import Scores
+from toolx_kernels.train.stopping import Stop
 from toolx_kernels.train.tool_loop import ToolLoop
-
-
-@dataclass(slots=True)
-class RunState:
-    """Where a run stands: what a checkpoint keeps besides weights and optimizer."""
-
-    step: int = 0  # optimizer steps done
-    batch: int = 0  # batches of prompts drawn, one a step unless groups are dropped and filled up
-    round: int = -1  # round whose probe was done last
-    rows: str = ""  # digest of all rows, those to evaluate on and to demonstrate with included
-    table: list[dict] = field(default_factory=list)  # of HardSamples
-    schedule: dict = field(default_factory=dict)  # of ExponentialDecay
-    hard_before: int | None = None
-    eval_before: float | None = None
-    tokens: dict[str, int] = field(default_factory=dict)  # written, by purpose
-    trained_tokens: int = 0
-    unrewarded: int = 0
-    seconds: float = 0.0
-    lines: dict[str, int] = field(default_factory=dict)  # of the logs when the checkpoint was written
-
-    def to_dict(self) -> dict:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class ToolExpanderTrainer:
@@ -151,6 +133,8 @@ class ToolExpanderTrainer:
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer.")
         self.model, self.tokenizer = model.eval(), processing_class
+        if args.use_peft:
+            add_adapter(model, args)
         context = model.get_decoder().config.max_position_embeddings
         self.prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
         self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
@@ -166,20 +150,26 @@ class ToolExpanderTrainer:
         self.prompts.check([*self.rows, *self.eval_rows])
         own = {row.id for row in self.rows}
         self.demonstrations = DemonstrationIndex([*self.rows, *(row for row in demonstrations if row.id not in own)])
-        self._digest = digest([*self.rows, *self.eval_rows, *demonstrations])
         self.eval_rows_seen = len(shared_rows(self.eval_rows, [*self.rows, *demonstrations]))
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)
             cold_start = cold_start_examples(args, self.rows, self.demonstrations)
         self.cold_start = cold_start
-        self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss))
-        self.schedule = ExponentialDecay(self.learner.optimizer, args.lr_decay, args.min_lr_rate)
+        self.accounts = Accounts(model, args)
+        self.phases = self.accounts.phases
+        self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss), self.phases)
+        self.schedule = self._new_schedule()
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.collector = Collector(
             self.rows, self.prompts, self.sampler, self.judge, rewards, args,
-            self.stop_token_ids,
+            self.stop_token_ids, self.phases,
         )  # fmt: skip
         self.table = HardSamples(self.rows, demonstrations)
+        self.data = {
+            "training rows": digest(self.rows),
+            "rows to evaluate on": digest(self.eval_rows),
+            "demonstrations": digest(demonstrations),
+        }
         self.rounds = Rounds(
             self.table,
             hard_sample_policy or self._hard_sample_policy(),
@@ -190,6 +180,10 @@ class ToolExpanderTrainer:
         self.advantages = advantage_shaper or chosen_advantage_shaper(args)
         self._cautious: Sampler | None = None  # of the model before RL
         self.state = RunState()
+        self.stop = Stop()
+
+    def _new_schedule(self) -> ExponentialDecay:
+        return ExponentialDecay(self.learner.updater.optimizer, self.args.lr_decay, self.args.min_lr_rate)
 
     def _tool_loop(self, tools: Sequence[Callable], environment_factory: Callable[[], Any] | None) -> ToolLoop:
         return ToolLoop(
@@ -211,12 +205,19 @@ class ToolExpanderTrainer:
 
     # ---- the run
 
-    def train(self) -> dict:
-        """Runs or resumes the whole job; returns the summary, which is also written to ``summary.json``."""
+    def train(self, stop: Stop | None = None) -> dict:
+        """Runs or resumes the whole job; returns the summary, which is also written to ``summary.json``.
+
+        Raises:
+            Stopped: ``stop`` was told to; a step that had begun is finished and saved then, a probe or an evaluation
+                is left at once and repeated by the resumed run. No signal handler is installed here.
+        """
         args, started = self.args, time.perf_counter()
+        self.stop = stop or self.stop
         resumed = self._restore()
         state = self.state
         started -= state.seconds
+        plan = self.accounts.plan(max(len(self.prompts.ids(row)) for row in self.rows), len(self.rows))
         with tqdm(total=self._planned_steps(), initial=state.step, unit="step", dynamic_ncols=True) as bar:
             if not resumed:
                 self._report_data(bar)
@@ -228,9 +229,12 @@ class ToolExpanderTrainer:
                     bar.write(f"held-out accuracy before RL: {state.eval_before:.3f}")
                 self._save(started)
             if self.args.needs_reference:
-                self.learner.freeze_reference(self.run.path / "checkpoint-0")
+                self.learner.reference = FrozenModel(self.model, self.run.path / "checkpoint-0")
             entered = None
             while not self._finished():
+                if args.eval_steps and state.step % args.eval_steps == 0 and state.evaluated != state.step:
+                    self._evaluate_and_log()
+                    state.evaluated = state.step
                 round_index = self.rounds.current
                 if round_index != entered:
                     bar.set_description(f"round {round_index + 1}: probing")
@@ -240,18 +244,17 @@ class ToolExpanderTrainer:
                     entered = round_index
                     if self._finished():  # the probe took what was left of the tokens
                         break
-                record = self._step(round_index)
+                with self.stop.deferred():
+                    with self.accounts.profiled(state.step + 1, self.run.path / TRACE):
+                        record = self._step(round_index)
+                    self._forget_prefixes()
+                    if self.stop.requested or (state.step % args.save_steps == 0 and not self._finished()):
+                        self._save(started)
                 bar.set_postfix_str(
-                    f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, "
-                    f"hard {self.table.hard}, "
-                    f"{record['timing']['tokens_per_second']:.0f} tok/s"
+                    f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, hard {self.table.hard}, "
+                    f"{StepCost(**record['timing'])}"
                 )
                 bar.update()
-                if not self._finished():
-                    if args.eval_steps and state.step % args.eval_steps == 0:
-                        self._evaluate_and_log()
-                    if state.step % args.save_steps == 0:
-                        self._save(started)
             checkpoint = self._save(started)
             bar.set_description("evaluating")
             just_done = state.step == 0 and state.eval_before is not None
@@ -274,7 +277,7 @@ class ToolExpanderTrainer:
             "trained_tokens": self.rounds.trained_tokens,
             "tokens": dict(self.collector.tokens),
             "wall_seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
+            **self.accounts.summary(plan),
             "checkpoint": str(checkpoint),
         }
         self.run.write_summary(summary)
@@ -305,30 +308,21 @@ class ToolExpanderTrainer:
 
     def _restore(self) -> bool:
         """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
-        checkpoint = self.run.latest_checkpoint() if self.args.resume else None
-        if checkpoint and self.args.needs_reference and not (self.run.path / "checkpoint-0").exists():
-            why = f"beta={self.args.beta}" if self.args.beta else "verification='cautious'"
-            raise InputError(f"{why} needs {self.run.path}/checkpoint-0, and it is gone: start anew.")
+        checkpoint = resumable_checkpoint(self.run.path, self.model) if self.args.resume else None
         if checkpoint:
-            self.state = state = RunState(**_known(load_state(checkpoint, self.model)))
-            load_weights(checkpoint, self.model)
-            load_optimizer(checkpoint, self.model, self.learner.optimizer)
-            if state.rows != self._digest:
-                raise InputError(
-                    f"{self.run.path} was run on other rows to train on, to evaluate on or to demonstrate with: resume "
-                    "with the same, or start another run."
-                )
-            try:
-                self.schedule.load_state_dict(state.schedule)
-                self.table.load(state.table)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{checkpoint} holds a damaged state ({error!r}): remove it to resume from an older one."
-                ) from None
+            check_reference(self.run.path / "checkpoint-0", self.args)
+            state = RunState(**checkpoint.state)
+            check_same_settings(checkpoint.path, state.settings, self.args)
+            state.check_data(self.run.path, self.data)
+            checkpoint.copy_into(self.model, self.learner.updater)
+            self.state = state
+            self.schedule.load_state_dict(state.schedule)
+            self.table.load(state.table)
             self.rounds.batch, self.rounds.round = state.batch, state.round
             self.rounds.trained_tokens = state.trained_tokens
             self.collector.tokens.update(state.tokens)
             self.collector.unrewarded = state.unrewarded
+            self.phases.seconds.update(state.phases)
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
         elif self.args.resume:  # it was interrupted before its first checkpoint
@@ -359,57 +353,60 @@ class ToolExpanderTrainer:
 
     def _step(self, round_index: int) -> dict:
         """One optimizer step: sample prompts, roll out, reward, advantages, loss, update."""
-        args, state, started = self.args, self.state, time.perf_counter()
-        with self._naming(f"step {state.step + 1}"):
-            groups, sampled = self.rounds.next_groups()
-        rolled_out = time.perf_counter()
-        advantages = iter(self.advantages(groups).tolist()) if groups else iter(())
-        for group in groups:
-            group.advantages = [next(advantages) for _ in group.rollouts]
-        decays = {"round": round_index, "epoch": (self.rounds.batch - 1) // self.rounds.per_epoch, "step": state.step}
-        while self.schedule.count < decays[args.lr_decay_per]:
-            self.schedule.step()
-        with self._naming(f"step {state.step + 1}"):
-            trained = self.learner.improve(groups)
-        self.rounds.trained_tokens += trained["trained_tokens"]
+        args, state, cost = self.args, self.state, StepCost()
+        sampled: list[ScoredGroup] = []
+        trained: list[PackedGroup] = []
+        with self._naming(f"step {state.step + 1}"), self.accounts.step(cost, sampled, trained):
+            groups, found = self.rounds.next_groups()
+            sampled += found
+            advantages = iter(self.advantages(groups).tolist()) if groups else iter(())
+            for group in groups:
+                group.advantages = [next(advantages) for _ in group.rollouts]
+            trained += map(packed, self.learner.needed(groups))
+            self._decay(round_index)
+            told = self.learner.improve(groups, state.step)
+        self.rounds.trained_tokens += told["trained_tokens"]
         state.step += 1
 
         for line in rollout_lines(sampled, self.rows, args.num_generations, args.log_completions):
             self.run.log_rollout(step=state.step, **line)
-        now = time.perf_counter()
-        written = sum(rollout.written for group in sampled for rollout in group.rollouts)
         return self.run.log(
             "step",
             state.step,
-            timing={
-                "seconds": now - started,
-                "rollout_seconds": rolled_out - started,
-                "tokens_per_second": written / (rolled_out - started),
-            },
+            timing=cost.to_dict(),
             round=round_index,
             **step_values(sampled, dropped=sum(not self.rounds.prompts.keeps(group) for group in sampled)),
             unrewarded=self.collector.unrewarded,
             learning_rate=self.schedule.get_last_lr()[0],
-            **trained,
+            **told,
             tokens=sum(self.collector.tokens.values()),
             spent_tokens=self.rounds.spent_tokens,
         )
 
+    def _decay(self, round_index: int) -> None:
+        """Brings the learning rate to where it is to be in the next step."""
+        epoch = (self.rounds.batch - 1) // self.rounds.per_epoch
+        due = {"round": round_index, "epoch": epoch, "step": self.state.step}[self.args.lr_decay_per]
+        while self.schedule.count < due:
+            self.schedule.step()
+
     def _cold_start(self, bar: tqdm) -> None:
         """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
         args = self.args
-        optimizer = self.learner.adamw(args.cold_start_learning_rate)
+        self.learner.begin(args.cold_start_learning_rate)
         for step in range(1, args.cold_start_steps + 1):
             started, progress = time.perf_counter(), step / args.cold_start_steps
-            for parameters in optimizer.param_groups:
+            for parameters in self.learner.updater.optimizer.param_groups:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
             examples = islice(self.cold_start, args.cold_start_batch_size)
             batch, cuts = zip(*(supervised(self.prompts, example) for example in examples), strict=True)
             with self._naming(f"cold-start step {step}"):
-                metrics = self.learner.imitate(batch, optimizer)
+                metrics = self.learner.imitate(batch, step)
             seconds = time.perf_counter() - started
             self.run.log("cold_start", step, {"seconds": seconds}, **metrics, demonstrations_cut=sum(cuts))
             bar.set_description(f"cold start {step}/{args.cold_start_steps}, loss {metrics['loss']:.3f}")
+        self.learner.begin(args.learning_rate)
+        self.schedule = self._new_schedule()
 
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:
@@ -429,14 +426,14 @@ class ToolExpanderTrainer:
         stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
         sampler = None
         if self.args.verification == "cautious":
-            sampler = self._cautious = self._cautious or self._sampler_of(self.learner.reference)
+            sampler = self._cautious = self._cautious or self._frozen_sampler()
         return self.collector.attempt(stream, "verify", sampler)
 
-    def _sampler_of(self, model: PreTrainedModel) -> Sampler:
-        """As the trainer's own, of another model."""
-        sampler = copy.copy(self.sampler)
-        sampler.engine = RolloutEngine(model, seed=self.args.seed, compile=self.args.torch_compile)
-        return sampler
+    def _frozen_sampler(self) -> FrozenSampler:
+        """As the trainer's own, of the model before RL."""
+        frozen, sampler = self.learner.reference, copy.copy(self.sampler)
+        sampler.engine = RolloutEngine(frozen.model, seed=self.args.seed, compile=self.args.torch_compile)
+        return FrozenSampler(frozen, sampler)
 
     def evaluate(self) -> Scores:
         """Greedy answers to the held-out rows, judged."""
@@ -454,7 +451,8 @@ class ToolExpanderTrainer:
 
     def _evaluate_and_log(self) -> float:
         started = time.perf_counter()
-        scores = self.evaluate()
+        with self.phases.phase("evaluation"):
+            scores = self.evaluate()
         parts = {name: score.accuracy.value for name, score in scores.parts.items()}
         timing = {"seconds": time.perf_counter() - started}
         spent = self.rounds.spent_tokens
@@ -467,30 +465,27 @@ class ToolExpanderTrainer:
         names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
         return "{} on {}, seed {}".format(*names, self.args.seed)
 
+    def _forget_prefixes(self) -> None:
+        """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""
+        for sampler in (self.sampler, self._cautious):
+            if sampler:
+                sampler.engine.forget_prefixes()
+
     def _save(self, started: float) -> Path:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             with self._naming(f"checkpoint {self.state.step}"):
                 raise DivergedError("the weights are not finite")
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
+        state.phases = dict(self.phases.seconds)
         state.batch, state.round = self.rounds.batch, self.rounds.round
-        state.rows = self._digest
+        state.settings, state.data = binding_settings(self.args), self.data
         state.trained_tokens = self.rounds.trained_tokens
         state.table, state.schedule = self.table.lines(), self.schedule.state_dict()
         state.tokens, state.unrewarded = dict(self.collector.tokens), self.collector.unrewarded
-        self.engine.forget_prefixes()  # a resumed run will not have them, and must go on as this one does
-        return save_checkpoint(
-            self.run.path, state.step, self.model, self.tokenizer, self.learner.optimizer, state.to_dict(),
-            keep=self.args.save_total_limit, keep_first=self.args.needs_reference,
-        )  # fmt: skip
-
-
-def peak_memory_bytes() -> int:
-    """Of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _known(state: dict) -> dict:
-    return {name: state[name] for name in RunState.__dataclass_fields__ if name in state}
+        self._forget_prefixes()
+        with self.stop.deferred():
+            return save_checkpoint(
+                self.run.path, state.step, self.model, self.tokenizer, self.learner.updater, state.to_dict(),
+                keep=self.args.save_total_limit, keep_first=self.args.needs_reference,
+            )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Five optimizer steps of a model of a published shape, with random weights: their time, and planned memory beside
+measured.
+
+python -m bench.gpu.training SIZE FILE: writes what it found into FILE, as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import torch
+
+from bench.measure import resident_bytes
+from bench.rollout_work import model_of
+from bench.step_providers import Toolx
+from bench.step_work import SETTINGS, Case, Count, make_rows
+from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.train.plan import plan_of
+from toolx_kernels.train.tiny import tiny_tokenizer
+
+SAMPLED = 4096  # entries of each parameter that are looked at for having moved
+
+
+def best_of_1_5b() -> str:
+    """8-bit states where their library is; else masters and moments in the CPU's memory."""
+    return "adamw_8bit" if importlib.util.find_spec("torchao") else "adamw_offload"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Updates of ``case`` with one optimizer; activations are computed again in the backward pass."""
+
+    case: Case
+    optim: str
+
+
+def runs() -> dict[str, Run]:
+    def case(size: str) -> Case:
+        return Case(f"qwen2.5-{size}-shape", 32, 1000, 10, 256, "bfloat16", rounds=4)
+
+    return {
+        "0.5b": Run(case("0.5b"), "adamw"),
+        "1.5b": Run(case("1.5b"), best_of_1_5b()),
+        "3b": Run(case("3b"), "adamw_offload"),
+    }
+
+
+class Peak:
+    """The most memory in use, in ``bytes``, whoever sets torch's own record of it back meanwhile.
+
+    On a CPU the resident memory of the process as it is told after each step.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        reset = torch.cuda.reset_peak_memory_stats
+
+        def look_first(device=None) -> None:
+            self.look()
+            reset(device)
+
+        if self.device.type == "cuda":
+            reset()
+        with mock.patch.object(torch.cuda, "reset_peak_memory_stats", look_first):
+            yield
+            self.look()
+
+    def look(self) -> None:
+        now = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes("VmHWM")
+        self.bytes = max(self.bytes, now)
+
+
+class Trained(Toolx):
+    def __init__(self, options: dict, *others):
+        self.options = options
+        super().__init__(*others)
+
+
+def take_steps(run: Run, device: torch.device) -> dict:
+    """The steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
+    case, tokenizer = run.case, tiny_tokenizer()
+    model = model_of(case.model, case.dtype, device)
+    rows = make_rows(case, tokenizer)
+    count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
+    options = {"optim": run.optim, "gradient_checkpointing": True, "device": device.type}
+    before = sampled_weights(model)
+    peak = Peak(device)
+    with tempfile.TemporaryDirectory() as folder, peak.watched():
+        trainer = Trained(options, model, tokenizer, case, SETTINGS, rows, count.reward, Path(folder))
+
+        def end() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            count.end()
+            peak.look()
+
+        trainer.run(count.begin, end)
+    memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else sys.maxsize
+    plan = plan_of(
+        model.config, trainer.args, device=device.type, memory=memory, prompt_length=case.length, probe_rows=0
+    )
+    moved = [float((new != old).double().mean()) for new, old in zip(sampled_weights(model), before, strict=True)]
+    return {
+        "model": case.model,
+        "optim": run.optim,
+        "steps_s": [round(step["step_s"], 3) for step in count.steps],
+        "rollouts_s": [round(step["rollout_s"], 3) for step in count.steps],
+        "step_s": round(median(step["step_s"] for step in count.steps[1:]), 3),
+        "trained_tokens": [record["trained_tokens"] for record in trainer.records],
+        "grad_norms": [update["grad_norm"] for update in trainer.updates()],
+        "planned_bytes": plan.peak.device,
+        "planned_host_bytes": plan.peak.host,
+        "measured_bytes": peak.bytes,
+        "planned_by_measured": round(plan.peak.device / peak.bytes, 3),
+        "moved": sum(moved) / len(moved),
+    }
+
+
+def sampled_weights(model: torch.nn.Module) -> Sequence[torch.Tensor]:
+    """Evenly spread entries of every parameter, in the CPU's memory."""
+    flat = [parameter.detach().flatten() for parameter in model.parameters()]
+    return [values[:: max(1, len(values) // SAMPLED)].to("cpu", copy=True) for values in flat]
+
+
+def main(argv: Sequence[str]) -> int:
+    size, path = argv
+    started = time.perf_counter()
+    found = take_steps(runs()[size], torch.device("cuda"))
+    found["seconds"] = round(time.perf_counter() - started, 1)
+    Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Whole optimizer steps (rollout, reward, forward, backward, update) beside TRL's GRPOTrainer.
+
+``bench/report_step.py`` makes the tables. Names say what a case is for: ``measure`` (the shape that claims are made
+of), ``memory`` (the same, every trainer computing its activations again), ``dtype`` (in bf16), ``stop`` (completions
+end where the model ends them), ``dead`` (half of the groups have nothing to teach), ``length``, ``group`` and ``new``
+(one number varies, the rest as in ``measure``), ``small`` (every trainer, in seconds). ``-k measure`` runs one kind.
+"""
+
+import pytest
+import torch
+
+from bench.measure_step import measure
+from bench.step_providers import TRL, Toolx, ToolxCheckpointing, TRLCheckpointing, TRLContinuousBatching
+from bench.step_work import Case
+from toolx_kernels.train.models import SMOLLM2
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KINDS = {  # beside ours, which is always there
+    "small": (ToolxCheckpointing, TRL, TRLCheckpointing, TRLContinuousBatching),
+    "measure": (ToolxCheckpointing, TRL),
+    "memory": (ToolxCheckpointing, TRLCheckpointing),
+}
+
+
+def cases() -> dict[str, list[Case]]:
+    return {
+        "small": [Case(SMOLLM2, 2, 60, 4, 8)],
+        "measure": [Case(SMOLLM2, rounds=2)],
+        "dtype": [Case(SMOLLM2, dtype="bfloat16", rounds=2)],
+        "memory": [Case(SMOLLM2)],
+        "stop": [Case(SMOLLM2, stop=True)],
+        "dead": [Case(SMOLLM2, dead=0.5)],
+        "length": [Case(SMOLLM2, length=length) for length in (250, 1000)],
+        "group": [Case(SMOLLM2, n=n) for n in (4, 16)],
+        "new": [Case(SMOLLM2, new=new) for new in (48, 192)],
+    }
+
+
+def parameters():
+    return [pytest.param(kind, case, id=f"{kind}-{case}") for kind, named in cases().items() for case in named]
+
+
+@pytest.mark.parametrize("kind, case", parameters())
+def test_step(benchmark, kind, case):
+    measure(benchmark, case, (Toolx, *KINDS.get(kind, (TRL,))), DEVICE)

@@ -1,0 +1,194 @@
+"""LoRA adapters, through peft: small matrices beside a model's linear layers, which are trained instead of its weights.
+
+peft puts its layers into the model itself, so rollouts, packed training and ``save_pretrained`` work on it as on any
+other model, with the adapter live. Adapters are in fp32, whatever the dtype of the weights under them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line
+from toolx_kernels.train.config import ToolExpanderConfig
+
+TRAINED, REFERENCE = "default", "reference"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # which peft's files put before the names of a model's modules
+
+
+def add_adapter(model: PreTrainedModel, args: ToolExpanderConfig) -> None:
+    """Adds an adapter as ``args.lora_*`` say; from here on its parameters alone need a gradient.
+
+    Its output is zero until it is trained, and its random half is a function of ``args.seed``. Without
+    ``lora_target_modules`` every linear layer but the head has one. There is no dropout: the policy that is trained is
+    the one that sampled.
+
+    Raises:
+        InputError: peft is not installed, or a target is the head, is no linear layer or is none of the model's
+            modules. The model is as it was then.
+    """
+    require_peft("use_peft=True")
+    _check_targets(model, args.lora_target_modules)
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=args.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(args.seed)
+        _add(model, config, TRAINED)
+    is_folder = (Path(model.name_or_path) / "config.json").is_file()
+    config.base_model_name_or_path = model.name_or_path if is_folder else args.model or model.name_or_path
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the saved adapter of ``folder`` on its bare base model, for rollouts: nothing needs a gradient.
+
+    Raises:
+        InputError: peft is not installed, or the folder holds no readable adapter of this model.
+    """
+    require_peft(f"The adapter in {folder}")
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        _add(model, config, TRAINED)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{folder} holds no adapter for {type(model).__name__} ({first_line(error)}): give a folder that a run "
+            "with use_peft wrote, of a model of the same shape."
+        ) from None
+    load_adapter_weights(folder, model)
+    model.requires_grad_(False)
+
+
+def base_of(folder: Path) -> str:
+    """The name of the base model of the saved adapter in ``folder``."""
+    require_peft(f"The adapter in {folder}")
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the trained adapter as ``from_pretrained`` of peft and transformers read it, with its base model's name.
+
+    What ``model.save_pretrained`` writes, without the look-up of the base model on the hub that it makes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_tensors(model, TRAINED), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    model.peft_config[TRAINED].save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_adapter_weights(folder: Path, model: PreTrainedModel, name: str = TRAINED) -> None:
+    """Puts the saved weights of ``folder`` into the model's adapter called ``name``, in place and to the bit.
+
+    Raises:
+        InputError: they cannot be read, or are not this adapter's.
+    """
+    try:
+        saved = load_file(folder / WEIGHTS_FILE)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{folder}/{WEIGHTS_FILE} cannot be loaded ({first_line(error)}): remove it to use an older checkpoint."
+        ) from None
+    mine = _tensors(model, name)
+    for key in sorted(mine.keys() | saved.keys()):
+        there, here = (tuple(where[key].shape) if key in where else "none" for where in (saved, mine))
+        if there != here:
+            raise InputError(
+                f"{folder} is of another adapter: its {key} is {there}, and this model's is {here}; use the lora_r and "
+                "lora_target_modules that it was made with."
+            )
+    for key, tensor in mine.items():
+        tensor.copy_(saved[key])
+
+
+def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
+    """Keeps the adapter as it is now, or as it was saved in ``folder``, for :func:`reference_adapter`.
+
+    The model before RL is the base model with the adapter that a cold start trained, not the base model alone; so the
+    reference is a second, small adapter on the same weights.
+
+    Raises:
+        InputError: the folder's adapter cannot be read, or is another one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        _add(model, copy.deepcopy(model.peft_config[TRAINED]), REFERENCE)
+        model.set_adapter(TRAINED)
+    if folder is not None:
+        load_adapter_weights(folder, model, REFERENCE)
+        return
+    present = _tensors(model, TRAINED)
+    for key, tensor in _tensors(model, REFERENCE).items():
+        tensor.copy_(present[key])
+
+
+def _tensors(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """The live weights of the adapter called ``name``, under the names that they have in a file."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {_PREFIX + key: tensor.detach().contiguous() for key, tensor in found.items()}
+
+
+def _add(model: PreTrainedModel, config, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+        model.add_adapter(config, name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def reference_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is the one of :func:`freeze_adapter`, for a forward pass without gradients or for rollouts."""
+    model.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        model.set_adapter(TRAINED)  # which alone needs a gradient then
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
+    head = model.get_output_embeddings()
+    linear = {
+        name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    remedy = f"choose among {', '.join(sorted(linear))}"
+    for target in targets or ():
+        found = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise InputError(f"lora_target_modules: {target!r} is no module of {type(model).__name__}; {remedy}.")
+        if any(m is head for m in found):
+            raise InputError(
+                f"lora_target_modules: {target!r} is the head, whose weight the loss takes as it is; {remedy}."
+            )
+        if not all(isinstance(m, torch.nn.Linear) for m in found):
+            raise InputError(f"lora_target_modules: {target!r} is no linear layer; {remedy}.")
+
+
+def require_peft(what: str) -> None:
+    """InputError where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f"{what} needs peft: pip install 'toolx_kernels[lora]'.")

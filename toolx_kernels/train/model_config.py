@@ -1,0 +1,80 @@
+"""What a plan needs to know of a model and its prompts, without reading a weight."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import MADE_UP, Prompts, load_rows
+from toolx_kernels.train.models import SMOLLM2
+from toolx_kernels.train.tiny import tiny_config, tiny_tokenizer
+
+SMOLLM2_SHAPE = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+)  # fmt: skip
+LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are looked at
+MOST_PROMPTS = 256
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of the model called ``name``, as ``load_model`` takes it.
+
+    Raises:
+        InputError: nothing of that name has a config that can be read.
+    """
+    if name == "tiny":
+        return tiny_config(tiny_tokenizer())
+    if name == SMOLLM2:
+        return AutoConfig.for_model("llama", **SMOLLM2_SHAPE)
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"There is no file {name}: give the path of a .gguf file.")
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError(f"Reading {path.name} needs gguf: pip install 'toolx_kernels[models]'.")
+        source, arguments = path.parent, {"gguf_file": path.name}
+    elif path.is_dir():
+        source, arguments = latest_checkpoint(path) or path, {}
+    elif path.exists() or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is not a model folder: give a folder, a .gguf file, a hub name, tiny or {SMOLLM2}.")
+    else:
+        source, arguments = name, {}
+    try:
+        return AutoConfig.from_pretrained(source, **arguments)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"The config of {name!r} cannot be read ({first_line(error)}): give tiny, {SMOLLM2}, a folder with a "
+            "config.json, a .gguf file or a hub name."
+        ) from error
+
+
+def longest_prompt(args: ToolExpanderConfig, config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest of the first training prompts, where rows and tokenizer lie on this machine; else None."""
+    file = Path(args.dataset)
+    if args.dataset not in MADE_UP and not (file.is_file() and file.stat().st_size <= LARGEST_DATASET):
+        return None
+    tokenizer = _tokenizer_at_hand(args.model)
+    if tokenizer is None:
+        return None
+    rows, _ = load_rows(args)
+    prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
+    return max(len(prompts.ids(row)) for row in rows[:MOST_PROMPTS])
+
+
+def _tokenizer_at_hand(name: str) -> PreTrainedTokenizerBase | None:
+    if name == "tiny":
+        return tiny_tokenizer()
+    path = Path(name)
+    if not path.is_dir():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(latest_checkpoint(path) or path)
+    except LOADING_ERRORS:
+        return None  # a folder with a config alone can be planned for

@@ -1,0 +1,287 @@
+"""What a run will take of memory, told from configs alone, and what to change where it does not fit.
+
+The model is made on torch's meta device, so weights, gradients and optimizer states are counted to the byte, and
+activations are those of a traced pass (see ``activations``). The phases of a step do not peak together: a plan is the
+largest of them. The KV pool is there in all, because the engine keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from transformers import PreTrainedConfig
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.ops import tiles
+from toolx_kernels.ops.hf_attention import cache_shape
+from toolx_kernels.rollout.engine import MAX_ROWS
+from toolx_kernels.rollout.pages import pages_of_row, pages_wanted, pool_budget
+from toolx_kernels.rollout.runner import MAX_PREFILL_TOKENS
+from toolx_kernels.train.activations import adapt, inference_activations, meta_model, training_activations
+from toolx_kernels.train.batch import PackedGroup, micro_batches
+from toolx_kernels.train.collector import MAX_ROLLOUTS
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import MADE_UP, MADE_UP_TRAIN_ROWS
+from toolx_kernels.train.memory import Bytes, Plan
+
+PAGE_SIZE = 16  # RolloutEngine's default
+LEAST_MICRO_BATCH = 512  # tokens; below it a step is slow and little is won
+STOCHASTIC_CHUNK = 1 << 22  # weights that adamw_stochastic rounds at a time
+STAGING_BYTES = 128 << 20  # of adamw_offload, page-locked
+
+
+def plan_of(
+    config: PreTrainedConfig,
+    args: ToolExpanderConfig,
+    *,
+    device: str,
+    memory: int,
+    prompt_length: int,
+    probe_rows: int | None = None,
+) -> Plan:
+    """The plan of a run of ``args`` with a model of ``config``, of which no weight is read.
+
+    Args:
+        device: "cuda" or "cpu".
+        memory: bytes of that device.
+        prompt_length: tokens of a prompt; completions are taken to run to their limit.
+        probe_rows: prompts that a probe samples together; by default what the config and the probe's own bound say.
+
+    Raises:
+        InputError: no causal LM can be made of the config, or the adapter's targets are not in it.
+    """
+    return Planner(config, device=device, memory=memory, prompt_length=prompt_length, probe_rows=probe_rows).plan(args)
+
+
+def flags_of(settings: dict) -> str:
+    """Settings as flags of ``toolx train``: ``--dtype bfloat16 --use_peft true``."""
+    return " ".join(f"--{name} {str(value).lower() if value is True else value}" for name, value in settings.items())
+
+
+class Planner:
+    """``plan_of`` for several settings; models and traces are kept, as settings that are tried ask for them again."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        device: str,
+        memory: int,
+        prompt_length: int,
+        probe_rows: int | None = None,
+    ):
+        if prompt_length < 1:
+            raise InputError(f"prompt_length={prompt_length} must be at least 1 token.")
+        self.config, self.device, self.memory = config, device, memory
+        self.prompt_length, self.probe_rows = prompt_length, probe_rows
+        self.shape = cache(self._shape)
+        self.training = cache(self._training)
+        self.inference = cache(self._inference)
+
+    def advice(self, args: ToolExpanderConfig) -> tuple[dict, Plan] | None:
+        """The first change of settings with which the run fits, and the plan with it; None: none does.
+
+        In this order: activation checkpointing, then smaller micro-batches too, with the optimizer that is asked for;
+        the same with 8-bit states, with states in the CPU's memory (on a GPU), and with an adapter instead of weights.
+        """
+        optimizers: list[dict] = [{}, {"dtype": "bfloat16", "optim": "adamw_8bit"}]
+        if self.device == "cuda":
+            optimizers.append({"dtype": "bfloat16", "optim": "adamw_offload"})
+        optimizers.append({"dtype": "bfloat16", "optim": "adamw", "use_peft": True})
+        budgets = [args.micro_batch_tokens]
+        while budgets[-1] > LEAST_MICRO_BATCH:
+            budgets.append(max(LEAST_MICRO_BATCH, budgets[-1] // 2))
+        passes = [
+            {},
+            *({"gradient_checkpointing": True, "micro_batch_tokens": budget} for budget in budgets),
+        ]
+        for optimizer in optimizers:
+            if not self.plan(replace(args, **optimizer, **passes[-1])).fits:
+                continue
+            for change in passes:
+                changed = replace(args, **optimizer, **change)
+                plan = self.plan(changed)
+                if plan.fits:
+                    asked = args.to_dict()
+                    return {name: value for name, value in changed.to_dict().items() if value != asked[name]}, plan
+        return None
+
+    def plan(self, args: ToolExpanderConfig) -> Plan:
+        rank, targets = (args.lora_r, tuple(args.lora_target_modules or ())) if args.use_peft else (0, ())
+        key = (args.dtype, rank, targets)
+        model = self.shape(*key)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights = sum(p.nbytes for p in model.parameters())
+        head = model.get_output_embeddings().weight
+        limit = args.max_completion_length
+        parts_of = micro_batch(args, self.prompt_length)
+        n_targets = sum(parts_of) * limit
+        saved, training = self.training(*key, parts_of, limit, args.gradient_checkpointing)
+        inference = self.inference(*key, min(MAX_PREFILL_TOKENS, args.prompts_per_step * self.prompt_length))
+        loss = loss_bytes(n_targets, *head.shape, head.dtype, self.device, trains_head=head.requires_grad)
+        pool, kv = self._pool(args, model.get_decoder().config, head.dtype)
+
+        gradients, states, step = OPTIMIZERS[args.optim](trained, self.device)
+        reference = 0
+        if args.needs_reference:  # of an adapted model a second adapter is enough
+            reference = sum(p.nbytes for p in trained) if args.use_peft else weights
+        parts = {
+            "weights": Bytes(weights),
+            "optimizer states": states,
+            "gradients": gradients,
+            "reference model": Bytes(reference),
+            "KV pool": Bytes(pool),
+        }
+        always = Bytes(0)
+        for name, part in parts.items():
+            if name != "gradients":
+                always = always.plus(part)
+        learning = always.plus(gradients)
+        filtered = args.top_k or args.top_p < 1 or args.min_p  # by whole rows of logits, as many as fit the workspace
+        sweep = tiles.workspace_bytes(torch.device(self.device), MAX_ROWS, head.shape[0]) if filtered else 0
+        sampling = max(inference, sweep)
+        # what is alive while the loss is computed: the activations, and beside them the reference's pass or the sweep
+        beside = max(loss, inference if args.beta else 0)
+        phases = {
+            "rollout": always.plus(Bytes(sampling)),
+            "forward": learning.plus(Bytes(saved + beside)),
+            "backward": learning.plus(Bytes(training)),
+            "optimizer": learning.plus(Bytes(step)),
+        }
+        parts |= {"activations": Bytes(saved), "fused loss": Bytes(loss), "rollout step": Bytes(sampling)}
+        if step:
+            parts["optimizer step"] = Bytes(step)
+        return Plan(
+            device=self.device,
+            memory=self.memory,
+            parameters=sum(p.numel() for p in self.shape(args.dtype, 0, ()).parameters()),
+            trained_parameters=sum(p.numel() for p in trained),
+            micro_batch_tokens=sum(group_tokens(self.prompt_length, n, limit) for n in parts_of),
+            parts={name: part for name, part in parts.items() if part != Bytes(0)},
+            phases=phases,
+            kv=kv,
+        )
+
+    def _shape(self, dtype: str, rank: int, targets: tuple[str, ...]):
+        model = meta_model(self.config, getattr(torch, dtype))
+        if rank:
+            adapt(model, rank, list(targets) or None)
+        return model
+
+    def _training(self, dtype, rank, targets, parts_of, limit, checkpointing) -> tuple[int, int]:
+        found = training_activations(
+            self.shape(dtype, rank, targets),
+            [PackedGroup([0] * self.prompt_length, [[0] * limit] * n) for n in parts_of],
+            flex=self.device == "cuda",
+            checkpointing=checkpointing,
+        )
+        return found.saved, found.training
+
+    def _inference(self, dtype, rank, targets, n_tokens) -> int:
+        return inference_activations(self.shape(dtype, rank, targets), n_tokens)
+
+    def _pool(self, args: ToolExpanderConfig, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, dict]:
+        n_layers, n_kv_heads, head_dim = cache_shape(config)
+        token = 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
+        limit = max(1, min(args.max_completion_length, config.max_position_embeddings - self.prompt_length))
+
+        def wanted(n_prompts: int, n: int) -> int:
+            lengths = [self.prompt_length] * n_prompts
+            return pages_wanted(lengths, n, [limit] * n_prompts, PAGE_SIZE, MAX_ROWS)
+
+        in_step = wanted(args.prompts_per_step, args.num_generations)
+        rows = self.probe_rows
+        if rows is None:
+            made_up = MADE_UP_TRAIN_ROWS if args.dataset in MADE_UP else None
+            rows = min(max(1, MAX_ROLLOUTS // args.probe_rollouts), args.train_rows or made_up or MAX_ROLLOUTS)
+        in_probe = wanted(rows, args.probe_rollouts) if rows else 0
+        row = pages_of_row(self.prompt_length, limit, PAGE_SIZE)
+        budget = pool_budget(self.memory, self.device) // (token * PAGE_SIZE)
+        pages = max(row, min(max(in_step, in_probe), budget))
+        n_rows = args.prompts_per_step * args.num_generations
+        cautious = args.needs_reference and args.demonstrations == "better" and args.verification == "cautious"
+        kv = {
+            "token": token,
+            "step_shared": in_step * PAGE_SIZE * token,
+            "step_duplicated": n_rows * row * PAGE_SIZE * token,
+        }
+        return pages * PAGE_SIZE * token * (2 if cautious else 1), kv  # the model before RL samples with its own
+
+
+def group_tokens(prompt: int, n_completions: int, limit: int) -> int:
+    """Tokens that pass through the model: the last one of a completion predicts nothing."""
+    return prompt + n_completions * (limit - 1)
+
+
+def micro_batch(args: ToolExpanderConfig, prompt_length: int) -> tuple[int, ...]:
+    """The micro-batch with the most tokens of a step, as the completions in each of its groups or parts of groups."""
+    limit = args.max_completion_length
+    group = PackedGroup([0] * prompt_length, [[0] * limit] * args.num_generations)
+    sizes = [
+        tuple(len(group.completions[part.completions]) for part in parts)
+        for parts in micro_batches([group] * args.prompts_per_step, args.micro_batch_tokens)
+    ]
+    return max(sizes, key=lambda parts: sum(group_tokens(prompt_length, n, limit) for n in parts))
+
+
+def loss_bytes(n_rows: int, vocab_size: int, dim: int, dtype: torch.dtype, device: str, *, trains_head: bool) -> int:
+    """The most that the fused loss holds at once, its N rows of hidden states and its results included."""
+    on = torch.device(device)
+    space = tiles.workspace_bytes(on, n_rows, vocab_size)
+    elements = n_rows * dim + (vocab_size * dim if trains_head else 0)
+    results = elements * dtype.itemsize
+    if tiles.single_sweep_plan(n_rows, vocab_size, dim, on, dtype) is None:
+        most = space + n_rows * dim * 4 + results
+    else:  # gradients are added up in fp32, and rounded when the workspace has gone
+        most = elements * 4 + max(space, results if dtype.itemsize < 4 else 0)
+    return most + n_rows * dim * dtype.itemsize
+
+
+# ---- gradients (held from a backward to the update), states, and what an update takes for a moment
+
+
+def _adamw(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes, int]:
+    """Gradients are added up in fp32, and what is narrower than that has an fp32 master."""
+    gradients = sum(4 * p.numel() for p in trained)
+    states = sum((8 if p.itemsize == 4 else 12) * p.numel() + 4 for p in trained)
+    return Bytes(gradients), Bytes(states), 0
+
+
+def _adamw_8bit(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes, int]:
+    """torchao: per moment a byte an element, an fp32 scale for 256 of them, and a table of 256 fp32 values; parameters
+    that are small or odd have moments in the weight's dtype.
+
+    An update makes fp32 copies of a parameter and its moments: on a GPU torch.compile fuses all but the two moments
+    (not measured), on a CPU about seven are alive.
+    """
+
+    def moments(p: torch.Tensor) -> int:
+        if p.numel() < 4096 or p.numel() % 256:
+            return 2 * p.nbytes
+        return 2 * (p.numel() + p.numel() // 256 * 4 + 256 * 4)
+
+    gradients, states = sum(p.nbytes for p in trained), sum(moments(p) + 4 for p in trained)
+    return Bytes(gradients), Bytes(states), (8 if device == "cuda" else 28) * max(p.numel() for p in trained)
+
+
+def _adamw_stochastic(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes, int]:
+    gradients, states = sum(p.nbytes for p in trained), sum(8 * p.numel() + 4 for p in trained)
+    chunk = min(STOCHASTIC_CHUNK, max(p.numel() for p in trained))
+    return Bytes(gradients), Bytes(states), 4 * 4 * chunk  # weight, gradient, noise and their sum
+
+
+def _adamw_offload(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes, int]:
+    """On the device no more than what is on its way: the input embedding's gradient and those of two other weights."""
+    largest = sorted((p.nbytes for p in trained), reverse=True)[:3]
+    n_elements = sum(p.numel() for p in trained)
+    return Bytes(sum(largest), 4 * n_elements), Bytes(0, 12 * n_elements + 4 * len(trained) + STAGING_BYTES), 0
+
+
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adamw_stochastic": _adamw_stochastic,
+    "adamw_offload": _adamw_offload,
+}

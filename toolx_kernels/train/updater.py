@@ -1,0 +1,190 @@
+"""What all optimizers share: clip, update and free the gradients one parameter after the other; states by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.train.config import ToolExpanderConfig
+
+
+class Updater:
+    """Owns an optimizer and changes the weights of those parameters of ``model`` that need a gradient, tied ones once.
+
+    Args:
+        model: its gradients are added up in ``parameter.grad`` by ``backward()``, whose dtype the updater chooses.
+        args: betas, epsilon and weight decay; the optimizer's rates are ``optimizer.param_groups[*]["lr"]``, numbers
+            that a schedule may set at any time.
+
+    What a parameter needs besides its weight is made in the first ``apply``, from the weight that it has then. A model
+    has one updater at a time: ``close`` it before the next one is made.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = self._optimizer(
+            list(self.parameters.values()),
+            lr=learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+
+    def collect(self) -> None:
+        """To be called after each micro-batch's ``backward()``."""
+
+    def drop_gradients(self) -> None:
+        """What has been added up so far is forgotten, as where an update is begun again."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Leaves the model's parameters as they were before this updater, but for their weights."""
+        self.drop_gradients()
+
+    def apply(self, max_grad_norm: float, seed: tuple[int, int]) -> float:
+        """One update with the gradients added up so far, each of which is freed as soon as it is used.
+
+        Args:
+            max_grad_norm: gradients are scaled by ``min(1, max_grad_norm / (norm + 1e-6))``, as by
+                ``torch.nn.utils.clip_grad_norm_``; norm is the 2-norm of all of them together.
+            seed: (run seed, step), which stochastic rounding is a function of. Global random states are left alone.
+
+        Returns:
+            The norm before clipping. Where it is not finite, the gradients are dropped and nothing has been changed.
+        """
+        gradients = self._take()
+        norm = global_norm(gradients.values())
+        if norm.isfinite():
+            clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            with torch.no_grad(), self._updating(seed):
+                for name in gradients:  # out of memory here, nothing has been changed yet
+                    self._prepare(name)
+                for name in list(gradients):
+                    self._update(name, gradients.pop(name), clip)
+        return float(norm)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live states as plain tensors, ``"<parameter name>|<state key>"``; those of a subclass in their parts."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                for part, tensor in _plain(key, value):
+                    found[f"{name}|{part}"] = tensor
+        return found
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The states are those that ``state_tensors`` returned, to the bit.
+
+        Raises:
+            InputError: a tensor is not one of this model's and optimizer's, or one is missing.
+        """
+        names = dict.fromkeys(key.split("|")[0] for key in tensors)
+        for name in names:
+            if name not in self.parameters:
+                raise InputError(
+                    f"The optimizer's state is of a parameter {name} that is not trained here: resume with the model "
+                    "and settings that the run was started with."
+                )
+        self.optimizer.state.clear()
+        with self._updating((0, 0)):
+            for name in names:
+                self._prepare(name)
+        mine = self.state_tensors()
+        for key in mine.keys() | tensors.keys():
+            there, here = (_kind(where.get(key)) for where in (tensors, mine))
+            if there != here:
+                raise InputError(
+                    f"The optimizer's state holds {there} as {key}, and this optimizer needs {here}: resume with the "
+                    "optim and dtype that the run was started with."
+                )
+        for key, tensor in tensors.items():
+            mine[key].copy_(tensor)
+
+    # ---- what optimizers differ in
+
+    def _optimizer(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+
+    def _take(self) -> dict[str, Tensor]:
+        """The gradients by name in the order of the parameters, which lose them."""
+        taken = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                taken[name], parameter.grad = parameter.grad, None
+        return taken
+
+    def _updating(self, seed: tuple[int, int]):
+        """A context around all of an update's steps."""
+        raise NotImplementedError
+
+    def _prepare(self, name: str) -> None:
+        """Makes the parameter's states where it has none."""
+        raise NotImplementedError
+
+    def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
+        """Updates one parameter with ``clip * gradient``, which it may overwrite."""
+        raise NotImplementedError
+
+    # ---- AdamW, for those that compute it here
+
+    def _fused_adamw(self, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor) -> None:
+        """torch's AdamW on one weight and its moments, in place; ``step`` counts up."""
+        group = self.optimizer.param_groups[0]
+        adamw(
+            [weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, maximize=False,
+            beta1=group["betas"][0], beta2=group["betas"][1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
+
+
+def moments(like: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """AdamW's states before its first step, under torch's names."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False),
+    }
+
+
+def global_norm(tensors) -> Tensor:
+    """() fp32 or above: the 2-norm of all tensors together; 0 of none."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+@contextmanager
+def seeded(seed: tuple[int, int], device: torch.device) -> Iterator[None]:
+    """torch's random numbers on the CPU and on ``device`` are a function of ``seed`` inside; as they were after."""
+    number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    on_card = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_card else []):
+        torch.default_generator.manual_seed(number)
+        if on_card:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(number)
+        yield
+
+
+def _plain(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if is_traceable_wrapper_subclass(value):
+        for inner in value.__tensor_flatten__()[0]:
+            yield f"{key}.{inner}", getattr(value, inner)
+    else:
+        yield key, value
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
