@@ -47,12 +47,13 @@ def work(pipe: Connection, kind: type[Stepper], case: Case, settings: Settings, 
                 pipe.send(("ready", None))
                 pipe.recv()
                 reset_peak(model.device)
+                trainer.own_peak()
                 count.begin()
 
             def end() -> None:
                 synchronize(model.device)
                 record = count.end()
-                pipe.send(("step", record | {"peak": peak(model.device)}))
+                pipe.send(("step", record | {"peak": max(peak(model.device), trainer.own_peak())}))
 
             trainer.run(begin, end)
             pipe.send(("done", trainer.updates()))

@@ -55,6 +55,10 @@ class Stepper:
         """``learning_rate`` and ``grad_norm``, before clipping, of every update."""
         raise NotImplementedError
 
+    def own_peak(self) -> int:
+        """Bytes that it saw in use at most since the last call, where it resets the system's own record of them."""
+        return 0
+
 
 class InOrder:
     """A PromptSampler that takes the rows as they come."""
@@ -99,6 +103,12 @@ class Toolx(Stepper):
 
     def updates(self):
         return [{name: record[name] for name in ("learning_rate", "grad_norm")} for record in self.records]
+
+    def own_peak(self):
+        peaks = self.trainer.phases.memory.peaks
+        highest = max(peaks.values(), default=0)
+        peaks.clear()
+        return highest
 
 
 class ToolxCheckpointing(Toolx):

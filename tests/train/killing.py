@@ -42,7 +42,9 @@ def outcome(run: Path) -> dict:
     }
     for checkpoint in run.glob("checkpoint-*"):
         record = json.loads((checkpoint / "state.json").read_text())
-        del record["crc"], record["state"]["seconds"], record["state"]["phases"]
+        del record["crc"]
+        for of_machine in ("seconds", "phases", "peaks"):
+            del record["state"][of_machine]
         record["state"]["settings"] = None
         found[checkpoint.name] = record  # with the sums of weights and optimizer
     return found

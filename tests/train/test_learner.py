@@ -159,6 +159,13 @@ def test_distilled_rollouts_have_no_ratio_to_their_sampler():
     ToolExpanderConfig(hard_sampling="distill", old_logprobs="sampler")  # without a second update it has no effect
 
 
+def test_ratios_to_the_sampler_need_no_weights():
+    with pytest.raises(InputError, match="token_mask weighs .* old_logprobs=sampler has that in its ratios already"):
+        ToolExpanderConfig(
+            hard_sampling="none", num_iterations=2, old_logprobs="sampler", importance_sampling_mode="token_mask"
+        )
+
+
 def fail_above(learner, tokens, message="CUDA out of memory. Tried to allocate 2.00 GiB."):
     """Backward passes of more tokens run out of memory, after they have left some gradients behind."""
     whole = Learner._backward

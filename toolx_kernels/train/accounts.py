@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -87,8 +87,8 @@ class Accounts:
         memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else physical_memory()
         try:
             return plan_of(
-                self.model.config, self.args, device=device.type, memory=memory, prompt_length=prompt_length,
-                probe_rows=probe_rows,
+                self.model.config, replace(self.args, dtype=str(self.model.dtype).removeprefix("torch.")),
+                device=device.type, memory=memory, prompt_length=prompt_length, probe_rows=probe_rows,
             )  # fmt: skip
         except InputError:
             return None
@@ -97,7 +97,7 @@ class Accounts:
         """Of the whole run, for ``summary.json``."""
         peaks = self.phases.memory.peaks
         return {
-            "peak_memory_bytes": max(peaks.values()),
+            "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
             "memory": plan.beside(peaks) if plan else None,
         }

@@ -120,8 +120,8 @@ class ToolExpanderConfig:
     num_iterations: int = setting(1, "updates from one batch; with 1 the ratio is exactly 1 and no old log-probs exist")
     old_logprobs: Literal["trainer", "sampler"] = setting(
         "trainer",
-        "what the ratio of a second update starts from: log-probs of a forward of the trainer's own before the first "
-        "one, or those that the sampler reported",
+        "what ratios start from where a batch has several updates: the log-probs of the first update's own forward, or "
+        "those that the sampler reported",
     )
     importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         setting("none", "weights for what trainer and sampler disagree in, cut or left out beyond the cap")
@@ -227,6 +227,11 @@ class ToolExpanderConfig:
             raise InputError(
                 f"{which} compares log-probs on one prompt, and hard_sampling=distill samples on another one than it "
                 "learns on: leave it at its default there."
+            )
+        if from_sampler and self.importance_sampling_mode != "none":
+            raise InputError(
+                f"importance_sampling_mode={self.importance_sampling_mode} weighs what trainer and sampler disagree "
+                "in, and old_logprobs=sampler has that in its ratios already: choose one."
             )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: choose one.")

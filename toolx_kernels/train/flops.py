@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from toolx_kernels.ops.hf_attention import cache_shape
 from toolx_kernels.train.batch import PackedGroup
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
+SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
 
 
 class Flops:

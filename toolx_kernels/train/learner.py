@@ -88,8 +88,8 @@ class Learner:
         """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
 
         The first update is of the policy as it is, so its ratio is exactly 1, and its forward pass gives the log-probs
-        that the ratio of later ones starts from. Metrics are the first update's, where policy and sampler are the same;
-        ``ratio``, ``clip_low`` and ``clip_high`` the last one's.
+        that the ratio of later ones starts from; with ``args.old_logprobs`` "sampler" all start from the sampler's.
+        Metrics are the first update's; where there are several, ``ratio``, ``clip_low`` and ``clip_high`` the last's.
         """
         needed = self.needed(groups)
         share = len(needed) / max(1, len(groups))
@@ -211,7 +211,8 @@ class Learner:
                 reason = str(error).splitlines()[0]
             # out here, since the error's traceback keeps the tensors of the batch that failed
             self.updater.drop_gradients()
-            self._halve(max(sum(group.n_tokens for group in piece) for piece in pieces), reason)
+            largest = max(pieces, key=lambda piece: sum(group.n_tokens for group in piece))
+            self._halve(largest, reason)
 
     def _backward(
         self,
@@ -230,21 +231,21 @@ class Learner:
                 self.updater.collect()
         return told
 
-    def _halve(self, largest: int, reason: str) -> None:
+    def _halve(self, largest: Sequence[PackedGroup], reason: str) -> None:
         """Goes on with half of the ``largest`` micro-batch's tokens; says so the first time."""
-        if self.token_budget == 1:
+        tokens = sum(group.n_tokens for group in largest)
+        if sum(len(group.completions) for group in largest) == 1:
             raise InputError(
                 f"memory ran out with one completion at a time ({reason}): shorten max_completion_length or the "
                 "prompts, or pass --gradient_checkpointing true; toolx plan tells what a run needs."
             )
         if self.token_budget == self.args.micro_batch_tokens:
             warnings.warn(
-                f"Memory ran out with {largest} tokens in a micro-batch; going on with half of them at a time, which "
-                f"changes no gradient: pass --micro_batch_tokens {max(1, largest // 2)} next time. ({reason})",
+                f"Memory ran out with {tokens} tokens in a micro-batch; going on with half of them at a time, which "
+                f"changes no gradient: pass --micro_batch_tokens {tokens // 2} next time. ({reason})",
                 stacklevel=2,
             )
-        # a micro-batch may be larger than the budget where one completion is, so this ends
-        self.token_budget = max(1, min(self.token_budget, largest) // 2)
+        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -30,6 +30,8 @@ LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appende
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "num_train_epochs", "device", "output_dir", "log_completions",
     "save_steps", "save_total_limit", "profile_step",
+    # these change the last bits of a gradient, and may be what lets a run that was out of memory go on
+    "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class RunState:
     unrewarded: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes of memory of each
+    token_budget: int = 0  # of micro-batches, smaller than the setting once memory ran out
     lines: dict[str, int] = field(default_factory=dict)  # of the logs when the checkpoint was written
 
     def to_dict(self) -> dict:

@@ -6,9 +6,8 @@
 An epoch is a permutation of the training rows, cut into batches of ``prompts_per_step``; what does not fill a batch
 waits for another epoch. A row is hard by its calls alone, while the default reward also asks for nothing but calls.
 
-What this is not: it updates once per batch, so the policy that samples is the policy that is trained and the ratio
-of the clipped loss is exactly 1; it knows one device and no distributed training. Everything random is a function of
-(seed, step, row), so a resumed run goes on bit for bit where the checkpoint stood.
+What this is not: it knows one device and no distributed training. Everything random is a function of (seed, step,
+row), so a resumed run goes on bit for bit where the checkpoint stood.
 """
 
 from __future__ import annotations
@@ -323,6 +322,8 @@ class ToolExpanderTrainer:
             self.collector.tokens.update(state.tokens)
             self.collector.unrewarded = state.unrewarded
             self.phases.seconds.update(state.phases)
+            self.phases.memory.peaks.update(state.peaks)
+            self.learner.token_budget = min(self.args.micro_batch_tokens, state.token_budget)
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
         elif self.args.resume:  # it was interrupted before its first checkpoint
@@ -477,7 +478,8 @@ class ToolExpanderTrainer:
                 raise DivergedError("the weights are not finite")
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
-        state.phases = dict(self.phases.seconds)
+        state.phases, state.peaks = dict(self.phases.seconds), dict(self.phases.memory.peaks)
+        state.token_budget = self.learner.token_budget
         state.batch, state.round = self.rounds.batch, self.rounds.round
         state.settings, state.data = binding_settings(self.args), self.data
         state.trained_tokens = self.rounds.trained_tokens
