@@ -22,6 +22,8 @@ from toolx_kernels.toolcall import builtin
 from toolx_kernels.train.batch import pack
 from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.learner import Learner, packed
+from toolx_kernels.train.model_config import config_of
+from toolx_kernels.train.models import load_model
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import ClippedLoss
 from toolx_kernels.train.rollouts import GroupPlan, Rollout, ScoredGroup
@@ -272,3 +274,25 @@ def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     if "use_peft" not in settings:
         assert_same_weights(saved_weights(tmp_path / "whole", 4), saved_weights(tmp_path / "parts", 4))
+
+
+def test_the_run_folder_of_an_adapter_is_evaluated_and_planned_for_and_not_trained_on(tmp_path):
+    pytest.importorskip("peft")
+    args = ToolExpanderConfig(
+        output_dir=str(tmp_path / "run"), model="tiny", use_peft=True, lora_r=2, max_steps=1, **SMALL
+    )
+    ToolExpanderTrainer("tiny", even_is_good, args, training_rows(), training_rows()).train()
+    model, _ = load_model(str(tmp_path / "run"))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert config_of(str(tmp_path / "run")).hidden_size == model.config.hidden_size
+    for use_peft in (False, True):
+        args = ToolExpanderConfig(
+            output_dir=str(tmp_path / "more"), model=str(tmp_path / "run"), use_peft=use_peft, **SMALL
+        )
+        with pytest.raises(InputError, match="is an adapter on its base: name the base with use_peft"):
+            ToolExpanderTrainer(args.model, even_is_good, args, training_rows(), training_rows())
+    path = tmp_path / "run" / "checkpoint-1" / "adapter_config.json"
+    for damage, named in (("{", "no readable adapter_config.json"), ('{"peft_type": "LORA"}', "names no base model")):
+        path.write_text(damage)
+        with pytest.raises(InputError, match=named):
+            load_model(str(tmp_path / "run"))

@@ -81,11 +81,23 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """The name of the base model of the saved adapter in ``folder``."""
+    """The name of the base model of the saved adapter in ``folder``.
+
+    Raises:
+        InputError: peft is not installed, or the adapter's config cannot be read or names none.
+    """
     require_peft(f"The adapter in {folder}")
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{folder} holds no readable adapter_config.json ({first_line(error)}): give another."
+        ) from None
+    if not name:
+        raise InputError(f"{folder}/adapter_config.json names no base model: write its base_model_name_or_path there.")
+    return name
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -94,7 +106,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     What ``model.save_pretrained`` writes, without the look-up of the base model on the hub that it makes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_tensors(model, TRAINED), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     model.peft_config[TRAINED].save_pretrained(folder)
 
 
@@ -111,7 +123,7 @@ def load_adapter_weights(folder: Path, model: PreTrainedModel, name: str = TRAIN
         raise InputError(
             f"{folder}/{WEIGHTS_FILE} cannot be loaded ({first_line(error)}): remove it to use an older checkpoint."
         ) from None
-    mine = _tensors(model, name)
+    mine = adapter_tensors(model, name)
     for key in sorted(mine.keys() | saved.keys()):
         there, here = (tuple(where[key].shape) if key in where else "none" for where in (saved, mine))
         if there != here:
@@ -138,12 +150,12 @@ def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
     if folder is not None:
         load_adapter_weights(folder, model, REFERENCE)
         return
-    present = _tensors(model, TRAINED)
-    for key, tensor in _tensors(model, REFERENCE).items():
+    present = adapter_tensors(model)
+    for key, tensor in adapter_tensors(model, REFERENCE).items():
         tensor.copy_(present[key])
 
 
-def _tensors(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: PreTrainedModel, name: str = TRAINED) -> dict[str, Tensor]:
     """The live weights of the adapter called ``name``, under the names that they have in a file."""
     from peft import get_peft_model_state_dict
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolx_kernels.errors import InputError
 
 FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
-STATE_FILE, OPTIMIZER_FILE, ADAPTER_FILE = "state.json", "optimizer.safetensors", "adapter_model.safetensors"
+STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 # what transformers, safetensors and torch raise over files that are damaged or of another model
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
@@ -338,22 +338,25 @@ def first_line(error: Exception) -> str:
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds, by name: all of them, or the adapter's of a model that has one."""
-    return model.get_adapter_state_dict() if _has_adapter(model) else model.state_dict()
+    from toolx_kernels.train import adapters  # which needs this file
+
+    return adapters.adapter_tensors(model) if adapters.has_adapter(model) else model.state_dict()
 
 
 def _write_weights(folder: Path, model: PreTrainedModel) -> None:
-    if _has_adapter(model):
-        from toolx_kernels.train.adapters import save_adapter  # which needs peft, and this file
+    from toolx_kernels.train import adapters
 
-        save_adapter(model, folder)
+    if adapters.has_adapter(model):
+        adapters.save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
 
 
 def _read_weights(checkpoint: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    if _has_adapter(model):
-        prefix = "base_model.model."  # peft's
-        return {name.removeprefix(prefix): tensor for name, tensor in load_file(checkpoint / ADAPTER_FILE).items()}
+    from toolx_kernels.train import adapters
+
+    if adapters.has_adapter(model):
+        return load_file(checkpoint / adapters.WEIGHTS_FILE)
     return type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
 
 
@@ -361,10 +364,6 @@ def _copy(weights: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, tensor in weights_of(model).items():
             tensor.copy_(weights[name])
-
-
-def _has_adapter(model: PreTrainedModel) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def model_shape(model: PreTrainedModel) -> dict:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+from toolx_kernels.train.adapters import base_of
 from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.data import MADE_UP, Prompts, load_rows
@@ -42,6 +43,8 @@ def config_of(name: str) -> PreTrainedConfig:
         source, arguments = path.parent, {"gguf_file": path.name}
     elif path.is_dir():
         source, arguments = latest_checkpoint(path) or path, {}
+        if (source / "adapter_config.json").is_file():
+            return config_of(base_of(source))
     elif path.exists() or name.startswith((".", "/", "~")):
         raise InputError(f"{name} is not a model folder: give a folder, a .gguf file, a hub name, tiny or {SMOLLM2}.")
     else:

@@ -36,7 +36,7 @@ from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
 from toolx_kernels.train.accounts import Accounts, StepCost
-from toolx_kernels.train.adapters import add_adapter
+from toolx_kernels.train.adapters import add_adapter, has_adapter
 from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.checkpoint import resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.cold_start import cold_start_examples, supervised
@@ -132,6 +132,11 @@ class ToolExpanderTrainer:
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer.")
         self.model, self.tokenizer = model.eval(), processing_class
+        if has_adapter(model):
+            raise InputError(
+                f"The model {args.model or model.name_or_path} is an adapter on its base: name the base with use_peft, "
+                "or merge the adapter into it first (peft's merge_and_unload)."
+            )
         if args.use_peft:
             add_adapter(model, args)
         context = model.get_decoder().config.max_position_embeddings
