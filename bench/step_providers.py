@@ -105,7 +105,7 @@ class Toolx(Stepper):
         return [{name: record[name] for name in ("learning_rate", "grad_norm")} for record in self.records]
 
     def own_peak(self):
-        peaks = self.trainer.phases.memory.peaks
+        peaks = self.trainer.phases.peaks
         highest = max(peaks.values(), default=0)
         peaks.clear()
         return highest

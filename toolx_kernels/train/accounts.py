@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,38 +13,12 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.pages import physical_memory
-from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.flops import Flops, gemm_speed
 from toolx_kernels.train.memory import Plan
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.plan import plan_of
 from toolx_kernels.train.rollouts import ScoredGroup
-
-
-@dataclass(slots=True)
-class StepCost:
-    """The ``timing`` of a step's line in metrics.jsonl.
-
-    seconds             of the whole step
-    phases              seconds of each: rollout, reward, forward, backward, optimizer
-    tokens_per_second   written in its rollouts, by the time of these
-    flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype achieves
-    """
-
-    seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    tokens_per_second: float = 0.0
-    flop_share: float = 0.0
-
-    def to_dict(self) -> dict:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def __str__(self) -> str:
-        """For the progress bar, e.g. ``812 tok/s, rollout 61%, backward 22%, forward 11%``."""
-        largest = sorted(self.phases.items(), key=lambda of_phase: -of_phase[1])
-        shares = (f"{name} {spent / self.seconds:.0%}" for name, spent in largest if spent >= 0.05 * self.seconds)
-        return ", ".join([f"{self.tokens_per_second:.0f} tok/s", *shares])
 
 
 class Accounts:
@@ -56,19 +30,31 @@ class Accounts:
         self._flops = Flops(model)
         self._gemm_speed = 0.0  # measured at the first step
 
-    @contextmanager
-    def step(self, cost: StepCost, sampled: list[ScoredGroup], trained: list[PackedGroup]) -> Iterator[None]:
-        """Around a step: fills in its ``cost``, from what it ``sampled`` and ``trained``, lists that it fills."""
+    def start_step(self) -> Callable[[Sequence[ScoredGroup], Sequence[ScoredGroup]], dict]:
+        """A step begins; what comes back is to be called at its end with the groups that it sampled and trained on.
+
+        That gives the ``timing`` of the step's line in metrics.jsonl:
+
+        seconds             of the whole step
+        phases              seconds of each: rollout, reward, forward, backward, optimizer
+        tokens_per_second   written in its rollouts, by the time of these
+        flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does
+        """
         self._gemm_speed = self._gemm_speed or gemm_speed(self.model.device, self.model.dtype)
         started, before = time.perf_counter(), self.phases.seconds.copy()
-        yield
-        cost.seconds, cost.phases = time.perf_counter() - started, self.phases.since(before)
-        lengths = [(len(group.prompt), [len(rollout.ids) for rollout in group.rollouts]) for group in sampled]
-        flops = self.args.num_iterations * self._flops.trained(trained)
-        flops += sum(self._flops.sampled(*of_group) for of_group in lengths)
-        cost.flop_share = flops / cost.seconds / self._gemm_speed
-        written = sum(rollout.written for group in sampled for rollout in group.rollouts)
-        cost.tokens_per_second = written / cost.phases["rollout"]
+
+        def timing(sampled: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]) -> dict:
+            seconds, phases = time.perf_counter() - started, self.phases.since(before)
+            flops = self._flops.sampled(sampled) + self.args.num_iterations * self._flops.trained(trained)
+            written = sum(rollout.written for group in sampled for rollout in group.rollouts)
+            return {
+                "seconds": seconds,
+                "phases": phases,
+                "tokens_per_second": written / phases["rollout"],
+                "flop_share": flops / seconds / self._gemm_speed,
+            }
+
+        return timing
 
     @contextmanager
     def profiled(self, step: int, trace: Path) -> Iterator[None]:
@@ -95,9 +81,17 @@ class Accounts:
 
     def summary(self, plan: Plan | None) -> dict:
         """Of the whole run, for ``summary.json``."""
-        peaks = self.phases.memory.peaks
+        peaks = self.phases.peaks
         return {
             "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
             "memory": plan.beside(peaks) if plan else None,
         }
+
+
+def describe_timing(timing: dict) -> str:
+    """For the progress bar, e.g. ``812 tok/s, rollout 61%, backward 22%, forward 11%``."""
+    largest = sorted(timing["phases"].items(), key=lambda of_phase: -of_phase[1])
+    parts = ((name, spent / timing["seconds"]) for name, spent in largest)
+    shares = [f"{name} {share:.0%}" for name, share in parts if share >= 0.05]
+    return ", ".join([f"{timing['tokens_per_second']:.0f} tok/s", *shares])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.ops.hf_attention import cache_shape
-from toolx_kernels.train.batch import PackedGroup
+from toolx_kernels.train.rollouts import ScoredGroup
 
 SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
 
@@ -27,13 +27,13 @@ class Flops:
         self._pair = 4 * layers * decoder.config.num_attention_heads * head_dim
         self._passes = 3 if any(w.requires_grad for w in linear) else 2
 
-    def trained(self, groups: Sequence[PackedGroup]) -> int:
+    def trained(self, groups: Sequence[ScoredGroup]) -> int:
         """Forward and backward of packed groups."""
-        return self._passes * sum(self._forward(len(g.prompt), [len(ids) for ids in g.completions]) for g in groups)
+        return self._passes * self.sampled(groups)
 
-    def sampled(self, prompt: int, completions: Sequence[int]) -> int:
-        """Sampling completions of so many tokens from one prompt."""
-        return self._forward(prompt, completions)
+    def sampled(self, groups: Sequence[ScoredGroup]) -> int:
+        """Sampling the groups' rollouts."""
+        return sum(self._forward(len(g.prompt), [len(rollout.ids) for rollout in g.rollouts]) for g in groups)
 
     def _forward(self, prompt: int, completions: Sequence[int]) -> int:
         tokens = prompt + sum(length - 1 for length in completions)

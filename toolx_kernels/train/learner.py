@@ -81,7 +81,7 @@ class Learner:
             loss = -stats.logprobs.sum() / n_tokens
             return loss, float(loss.detach())
 
-        loss = sum(self._accumulate(groups, loss_of))
+        loss = sum(told for _, told in self._accumulate(groups, loss_of))
         return {"loss": loss, "grad_norm": self._apply(loss, number)}
 
     def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, float | None]:
@@ -145,8 +145,7 @@ class Learner:
             told = Seen(float(output.loss.detach()), logprobs, stats.pop("live_tokens"), stats.pop("nonfinite"), stats)
             return output.loss, told
 
-        told = self._accumulate(together, loss_of)
-        cut = micro_batches(together, self.token_budget)
+        cut, told = zip(*self._accumulate(together, loss_of), strict=True)
         live, nonfinite = sum(seen.live for seen in told), sum(seen.nonfinite for seen in told)
         if nonfinite:
             self.updater.drop_gradients()
@@ -195,8 +194,9 @@ class Learner:
         self,
         groups: Sequence[PackedGroup],
         loss_of: Callable[[Tensor, PackedBatch, Sequence[Part]], tuple[Tensor, Told]],
-    ) -> list[Told]:
-        """Adds up the gradients of ``loss_of(hidden, batch, its parts)[0]`` over micro-batches; what else it told.
+    ) -> list[tuple[list[Part], Told]]:
+        """Adds up the gradients of ``loss_of(hidden, batch, its parts)[0]`` over micro-batches; the parts of each, and
+        what else it told.
 
         When memory runs out, all of it is done again in smaller micro-batches.
         """
@@ -204,7 +204,9 @@ class Learner:
             cut = micro_batches(groups, self.token_budget)
             pieces = [[groups[part.group].part(part.completions) for part in parts] for parts in cut]
             try:
-                return [self._backward(*both, loss_of) for both in zip(pieces, cut, strict=True)]
+                return [
+                    (parts, self._backward(piece, parts, loss_of)) for piece, parts in zip(pieces, cut, strict=True)
+                ]
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error):
                     raise

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from toolx_kernels.train.memory import PeakMemory
 
 
-class Phases:
+class Phases(PeakMemory):
     """Adds up seconds, and keeps the most memory, under the name of what is going on: "rollout", "forward", ...
 
     A phase inside another one takes its seconds from it, so those of all phases add up to the time spent in any. On a
@@ -20,31 +18,20 @@ class Phases:
     """
 
     def __init__(self, device: torch.device):
-        self.memory = PeakMemory(device)
+        super().__init__(device)
         self.seconds: Counter[str] = Counter()
-        self._running: list[str] = []
         self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._switch()
-        self._running.append(name)
-        try:
-            with self.memory.phase(name):
-                yield
-        finally:
-            self._switch()
-            self._running.pop()
 
     def since(self, before: Counter[str]) -> dict[str, float]:
         """The seconds that came since ``seconds`` was ``before``."""
         return {name: spent - before[name] for name, spent in self.seconds.items() if spent > before[name]}
 
     def _switch(self) -> None:
-        """Books the time so far for the phase that ends or is interrupted."""
-        if self.memory.device.type == "cuda":
-            torch.cuda.synchronize(self.memory.device)
+        """Books time and peak so far for the phase that ends or is interrupted."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since
         self._since = now
+        super()._switch()

@@ -35,9 +35,8 @@ from toolx_kernels.toolcall.reward_functions import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.accounts import Accounts, StepCost
+from toolx_kernels.train.accounts import Accounts, describe_timing
 from toolx_kernels.train.adapters import add_adapter, has_adapter
-from toolx_kernels.train.batch import PackedGroup
 from toolx_kernels.train.checkpoint import resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.cold_start import cold_start_examples, supervised
 from toolx_kernels.train.collector import Collector
@@ -53,7 +52,7 @@ from toolx_kernels.train.hard_sampling import (
     Probe,
     chosen_hard_sample_policy,
 )
-from toolx_kernels.train.learner import DivergedError, Learner, packed
+from toolx_kernels.train.learner import DivergedError, Learner
 from toolx_kernels.train.models import load_model, stop_token_ids
 from toolx_kernels.train.policies import (
     AdvantageShaper,
@@ -64,7 +63,7 @@ from toolx_kernels.train.policies import (
     chosen_prompt_sampler,
 )
 from toolx_kernels.train.records import rollout_lines, step_values
-from toolx_kernels.train.rollouts import Sampler, ScoredGroup, SingleTurn
+from toolx_kernels.train.rollouts import Sampler, SingleTurn
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
 from toolx_kernels.train.run_folder import CURVES, TRACE, RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run_state import RunState, check_reference
@@ -152,8 +151,8 @@ class ToolExpanderTrainer:
             self.sampler = self._tool_loop(tools, environment_factory)
             self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
-        own = {row.id for row in self.rows}
-        self.demonstrations = DemonstrationIndex([*self.rows, *(row for row in demonstrations if row.id not in own)])
+        ids = {row.id for row in self.rows}
+        self.demonstrations = DemonstrationIndex([*self.rows, *(row for row in demonstrations if row.id not in ids)])
         self.eval_rows_seen = len(shared_rows(self.eval_rows, [*self.rows, *demonstrations]))
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)
@@ -256,7 +255,7 @@ class ToolExpanderTrainer:
                         self._save(started)
                 bar.set_postfix_str(
                     f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, hard {self.table.hard}, "
-                    f"{StepCost(**record['timing'])}"
+                    f"{describe_timing(record['timing'])}"
                 )
                 bar.update()
             checkpoint = self._save(started)
@@ -327,7 +326,7 @@ class ToolExpanderTrainer:
             self.collector.tokens.update(state.tokens)
             self.collector.unrewarded = state.unrewarded
             self.phases.seconds.update(state.phases)
-            self.phases.memory.peaks.update(state.peaks)
+            self.phases.peaks.update(state.peaks)
             self.learner.token_budget = min(self.args.micro_batch_tokens, state.token_budget)
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
@@ -359,18 +358,15 @@ class ToolExpanderTrainer:
 
     def _step(self, round_index: int) -> dict:
         """One optimizer step: sample prompts, roll out, reward, advantages, loss, update."""
-        args, state, cost = self.args, self.state, StepCost()
-        sampled: list[ScoredGroup] = []
-        trained: list[PackedGroup] = []
-        with self._naming(f"step {state.step + 1}"), self.accounts.step(cost, sampled, trained):
-            groups, found = self.rounds.next_groups()
-            sampled += found
+        args, state, timing = self.args, self.state, self.accounts.start_step()
+        with self._naming(f"step {state.step + 1}"):
+            groups, sampled = self.rounds.next_groups()
             advantages = iter(self.advantages(groups).tolist()) if groups else iter(())
             for group in groups:
                 group.advantages = [next(advantages) for _ in group.rollouts]
-            trained += map(packed, self.learner.needed(groups))
             self._decay(round_index)
             told = self.learner.improve(groups, state.step)
+        cost = timing(sampled, self.learner.needed(groups))
         self.rounds.trained_tokens += told["trained_tokens"]
         state.step += 1
 
@@ -379,7 +375,7 @@ class ToolExpanderTrainer:
         return self.run.log(
             "step",
             state.step,
-            timing=cost.to_dict(),
+            timing=cost,
             round=round_index,
             **step_values(sampled, dropped=sum(not self.rounds.prompts.keeps(group) for group in sampled)),
             unrewarded=self.collector.unrewarded,
@@ -483,7 +479,7 @@ class ToolExpanderTrainer:
                 raise DivergedError("the weights are not finite")
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
-        state.phases, state.peaks = dict(self.phases.seconds), dict(self.phases.memory.peaks)
+        state.phases, state.peaks = dict(self.phases.seconds), dict(self.phases.peaks)
         state.token_budget = self.learner.token_budget
         state.batch, state.round = self.rounds.batch, self.rounds.round
         state.settings, state.data = binding_settings(self.args), self.data
