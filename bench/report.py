@@ -113,6 +113,42 @@ def absent(rows: list[dict], case_name: Callable[[dict], str]) -> list[str]:
     return ["", "Absent:", "", *lines] if lines else []
 
 
+def heading(title: str, machine: dict, date: str, versions: dict) -> list[str]:
+    names = ("cores", "threads", "python", "cuda", "torch", "triton")
+    facts = {name: machine[name] for name in names if name in machine} | versions
+    words = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return [f"# {title} on {machine['device']}", "", f"{date}; {words}.", ""]
+
+
+def named_cases(rows: list[dict], case_name: Callable[[dict], str]) -> list[tuple[str, list[dict]]]:
+    """The rows of those who were there, by the names of their cases."""
+    present = (row for row in rows if not row["absent"])
+    return [(name, list(case)) for name, case in groupby(present, key=case_name)]
+
+
+def first_of(benchmarks: Iterable[dict], name: str) -> dict:
+    """``extra_info`` of the first benchmark that measured the ``name``."""
+    return next(b["extra_info"] for b in benchmarks if name in b.get("extra_info", {}))
+
+
+def colours_of(rows: Iterable[dict]) -> dict[str, tuple]:
+    """A colour for each provider, in their order; no window is opened for what is drawn from here on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    names = dict.fromkeys(row["provider"] for row in rows)
+    return {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
+
+
+def save_with_legend(figure, colours: dict[str, tuple], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, list(colours), loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def by_case(rows: list[dict]):
     return groupby((row for row in rows if not row["absent"]), key=lambda row: tuple(row[k] for k in CASE))
 
@@ -144,13 +180,9 @@ def table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 def plot(rows: list[dict], folder: Path) -> None:
     """loss_time.png, loss_memory.png and loss_dead.png, each where the rows hold a series for it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     trained = [row for row in rows if row["ms"] and row["what"] == "both" and not row["frozen"]]
     dense = [row for row in trained if not row["dead"]]
-    names = list(dict.fromkeys(row["provider"] for row in trained))
-    colours = {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
+    colours = colours_of(trained)
     plot_times([row for row in dense if row["to_floor"] and row["provider"] != "floor"], colours, folder)
     with_memory = [row for row in dense if row["mib"] is not None]
     plot_lines(longest(with_memory, "n"), "n", "mib", "log", colours, folder / "loss_memory.png")

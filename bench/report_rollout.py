@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
-from bench.report import RESULTS, absent, command, number, ratio, table, write_report
+from bench.report import (
+    RESULTS,
+    absent,
+    colours_of,
+    command,
+    first_of,
+    heading,
+    named_cases,
+    number,
+    ratio,
+    save_with_legend,
+    table,
+    write_report,
+)
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new")
 FLOOR = ("floor_ms", "floor_gemms_ms", "floor_kv_ms", "floor_bytes_ms", "bandwidth_gb_s")
@@ -62,19 +74,12 @@ def case_name(row: dict) -> str:
     return f"{row['model']} {dtype}, {row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens"
 
 
-def by_case(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    present = (row for row in rows if not row["absent"])
-    return [(name, list(case)) for name, case in groupby(present, key=case_name)]
-
-
 def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
-    facts = {name: value for name, value in machine.items() if name not in ("slug", "device")}
-    facts = {name: facts[name] for name in ("cores", "threads", "python", "cuda", "torch", "triton") if name in facts}
-    words = ", ".join(f"{name} {value}" for name, value in (facts | versions).items())
-    lines = [f"# Rollouts on {machine['device']}", "", f"{date}; {words}.", "", LEGEND]
-    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in by_case(rows) for at, row in enumerate(case)))
+    lines = [*heading("Rollouts", machine, date, versions), LEGEND]
+    cases = named_cases(rows, case_name)
+    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in cases for at, row in enumerate(case)))
     lines += ["", "Floors of a step:", ""]
-    for name, (row, *_) in by_case(rows):
+    for name, (row, *_) in cases:
         lines.append(
             f"- {name}: {row['floor_ms']:.3g} ms, of which linear layers {row['floor_gemms_ms']:.3g} and keys and "
             f"values {row['floor_kv_ms']:.3g} at {row['bandwidth_gb_s']:.3g} GB/s; all bytes alone "
@@ -105,14 +110,10 @@ def cells(row: dict, name: str, first: bool) -> list[str]:
 
 def plot(rows: list[dict], folder: Path) -> None:
     """rollout.png: tokens per second on the left, the decode step and its floor on the right, a row of bars a case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    cases = named_cases(rows, case_name)
+    colours = colours_of(row for _, case in cases for row in case if row["provider"] != "floor")  # before pyplot
     from matplotlib import pyplot as plt
 
-    cases = by_case(rows)
-    names = list(dict.fromkeys(row["provider"] for _, case in cases for row in case if row["provider"] != "floor"))
-    colours = {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
     figure, axes = plt.subplots(
         len(cases), 2, figsize=(10, 0.8 + 1.7 * len(cases)), layout="constrained", squeeze=False
     )
@@ -129,16 +130,13 @@ def plot(rows: list[dict], folder: Path) -> None:
             each.margins(x=0.15)
     axes[-1][0].set_xlabel("tokens per second")
     axes[-1][1].set_xlabel("decode step, ms (line: floor)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=3)
-    figure.savefig(folder / "rollout.png", dpi=110)
-    plt.close(figure)
+    save_with_legend(figure, colours, folder / "rollout.png")
 
 
 def write(record: dict, results: Path = RESULTS) -> Path:
     """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
     rows = rows_of(record["benchmarks"])
-    versions = next(b["extra_info"]["versions"] for b in record["benchmarks"] if "rollout" in b.get("extra_info", {}))
+    versions = first_of(record["benchmarks"], "rollout")["versions"]
     text = markdown(rows, record["machine_info"], versions, record["datetime"][:10])
     return write_report("rollout", record, CASE + FIGURES, rows, text, plot, results)
 

@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
-from bench.report import RESULTS, absent, command, number, ratio, table, write_report
+from bench.report import (
+    RESULTS,
+    absent,
+    colours_of,
+    command,
+    first_of,
+    heading,
+    named_cases,
+    number,
+    ratio,
+    save_with_legend,
+    table,
+    write_report,
+)
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead")
 FIGURES = (
@@ -60,16 +72,10 @@ def case_name(row: dict) -> str:
     )
 
 
-def by_case(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    return [(name, list(case)) for name, case in groupby((row for row in rows if not row["absent"]), key=case_name)]
-
-
 def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
-    names = ("cores", "threads", "python", "cuda", "torch", "triton")
-    facts = {name: machine[name] for name in names if name in machine} | versions
-    words = ", ".join(f"{name} {value}" for name, value in facts.items())
-    lines = [f"# Optimizer steps on {machine['device']}", "", f"{date}; {words}.", "", LEGEND]
-    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in by_case(rows) for at, row in enumerate(case)))
+    lines = [*heading("Optimizer steps", machine, date, versions), LEGEND]
+    cases = named_cases(rows, case_name)
+    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in cases for at, row in enumerate(case)))
     return "\n".join(lines + absent(rows, case_name)) + "\n"
 
 
@@ -108,33 +114,26 @@ def series(rows: list[dict], x: str) -> list[dict]:
 
 def plot(rows: list[dict], folder: Path) -> None:
     """step.png: step time above and peak memory below, over prompt length, group size and completion length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    colours = colours_of(row for row in rows if not row["absent"])  # before pyplot, which takes a backend
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(row["provider"] for row in rows if not row["absent"]))
-    colours = {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
     figure, axes = plt.subplots(2, len(AXES), figsize=(11, 6), layout="constrained", sharey="row")
     for column, (x, label) in zip(axes.T, AXES.items(), strict=True):
         for axis, y in zip(column, ("step_s", "peak_mib"), strict=True):
-            for name in names:
+            for name in colours:
                 mine = [(row[x], row[y]) for row in series(rows, x) if row["provider"] == name]
                 axis.plot(*zip(*mine, strict=True), "o-", color=colours[name], label=name) if mine else None
             axis.set_ylim(bottom=0)
         column[1].set_xlabel(label)
     axes[0][0].set_ylabel("step, s")
     axes[1][0].set_ylabel("peak memory of the process, MiB")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=3)
-    figure.savefig(folder / "step.png", dpi=110)
-    plt.close(figure)
+    save_with_legend(figure, colours, folder / "step.png")
 
 
 def write(record: dict, results: Path = RESULTS) -> Path:
     """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
     rows = rows_of(record["benchmarks"])
-    versions = next(b["extra_info"]["versions"] for b in record["benchmarks"] if "step" in b.get("extra_info", {}))
+    versions = first_of(record["benchmarks"], "step")["versions"]
     text = markdown(rows, record["machine_info"], versions, record["datetime"][:10])
     return write_report("step", record, CASE + FIGURES, rows, text, plot, results)
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -324,7 +324,8 @@ def plan(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--prompt_length", "--prompt-length", type=int,
-        help="tokens of a prompt (default: of the longest one where the dataset is on this machine, else 1000)",
+        help="tokens of the longest prompt, its demonstrations included (default: found where the dataset is on this "
+        "machine, else 1000)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     own, others = parser.parse_known_args(argv)
@@ -340,24 +341,26 @@ def plan(argv: list[str]) -> int:
 
     from toolx_kernels.rollout.pages import physical_memory
     from toolx_kernels.train.memory import GIB
-    from toolx_kernels.train.model_config import config_of, longest_prompt
+    from toolx_kernels.train.model_config import config_of, work_at_hand
     from toolx_kernels.train.plan import Planner, flags_of
+    from toolx_kernels.train.work import Work
 
     on_gpu = args.device.startswith("cuda") or (
         args.device == "auto" and (own.memory is not None or torch.cuda.is_available())
     )
     memory = round((own.memory or 24) * GIB) if on_gpu or own.memory else physical_memory()
     config = config_of(args.model)
-    prompt_length = own.prompt_length or longest_prompt(args, config) or 1000
-    where = dict(device="cuda" if on_gpu else "cpu", memory=memory, prompt_length=prompt_length)
-    planner = Planner(config, **where)
+    seen = None if own.prompt_length else work_at_hand(args, config)
+    work = seen or Work.assumed(args, own.prompt_length or 1000)
+    planner = Planner(config, device="cuda" if on_gpu else "cpu", memory=memory, work=work)
     planned = planner.plan(args)
     better = None if planned.fits else planner.advice(args)
     if own.json:
         found = {"settings": better[0], "plan": better[1].to_dict()} if better else None
-        print(json.dumps(planned.to_dict() | {"prompt_length": prompt_length, "advice": found}, indent=2))
+        print(json.dumps(planned.to_dict() | {"work": asdict(work), "advice": found}, indent=2))
         return 0 if planned.fits else 1
-    print(f"{args.model}, {args.dtype}, {args.optim}; prompts of {prompt_length:,} tokens")
+    shown = f", {work.shown_length:,} with demonstrations" * (work.shown_length > work.prompt_length)
+    print(f"{args.model}, {args.dtype}, {args.optim}; prompts of up to {work.prompt_length:,} tokens{shown}")
     print(planned.table())
     device = f"{'a GPU' if on_gpu else 'a machine'} with {memory / GIB:.1f} GiB"
     needed = f"{planned.needed / GIB:.1f} GiB"

@@ -27,6 +27,7 @@ from bench.step_work import SETTINGS, Case, Count, make_rows
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.plan import plan_of
 from toolx_kernels.train.tiny import tiny_tokenizer
+from toolx_kernels.train.work import Work
 
 SAMPLED = 4096  # entries of each parameter that are looked at for having moved
 
@@ -110,7 +111,7 @@ def take_steps(run: Run, device: torch.device) -> dict:
         trainer.run(count.begin, end)
     memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else sys.maxsize
     plan = plan_of(
-        model.config, trainer.args, device=device.type, memory=memory, prompt_length=case.length, probe_rows=0
+        model.config, trainer.args, device=device.type, memory=memory, work=Work(case.length, case.length, 0, 0)
     )
     moved = [float((new != old).double().mean()) for new, old in zip(sampled_weights(model), before, strict=True)]
     return {

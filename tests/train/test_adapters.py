@@ -26,6 +26,7 @@ from toolx_kernels.train.adapters import (
 )
 from toolx_kernels.train.batch import PackedGroup, pack
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.models import load_model
 from toolx_kernels.train.optimizers import make_updater
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -244,6 +245,17 @@ def test_names_a_base_model_that_has_no_folder(tmp_path):
     save_adapter(model, tmp_path)
     assert base_of(tmp_path) == "a-base"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a-base"
+
+
+@needs_peft
+def test_an_adapter_of_the_tiny_model_names_the_seed_of_its_weights(tmp_path):
+    model, _ = load_model("tiny", seed=3)
+    add_adapter(model, ToolExpanderConfig(model="tiny", seed=3, use_peft=True))
+    change(model, seed=1)
+    save_adapter(model, tmp_path)
+    assert base_of(tmp_path) == "tiny:3"
+    found, _ = load_model(str(tmp_path))
+    assert torch.equal(logits(found), logits(model.to("cpu")))
 
 
 @needs_peft

@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import small_model
 from tests.ops.cases import DEVICE
+from tests.train.test_adapters import needs_peft
 from tests.train.test_trainer import SMALL, assert_same_weights, even_is_good, make_trainer, metrics, training_rows
 from tests.train.test_trainer import weights as saved_weights
 from toolx_kernels import ToolExpanderConfig
@@ -19,8 +21,11 @@ from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.reference import GRPOLossConfig
 from toolx_kernels.reference import linear_grpo_loss as naive_loss
 from toolx_kernels.toolcall import builtin
+from toolx_kernels.train.adapters import add_adapter
 from toolx_kernels.train.batch import pack
 from toolx_kernels.train.checkpoint import latest_checkpoint
+from toolx_kernels.train.flops import Flops
+from toolx_kernels.train.frozen import FrozenModel
 from toolx_kernels.train.learner import Learner, packed
 from toolx_kernels.train.model_config import config_of
 from toolx_kernels.train.models import load_model
@@ -209,6 +214,72 @@ def test_an_update_that_runs_out_of_memory_is_repeated_in_smaller_parts():
         learner.improve(groups, 1)
 
 
+def test_what_rollouts_keep_goes_before_micro_batches_shrink():
+    """And before every update from then on, so that no later one fails first."""
+    released = []
+
+    def make_room():
+        released.append(True)
+        learner._backward = whole  # with that memory all fits
+        return True
+
+    expected = learner_of(model(), micro_batch_tokens=1000).improve(some_groups(model()), 0)
+    learner = learner_of(model(), micro_batch_tokens=1000)
+    groups, whole = some_groups(learner.model), learner._backward
+    learner.make_room = make_room
+    fail_above(learner, 15)
+    with pytest.warns(UserWarning, match="the KV pool of the rollouts is given back before each update from here on"):
+        told = learner.improve(groups, 0)
+    assert told["grad_norm"] == expected["grad_norm"] and learner.token_budget == 1000 and len(released) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.improve(groups, 1)
+    assert len(released) == 2
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_named():
+    learner = learner_of(model())
+    groups = some_groups(learner.model)
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    learner.updater._update = runs_out
+    with pytest.raises(InputError, match="in the optimizer's update .*2.00 GiB.*adamw_8bit or adamw_offload"):
+        learner.improve(groups, 0)
+
+
+def test_the_reference_is_asked_once_for_a_batch(monkeypatch):
+    """Also where the second update is cut otherwise than the first; the result is that of asking again."""
+
+    def improved(ask_again):
+        trained = model()
+        learner = learner_of(trained, num_iterations=3, beta=0.5)
+        learner.reference = FrozenModel.__new__(FrozenModel)
+        learner.reference._is_adapter = False
+        learner.reference.model = small_model("llama", seed=1).double().to(DEVICE)
+        asked, whole, update = [], learner._reference_logprobs, learner._update
+
+        def spied(batch):
+            asked.append(len(batch.targets))
+            return whole(batch)
+
+        def again(needed, together, old, sampled, reference, denominator, number, iteration):
+            learner.token_budget = 24 + 10 * iteration
+            reference = None if ask_again else reference
+            return update(needed, together, old, sampled, reference, denominator, number, iteration)
+
+        learner._reference_logprobs, learner._update = spied, again
+        told = learner.improve(some_groups(trained), 0)
+        return told, asked, [p.detach().clone() for p in trained.parameters()]
+
+    (once, asked, weights), (each_time, asked_again, expected) = improved(False), improved(True)
+    assert sum(asked_again) == 3 * sum(asked) and once["kl"] > 0
+    assert once["ratio"] == pytest.approx(each_time["ratio"], rel=1e-6)
+    for mine, theirs in zip(weights, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
 def test_memory_that_does_not_hold_one_completion_ends_the_run():
     trained = model()
     before = [parameter.clone() for parameter in trained.parameters()]
@@ -224,18 +295,66 @@ def test_memory_that_does_not_hold_one_completion_ends_the_run():
         other.improve(some_groups(other.model), 0)
 
 
+def groups_of(*lengths):
+    """Groups of (tokens of the prompt, tokens of each completion)."""
+    return [
+        ScoredGroup(
+            GroupPlan(0), [5] * prompt, [Rollout([7] * n, [], [], None, "", [], "stop") for n in completions], []
+        )
+        for prompt, completions in lengths
+    ]
+
+
+def linear_flops(of, groups, targets):
+    """Of the matrix products that torch sees in the decoder's linear layers and in a head over all targets; those of
+    attention have three dimensions."""
+    of.enable_input_require_grads()  # or the first layer of a frozen model has no inputs' gradient
+    with FlopCounterMode(display=False) as counter, toolx_attention(of):
+        hidden = pack([packed(group) for group in groups], DEVICE).hidden(of)
+        of.get_output_embeddings()(hidden[:targets]).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for op, count in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=needs_peft)])
+def test_flops_are_those_of_the_matrix_products(adapter):
+    of = small_model("llama", tied=False).to(DEVICE)
+    if adapter:
+        add_adapter(of, ToolExpanderConfig(use_peft=True, lora_r=4))
+    groups = groups_of((9, [4, 7]), (5, [1]))
+    tokens, targets = 9 + 3 + 6 + 5, 12
+    pairs = 9 * 10 // 2 + (3 * 9 + 4 * 3 // 2) + (6 * 9 + 7 * 6 // 2) + 5 * 6 // 2
+    counted = Flops(of)
+    attention = 4 * 3 * 64 * pairs  # three layers of four heads of 16
+    seen = linear_flops(of, groups, targets)
+    assert counted.trained(groups, 1, reference=False) - 3 * attention == seen
+    forward = 2 * tokens * sum(
+        m.weight.numel()
+        for name, m in of.named_modules()
+        if isinstance(m, torch.nn.Linear) and hasattr(m, "weight") and "lm_head" not in name
+    ) + 2 * targets * 64 * of.config.vocab_size + attention  # fmt: skip
+    assert counted.sampled(groups) == forward
+    assert counted.trained(groups, 3, reference=True) == 3 * (seen + 3 * attention) + forward
+
+
 # ---- whole runs
 
 
 def test_a_run_tells_where_its_time_and_memory_went(tmp_path):
     summary = make_trainer(tmp_path / "run", max_steps=2, profile_step=2).train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for step in (line for line in lines if line["event"] == "step"):
-        timing = step["timing"]
+    assert [line["event"] for line in lines].index("plan") < [line["event"] for line in lines].index("step")
+    timings = [line["timing"] for line in lines if line["event"] == "step"]
+    between = [{"probe", "evaluation"} & timing["phases"].keys() for timing in timings]
+    assert between == [{"probe", "evaluation"}, set()], "what came before a step is told with it"
+    for timing in timings:
         assert {"rollout", "reward", "forward", "backward", "optimizer"} <= timing["phases"].keys()
-        assert 0.5 * timing["seconds"] < sum(timing["phases"].values()) <= timing["seconds"]
+        own = sum(spent for name, spent in timing["phases"].items() if name not in ("probe", "evaluation"))
+        assert 0.5 * timing["seconds"] < own <= timing["seconds"]
         assert 0 < timing["flop_share"] < 1
     assert {"probe", "evaluation"} <= summary["phases"].keys()
+    told = sum(timing["phases"]["rollout"] for timing in timings)
+    assert summary["phases"]["rollout"] == pytest.approx(told, abs=0.06)
     for name in ("rollout", "forward", "backward", "optimizer", "peak"):
         of_phase = summary["memory"][name]
         assert of_phase["planned"] > 0 and of_phase["measured"] > 0

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers.trainer_utils import validate_quantization_for_training
 
 from tests.models import small_model
 from toolx_kernels.errors import InputError
@@ -83,6 +84,11 @@ def test_smollm2_ends_its_turns(smollm2):
     [group] = RolloutEngine(model).generate([ids], 1, SamplingParams(40, temperature=0.0, stop_token_ids=(2,)))
     text = tokenizer.decode(group.completions[0].ids, skip_special_tokens=True)
     assert "Paris" in text and group.completions[0].finish_reason == "stop"
+
+
+def test_smollm2_can_be_trained_by_transformers_own_trainer(smollm2):
+    """Which refuses quantized models; these weights are no longer."""
+    validate_quantization_for_training(smollm2[0])
 
 
 def test_smollm2_can_be_saved_and_opened_again(smollm2, tmp_path):

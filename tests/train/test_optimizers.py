@@ -235,6 +235,35 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optim, dtype):
 
 
 @every_kind
+def test_states_that_found_no_memory_are_made_once_there_is_room(optim, dtype):
+    expected, undisturbed = make(optim, dtype)
+    run(undisturbed, [0])
+    model, updater = make(optim, dtype)
+    prepare, asked = updater._prepare, []
+
+    def runs_out_half_way(name):
+        prepare(name)
+        if name == list(updater.parameters)[2] and not asked:
+            updater.optimizer.state[updater.parameters[name]].pop("exp_avg_sq")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    updater._prepare = runs_out_half_way
+    give(updater, 0, micro_batches=2)
+    updater.apply(1.0, (7, 0), lambda reason: asked.append(reason) or True)
+    assert asked == ["CUDA out of memory. Tried to allocate 2.00 GiB."]
+    assert_same(values(model), values(expected))
+    assert_same(updater.state_tensors(), undisturbed.state_tensors())
+
+    model, updater = make(optim, dtype)
+    prepare, asked, before = updater._prepare, [], values(model)
+    updater._prepare = runs_out_half_way
+    give(updater, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        updater.apply(1.0, (7, 0))
+    assert_same(values(model), before)
+
+
+@every_kind
 def test_gradients_are_freed_one_by_one(optim, dtype, monkeypatch):
     model, updater = make(optim, dtype)
     run(updater, range(1))

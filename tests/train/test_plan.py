@@ -13,13 +13,17 @@ from toolx_kernels import cli
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import checkpointed, toolx_attention
 from toolx_kernels.rollout import RolloutEngine, SamplingParams
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train import activations
 from toolx_kernels.train import plan as plan_module
 from toolx_kernels.train.activations import Activations, LiveBytes, meta_model, training_activations
 from toolx_kernels.train.batch import PackedGroup, pack
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.data import Prompts, load_rows
 from toolx_kernels.train.memory import GIB, OVERHEAD, Bytes, PeakMemory
-from toolx_kernels.train.plan import Planner, micro_batch, plan_of
+from toolx_kernels.train.plan import Planner, micro_batch, plan_of, step_prompts
+from toolx_kernels.train.tiny import tiny_tokenizer
+from toolx_kernels.train.work import Work
 
 QWEN2 = dict(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768)
 QWEN3 = dict(QWEN2, num_key_value_heads=8, head_dim=128)
@@ -43,8 +47,14 @@ ON_CARD = dict(device="cuda", memory=24 * GIB)
 ON_CPU = dict(device="cpu", memory=16 * GIB)
 
 
+def prompts(length):
+    return Work(length, length, 0, 0)
+
+
 def settings(**changed):
-    common = dict(num_generations=10, prompts_per_step=32, max_completion_length=256, optim="adamw")
+    common = dict(
+        hard_sampling="none", num_generations=10, prompts_per_step=32, max_completion_length=256, optim="adamw"
+    )
     return ToolExpanderConfig(**(common | changed))
 
 
@@ -53,7 +63,7 @@ def test_the_published_table(name, monkeypatch):
     config, per_parameter, kv, rows = PUBLISHED[name]
     monkeypatch.setattr(plan_module, "training_activations", lambda *_, **__: Activations(0, 0))
     monkeypatch.setattr(plan_module, "inference_activations", lambda *_: 0)
-    planner = Planner(config, **ON_CARD, prompt_length=1200)
+    planner = Planner(config, **ON_CARD, work=prompts(1200))
     for wanted, change in zip(
         per_parameter,
         ({}, {"optim": "adamw_stochastic"}, {"optim": "adamw_8bit"}, {"optim": "adamw_offload"}),
@@ -97,7 +107,7 @@ def test_weights_gradients_and_states_to_the_byte(architecture, optim, dtype):
         pytest.importorskip("torchao")
     model = small_model(architecture, tied=optim != "adamw_stochastic").to(getattr(torch, dtype))
     args = settings(optim=optim, dtype=dtype)
-    plan = plan_of(model.config, args, **ON_CARD, prompt_length=16)
+    plan = plan_of(model.config, args, **ON_CARD, work=prompts(16))
     gradients, states = trained(model, optim=optim, dtype=dtype)
     assert plan.parts["weights"] == Bytes(sum(p.nbytes for p in model.parameters()))
     assert plan.parameters == plan.trained_parameters == sum(p.numel() for p in model.parameters())
@@ -185,34 +195,85 @@ def test_an_adapter_is_all_that_is_trained():
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     adapter = sum(8 * (m.in_features + m.out_features) for m in layers)
     plan = plan_of(
-        model.config, settings(use_peft=True, lora_r=8, dtype="bfloat16", beta=0.1), **ON_CARD, prompt_length=16
+        model.config, settings(use_peft=True, lora_r=8, dtype="bfloat16", beta=0.1), **ON_CARD, work=prompts(16)
     )
     assert (plan.trained_parameters, plan.parameters) == (adapter, sum(p.numel() for p in model.parameters()))
     assert plan.parts["weights"].device == 2 * plan.parameters + 4 * adapter
     assert plan.parts["gradients"].device == plan.parts["reference model"].device == 4 * adapter
-    some = plan_of(model.config, settings(use_peft=True, lora_target_modules=["q_proj"]), **ON_CARD, prompt_length=16)
+    some = plan_of(model.config, settings(use_peft=True, lora_target_modules=["q_proj"]), **ON_CARD, work=prompts(16))
     assert some.trained_parameters == 3 * 16 * (64 + 64)
     with pytest.raises(InputError, match=r"lora_target_modules=\['lm_head'\] names no layer"):
-        plan_of(model.config, settings(use_peft=True, lora_target_modules=["lm_head"]), **ON_CARD, prompt_length=16)
+        plan_of(model.config, settings(use_peft=True, lora_target_modules=["lm_head"]), **ON_CARD, work=prompts(16))
 
 
-@pytest.mark.parametrize("n_probed", [0, 40])
-def test_the_pool_is_the_engines(n_probed):
+@pytest.mark.parametrize(("n_probed", "n_evaluated"), [(0, 0), (40, 0), (0, 60)])
+def test_the_pool_is_the_engines(n_probed, n_evaluated):
     model = small_model("llama")
     args = settings(prompts_per_step=3, max_completion_length=12, num_generations=4, probe_rollouts=10)
-    plan = plan_of(model.config, args, **ON_CPU, prompt_length=41, probe_rows=n_probed)
+    plan = plan_of(model.config, args, **ON_CPU, work=Work(41, 41, n_probed, n_evaluated))
     engine = RolloutEngine(model)
     params = SamplingParams(12, stop_token_ids=tuple(range(131)))  # all rows end at once
     engine.generate([[5 + i] * 41 for i in range(3)], 4, params)
-    if n_probed:
-        engine.generate([[5 + i] * 41 for i in range(n_probed)], 10, params)
+    for wave in (1, 3, 6):
+        engine.generate([[5 + i] * 41 for i in range(n_probed)], wave, params)
+    engine.generate([[5 + i] * 41 for i in range(n_evaluated)], 1, params)
     caches = (*engine.pool.key_caches, *engine.pool.value_caches)
     assert plan.parts["KV pool"] == Bytes(sum(cache.nbytes for cache in caches))
 
 
+def test_demonstrations_lengthen_and_double_what_a_step_samples():
+    """As the policies' groups are: all rows are taken to be hard."""
+    work, of = Work(100, 180, 0, 0), {}
+    for form in ("none", "replace", "add", "distill"):
+        of[form] = step_prompts(settings(hard_sampling=form, prompts_per_step=2, num_generations=5), work)
+    assert of == {
+        "none": ([100] * 2, [(100, 5)] * 2),
+        "replace": ([180] * 2, [(180, 5)] * 2),
+        "add": ([180, 100] * 2, [(180, 5), (100, 5)] * 2),
+        "distill": ([180, 100] * 2, [(100, 10)] * 2),
+    }
+    model = small_model("llama")
+    work, planned = Work(40, 70, 0, 0), {}
+    for form in of:
+        args = settings(hard_sampling=form, prompts_per_step=2, num_generations=4, max_completion_length=12)
+        planned[form] = plan_of(model.config, args, **ON_CPU, work=work)
+        engine = RolloutEngine(model)
+        engine.generate([[5] * n for n in step_prompts(args, work)[0]], 4, SamplingParams(12))
+        caches = (*engine.pool.key_caches, *engine.pool.value_caches)
+        assert planned[form].parts["KV pool"] == Bytes(sum(cache.nbytes for cache in caches))
+    assert planned["none"].micro_batch_tokens == 2 * (40 + 4 * 11)
+    assert planned["replace"].micro_batch_tokens == 2 * (70 + 4 * 11)
+    assert planned["add"].micro_batch_tokens == 2 * (40 + 70 + 8 * 11)
+    assert planned["distill"].micro_batch_tokens == 2 * (40 + 8 * 11)
+
+
+def test_what_rows_ask_is_read_from_them():
+    args = ToolExpanderConfig(dataset="builtin", train_rows=30, eval_rows=20, max_completion_length=64)
+    rows, eval_rows = load_rows(args)
+    prompts_of, index = Prompts(tiny_tokenizer(), 512), DemonstrationIndex(rows)
+    raw = max(len(prompts_of.ids(row)) for row in rows)
+    work = Work.of(args, prompts_of, index, rows, eval_rows)
+    assert (work.prompt_length, work.train_rows, work.eval_rows) == (raw, 30, 20)
+    assert raw + 20 < work.shown_length <= 512 - 64
+    assert Work.of(replace(args, hard_sampling="none"), prompts_of, index, rows, eval_rows).shown_length == raw
+    assert Work.assumed(args, 1000) == Work(1000, 1000, 30, 20)
+    assert Work.assumed(ToolExpanderConfig(dataset="some/where"), 7) == Work(7, 7, 2048, 2048)
+
+
+def test_what_a_run_would_be_refused_for_is_not_planned():
+    config = small_model("llama").config
+    for change in ({"dtype": "float32"}, {"dtype": "bfloat16", "use_peft": True}):
+        with pytest.raises(InputError, match="adamw_stochastic' rounds bfloat16 weights"):
+            plan_of(config, settings(optim="adamw_stochastic", **change), **ON_CARD, work=prompts(16))
+    with pytest.raises(InputError, match="prompt_length=128 fills the model's context of 128 tokens"):
+        plan_of(config, settings(), **ON_CARD, work=prompts(128))
+    with pytest.raises(InputError, match="prompt_length=0 must be at least 1"):
+        prompts(0)
+
+
 def test_phases_do_not_peak_together():
     config = small_model("llama").config
-    plan = plan_of(config, settings(beta=0.1), **ON_CARD, prompt_length=64)
+    plan = plan_of(config, settings(beta=0.1), **ON_CARD, work=prompts(64))
     parts = {name: part.device for name, part in plan.parts.items()}
     always = parts["weights"] + parts["optimizer states"] + parts["reference model"] + parts["KV pool"]
     assert parts["reference model"] == parts["weights"]
@@ -221,16 +282,20 @@ def test_phases_do_not_peak_together():
     assert plan.phases["forward"].device >= always + parts["gradients"] + parts["activations"] + parts["fused loss"]
     assert plan.phases["backward"].device >= always + parts["gradients"] + parts["activations"]
     assert plan.needed == max(phase.device for phase in plan.phases.values()) + OVERHEAD["cuda"]
-    offloaded = plan_of(config, settings(optim="adamw_offload"), device="cpu", memory=GIB, prompt_length=64)
+    offloaded = plan_of(config, settings(optim="adamw_offload"), device="cpu", memory=GIB, work=prompts(64))
     assert offloaded.needed > plan.phases["rollout"].host + offloaded.parts["optimizer states"].host + OVERHEAD["cpu"]
 
 
 def test_micro_batches():
-    assert micro_batch(settings(micro_batch_tokens=4096), 1000) == (10,)  # 3,550 tokens
-    assert micro_batch(settings(micro_batch_tokens=4096), 100) == (10,)  # 2,650
-    assert micro_batch(settings(micro_batch_tokens=4096, max_completion_length=11), 100) == (10,) * 20
-    assert micro_batch(settings(micro_batch_tokens=2048), 1000) == (4,)  # 2,020
-    assert micro_batch(settings(micro_batch_tokens=5), 1000) == (1,)
+    def of(budget, prompt, limit=256):
+        return micro_batch([(prompt, 10)] * 32, limit, budget)
+
+    assert of(4096, 1000) == (((1000, 10),), 3550)
+    assert of(4096, 100) == (((100, 10),), 2650)
+    assert of(4096, 100, 11) == (((100, 10),) * 20, 4000)
+    assert of(2048, 1000) == (((1000, 4),), 2020)
+    assert of(5, 1000) == (((1000, 1),), 1255)
+    assert micro_batch([(100, 4), (300, 4)] * 2, 11, 600) == (((100, 4), (300, 4)), 480)
 
 
 def test_advice_is_the_least_change_that_fits():
@@ -238,7 +303,7 @@ def test_advice_is_the_least_change_that_fits():
     config.update(dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4000))
     args = settings(prompts_per_step=8, max_completion_length=64, micro_batch_tokens=2048)
 
-    planner = Planner(config, device="cuda", memory=GIB, prompt_length=40, probe_rows=0)
+    planner = Planner(config, device="cuda", memory=GIB, work=prompts(40))
 
     def advice(memory):
         planner.memory = memory
@@ -263,7 +328,7 @@ def run(capsys, *flags):
 
 def test_the_command_tells_what_to_change(capsys, tmp_path):
     config = small_model("llama").config
-    config.update(dict(hidden_size=256, intermediate_size=1024, vocab_size=4000))
+    config.update(dict(hidden_size=256, intermediate_size=1024, vocab_size=4000, max_position_embeddings=2048))
     config.save_pretrained(tmp_path / "model")
     flags = [
         "--model",
@@ -276,7 +341,7 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
         "32",
     ]
     code, out, _ = run(capsys, *flags)
-    assert code == 0 and "prompts of 1,000 tokens" in out and "fits a" in out and "to spare" in out
+    assert code == 0 and "prompts of up to 1,000 tokens\n" in out and "fits a" in out and "to spare" in out
     size = ["--prompt_length", "80", "--memory"]
     needed = json.loads(run(capsys, *flags, *size, "24", "--json")[1])["needed"]
     tight = [*size, str((needed - 1) / GIB)]
@@ -286,7 +351,7 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
     assert run(capsys, *flags, *tight, *advised)[0] == 0
     code, out, _ = run(capsys, *flags, *tight, "--json")
     found = json.loads(out)
-    assert code == 1 and not found["fits"] and found["advice"]["plan"]["fits"] and found["prompt_length"] == 80
+    assert code == 1 and not found["fits"] and found["advice"]["plan"]["fits"] and found["work"]["prompt_length"] == 80
     assert found["parts"]["weights"] == {"device": 4 * found["parameters"], "host": 0}
     code, out, _ = run(capsys, *flags, "--memory", "1.0001")
     assert code == 1 and "whatever the settings" in out
@@ -294,7 +359,12 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
 
 def test_the_command_knows_the_built_in_prompts(capsys):
     code, out, _ = run(capsys, "--device", "cpu")
-    assert code == 0 and "prompts of 76 tokens" in out and "fits a machine with" in out
+    assert (
+        code == 0
+        and "prompts of up to 76 tokens, " in out
+        and " with demonstrations" in out
+        and "fits a machine with" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +399,7 @@ def test_peak_memory_by_phase_beside_the_plan():
     assert 60 * mib < seen.peaks["forward"] - base < 80 * mib
     assert 120 * mib < seen.peaks["backward"] - base < 150 * mib
     assert abs(seen.peaks["rollout"] - base) < 20 * mib
-    plan = plan_of(small_model("llama").config, settings(), **ON_CPU, prompt_length=16)
+    plan = plan_of(small_model("llama").config, settings(), **ON_CPU, work=prompts(16))
     beside = plan.beside(seen.peaks | {"evaluation": 5})
     assert list(beside) == ["rollout", "forward", "backward", "optimizer", "peak"]
     assert beside["peak"]["planned"] == plan.needed and beside["peak"]["measured"] == seen.peaks["backward"]

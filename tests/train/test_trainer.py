@@ -219,7 +219,7 @@ def test_gradients_are_clipped(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_grad_norm=0.01)
     learner, seen = trainer.learner, []
     apply = learner.updater.apply
-    learner.updater.apply = lambda norm, seed: seen.append((norm, seed)) or apply(norm, seed)
+    learner.updater.apply = lambda norm, seed, _: seen.append((norm, seed)) or apply(norm, seed)
     batch = [
         PackedGroup(trainer.prompts.ids(trainer.rows[0]), [trainer.prompts.completion_ids(trainer.rows[0].answer)])
     ]

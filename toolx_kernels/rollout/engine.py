@@ -32,6 +32,7 @@ from toolx_kernels.rollout.scheduler import Chunk, Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
 MAX_ROWS = 512  # rows that decode together
+PAGE_SIZE = 16  # tokens
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class RolloutEngine:
         self,
         model: PreTrainedModel,
         *,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         max_pages: int | None = None,
         seed: int = 0,
         compile: bool = False,
@@ -97,6 +98,11 @@ class RolloutEngine:
         """
         if self.runner:
             self.pool.forget_all()
+
+    def release_pool(self) -> bool:
+        """Gives the memory of the page pool back; the next call makes another. Whether there was one."""
+        had, self.runner = self.runner is not None, None
+        return had
 
     def generate(
         self,

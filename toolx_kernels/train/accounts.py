@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,9 @@ from toolx_kernels.train.memory import Plan
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.plan import plan_of
 from toolx_kernels.train.rollouts import ScoredGroup
+from toolx_kernels.train.work import Work
+
+BETWEEN = ("probe", "evaluation")  # phases that belong to no step
 
 
 class Accounts:
@@ -29,6 +32,13 @@ class Accounts:
         self.phases = Phases(model.device)
         self._flops = Flops(model)
         self._gemm_speed = 0.0  # measured at the first step
+        self._told = self.phases.seconds.copy()  # by the steps so far
+
+    def resume(self, seconds: Mapping[str, float], peaks: Mapping[str, int]) -> None:
+        """Goes on from what ``phases`` had when the run was saved."""
+        self.phases.seconds.update(seconds)
+        self.phases.peaks.update(peaks)
+        self._told = self.phases.seconds.copy()
 
     def start_step(self) -> Callable[[Sequence[ScoredGroup], Sequence[ScoredGroup]], dict]:
         """A step begins; what comes back is to be called at its end with the groups that it sampled and trained on.
@@ -36,16 +46,20 @@ class Accounts:
         That gives the ``timing`` of the step's line in metrics.jsonl:
 
         seconds             of the whole step
-        phases              seconds of each: rollout, reward, forward, backward, optimizer
+        phases              seconds of each: rollout, reward, forward, backward, optimizer; and what came between the
+                            step before and this one: probe, evaluation
         tokens_per_second   written in its rollouts, by the time of these
         flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does
         """
         self._gemm_speed = self._gemm_speed or gemm_speed(self.model.device, self.model.dtype)
         started, before = time.perf_counter(), self.phases.seconds.copy()
+        between = {name: spent for name, spent in self.phases.since(self._told).items() if name in BETWEEN}
 
         def timing(sampled: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]) -> dict:
-            seconds, phases = time.perf_counter() - started, self.phases.since(before)
-            flops = self._flops.sampled(sampled) + self.args.num_iterations * self._flops.trained(trained)
+            seconds, phases = time.perf_counter() - started, between | self.phases.since(before)
+            self._told = self.phases.seconds.copy()
+            learned = self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
+            flops = self._flops.sampled(sampled) + learned
             written = sum(rollout.written for group in sampled for rollout in group.rollouts)
             return {
                 "seconds": seconds,
@@ -66,7 +80,7 @@ class Accounts:
             yield
         profiler.export_chrome_trace(str(trace))
 
-    def plan(self, prompt_length: int, probe_rows: int) -> Plan | None:
+    def plan(self, work: Work) -> Plan | None:
         """What the run's memory is to be, by its settings; None of a model that cannot be planned for."""
         device = self.model.device
         on_gpu = device.type == "cuda"
@@ -74,7 +88,7 @@ class Accounts:
         try:
             return plan_of(
                 self.model.config, replace(self.args, dtype=str(self.model.dtype).removeprefix("torch.")),
-                device=device.type, memory=memory, prompt_length=prompt_length, probe_rows=probe_rows,
+                device=device.type, memory=memory, work=work,
             )  # fmt: skip
         except InputError:
             return None
@@ -92,6 +106,7 @@ class Accounts:
 def describe_timing(timing: dict) -> str:
     """For the progress bar, e.g. ``812 tok/s, rollout 61%, backward 22%, forward 11%``."""
     largest = sorted(timing["phases"].items(), key=lambda of_phase: -of_phase[1])
-    parts = ((name, spent / timing["seconds"]) for name, spent in largest)
+    whole = sum(timing["phases"].values())
+    parts = ((name, spent / whole) for name, spent in largest)
     shares = [f"{name} {share:.0%}" for name, share in parts if share >= 0.05]
     return ", ".join([f"{timing['tokens_per_second']:.0f} tok/s", *shares])

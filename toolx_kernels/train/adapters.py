@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 
 TRAINED, REFERENCE = "default", "reference"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,7 +52,10 @@ def add_adapter(model: PreTrainedModel, args: ToolExpanderConfig) -> None:
         torch.random.default_generator.manual_seed(args.seed)
         _add(model, config, TRAINED)
     is_folder = (Path(model.name_or_path) / "config.json").is_file()
-    config.base_model_name_or_path = model.name_or_path if is_folder else args.model or model.name_or_path
+    name = args.model or model.name_or_path
+    if name == "tiny":  # whose weights are a function of the seed
+        name = f"tiny:{args.seed}"
+    config.base_model_name_or_path = model.name_or_path if is_folder else name
 
 
 def has_adapter(model: PreTrainedModel) -> bool:

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.train.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
+from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 
 FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
-# what transformers, safetensors and torch raise over files that are damaged or of another model
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
 class DamagedError(InputError):
@@ -328,35 +327,24 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be quoted in a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # ---- the model
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds, by name: all of them, or the adapter's of a model that has one."""
-    from toolx_kernels.train import adapters  # which needs this file
-
-    return adapters.adapter_tensors(model) if adapters.has_adapter(model) else model.state_dict()
+    return adapter_tensors(model) if has_adapter(model) else model.state_dict()
 
 
 def _write_weights(folder: Path, model: PreTrainedModel) -> None:
-    from toolx_kernels.train import adapters
-
-    if adapters.has_adapter(model):
-        adapters.save_adapter(model, folder)
+    if has_adapter(model):
+        save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
 
 
 def _read_weights(checkpoint: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    from toolx_kernels.train import adapters
-
-    if adapters.has_adapter(model):
-        return load_file(checkpoint / adapters.WEIGHTS_FILE)
+    if has_adapter(model):
+        return load_file(checkpoint / WEIGHTS_FILE)
     return type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
 
 

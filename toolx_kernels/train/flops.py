@@ -16,29 +16,46 @@ SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
 
 class Flops:
     """Counts what has to be multiplied, whatever is computed twice: 2 a weight and token in a forward pass, 4 a visible
-    pair of tokens and element of a query, and twice of both in a backward pass; of frozen weights once."""
+    pair of tokens and element of a query, and twice of both in a backward pass, once of a frozen weight; a reference
+    model's forward is one more."""
 
     def __init__(self, model: PreTrainedModel):
         decoder = model.get_decoder()
         linear = [m.weight for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
         head = model.get_output_embeddings().weight
         layers, _, head_dim = cache_shape(decoder.config)
-        self._linear, self._head = sum(w.numel() for w in linear), head.numel()
+        self._linear, self._trained_linear = _elements(linear)
+        self._head, self._trained_head = _elements([head])
         self._pair = 4 * layers * decoder.config.num_attention_heads * head_dim
-        self._passes = 3 if any(w.requires_grad for w in linear) else 2
-
-    def trained(self, groups: Sequence[ScoredGroup]) -> int:
-        """Forward and backward of packed groups."""
-        return self._passes * self.sampled(groups)
 
     def sampled(self, groups: Sequence[ScoredGroup]) -> int:
-        """Sampling the groups' rollouts."""
-        return sum(self._forward(len(g.prompt), [len(rollout.ids) for rollout in g.rollouts]) for g in groups)
+        """Sampling the groups' rollouts: one forward pass."""
+        total = 0
+        for group in groups:
+            tokens, targets, pairs = _counts(group)
+            total += 2 * self._linear * tokens + 2 * self._head * targets + self._pair * pairs
+        return total
 
-    def _forward(self, prompt: int, completions: Sequence[int]) -> int:
-        tokens = prompt + sum(length - 1 for length in completions)
-        pairs = prompt * (prompt + 1) // 2 + sum((n - 1) * prompt + n * (n - 1) // 2 for n in completions)
-        return 2 * self._linear * tokens + 2 * self._head * sum(completions) + self._pair * pairs
+    def trained(self, groups: Sequence[ScoredGroup], updates: int, *, reference: bool) -> int:
+        """``updates`` forwards and backwards of packed groups, and one forward of a reference model."""
+        total = 0
+        for group in groups:
+            tokens, targets, pairs = _counts(group)
+            total += 2 * (2 * self._linear + self._trained_linear) * tokens
+            total += 2 * (2 * self._head + self._trained_head) * targets + 3 * self._pair * pairs
+        return updates * total + self.sampled(groups) * reference
+
+
+def _elements(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Of all of them, and of those that are trained."""
+    return sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+
+
+def _counts(group: ScoredGroup) -> tuple[int, int, int]:
+    """Tokens that pass through the decoder, targets, and pairs of tokens that see each other; the prompt once."""
+    prompt, lengths = len(group.prompt), [len(rollout.ids) for rollout in group.rollouts]
+    pairs = prompt * (prompt + 1) // 2 + sum((n - 1) * prompt + n * (n - 1) // 2 for n in lengths)
+    return prompt + sum(length - 1 for length in lengths), sum(lengths), pairs
 
 
 @torch.no_grad()

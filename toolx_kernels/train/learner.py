@@ -42,6 +42,7 @@ class Seen:
     live: float  # tokens in the loss
     nonfinite: float
     means: dict[str, float] = field(default_factory=dict)  # over the live tokens
+    reference: list[list[float]] | None = None  # the reference's log-probs, as ``logprobs``
 
 
 class Learner:
@@ -52,10 +53,21 @@ class Learner:
     updater        of the present kind of update; ``begin`` makes another
     token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
     reference      the model before RL, where the run needs it
+
+    ``make_room`` gives memory back that an update does not need, and says whether there was any; it is called when
+    memory runs out, and before every update from then on.
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, loss: PolicyLoss, phases: Phases):
-        self.model, self.args, self.loss, self.phases = model, args, loss, phases
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ToolExpanderConfig,
+        loss: PolicyLoss,
+        phases: Phases,
+        make_room: Callable[[], bool] = lambda: False,
+    ):
+        self.model, self.args, self.loss, self.phases, self.make_room = model, args, loss, phases, make_room
+        self.short = False  # of memory, beside what rollouts keep
         self.token_budget = args.micro_batch_tokens
         self.reference: FrozenModel | None = None
         self.updater = make_updater(model, args, args.learning_rate)
@@ -100,8 +112,10 @@ class Learner:
         denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
         sampled = [[rollout.logprobs for rollout in group.rollouts] for group in needed]
         old = sampled if self.args.num_iterations > 1 and self.args.old_logprobs == "sampler" else None
+        reference = None
         for iteration in range(self.args.num_iterations):
-            seen = self._update(needed, together, old, sampled, denominator, number, iteration)
+            seen = self._update(needed, together, old, sampled, reference, denominator, number, iteration)
+            reference = seen["reference"]
             metrics["trained_tokens"] += seen.pop("trained_tokens")
             if iteration == 0:
                 metrics |= {name: seen[name] for name in ("loss", "grad_norm", "entropy", "kl") if name in seen}
@@ -117,9 +131,11 @@ class Learner:
 
     def _update(
         self, needed: Sequence[ScoredGroup], together: Sequence[PackedGroup], old: list[list[list[float]]] | None,
-        sampled: list[list[list[float]]], denominator: float, number: int, iteration: int,
+        sampled: list[list[list[float]]], reference: list[list[list[float]]] | None, denominator: float, number: int,
+        iteration: int,
     ) -> dict:  # fmt: skip
-        """One update; ``old`` and ``sampled`` are log-probs by group, completion and token."""
+        """One update; ``old``, ``sampled`` and ``reference`` (found here when None) are log-probs by group, completion
+        and token."""
         corrected = self.args.importance_sampling_mode != "none"
 
         def loss_of(hidden: Tensor, batch: PackedBatch, parts: Sequence[Part]) -> tuple[Tensor, Seen]:
@@ -127,7 +143,11 @@ class Learner:
                 flat = [logp for p in parts for ids in of_group[p.group][p.completions] for logp in ids]
                 return torch.tensor(flat, device=hidden.device, dtype=compute_dtype(hidden))
 
+            def by_completion(logprobs: Tensor) -> list[list[float]]:
+                return [part.tolist() for part in logprobs.split(batch.cu_seqlens.diff().tolist())]
+
             advantages = [a for p in parts for a in needed[p.group].advantages[p.completions]]
+            ref_logprobs = self._reference_logprobs(batch) if reference is None else tokens(reference)
             output = self.loss(
                 hidden,
                 targets=batch.targets,
@@ -135,15 +155,20 @@ class Learner:
                 advantages=torch.tensor(advantages, device=hidden.device, dtype=compute_dtype(hidden)),
                 old_logprobs=None if old is None else tokens(old),
                 sampler_logprobs=tokens(sampled) if corrected else None,
-                ref_logprobs=self._reference_logprobs(batch),
+                ref_logprobs=ref_logprobs,
                 mask=batch.mask,
                 denominator=denominator,
                 **head_of(self.model),
             )
-            logprobs = [part.tolist() for part in output.logprobs.split(batch.cu_seqlens.diff().tolist())]
             stats = {name: float(value) for name, value in output.stats.items()}
-            told = Seen(float(output.loss.detach()), logprobs, stats.pop("live_tokens"), stats.pop("nonfinite"), stats)
-            return output.loss, told
+            return output.loss, Seen(
+                float(output.loss.detach()),
+                by_completion(output.logprobs),
+                stats.pop("live_tokens"),
+                stats.pop("nonfinite"),
+                stats,
+                None if ref_logprobs is None else by_completion(ref_logprobs),
+            )
 
         cut, told = zip(*self._accumulate(together, loss_of), strict=True)
         live, nonfinite = sum(seen.live for seen in told), sum(seen.nonfinite for seen in told)
@@ -154,15 +179,20 @@ class Learner:
         means = {
             name: sum(seen.live * seen.means[name] for seen in told if seen.live) / live for name in told[0].means
         } if live else {}  # fmt: skip
-        by_group: list[list[list[float]]] = [[] for _ in needed]
-        for parts, seen in zip(cut, told, strict=True):
-            rest = iter(seen.logprobs)
-            for part in parts:
-                by_group[part.group] += [next(rest) for _ in together[part.group].completions[part.completions]]
+
+        def by_group(of_cut: Sequence[list[list[float]]]) -> list[list[list[float]]]:
+            found: list[list[list[float]]] = [[] for _ in needed]
+            for parts, completions in zip(cut, of_cut, strict=True):
+                rest = iter(completions)
+                for part in parts:
+                    found[part.group] += [next(rest) for _ in together[part.group].completions[part.completions]]
+            return found
+
         return {
             "loss": loss,
             "grad_norm": self._apply(loss, number * self.args.num_iterations + iteration),
-            "logprobs": by_group,
+            "logprobs": by_group([seen.logprobs for seen in told]),
+            "reference": by_group([seen.reference for seen in told]) if self.args.beta else None,
             "trained_tokens": sum(together[p.group].part(p.completions).n_tokens for parts in cut for p in parts),
             **means,
         }
@@ -198,8 +228,10 @@ class Learner:
         """Adds up the gradients of ``loss_of(hidden, batch, its parts)[0]`` over micro-batches; the parts of each, and
         what else it told.
 
-        When memory runs out, all of it is done again in smaller micro-batches.
+        When memory runs out, all of it is done again without what rollouts keep, or in smaller micro-batches.
         """
+        if self.short:
+            self.make_room()
         while True:
             cut = micro_batches(groups, self.token_budget)
             pieces = [[groups[part.group].part(part.completions) for part in parts] for parts in cut]
@@ -213,8 +245,8 @@ class Learner:
                 reason = str(error).splitlines()[0]
             # out here, since the error's traceback keeps the tensors of the batch that failed
             self.updater.drop_gradients()
-            largest = max(pieces, key=lambda piece: sum(group.n_tokens for group in piece))
-            self._halve(largest, reason)
+            if not self._made_room(reason):
+                self._halve(max(pieces, key=lambda piece: sum(group.n_tokens for group in piece)), reason)
 
     def _backward(
         self,
@@ -233,6 +265,24 @@ class Learner:
                 self.updater.collect()
         return told
 
+    def _made_room(self, reason: str) -> bool:
+        """Whether more memory is free than there was; says so the first time."""
+        if not self.make_room():
+            return False
+        if not self.short:
+            warnings.warn(
+                f"Memory ran out in training; the KV pool of the rollouts is given back before each update from here "
+                f"on. ({reason})",
+                stacklevel=2,
+            )
+        self.short = True
+        self._empty_cache()
+        return True
+
+    def _empty_cache(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _halve(self, largest: Sequence[PackedGroup], reason: str) -> None:
         """Goes on with half of the ``largest`` micro-batch's tokens; says so the first time."""
         tokens = sum(group.n_tokens for group in largest)
@@ -248,8 +298,7 @@ class Learner:
                 stacklevel=2,
             )
         self.token_budget = max(1, min(self.token_budget, tokens) // 2)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._empty_cache()
 
     def _apply(self, loss: float, number: int) -> float:
         """Clips and applies the accumulated gradient; returns its norm before clipping."""
@@ -257,7 +306,16 @@ class Learner:
             self.updater.drop_gradients()
             raise DivergedError(f"the loss is {loss}")
         with self.phases.phase("optimizer"):
-            norm = self.updater.apply(self.args.max_grad_norm, (self.args.seed, number))
+            try:
+                norm = self.updater.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"memory ran out in the optimizer's update ({str(error).splitlines()[0]}): where the rest of the "
+                    "machine leaves more, --resume goes on from the last checkpoint; else start anew with --optim "
+                    "adamw_8bit or adamw_offload, or --use_peft true; toolx plan tells what a run needs."
+                ) from None
         if not math.isfinite(norm):
             raise DivergedError(f"the loss is {loss} and the gradient norm {norm}")
         return norm

@@ -86,6 +86,13 @@ class Plan:
         plain = ("device", "memory", "parameters", "trained_parameters", "micro_batch_tokens", "kv", "needed", "fits")
         return {name: getattr(self, name) for name in plain} | columns
 
+    def sentence(self) -> str:
+        """For the beginning of a run."""
+        needed, there = (f"{value / GIB:.1f} GiB" for value in (self.needed, self.memory))
+        where = "GPU" if self.device == "cuda" else "machine"
+        verdict = "" if self.fits else ", too much: toolx plan tells what to change"
+        return f"planned to need up to {needed} of the {there} of this {where}{verdict}"
+
     def table(self) -> str:
         """For a screen, in GiB."""
 

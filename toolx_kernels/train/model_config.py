@@ -8,20 +8,22 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.adapters import base_of
-from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
+from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.data import MADE_UP, Prompts, load_rows
+from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 from toolx_kernels.train.models import SMOLLM2
-from toolx_kernels.train.tiny import tiny_config, tiny_tokenizer
+from toolx_kernels.train.tiny import is_tiny, tiny_config, tiny_tokenizer
+from toolx_kernels.train.work import Work
 
 SMOLLM2_SHAPE = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
 LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are looked at
-MOST_PROMPTS = 256
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -30,7 +32,7 @@ def config_of(name: str) -> PreTrainedConfig:
     Raises:
         InputError: nothing of that name has a config that can be read.
     """
-    if name == "tiny":
+    if is_tiny(name):
         return tiny_config(tiny_tokenizer())
     if name == SMOLLM2:
         return AutoConfig.for_model("llama", **SMOLLM2_SHAPE)
@@ -58,21 +60,21 @@ def config_of(name: str) -> PreTrainedConfig:
         ) from error
 
 
-def longest_prompt(args: ToolExpanderConfig, config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest of the first training prompts, where rows and tokenizer lie on this machine; else None."""
+def work_at_hand(args: ToolExpanderConfig, config: PreTrainedConfig) -> Work | None:
+    """What the run's rows ask, where they and the tokenizer lie on this machine; else None."""
     file = Path(args.dataset)
     if args.dataset not in MADE_UP and not (file.is_file() and file.stat().st_size <= LARGEST_DATASET):
         return None
     tokenizer = _tokenizer_at_hand(args.model)
     if tokenizer is None:
         return None
-    rows, _ = load_rows(args)
+    rows, eval_rows = load_rows(args)
     prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
-    return max(len(prompts.ids(row)) for row in rows[:MOST_PROMPTS])
+    return Work.of(args, prompts, DemonstrationIndex(rows), rows, eval_rows)
 
 
 def _tokenizer_at_hand(name: str) -> PreTrainedTokenizerBase | None:
-    if name == "tiny":
+    if is_tiny(name):
         return tiny_tokenizer()
     path = Path(name)
     if not path.is_dir():

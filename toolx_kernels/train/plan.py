@@ -7,6 +7,7 @@ largest of them. The KV pool is there in all, because the engine keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -16,20 +17,20 @@ from transformers import PreTrainedConfig
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops import tiles
 from toolx_kernels.ops.hf_attention import cache_shape
-from toolx_kernels.rollout.engine import MAX_ROWS
+from toolx_kernels.rollout.engine import MAX_ROWS, PAGE_SIZE
 from toolx_kernels.rollout.pages import pages_of_row, pages_wanted, pool_budget
 from toolx_kernels.rollout.runner import MAX_PREFILL_TOKENS
 from toolx_kernels.train.activations import adapt, inference_activations, meta_model, training_activations
 from toolx_kernels.train.batch import PackedGroup, micro_batches
 from toolx_kernels.train.collector import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.data import MADE_UP, MADE_UP_TRAIN_ROWS
+from toolx_kernels.train.hard_sampling import waves
 from toolx_kernels.train.memory import Bytes, Plan
+from toolx_kernels.train.offload import STAGING_BYTES
+from toolx_kernels.train.optimizers import CHUNK
+from toolx_kernels.train.work import Work
 
-PAGE_SIZE = 16  # RolloutEngine's default
 LEAST_MICRO_BATCH = 512  # tokens; below it a step is slow and little is won
-STOCHASTIC_CHUNK = 1 << 22  # weights that adamw_stochastic rounds at a time
-STAGING_BYTES = 128 << 20  # of adamw_offload, page-locked
 
 
 def plan_of(
@@ -38,21 +39,21 @@ def plan_of(
     *,
     device: str,
     memory: int,
-    prompt_length: int,
-    probe_rows: int | None = None,
+    work: Work,
 ) -> Plan:
     """The plan of a run of ``args`` with a model of ``config``, of which no weight is read.
 
     Args:
         device: "cuda" or "cpu".
         memory: bytes of that device.
-        prompt_length: tokens of a prompt; completions are taken to run to their limit.
-        probe_rows: prompts that a probe samples together; by default what the config and the probe's own bound say.
+        work: what the rows ask; all prompts of a step are taken to be the longest and, where the method shows
+            demonstrations, to have them, and all completions to run to their limit.
 
     Raises:
-        InputError: no causal LM can be made of the config, or the adapter's targets are not in it.
+        InputError: no causal LM can be made of the config, the adapter's targets are not in it, the optimizer does not
+            take its dtype, or the prompts fill its context.
     """
-    return Planner(config, device=device, memory=memory, prompt_length=prompt_length, probe_rows=probe_rows).plan(args)
+    return Planner(config, device=device, memory=memory, work=work).plan(args)
 
 
 def flags_of(settings: dict) -> str:
@@ -69,13 +70,9 @@ class Planner:
         *,
         device: str,
         memory: int,
-        prompt_length: int,
-        probe_rows: int | None = None,
+        work: Work,
     ):
-        if prompt_length < 1:
-            raise InputError(f"prompt_length={prompt_length} must be at least 1 token.")
-        self.config, self.device, self.memory = config, device, memory
-        self.prompt_length, self.probe_rows = prompt_length, probe_rows
+        self.config, self.device, self.memory, self.work = config, device, memory, work
         self.shape = cache(self._shape)
         self.training = cache(self._training)
         self.inference = cache(self._inference)
@@ -115,13 +112,15 @@ class Planner:
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(p.nbytes for p in model.parameters())
         head = model.get_output_embeddings().weight
-        limit = args.max_completion_length
-        parts_of = micro_batch(args, self.prompt_length)
-        n_targets = sum(parts_of) * limit
-        saved, training = self.training(*key, parts_of, limit, args.gradient_checkpointing)
-        inference = self.inference(*key, min(MAX_PREFILL_TOKENS, args.prompts_per_step * self.prompt_length))
+        limit, decoder = args.max_completion_length, model.get_decoder().config
+        check(args, self.work, decoder)
+        sampled, learned = step_prompts(args, self.work)
+        groups, n_tokens = micro_batch(learned, limit, args.micro_batch_tokens)
+        n_targets = sum(n for _, n in groups) * limit
+        saved, training = self.training(*key, groups, limit, args.gradient_checkpointing)
+        inference = self.inference(*key, min(MAX_PREFILL_TOKENS, sum(sampled)))
         loss = loss_bytes(n_targets, *head.shape, head.dtype, self.device, trains_head=head.requires_grad)
-        pool, kv = self._pool(args, model.get_decoder().config, head.dtype)
+        pool, kv = self._pool(args, sampled, decoder, head.dtype)
 
         gradients, states, step = OPTIMIZERS[args.optim](trained, self.device)
         reference = 0
@@ -158,7 +157,7 @@ class Planner:
             memory=self.memory,
             parameters=sum(p.numel() for p in self.shape(args.dtype, 0, ()).parameters()),
             trained_parameters=sum(p.numel() for p in trained),
-            micro_batch_tokens=sum(group_tokens(self.prompt_length, n, limit) for n in parts_of),
+            micro_batch_tokens=n_tokens,
             parts={name: part for name, part in parts.items() if part != Bytes(0)},
             phases=phases,
             kv=kv,
@@ -170,10 +169,10 @@ class Planner:
             adapt(model, rank, list(targets) or None)
         return model
 
-    def _training(self, dtype, rank, targets, parts_of, limit, checkpointing) -> tuple[int, int]:
+    def _training(self, dtype, rank, targets, groups, limit, checkpointing) -> tuple[int, int]:
         found = training_activations(
             self.shape(dtype, rank, targets),
-            [PackedGroup([0] * self.prompt_length, [[0] * limit] * n) for n in parts_of],
+            [PackedGroup([0] * prompt, [[0] * limit] * n) for prompt, n in groups],
             flex=self.device == "cuda",
             checkpointing=checkpointing,
         )
@@ -182,48 +181,73 @@ class Planner:
     def _inference(self, dtype, rank, targets, n_tokens) -> int:
         return inference_activations(self.shape(dtype, rank, targets), n_tokens)
 
-    def _pool(self, args: ToolExpanderConfig, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, dict]:
+    def _pool(
+        self, args: ToolExpanderConfig, sampled: Sequence[int], config: PreTrainedConfig, dtype: torch.dtype
+    ) -> tuple[int, dict]:
         n_layers, n_kv_heads, head_dim = cache_shape(config)
         token = 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
-        limit = max(1, min(args.max_completion_length, config.max_position_embeddings - self.prompt_length))
+        context, work = config.max_position_embeddings, self.work
 
-        def wanted(n_prompts: int, n: int) -> int:
-            lengths = [self.prompt_length] * n_prompts
-            return pages_wanted(lengths, n, [limit] * n_prompts, PAGE_SIZE, MAX_ROWS)
+        def limit(prompt: int) -> int:
+            return max(1, min(args.max_completion_length, context - prompt))
 
-        in_step = wanted(args.prompts_per_step, args.num_generations)
-        rows = self.probe_rows
-        if rows is None:
-            made_up = MADE_UP_TRAIN_ROWS if args.dataset in MADE_UP else None
-            rows = min(max(1, MAX_ROLLOUTS // args.probe_rollouts), args.train_rows or made_up or MAX_ROLLOUTS)
-        in_probe = wanted(rows, args.probe_rollouts) if rows else 0
-        row = pages_of_row(self.prompt_length, limit, PAGE_SIZE)
+        def wanted(lengths: Sequence[int], n: int) -> int:
+            limits = [limit(length) for length in lengths]
+            return pages_wanted(lengths, n, limits, PAGE_SIZE, MAX_ROWS) if lengths else 0
+
+        in_step = wanted(sampled, args.num_generations)
+        at_once = [in_step, wanted([work.prompt_length] * work.eval_rows, 1)]
+        for n in waves(args.probe_rollouts):
+            at_once.append(wanted([work.prompt_length] * min(work.train_rows, max(1, MAX_ROLLOUTS // n)), n))
+        row = pages_of_row(longest := max(sampled), limit(longest), PAGE_SIZE)
         budget = pool_budget(self.memory, self.device) // (token * PAGE_SIZE)
-        pages = max(row, min(max(in_step, in_probe), budget))
-        n_rows = args.prompts_per_step * args.num_generations
+        pages = max(row, min(max(at_once), budget))
         cautious = args.needs_reference and args.demonstrations == "better" and args.verification == "cautious"
         kv = {
             "token": token,
             "step_shared": in_step * PAGE_SIZE * token,
-            "step_duplicated": n_rows * row * PAGE_SIZE * token,
+            "step_duplicated": len(sampled) * args.num_generations * row * PAGE_SIZE * token,
         }
         return pages * PAGE_SIZE * token * (2 if cautious else 1), kv  # the model before RL samples with its own
 
 
-def group_tokens(prompt: int, n_completions: int, limit: int) -> int:
-    """Tokens that pass through the model: the last one of a completion predicts nothing."""
-    return prompt + n_completions * (limit - 1)
+def check(args: ToolExpanderConfig, work: Work, config: PreTrainedConfig) -> None:
+    """Raises InputError for what a run would be refused for."""
+    if args.optim == "adamw_stochastic" and (args.dtype != "bfloat16" or args.use_peft):
+        raise InputError(
+            "optim='adamw_stochastic' rounds bfloat16 weights, and float32 ones are trained here: use --optim adamw, "
+            "or --dtype bfloat16 without an adapter."
+        )
+    if work.prompt_length >= config.max_position_embeddings:
+        raise InputError(
+            f"prompt_length={work.prompt_length} fills the model's context of {config.max_position_embeddings} tokens: "
+            "shorten the prompts, or take another model."
+        )
 
 
-def micro_batch(args: ToolExpanderConfig, prompt_length: int) -> tuple[int, ...]:
-    """The micro-batch with the most tokens of a step, as the completions in each of its groups or parts of groups."""
-    limit = args.max_completion_length
-    group = PackedGroup([0] * prompt_length, [[0] * limit] * args.num_generations)
-    sizes = [
-        tuple(len(group.completions[part.completions]) for part in parts)
-        for parts in micro_batches([group] * args.prompts_per_step, args.micro_batch_tokens)
-    ]
-    return max(sizes, key=lambda parts: sum(group_tokens(prompt_length, n, limit) for n in parts))
+def step_prompts(args: ToolExpanderConfig, work: Work) -> tuple[list[int], list[tuple[int, int]]]:
+    """The prompts of a step whose rows are all hard: tokens of each that is sampled, and (tokens, completions) of each
+    group that is learned from."""
+    raw, shown, n = work.prompt_length, work.shown_length, args.num_generations
+    prompts = {"none": [raw], "replace": [shown], "add": [shown, raw], "distill": [shown, raw]}[args.hard_sampling]
+    groups = [(raw, 2 * n)] if args.hard_sampling == "distill" else [(length, n) for length in prompts]
+    return prompts * args.prompts_per_step, groups * args.prompts_per_step
+
+
+def micro_batch(
+    learned: Sequence[tuple[int, int]], limit: int, token_budget: int
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The micro-batch with the most tokens of a step: its groups or parts of groups, and its tokens.
+
+    Groups are (tokens of the prompt, completions); completions have ``limit`` tokens.
+    """
+    groups = [PackedGroup([0] * prompt, [[0] * limit] * n) for prompt, n in learned]
+    tokens = {}
+    for parts in micro_batches(groups, token_budget):
+        cut = [groups[part.group].part(part.completions) for part in parts]
+        shape = tuple((len(group.prompt), len(group.completions)) for group in cut)
+        tokens[shape] = sum(group.n_tokens for group in cut)
+    return max(tokens.items(), key=lambda of_shape: of_shape[1])
 
 
 def loss_bytes(n_rows: int, vocab_size: int, dim: int, dtype: torch.dtype, device: str, *, trains_head: bool) -> int:
@@ -268,7 +292,7 @@ def _adamw_8bit(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes,
 
 def _adamw_stochastic(trained: list[torch.Tensor], device: str) -> tuple[Bytes, Bytes, int]:
     gradients, states = sum(p.nbytes for p in trained), sum(8 * p.numel() + 4 for p in trained)
-    chunk = min(STOCHASTIC_CHUNK, max(p.numel() for p in trained))
+    chunk = min(CHUNK, max(p.numel() for p in trained))
     return Bytes(gradients), Bytes(states), 4 * 4 * chunk  # weight, gradient, noise and their sum
 
 

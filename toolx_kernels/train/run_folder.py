@@ -62,8 +62,8 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
 class RunFolder:
     """Where a run writes. Lines are appended and flushed whole; files are replaced atomically.
 
-    Every line of metrics.jsonl has an ``event`` ("data", "cold_start", "probe", "step", "eval") and the ``step`` it
-    belongs to; what depends on the machine stands under ``timing``, so that two runs can be compared without it.
+    Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step" or "eval") and the
+    ``step`` it belongs to; what depends on the machine stands under ``timing``, so that runs compare without it.
     """
 
     def __init__(self, path: str | Path):

@@ -3,6 +3,7 @@
 Both are ordinary transformers objects; nothing else in the package treats them specially.
 """
 
+import re
 import string
 from string import Formatter
 
@@ -55,6 +56,11 @@ CHAT_TEMPLATE = """\
 {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+def is_tiny(name: str) -> bool:
+    """Whether a model's name is ``tiny``, or ``tiny:<seed of its weights>``."""
+    return re.fullmatch(r"tiny(:\d+)?", name) is not None
 
 
 def _pieces() -> list[str]:

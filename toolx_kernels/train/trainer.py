@@ -71,6 +71,7 @@ from toolx_kernels.train.schedule import ExponentialDecay
 from toolx_kernels.train.scores import Scores
 from toolx_kernels.train.stopping import Stop
 from toolx_kernels.train.tool_loop import ToolLoop
+from toolx_kernels.train.work import Work
 
 
 class ToolExpanderTrainer:
@@ -160,7 +161,7 @@ class ToolExpanderTrainer:
         self.cold_start = cold_start
         self.accounts = Accounts(model, args)
         self.phases = self.accounts.phases
-        self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss), self.phases)
+        self.learner = Learner(model, args, policy_loss or ClippedLoss(args.loss), self.phases, self._release_pools)
         self.schedule = self._new_schedule()
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.collector = Collector(
@@ -220,10 +221,14 @@ class ToolExpanderTrainer:
         resumed = self._restore()
         state = self.state
         started -= state.seconds
-        plan = self.accounts.plan(max(len(self.prompts.ids(row)) for row in self.rows), len(self.rows))
+        work = Work.of(args, self.prompts, self.demonstrations, self.rows, self.eval_rows)
+        plan = self.accounts.plan(work)
         with tqdm(total=self._planned_steps(), initial=state.step, unit="step", dynamic_ncols=True) as bar:
             if not resumed:
                 self._report_data(bar)
+                if plan:
+                    bar.write(plan.sentence())
+                    self.run.log("plan", 0, {}, **plan.to_dict())
                 if args.cold_start_steps:
                     self._cold_start(bar)
                 if args.eval_on_start:
@@ -325,8 +330,7 @@ class ToolExpanderTrainer:
             self.rounds.trained_tokens = state.trained_tokens
             self.collector.tokens.update(state.tokens)
             self.collector.unrewarded = state.unrewarded
-            self.phases.seconds.update(state.phases)
-            self.phases.peaks.update(state.peaks)
+            self.accounts.resume(state.phases, state.peaks)
             self.learner.token_budget = min(self.args.micro_batch_tokens, state.token_budget)
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
@@ -466,6 +470,10 @@ class ToolExpanderTrainer:
     def _title(self) -> str:
         names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
         return "{} on {}, seed {}".format(*names, self.args.seed)
+
+    def _release_pools(self) -> bool:
+        """Gives the memory of the KV pools back, for as long as nothing is sampled; whether there was any."""
+        return any([sampler.engine.release_pool() for sampler in (self.sampler, self._cautious) if sampler])
 
     def _forget_prefixes(self) -> None:
         """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.rollout.pages import out_of_memory
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
@@ -53,13 +54,17 @@ class Updater:
         """Leaves the model's parameters as they were before this updater, but for their weights."""
         self.drop_gradients()
 
-    def apply(self, max_grad_norm: float, seed: tuple[int, int]) -> float:
+    def apply(
+        self, max_grad_norm: float, seed: tuple[int, int], made_room: Callable[[str], bool] = lambda reason: False
+    ) -> float:
         """One update with the gradients added up so far, each of which is freed as soon as it is used.
 
         Args:
             max_grad_norm: gradients are scaled by ``min(1, max_grad_norm / (norm + 1e-6))``, as by
                 ``torch.nn.utils.clip_grad_norm_``; norm is the 2-norm of all of them together.
             seed: (run seed, step), which stochastic rounding is a function of. Global random states are left alone.
+            made_room: called with the reason where there is no memory for the first update's states; whether to try
+                once more.
 
         Returns:
             The norm before clipping. Where it is not finite, the gradients are dropped and nothing has been changed.
@@ -68,9 +73,8 @@ class Updater:
         norm = global_norm(gradients.values())
         if norm.isfinite():
             clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._prepare_all(gradients, made_room)  # out of memory here, nothing has been changed yet
             with torch.no_grad(), self._updating(seed):
-                for name in gradients:  # out of memory here, nothing has been changed yet
-                    self._prepare(name)
                 for name in list(gradients):
                     self._update(name, gradients.pop(name), clip)
         return float(norm)
@@ -99,9 +103,7 @@ class Updater:
                     "and settings that the run was started with."
                 )
         self.optimizer.state.clear()
-        with self._updating((0, 0)):
-            for name in names:
-                self._prepare(name)
+        self._prepare_all(names)
         mine = self.state_tensors()
         for key in mine.keys() | tensors.keys():
             there, here = (_kind(where.get(key)) for where in (tensors, mine))
@@ -112,6 +114,18 @@ class Updater:
                 )
         for key, tensor in tensors.items():
             mine[key].copy_(tensor)
+
+    @torch.no_grad()
+    def _prepare_all(self, names: Iterable[str], made_room: Callable[[str], bool] = lambda reason: False) -> None:
+        with self._updating((0, 0)):  # not the step's noise, which is for rounding
+            for name in names:
+                try:
+                    self._prepare(name)
+                except RuntimeError as error:
+                    self.optimizer.state.pop(self.parameters[name], None)
+                    if not (out_of_memory(error) and made_room(str(error).splitlines()[0])):
+                        raise
+                    self._prepare(name)
 
     # ---- what optimizers differ in
 
