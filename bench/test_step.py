@@ -1,9 +1,10 @@
 """Whole optimizer steps (rollout, reward, forward, backward, update) beside TRL's GRPOTrainer.
 
 ``bench/report_step.py`` makes the tables. Names say what a case is for: ``measure`` (the shape that claims are made
-of; every trainer with and without computing its activations again), ``dtype`` (in bf16), ``stop`` (completions end
-where the model ends them), ``dead`` (half of the groups have nothing to teach), ``length``, ``group`` and ``new`` (one
-number varies, the rest as in ``measure``), ``small`` (every trainer, in seconds). ``-k measure`` runs one kind.
+of; every trainer with and without computing its activations again), ``batching`` (the same beside TRL's continuous
+batching), ``dtype`` (in bf16), ``stop`` (completions end where the model ends them), ``dead`` (half of the groups have
+nothing to teach), ``length``, ``group`` and ``new`` (one number varies, the rest as in ``measure``), ``small`` (every
+trainer, in seconds). ``-k measure`` runs one kind.
 """
 
 import pytest
@@ -18,6 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {  # beside ours, which is always there
     "small": (ToolxCheckpointing, TRL, TRLCheckpointing, TRLContinuousBatching),
     "measure": (ToolxCheckpointing, TRL, TRLCheckpointing),
+    "batching": (TRLContinuousBatching,),
 }
 
 
@@ -25,6 +27,7 @@ def cases() -> dict[str, list[Case]]:
     return {
         "small": [Case(SMOLLM2, 2, 60, 4, 8)],
         "measure": [Case(SMOLLM2, rounds=2)],
+        "batching": [Case(SMOLLM2)],
         "dtype": [Case(SMOLLM2, dtype="bfloat16", rounds=2)],
         "stop": [Case(SMOLLM2, stop=True)],
         "dead": [Case(SMOLLM2, dead=0.5)],
