@@ -3,8 +3,8 @@
 ``bench/report_step.py`` makes the tables. Names say what a case is for: ``measure`` (the shape that claims are made
 of; every trainer with and without computing its activations again), ``batching`` (the same beside TRL's continuous
 batching), ``dtype`` (in bf16), ``stop`` (completions end where the model ends them), ``dead`` (half of the groups have
-nothing to teach), ``length``, ``group`` and ``new`` (one number varies, the rest as in ``measure``), ``small`` (every
-trainer, in seconds). ``-k measure`` runs one kind.
+nothing to teach), ``length``, ``group`` and ``new`` (one number of a smaller case varies), ``small`` (every trainer, in
+seconds). ``-k measure`` runs one kind.
 """
 
 import pytest
@@ -23,6 +23,11 @@ KINDS = {  # beside ours, which is always there
 }
 
 
+def scaled(**changed) -> Case:
+    """A case a fifth of ``measure``'s size, in which one number is another one."""
+    return Case(SMOLLM2, **{"length": 250, "n": 4, "new": 48} | changed)
+
+
 def cases() -> dict[str, list[Case]]:
     return {
         "small": [Case(SMOLLM2, 2, 60, 4, 8)],
@@ -31,9 +36,9 @@ def cases() -> dict[str, list[Case]]:
         "dtype": [Case(SMOLLM2, dtype="bfloat16", rounds=2)],
         "stop": [Case(SMOLLM2, stop=True)],
         "dead": [Case(SMOLLM2, dead=0.5)],
-        "length": [Case(SMOLLM2, length=length) for length in (250, 1000)],
-        "group": [Case(SMOLLM2, n=n) for n in (4, 16)],
-        "new": [Case(SMOLLM2, new=new) for new in (48, 192)],
+        "length": [scaled(length=length) for length in (125, 250, 500, 1000)],
+        "group": [scaled(n=n) for n in (2, 8, 16)],
+        "new": [scaled(new=new) for new in (24, 96, 192)],
     }
 
 

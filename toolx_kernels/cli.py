@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 
 # Two OpenMP pools that spin while waiting slow each other down many times; this must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# transformers loads torchao, where it is installed, and that complains of parts for other machines and of torch.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 from toolx_kernels.errors import InputError  # noqa: E402
 
