@@ -102,7 +102,7 @@ def _single(axis, run: Run, curve: str, along: str, colour: str, marker: str, fa
     x, y = [getattr(point, along) for point in points], [point.value for point in points]
     axis.plot(
         x, y, color=colour, linestyle="-" if run.finished else ":", linewidth=0.8 if faint else 2.0,
-        alpha=0.4 if faint and run.finished else 0.9, marker="" if faint else marker, markersize=4,
+        alpha=0.4 if faint and run.finished else 0.9, marker="" if faint and len(points) > 1 else marker, markersize=4,
     )  # fmt: skip
     if not run.finished and points:
         axis.plot(x[-1], y[-1], marker=marker, color=colour, markerfacecolor="white", markersize=6)

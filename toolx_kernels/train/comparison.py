@@ -122,4 +122,7 @@ def _bare(value: Estimate | None, digits: int) -> str:
 
 def _from_to(run: Run, curve: str, digits: int) -> str:
     points = run.curves[curve]
-    return f"{points[0].value:.{digits}f} → {points[-1].value:.{digits}f}" if points else NOTHING
+    if not points:
+        return NOTHING
+    first = "" if points[0].step else f"{points[0].value:.{digits}f} "  # at step 0, or there was nothing before
+    return f"{first}→ {points[-1].value:.{digits}f}"
