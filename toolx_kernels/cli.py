@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from toolx_kernels.errors import InputError  # noqa: E402
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory  # noqa: E402
 
 MAX_COMPLETION_LENGTH = 256  # of toolx eval
 USAGE = """usage: toolx <command> [flags]
@@ -51,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"toolx {argv[0]}: {error.filename or 'file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except MEMORY_ERRORS as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"toolx {argv[0]}: memory ran out ({first_line(error)}): toolx plan tells what a run needs and what to "
+            "change; a run goes on from its last checkpoint with --resume.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         remedy = "; the same command with --resume goes on from the last checkpoint" if argv[0] == "train" else ""
@@ -109,6 +118,7 @@ def parse_train(argv: list[str]):
 
     from toolx_kernels.train.config import ToolExpanderConfig
     from toolx_kernels.train.run_folder import CONFIG, RunFolder
+    from toolx_kernels.train.tiny import is_tiny
 
     class Parser(_OneSentence, HfArgumentParser):
         pass
@@ -137,7 +147,7 @@ def parse_train(argv: list[str]):
     settings = {"model": "tiny", "dataset": "builtin"} | {
         k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
     }
-    if settings["model"] == "tiny":
+    if is_tiny(settings["model"]):
         recipe = settings["dataset"] if settings["dataset"] in ("builtin", "builtin-turns") else "builtin"
         settings = read_config(recipe) | settings
     return ToolExpanderConfig(**settings)
@@ -347,8 +357,11 @@ def plan(argv: list[str]) -> int:
     from toolx_kernels.train.memory import GIB
     from toolx_kernels.train.model_config import config_of, work_at_hand
     from toolx_kernels.train.plan import Planner, flags_of
+    from toolx_kernels.train.run_folder import RunFolder
     from toolx_kernels.train.work import Work
 
+    if args.resume:
+        RunFolder(args.output_dir).check(args)
     on_gpu = args.device.startswith("cuda") or (
         args.device == "auto" and (own.memory is not None or torch.cuda.is_available())
     )
@@ -376,7 +389,10 @@ def plan(argv: list[str]) -> int:
             f"{better[1].needed / GIB:.1f} GiB."
         )
     else:
-        print(f"Needs {needed}: does not fit {device}, whatever the settings: take a smaller model, or more memory.")
+        print(
+            f"Needs {needed}: does not fit {device}, nor with any optimizer, an adapter and the smallest "
+            "micro-batches: take shorter completions, fewer prompts a step, a smaller model, or more memory."
+        )
     return 0 if planned.fits else 1
 
 

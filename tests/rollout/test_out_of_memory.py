@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.rollout.test_engine import GREEDY, WARM, assert_empty, ids, prompts, small_model
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, out_of_memory
 from toolx_kernels.rollout import RolloutEngine, pages
 from toolx_kernels.rollout import runner as runner_module
-from toolx_kernels.rollout.pages import PagePool, out_of_memory
+from toolx_kernels.rollout.pages import PagePool
 from toolx_kernels.rollout.runner import Runner
 
 ERRORS = [
@@ -50,6 +50,9 @@ def fails(monkeypatch, method, error, fits):
 
 def test_what_is_an_error_of_memory():
     assert all(map(out_of_memory, ERRORS))
+    for said in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory"):
+        assert out_of_memory(RuntimeError(said))
+    assert out_of_memory(MemoryError()) and not out_of_memory(ValueError("out of memory"))
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60)

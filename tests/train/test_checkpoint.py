@@ -414,6 +414,37 @@ def test_a_start_sweeps_but_leaves_what_is_not_ours(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "film.mkv.part"]
 
 
+def test_a_log_with_fewer_lines_than_the_checkpoint_counts_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in range(3):
+        run.log("step", step, {})
+        run.log_rollout(step=step)
+    for name, cut in (("rollouts.jsonl", 4), ("metrics.jsonl", 1)):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-cut])
+        before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+        with pytest.raises(InputError, match=f"{name} has 2 whole lines, and the checkpoint counts 3: put back"):
+            run.forget_after({"metrics.jsonl": 3, "rollouts.jsonl": 3 if name == "rollouts.jsonl" else 2})
+        assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
+    run.forget_after({"metrics.jsonl": 2, "rollouts.jsonl": 1})
+    assert [line["step"] for line in run.metrics()] == [0, 1]
+    (tmp_path / "rollouts.jsonl").unlink()
+    with pytest.raises(InputError, match="rollouts.jsonl has 0 whole lines, and the checkpoint counts 1"):
+        run.forget_after({"metrics.jsonl": 1, "rollouts.jsonl": 1})
+
+
+def test_an_adapter_goes_on_with_its_own_base_alone(tmp_path):
+    pytest.importorskip("peft")
+    settings = dict(use_peft=True, lora_r=2, cold_start_steps=0, eval_on_start=False)
+    make_trainer(tmp_path / "run", max_steps=1, **settings).train()
+    trainer = make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings)
+    with torch.no_grad():
+        next(iter(trainer.model.parameters())).view(-1)[7] += 1e-3
+    with pytest.raises(InputError, match="checkpoint of another model: its sum of its base's weights is"):
+        trainer.train()
+    make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings).train()
+
+
 def test_logs_are_cut_at_lines_and_not_at_other_separators(tmp_path):
     run = RunFolder(tmp_path)
     for number in range(3):

@@ -21,6 +21,8 @@ from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.reference import GRPOLossConfig
 from toolx_kernels.reference import linear_grpo_loss as naive_loss
 from toolx_kernels.toolcall import builtin
+from toolx_kernels.train import accounts as accounts_module
+from toolx_kernels.train import flops as flops_module
 from toolx_kernels.train.adapters import add_adapter
 from toolx_kernels.train.batch import pack
 from toolx_kernels.train.checkpoint import latest_checkpoint
@@ -393,6 +395,49 @@ def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     if "use_peft" not in settings:
         assert_same_weights(saved_weights(tmp_path / "whole", 4), saved_weights(tmp_path / "parts", 4))
+
+
+def test_only_memory_that_ran_out_keeps_micro_batches_small(tmp_path):
+    settings = dict(cold_start_steps=0, eval_on_start=False)
+    make_trainer(tmp_path / "run", max_steps=1, micro_batch_tokens=300, **settings).train()
+    trainer = make_trainer(tmp_path / "run", max_steps=2, micro_batch_tokens=900, resume=True, **settings)
+    trainer.train()
+    assert trainer.learner.token_budget == 900
+    trainer = make_trainer(tmp_path / "run", max_steps=3, micro_batch_tokens=900, resume=True, **settings)
+    trainer.learner.token_budget = 100  # as once memory ran out, before the checkpoint of step 3
+    restore = trainer._restore
+
+    def restored():
+        found = restore()
+        trainer.learner.token_budget = 100
+        return found
+
+    trainer._restore = restored
+    trainer.train()
+    trainer = make_trainer(tmp_path / "run", max_steps=4, micro_batch_tokens=900, resume=True, **settings)
+    trainer.train()
+    assert trainer.learner.token_budget == 100
+
+
+def test_a_profile_of_a_step_that_never_comes_is_refused(tmp_path):
+    with pytest.raises(InputError, match="profile_step=9 is beyond the 2 steps of this run"):
+        make_trainer(tmp_path / "run", max_steps=2, profile_step=9).train()
+
+
+def test_a_run_whose_model_cannot_be_planned_for_goes_on_without(tmp_path, monkeypatch):
+    def refuses(*_, **__):
+        raise InputError("cannot be planned for")
+
+    monkeypatch.setattr(accounts_module, "plan_of", refuses)
+    summary = make_trainer(tmp_path / "run", max_steps=1, cold_start_steps=0, eval_on_start=False).train()
+    assert summary["memory"] is None and not metrics(tmp_path / "run", ["plan"])
+
+
+def test_without_memory_for_a_gemm_no_share_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(flops_module, "SIDE", {"cpu": 1 << 24})
+    make_trainer(tmp_path / "run", max_steps=1, cold_start_steps=0, eval_on_start=False).train()
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().split('"event": "step"')[1:]
+    assert '"flop_share": null' in line
 
 
 def test_the_run_folder_of_an_adapter_is_evaluated_and_planned_for_and_not_trained_on(tmp_path):

@@ -256,6 +256,18 @@ def test_states_that_found_no_memory_are_made_once_there_is_room(optim, dtype):
 
     model, updater = make(optim, dtype)
     prepare, asked, before = updater._prepare, [], values(model)
+    held = []
+
+    def holds_much(name):
+        much = torch.empty(1000)
+        held.append(weakref.ref(much))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    updater._prepare = holds_much
+    give(updater, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        updater.apply(1.0, (7, 0), lambda reason: held[-1]() is None and len(held) < 3)
+    assert len(held) == 3, "what an attempt held is free when room is made for the next"
     updater._prepare = runs_out_half_way
     give(updater, 0)
     with pytest.raises(torch.OutOfMemoryError):

@@ -13,6 +13,7 @@ from toolx_kernels import cli
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.hf_attention import checkpointed, toolx_attention
 from toolx_kernels.rollout import RolloutEngine, SamplingParams
+from toolx_kernels.toolcall import builtin
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train import activations
 from toolx_kernels.train import plan as plan_module
@@ -202,7 +203,7 @@ def test_an_adapter_is_all_that_is_trained():
     assert plan.parts["gradients"].device == plan.parts["reference model"].device == 4 * adapter
     some = plan_of(model.config, settings(use_peft=True, lora_target_modules=["q_proj"]), **ON_CARD, work=prompts(16))
     assert some.trained_parameters == 3 * 16 * (64 + 64)
-    with pytest.raises(InputError, match=r"lora_target_modules=\['lm_head'\] names no layer"):
+    with pytest.raises(InputError, match="lora_target_modules: 'lm_head' is the head"):
         plan_of(model.config, settings(use_peft=True, lora_target_modules=["lm_head"]), **ON_CARD, work=prompts(16))
 
 
@@ -260,6 +261,22 @@ def test_what_rows_ask_is_read_from_them():
     assert Work.assumed(ToolExpanderConfig(dataset="some/where"), 7) == Work(7, 7, 2048, 2048)
 
 
+def test_the_command_counts_given_demonstrations(tmp_path, capsys):
+    rows = builtin.train_rows(400, seed=0)
+    few, more = tmp_path / "few.jsonl", tmp_path / "more.jsonl"
+    for path, some in ((few, rows[:2]), (more, rows)):
+        path.write_text(
+            "".join(
+                json.dumps({"id": row.id, "prompt": row.messages, "tools": row.tools, "answer": row.answer}) + "\n"
+                for row in some
+            )
+        )
+    flags = ["--dataset", str(few), "--eval_dataset", str(few), "--json"]
+    alone = json.loads(run(capsys, *flags)[1])["work"]
+    shown = json.loads(run(capsys, *flags, "--demonstration_dataset", str(more))[1])["work"]
+    assert shown["shown_length"] > alone["shown_length"] >= alone["prompt_length"] == shown["prompt_length"]
+
+
 def test_what_a_run_would_be_refused_for_is_not_planned():
     config = small_model("llama").config
     for change in ({"dtype": "float32"}, {"dtype": "bfloat16", "use_peft": True}):
@@ -269,6 +286,24 @@ def test_what_a_run_would_be_refused_for_is_not_planned():
         plan_of(config, settings(), **ON_CARD, work=prompts(128))
     with pytest.raises(InputError, match="prompt_length=0 must be at least 1"):
         prompts(0)
+
+
+def test_probes_and_evaluations_compute_more_prompts_than_a_step():
+    config = small_model("llama").config
+    args = settings(prompts_per_step=1, num_generations=2)
+    plan = plan_of(config, args, **ON_CARD, work=Work(64, 64, 30, 20))
+    phases = {name: plan.phases[name].device for name in ("rollout", "probe", "evaluation")}
+    assert phases["rollout"] < phases["evaluation"] < phases["probe"]
+    most = plan_of(config, args, **ON_CARD, work=Work(64, 64, 1000, 1000)).phases
+    assert most["evaluation"] == most["probe"], "of more prompts than fit into one pass, a pass of the most tokens"
+    assert not {"probe", "evaluation"} & plan_of(config, args, **ON_CARD, work=prompts(64)).phases.keys()
+
+
+def test_a_model_whose_code_looks_at_numbers_cannot_be_planned_for():
+    config = small_model("llama").config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(InputError, match="A llama model cannot be planned for"):
+        plan_of(config, settings(), **ON_CARD, work=prompts(16))
 
 
 def test_phases_do_not_peak_together():
@@ -339,6 +374,10 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
         "2",
         "--max_completion_length",
         "32",
+        "--train_rows",
+        "1",
+        "--eval_rows",
+        "1",
     ]
     code, out, _ = run(capsys, *flags)
     assert code == 0 and "prompts of up to 1,000 tokens\n" in out and "fits a" in out and "to spare" in out
@@ -354,7 +393,7 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
     assert code == 1 and not found["fits"] and found["advice"]["plan"]["fits"] and found["work"]["prompt_length"] == 80
     assert found["parts"]["weights"] == {"device": 4 * found["parameters"], "host": 0}
     code, out, _ = run(capsys, *flags, "--memory", "1.0001")
-    assert code == 1 and "whatever the settings" in out
+    assert code == 1 and "nor with any optimizer, an adapter and the smallest micro-batches" in out
 
 
 def test_the_command_knows_the_built_in_prompts(capsys):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from toolx_kernels.errors import first_line, out_of_memory
 from toolx_kernels.ops.attention import masked_attention
 from toolx_kernels.ops.rows import take_rows
 
@@ -92,9 +93,9 @@ class PackedContext:
             try:
                 check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
                 return self.flex(query, key, value, scale, softcap, window)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # a compiler fails in every way there is
+                if out_of_memory(error):
+                    raise
                 _give_up_flex(error)
         return self.dense(query, key, value, scale, softcap, window)
 
@@ -291,9 +292,9 @@ def _flex_applies(query: Tensor) -> bool:
 def _give_up_flex(error: Exception) -> None:
     global _flex_gone
     _flex_gone = True
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     warnings.warn(
-        f"Attention of packed completions computes dense blocks from here on, which is slower: {reason}", stacklevel=2
+        f"Attention of packed completions computes dense blocks from here on, which is slower: {first_line(error)}",
+        stacklevel=2,
     )
 
 

@@ -17,11 +17,10 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, out_of_memory
 from toolx_kernels.ops.hf_attention import cache_shape, check_supported, head_of, toolx_attention
 from toolx_kernels.rollout.pages import (
     PagePool,
-    out_of_memory,
     pages_of_row,
     pages_wanted,
     physical_memory,
@@ -321,7 +320,7 @@ def _within_memory(work: Callable[[], T], give_back: Callable[[], bool]) -> T:
     while True:
         try:
             return work()
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not (out_of_memory(error) and give_back()):
                 raise
 

@@ -15,16 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, out_of_memory
 
 # A pool takes at most one part in so many of the memory: a host has other work than this.
 CPU_POOL_SHARE = 8
 GPU_POOL_SHARE = 4
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory could not be had: a GPU's has a type of its own, a CPU's only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class PagePool:
@@ -58,7 +53,9 @@ class PagePool:
                 for layer, cache in enumerate(caches):
                     caches[layer] = cache.new_zeros(n_pages, *cache.shape[1:])
                     caches[layer][: self.n_pages] = cache
-        except RuntimeError as error:  # out of memory, on whatever device
+        except MEMORY_ERRORS as error:
+            if not out_of_memory(error):
+                raise
             n_bytes = 2 * len(self.key_caches) * n_pages * cache.shape[1:].numel() * cache.itemsize
             raise InputError(
                 f"A pool of {n_pages} pages of {self.page_size} tokens takes {n_bytes / 2**30:.2f} GiB, which "

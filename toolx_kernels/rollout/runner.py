@@ -314,7 +314,7 @@ def fingerprint(model: PreTrainedModel) -> tuple:
     about 30 ms on two CPU cores.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    sums = [_bit_sum(tensor.detach()) for tensor in tensors]
+    sums = [bit_sum(tensor.detach()) for tensor in tensors]
     where = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     return (settings_of(model), where, *torch.stack(sums).tolist())
 
@@ -322,7 +322,8 @@ def fingerprint(model: PreTrainedModel) -> tuple:
 COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
 
 
-def _bit_sum(tensor: Tensor) -> Tensor:
+def bit_sum(tensor: Tensor) -> Tensor:
+    """() int64: the bits of a tensor, added up weighted by their places."""
     flat = tensor.contiguous().view(-1)
     width = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize, 8)
     words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])

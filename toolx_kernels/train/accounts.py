@@ -31,7 +31,7 @@ class Accounts:
         self.model, self.args = model, args
         self.phases = Phases(model.device)
         self._flops = Flops(model)
-        self._gemm_speed = 0.0  # measured at the first step
+        self._gemm_speed: float | None = None  # measured at the first step
         self._told = self.phases.seconds.copy()  # by the steps so far
 
     def resume(self, seconds: Mapping[str, float], peaks: Mapping[str, int]) -> None:
@@ -49,9 +49,11 @@ class Accounts:
         phases              seconds of each: rollout, reward, forward, backward, optimizer; and what came between the
                             step before and this one: probe, evaluation
         tokens_per_second   written in its rollouts, by the time of these
-        flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does
+        flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does;
+                            None where there is no memory for one
         """
-        self._gemm_speed = self._gemm_speed or gemm_speed(self.model.device, self.model.dtype)
+        if self._gemm_speed is None:
+            self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
         started, before = time.perf_counter(), self.phases.seconds.copy()
         between = {name: spent for name, spent in self.phases.since(self._told).items() if name in BETWEEN}
 
@@ -65,7 +67,7 @@ class Accounts:
                 "seconds": seconds,
                 "phases": phases,
                 "tokens_per_second": written / phases["rollout"],
-                "flop_share": flops / seconds / self._gemm_speed,
+                "flop_share": flops / seconds / self._gemm_speed if self._gemm_speed else None,
             }
 
         return timing
@@ -104,9 +106,12 @@ class Accounts:
 
 
 def describe_timing(timing: dict) -> str:
-    """For the progress bar, e.g. ``812 tok/s, rollout 61%, backward 22%, forward 11%``."""
+    """For the progress bar, e.g. ``812 tok/s, 31% of a GEMM, rollout 61%, backward 22%, forward 11%``."""
     largest = sorted(timing["phases"].items(), key=lambda of_phase: -of_phase[1])
     whole = sum(timing["phases"].values())
     parts = ((name, spent / whole) for name, spent in largest)
     shares = [f"{name} {share:.0%}" for name, share in parts if share >= 0.05]
-    return ", ".join([f"{timing['tokens_per_second']:.0f} tok/s", *shares])
+    speed = [f"{timing['tokens_per_second']:.0f} tok/s"]
+    if timing["flop_share"] is not None:
+        speed.append(f"{timing['flop_share']:.0%} of a GEMM")
+    return ", ".join([*speed, *shares])

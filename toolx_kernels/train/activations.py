@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.ops.hf_attention import AttentionContext, checkpointed, toolx_attention
 from toolx_kernels.ops.packed_attention import flex_length
+from toolx_kernels.train.adapters import check_targets
 from toolx_kernels.train.batch import PackedGroup, pack
 
 
@@ -39,10 +40,10 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # models are made by code of every kind
         raise InputError(
-            f"No language model can be made of a {config.model_type} config ({str(error).splitlines()[0]}): "
-            "use a Llama, Qwen2, Qwen3 or Gemma 3 style model."
+            f"No language model can be made of a {config.model_type} config ({first_line(error)}): use a Llama, Qwen2, "
+            "Qwen3 or Gemma 3 style model."
         ) from error
 
 
@@ -64,8 +65,9 @@ def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
     """Freezes ``model`` and gives each linear layer but the head, or those that ``targets`` name, an adapter.
 
     Raises:
-        InputError: no layer bears one of the names.
+        InputError: a target is the head, is no linear layer or is none of the model's modules.
     """
+    check_targets(model, targets)
     head = model.get_output_embeddings()
     model.requires_grad_(False)
     linear = [
@@ -76,9 +78,6 @@ def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
         for name, module in linear
         if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
     ]
-    if not chosen:
-        names = sorted({name.rpartition(".")[2] for name, _ in linear})
-        raise InputError(f"lora_target_modules={targets} names no layer of the model: choose of {', '.join(names)}.")
     for name, module in chosen:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Adapted(module, rank))
@@ -159,14 +158,24 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
     kinds = list(named or ["alike"] * len(layers))
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # each kind brings a mask and rotary tables
     others = [place for place in range(len(layers)) if place not in first]
+
+    def traced() -> Activations:
+        try:
+            return pass_over()
+        except Exception as error:  # and run by code that may look at numbers, which the meta device has none of
+            raise InputError(
+                f"A {config.model_type} model cannot be planned for ({first_line(error)}): a run with it tells in its "
+                "summary.json what it took."
+            ) from error
+
     if len(others) <= 2:
-        return pass_over()
+        return traced()
 
     def of(places: list[int]) -> Activations:
         decoder.layers = nn.ModuleList(layers[place] for place in sorted(places))
         if named:
             config.layer_types = [kinds[place] for place in sorted(places)]
-        return pass_over()
+        return traced()
 
     try:
         return of([*first, others[0]]).per_layer(of([*first, *others[:2]]), len(others) - 1)

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 
 TRAINED, REFERENCE = "default", "reference"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,7 +38,7 @@ def add_adapter(model: PreTrainedModel, args: ToolExpanderConfig) -> None:
             modules. The model is as it was then.
     """
     require_peft("use_peft=True")
-    _check_targets(model, args.lora_target_modules)
+    check_targets(model, args.lora_target_modules)
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -185,7 +184,8 @@ def reference_adapter(model: PreTrainedModel) -> Iterator[None]:
         model.set_adapter(TRAINED)  # which alone needs a gradient then
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
+def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
+    """Raises InputError for a target that is the head, no linear layer or none of the model's modules."""
     head = model.get_output_embeddings()
     linear = {
         name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head

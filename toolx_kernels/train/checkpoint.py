@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.rollout.runner import bit_sum
 from toolx_kernels.train.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
-from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 
 FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
@@ -93,7 +93,7 @@ def remove(checkpoint: Path) -> None:
 def sweep(run: Path) -> None:
     """Removes what a killed process left half-written or half-removed."""
     for path in run.glob(".checkpoint-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in run.glob(f"checkpoint-*/{STATE_FILE}.part"):
         path.unlink()
 
@@ -360,4 +360,8 @@ def model_shape(model: PreTrainedModel) -> dict:
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "tie_word_embeddings",
     )  # fmt: skip
-    return {name: getattr(config, name, None) for name in names}
+    shape = {name: getattr(config, name, None) for name in names}
+    if has_adapter(model):  # which is one of these very weights
+        frozen = [bit_sum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name]
+        shape["sum of its base's weights"] = int(torch.stack(frozen).sum())
+    return shape

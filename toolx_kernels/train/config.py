@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -215,6 +216,8 @@ class ToolExpanderConfig:
             raise InputError(f"lr_decay={self.lr_decay} must lie in (0, 1]; 1 keeps the learning rate.")
         if not 0 < self.eval_fraction < 1:
             raise InputError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"device={self.device!r} is unknown: use auto, cpu, cuda or cuda:<number>.")
         if self.num_generations == 1:
             raise InputError("num_generations=1 has no siblings to compare with: GRPO needs at least 2.")
         for name in ("max_steps", "max_tokens"):

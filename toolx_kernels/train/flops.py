@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from toolx_kernels.errors import MEMORY_ERRORS, out_of_memory
 from toolx_kernels.ops.hf_attention import cache_shape
 from toolx_kernels.train.rollouts import ScoredGroup
 
@@ -60,15 +61,21 @@ def _counts(group: ScoredGroup) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square GEMM, the best of three: some hundredths of a second."""
-    side = SIDE[device.type]
-    left, right = torch.ones(side, side, device=device, dtype=dtype), torch.ones(side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):  # the first one warms up
-        started = time.perf_counter()
-        product = left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    del product
+    """Floating-point operations a second of a square GEMM, the best of three: some hundredths of a second.
+
+    0 where there is no memory for its matrices.
+    """
+    side, seconds = SIDE[device.type], []
+    try:
+        left, right, product = torch.ones(3, side, side, device=device, dtype=dtype)
+        for _ in range(4):  # the first one warms up
+            started = time.perf_counter()
+            torch.mm(left, right, out=product)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    except MEMORY_ERRORS as error:
+        if not out_of_memory(error):
+            raise
+        return 0.0
     return 2 * side**3 / min(seconds[1:])

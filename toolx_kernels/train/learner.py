@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
 from toolx_kernels.ops.hf_attention import checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.linear_logprob import linear_logprob
 from toolx_kernels.reference import compute_dtype
-from toolx_kernels.rollout.pages import out_of_memory
 from toolx_kernels.train.batch import PackedBatch, PackedGroup, Part, micro_batches, pack
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.frozen import FrozenModel
@@ -239,10 +238,10 @@ class Learner:
                 return [
                     (parts, self._backward(piece, parts, loss_of)) for piece, parts in zip(pieces, cut, strict=True)
                 ]
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            except MEMORY_ERRORS as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             # out here, since the error's traceback keeps the tensors of the batch that failed
             self.updater.drop_gradients()
             if not self._made_room(reason):
@@ -308,13 +307,13 @@ class Learner:
         with self.phases.phase("optimizer"):
             try:
                 norm = self.updater.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room)
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 if not out_of_memory(error):
                     raise
                 raise InputError(
-                    f"memory ran out in the optimizer's update ({str(error).splitlines()[0]}): where the rest of the "
-                    "machine leaves more, --resume goes on from the last checkpoint; else start anew with --optim "
-                    "adamw_8bit or adamw_offload, or --use_peft true; toolx plan tells what a run needs."
+                    f"memory ran out in the optimizer's update ({first_line(error)}): choose --optim adamw_8bit or "
+                    "adamw_offload, or --use_peft true, in a new run, or find more memory and --resume this one from "
+                    "its last checkpoint; toolx plan tells what a run needs."
                 ) from None
         if not math.isfinite(norm):
             raise DivergedError(f"the loss is {loss} and the gradient norm {norm}")

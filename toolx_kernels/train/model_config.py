@@ -7,14 +7,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.adapters import base_of
 from toolx_kernels.train.checkpoint import latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.data import MADE_UP, Prompts, load_rows
-from toolx_kernels.train.loading import LOADING_ERRORS, first_line
+from toolx_kernels.train.data import MADE_UP, Prompts, load_demonstrations, load_rows
 from toolx_kernels.train.models import SMOLLM2
 from toolx_kernels.train.tiny import is_tiny, tiny_config, tiny_tokenizer
 from toolx_kernels.train.work import Work
@@ -62,15 +61,22 @@ def config_of(name: str) -> PreTrainedConfig:
 
 def work_at_hand(args: ToolExpanderConfig, config: PreTrainedConfig) -> Work | None:
     """What the run's rows ask, where they and the tokenizer lie on this machine; else None."""
-    file = Path(args.dataset)
-    if args.dataset not in MADE_UP and not (file.is_file() and file.stat().st_size <= LARGEST_DATASET):
+    named = (args.dataset, args.eval_dataset, args.demonstration_dataset)
+    if not all(map(_is_at_hand, named)):
         return None
     tokenizer = _tokenizer_at_hand(args.model)
     if tokenizer is None:
         return None
     rows, eval_rows = load_rows(args)
     prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
-    return Work.of(args, prompts, DemonstrationIndex(rows), rows, eval_rows)
+    ids = {row.id for row in rows}
+    more = [row for row in load_demonstrations(args.demonstration_dataset) if row.id not in ids]
+    return Work.of(args, prompts, DemonstrationIndex([*rows, *more]), rows, eval_rows)
+
+
+def _is_at_hand(dataset: str | None) -> bool:
+    file = Path(dataset or "")
+    return dataset is None or dataset in MADE_UP or (file.is_file() and file.stat().st_size <= LARGEST_DATASET)
 
 
 def _tokenizer_at_hand(name: str) -> PreTrainedTokenizerBase | None:

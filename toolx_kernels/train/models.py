@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.train.adapters import attach_adapter, base_of
 from toolx_kernels.train.checkpoint import latest_checkpoint
-from toolx_kernels.train.loading import LOADING_ERRORS, first_line
 from toolx_kernels.train.tiny import is_tiny, tiny_model, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m"

@@ -112,13 +112,21 @@ class Planner:
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(p.nbytes for p in model.parameters())
         head = model.get_output_embeddings().weight
-        limit, decoder = args.max_completion_length, model.get_decoder().config
-        check(args, self.work, decoder)
-        sampled, learned = step_prompts(args, self.work)
+        decoder, work = model.get_decoder().config, self.work
+        check(args, work, decoder)
+        sampled, learned = step_prompts(args, work)
+        limit = min(args.max_completion_length, decoder.max_position_embeddings - work.prompt_length)
         groups, n_tokens = micro_batch(learned, limit, args.micro_batch_tokens)
         n_targets = sum(n for _, n in groups) * limit
         saved, training = self.training(*key, groups, limit, args.gradient_checkpointing)
-        inference = self.inference(*key, min(MAX_PREFILL_TOKENS, sum(sampled)))
+        asked = {  # tokens of the prompts that are computed together
+            "rollout": sum(sampled),
+            "probe": work.prompt_length * work.train_rows,
+            "evaluation": work.prompt_length * work.eval_rows,
+        }
+        inference = {
+            name: self.inference(*key, min(MAX_PREFILL_TOKENS, tokens)) for name, tokens in asked.items() if tokens
+        }
         loss = loss_bytes(n_targets, *head.shape, head.dtype, self.device, trains_head=head.requires_grad)
         pool, kv = self._pool(args, sampled, decoder, head.dtype)
 
@@ -140,16 +148,16 @@ class Planner:
         learning = always.plus(gradients)
         filtered = args.top_k or args.top_p < 1 or args.min_p  # by whole rows of logits, as many as fit the workspace
         sweep = tiles.workspace_bytes(torch.device(self.device), MAX_ROWS, head.shape[0]) if filtered else 0
-        sampling = max(inference, sweep)
+        sampling = {name: max(computed, sweep) for name, computed in inference.items()}
         # what is alive while the loss is computed: the activations, and beside them the reference's pass or the sweep
-        beside = max(loss, inference if args.beta else 0)
+        beside = max(loss, inference["rollout"] if args.beta else 0)
         phases = {
-            "rollout": always.plus(Bytes(sampling)),
+            **{name: always.plus(Bytes(computed)) for name, computed in sampling.items()},
             "forward": learning.plus(Bytes(saved + beside)),
             "backward": learning.plus(Bytes(training)),
             "optimizer": learning.plus(Bytes(step)),
         }
-        parts |= {"activations": Bytes(saved), "fused loss": Bytes(loss), "rollout step": Bytes(sampling)}
+        parts |= {"activations": Bytes(saved), "fused loss": Bytes(loss), "rollout step": Bytes(max(sampling.values()))}
         if step:
             parts["optimizer step"] = Bytes(step)
         return Plan(

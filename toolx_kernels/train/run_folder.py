@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import yaml
@@ -94,7 +95,7 @@ class RunFolder:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             settings = None
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or "model" not in settings:
             raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
         return settings
 
@@ -153,14 +154,27 @@ class RunFolder:
         return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def forget_after(self, lines: dict[str, int]) -> None:
-        """Drops what was logged after the checkpoint that is resumed, given the lines each file had then."""
+        """Drops what was logged after the checkpoint that is resumed, given the lines each file had then.
+
+        Raises:
+            InputError: a file has fewer whole lines; none has been changed then.
+        """
+        ends = {}
         for name in LOGS:
-            path = self.path / name
+            path, start = self.path / name, 0
+            with open(path, "rb") if path.exists() else BytesIO() as file:
+                for number in range(lines[name]):  # as bytes, because text has more ends of line than \n
+                    line = file.readline()
+                    if not line.endswith(b"\n"):
+                        raise InputError(
+                            f"{path} has {number} whole lines, and the checkpoint counts {lines[name]}: put back what "
+                            "was there, or start another run folder."
+                        )
+                    start += len(line)
+            ends[path] = start
+        for path, end in ends.items():
             if path.exists():
-                with open(path, "r+b") as file:  # as bytes, because text has more ends of line than \n
-                    for _ in range(lines[name]):
-                        file.readline()
-                    file.truncate()
+                os.truncate(path, end)
 
     def lines(self) -> dict[str, int]:
         """How many lines each log holds, all of them on disk."""

@@ -221,6 +221,10 @@ class ToolExpanderTrainer:
         resumed = self._restore()
         state = self.state
         started -= state.seconds
+        if args.profile_step > self._planned_steps():
+            raise InputError(
+                f"profile_step={args.profile_step} is beyond the {self._planned_steps()} steps of this run."
+            )
         work = Work.of(args, self.prompts, self.demonstrations, self.rows, self.eval_rows)
         plan = self.accounts.plan(work)
         with tqdm(total=self._planned_steps(), initial=state.step, unit="step", dynamic_ncols=True) as bar:
@@ -228,7 +232,7 @@ class ToolExpanderTrainer:
                 self._report_data(bar)
                 if plan:
                     bar.write(plan.sentence())
-                    self.run.log("plan", 0, {}, **plan.to_dict())
+                    self.run.log("plan", 0, plan.to_dict())
                 if args.cold_start_steps:
                     self._cold_start(bar)
                 if args.eval_on_start:
@@ -331,7 +335,8 @@ class ToolExpanderTrainer:
             self.collector.tokens.update(state.tokens)
             self.collector.unrewarded = state.unrewarded
             self.accounts.resume(state.phases, state.peaks)
-            self.learner.token_budget = min(self.args.micro_batch_tokens, state.token_budget)
+            if state.token_budget:
+                self.learner.token_budget = min(self.args.micro_batch_tokens, state.token_budget)
             self.run.forget_after(state.lines)
             self.run.write_hard_samples(state.table)
         elif self.args.resume:  # it was interrupted before its first checkpoint
@@ -488,7 +493,8 @@ class ToolExpanderTrainer:
         state = self.state
         state.seconds, state.lines = time.perf_counter() - started, self.run.lines()
         state.phases, state.peaks = dict(self.phases.seconds), dict(self.phases.peaks)
-        state.token_budget = self.learner.token_budget
+        shrunk = self.learner.token_budget < self.args.micro_batch_tokens
+        state.token_budget = self.learner.token_budget if shrunk else 0
         state.batch, state.round = self.rounds.batch, self.rounds.round
         state.settings, state.data = binding_settings(self.args), self.data
         state.trained_tokens = self.rounds.trained_tokens

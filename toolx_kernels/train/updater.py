@@ -12,8 +12,7 @@ from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import InputError
-from toolx_kernels.rollout.pages import out_of_memory
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
@@ -119,13 +118,20 @@ class Updater:
     def _prepare_all(self, names: Iterable[str], made_room: Callable[[str], bool] = lambda reason: False) -> None:
         with self._updating((0, 0)):  # not the step's noise, which is for rounding
             for name in names:
-                try:
-                    self._prepare(name)
-                except RuntimeError as error:
-                    self.optimizer.state.pop(self.parameters[name], None)
-                    if not (out_of_memory(error) and made_room(str(error).splitlines()[0])):
-                        raise
-                    self._prepare(name)
+                while reason := self._lacks_memory(name):
+                    if not made_room(reason):
+                        raise torch.OutOfMemoryError(reason)
+
+    def _lacks_memory(self, name: str) -> str | None:
+        """Makes the parameter's states; the reason where memory ran out. What that attempt held is free on return."""
+        try:
+            self._prepare(name)
+        except MEMORY_ERRORS as error:
+            self.optimizer.state.pop(self.parameters[name], None)
+            if not out_of_memory(error):
+                raise
+            return first_line(error)
+        return None
 
     # ---- what optimizers differ in
 
