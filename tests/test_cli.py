@@ -1,6 +1,7 @@
 """The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def test_an_interrupted_eval_leaves_nothing(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(RolloutEngine, "generate", interrupted)
     assert toolx("eval", "--model", run_folder, "--eval_rows", 4, "--output", tmp_path / "scores") == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_anywhere_is_one_sentence(run_folder, monkeypatch, capsys):
+    def fails(error):
+        monkeypatch.setattr(RolloutEngine, "generate", lambda *_, **__: (_ for _ in ()).throw(error))
+
+    fails(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"))
+    assert toolx("eval", "--model", run_folder, "--eval_rows", 4) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("toolx eval: memory ran out (CUDA error: out of memory): toolx plan")
+    fails(RuntimeError("device-side assert"))
+    with pytest.raises(RuntimeError, match="device-side"):
+        toolx("eval", "--model", run_folder, "--eval_rows", 4)
+
+
+def test_the_recipe_is_the_tiny_models_whatever_its_seed():
+    assert cli.parse_train(["--model", "tiny:3"]) == replace(cli.parse_train([]), model="tiny:3")
 
 
 def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
