@@ -18,9 +18,11 @@ class InputError(ValueError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory could not be had: few of those that do have a type of their own."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-    )
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, which is not loaded here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def first_line(error: BaseException) -> str:

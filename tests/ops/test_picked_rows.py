@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.models import VOCAB, small_model
 from tests.ops.cases import DEVICE
-from toolx_kernels.ops.rows import add_rows, embed, take_rows
+from toolx_kernels.ops.rows import Picks, embed, sum_rows, take_rows
 
 IDS = torch.tensor([[5, 0, 7, 5, 5, 130, 0, 7, 64]], device=DEVICE)  # 0 is the padding of the small models
 
@@ -17,17 +17,29 @@ def upstream_of(out):
 
 def test_rows_are_added_in_the_order_of_their_picks():
     rows = torch.tensor([1e8, 1.0, -1e8, 3.0], device=DEVICE)[:, None]
-    assert add_rows(torch.zeros(2, 1, device=DEVICE), torch.tensor([1, 1, 1, 0], device=DEVICE), rows).tolist() == [
-        [3.0],
-        [0.0],  # 1e8 + 1 is 1e8 in fp32; in any other order 1 would be left
-    ]
+    picks = Picks(torch.tensor([1, 1, 1, 0], device=DEVICE))
+    for _ in range(2):
+        # 1e8 + 1 is 1e8 in fp32; in any other order 1 would be left
+        assert sum_rows(rows, picks, 3).tolist() == [[3.0], [0.0], [0.0]]
+
+
+def test_sums_are_those_of_one_pick_after_the_other():
+    """To the bit, at a size at which torch uses all its threads; rows without a pick are 0."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 500, (4000,), generator=generator)
+    index[index == 7] = 8
+    rows = torch.randn(4000, 3, 16, generator=generator)
+    expected = torch.zeros(500, 3, 16)
+    for place, row in zip(index.tolist(), rows, strict=True):
+        expected[place] += row
+    assert torch.equal(sum_rows(rows.to(DEVICE), Picks(index.to(DEVICE)), 500).cpu(), expected)
 
 
 def test_take_rows_is_index_select_with_its_gradient():
     source = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     index = torch.tensor([4, 4, 0, 5, 4, 0], device=DEVICE)
     results = []
-    for pick in (take_rows, lambda rows, index: rows.index_select(0, index)):
+    for pick in (lambda rows, index: take_rows(rows, Picks(index)), lambda rows, index: rows.index_select(0, index)):
         leaf = source.to(DEVICE).requires_grad_()
         out = pick(leaf, index)
         results.append([out.detach(), *torch.autograd.grad(out, leaf, upstream_of(out))])
@@ -37,7 +49,7 @@ def test_take_rows_is_index_select_with_its_gradient():
 def test_take_rows_sums_bf16_gradients_in_fp32():
     leaf = torch.zeros(1, 1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     index = torch.zeros(300, dtype=torch.int64, device=DEVICE)
-    take_rows(leaf, index).sum().backward()
+    take_rows(leaf, Picks(index)).sum().backward()
     assert leaf.grad.item() == 300  # ones added in bf16 stay at 256
 
 

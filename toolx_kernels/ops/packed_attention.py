@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from toolx_kernels.errors import first_line, out_of_memory
 from toolx_kernels.ops.attention import masked_attention
-from toolx_kernels.ops.rows import take_rows
+from toolx_kernels.ops.rows import Picks, take_rows
 
 FLEX_BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or leaves out
 FLEX_LEAST_DIM = 16  # of a head, below which FlexAttention has no kernel
@@ -56,6 +56,12 @@ class Blocks:
     queries: Tensor  # (blocks, Q) packed indices
     keys: Tensor  # (blocks, K) packed indices
     filled: Tensor  # (blocks, K) False for padding
+    query_picks: Picks  # the same indices, one after the other
+    key_picks: Picks
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, filled: Tensor) -> Blocks:
+        return cls(queries, keys, filled, Picks(queries.flatten()), Picks(keys.flatten()))
 
 
 @dataclass(slots=True, init=False)
@@ -104,13 +110,13 @@ class PackedContext:
     def dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
         """(N, H, Dh) from query (N, H, Dh), key and value (N, Hkv, Dh), block by block."""
 
-        def picked(packed: Tensor, index: Tensor) -> Tensor:  # (blocks, heads, Q or K, Dh)
-            return take_rows(packed, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+        def picked(packed: Tensor, picks: Picks) -> Tensor:  # (blocks, heads, Q or K, Dh)
+            return take_rows(packed, picks).unflatten(0, (len(blocks.queries), -1)).transpose(1, 2)
 
         out = []
         for blocks, visible in zip(self.blocks, self._visible(window), strict=True):
-            keys, values = picked(key, blocks.keys), picked(value, blocks.keys)
-            attended = masked_attention(picked(query, blocks.queries), keys, values, visible, scale, softcap)
+            keys, values = picked(key, blocks.key_picks), picked(value, blocks.key_picks)
+            attended = masked_attention(picked(query, blocks.query_picks), keys, values, visible, scale, softcap)
             out.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(out).index_select(0, self._inverse)
 
@@ -119,7 +125,7 @@ class PackedContext:
         if self._blocks is None:
             device = self.tokens.position.device
             buckets = like_sized(cut_into_blocks(self.lengths))
-            self._blocks = [Blocks(*(part.to(device) for part in _padded(bucket))) for bucket in buckets]
+            self._blocks = [Blocks.of(*(part.to(device) for part in _padded(bucket))) for bucket in buckets]
             places, start = torch.empty(len(self.tokens.position), dtype=torch.int64), 0
             for bucket in buckets:
                 widest = max(len(queries) for queries, _ in bucket)

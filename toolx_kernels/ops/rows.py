@@ -15,41 +15,58 @@ from torch.overrides import TorchFunctionMode
 from toolx_kernels.reference import compute_dtype
 
 
-def add_rows(
-    total: Tensor,  # (M, ...), changed in place
-    index: Tensor,  # (N) int64
-    rows: Tensor,  # (N, ...)
+class Picks:
+    """Which rows are picked, as an ``index`` (N) int64; what their gradient needs is found once for all its uses."""
+
+    def __init__(self, index: Tensor):
+        self.index = index
+        self._bags: tuple[Tensor, Tensor] | None = None
+
+    def bags(self, n_rows: int) -> tuple[Tensor, Tensor]:
+        """The picks row by row, in their order (N), and where each row's begin (n_rows); of one ``n_rows`` alone."""
+        if self._bags is None:
+            order = self.index.argsort(stable=True)
+            every = torch.arange(n_rows, device=self.index.device)
+            self._bags = order, torch.searchsorted(self.index[order], every)
+        return self._bags
+
+
+def sum_rows(
+    picked: Tensor,  # (N, ...)
+    picks: Picks,
+    n_rows: int,
 ) -> Tensor:
-    """``total[index[n]] += rows[n]`` for all n in the order of n, repeatable to the bit; returns ``total``."""
-    if total.is_cuda:  # sorts the index first, where index_add_ has atomics
-        return total.index_put_((index,), rows, accumulate=True)
-    return total.index_add_(0, index, rows)
+    """(n_rows, ...): the sum of what was picked of each row, in the order of the picks, repeatable to the bit."""
+    if picked.is_cuda:  # sorts the index first, where index_add_ has atomics
+        total = picked.new_zeros(n_rows, *picked.shape[1:])
+        return total.index_put_((picks.index,), picked, accumulate=True)
+    # index_add_ goes through the picks one by one, and with several threads takes a multiple of this
+    order, starts = picks.bags(n_rows)
+    return F.embedding_bag(order, picked.reshape(len(picked), -1), starts, mode="sum").view(n_rows, *picked.shape[1:])
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source, index):
-        ctx.save_for_backward(index)
-        ctx.n_rows = len(source)
-        return source.index_select(0, index)
+    def forward(ctx, source, picks):
+        ctx.picks, ctx.n_rows = picks, len(source)
+        return source.index_select(0, picks.index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        (index,) = ctx.saved_tensors
-        total = upstream.new_zeros(ctx.n_rows, *upstream.shape[1:], dtype=compute_dtype(upstream))
-        return add_rows(total, index, upstream.to(total.dtype)).to(upstream.dtype), None
+        total = sum_rows(upstream.to(compute_dtype(upstream)), ctx.picks, ctx.n_rows)
+        return total.to(upstream.dtype), None
 
 
 def take_rows(
     source: Tensor,  # (M, ...)
-    index: Tensor,  # (N) int64
+    picks: Picks,
 ) -> Tensor:
-    """``source[index]``, (N, ...); rows picked more than once get the sum of their gradients, taken in fp32 or above.
+    """``source[picks.index]``, (N, ...); rows picked more than once get the sum of their gradients, in fp32 or above.
 
     Differentiable once.
     """
-    return _TakeRows.apply(source, index)
+    return _TakeRows.apply(source, picks)
 
 
 class _Lookup(torch.autograd.Function):
@@ -70,8 +87,7 @@ class _Lookup(torch.autograd.Function):
             kept = ids != ctx.padding_idx
             ids, rows = ids[kept], rows[kept]
         ids, place = ids.unique(return_inverse=True)
-        sums = rows.new_zeros(len(ids), rows.shape[-1], dtype=compute_dtype(rows))
-        add_rows(sums, place, rows.to(sums.dtype))
+        sums = sum_rows(rows.to(compute_dtype(rows)), Picks(place), len(ids))
         weight = ctx.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)

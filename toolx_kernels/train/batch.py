@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.ops.hf_attention import run_body
 from toolx_kernels.ops.packed_attention import PackedContext
-from toolx_kernels.ops.rows import take_rows
+from toolx_kernels.ops.rows import Picks, take_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ class PackedBatch:
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
-        return take_rows(run_body(model, self.input_ids, self.context.tokens.position, self.context), self.source)
+        packed = run_body(model, self.input_ids, self.context.tokens.position, self.context)
+        return take_rows(packed, Picks(self.source))
 
 
 @dataclass(frozen=True, slots=True)
