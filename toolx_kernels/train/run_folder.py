@@ -95,7 +95,7 @@ class RunFolder:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             settings = None
-        if not isinstance(settings, dict) or "model" not in settings:
+        if not isinstance(settings, dict) or not settings.keys() & ToolExpanderConfig.__dataclass_fields__.keys():
             raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
         return settings
 
