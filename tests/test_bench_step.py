@@ -17,7 +17,7 @@ from bench.plain_benchmark import PlainBenchmark
 from bench.providers import Absent
 from bench.step_providers import TRL, Stepper, Toolx, ToolxCheckpointing, TRLCheckpointing
 from bench.step_work import SETTINGS, Case, Count, Settings, make_rows
-from bench.test_step import cases
+from bench.test_step import cases, scaled
 from tests.ops.cases import DEVICE
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.models import load_model
@@ -234,10 +234,13 @@ def test_scaling_cases_vary_one_number_each():
     named = cases()
     (main,) = named["measure"]
     assert (main.prompts, main.length, main.n, main.new, main.dtype, main.stop) == (2, 500, 10, 96, "float32", False)
+    small = scaled()
+    assert small in named["length"], "the case that all three series share"
     for kind, field in (("length", "length"), ("group", "n"), ("new", "new")):
-        for case in named[kind]:
-            assert getattr(case, field) != getattr(main, field)
-            assert replace(case, rounds=main.rounds, **{field: getattr(main, field)}) == main
+        values = {getattr(case, field) for case in [small, *named[kind]]}
+        assert len(values) == 4 and all(
+            replace(case, **{field: getattr(small, field)}) == small for case in named[kind]
+        )
     assert all(case.rows % 2 == 0 for kind in named.values() for case in kind)  # TRL takes two at a time
 
 
