@@ -119,12 +119,17 @@ def _execute(command: Sequence[str], env: Mapping[str, str], log: Path, limit: f
     """The exit status, or None after ``limit`` seconds: then everything the command started is ended."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
+            list(command),
+            cwd=ROOT,
             # unbuffered, or what a step printed comes behind the error that ended it
-            list(command), cwd=ROOT, env=dict(env) | {"PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            env=dict(env) | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             # A shell's background job ignores interrupts, and what it starts would too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
         try:
             return process.wait(limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
