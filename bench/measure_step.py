@@ -161,7 +161,7 @@ def measure(
         records[name] = {"provider": name} | figures(worker.records)
     ordered = [records[kind.name] for kind in kinds]
     benchmark.extra_info |= {
-        "step_case": asdict(case),
+        "step_case": asdict(case) | {"threads": torch.get_num_threads()},
         "step": ordered,
         "versions": {name: package_version(name) for name in ("transformers", "trl", "accelerate")},
     }

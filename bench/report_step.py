@@ -24,7 +24,7 @@ from bench.report import (
     write_report,
 )
 
-CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead")
+CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead", "threads")
 FIGURES = (
     "provider", "step_s", "speedup_of_toolx", "rollout_s", "update_s", "tokens_per_s", "mean_tokens", "peak_mib",
     "peak_of_toolx", "trained_tokens", "sharing", "sharing_possible", "mean_reward", "absent",
@@ -67,9 +67,8 @@ def rows_of(benchmarks: Iterable[dict]) -> list[dict]:
 def case_name(row: dict) -> str:
     dtype = {"bfloat16": "bf16", "float32": "fp32"}[row["dtype"]]
     extra = ", stop" * row["stop"] + f", {row['dead']:.0%} of groups dead" * bool(row["dead"])
-    return (
-        f"{row['model']} {dtype}, {row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens{extra}"
-    )
+    work = f"{row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens"
+    return f"{row['model']} {dtype}, {work}{extra}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
 
 
 def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
@@ -113,12 +112,14 @@ def series(rows: list[dict], x: str) -> list[dict]:
 
 
 def plot(rows: list[dict], folder: Path) -> None:
-    """step.png: step time above and peak memory below, over prompt length, group size and completion length."""
-    colours = colours_of(row for row in rows if not row["absent"])  # before pyplot, which takes a backend
+    """step.png: step time above and peak memory below, over what was varied (or over all of ``AXES``)."""
+    varied = {x: label for x, label in AXES.items() if len({row[x] for row in series(rows, x)}) > 1} or AXES
+    colours = colours_of(row for x in varied for row in series(rows, x))  # before pyplot, which takes a backend
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(AXES), figsize=(11, 6), layout="constrained", sharey="row")
-    for column, (x, label) in zip(axes.T, AXES.items(), strict=True):
+    size = (3.5 * len(varied) + 3, 6)
+    figure, axes = plt.subplots(2, len(varied), figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for column, (x, label) in zip(axes.T, varied.items(), strict=True):
         for axis, y in zip(column, ("step_s", "peak_mib"), strict=True):
             for name in colours:
                 mine = [(row[x], row[y]) for row in series(rows, x) if row["provider"] == name]

@@ -270,7 +270,8 @@ def test_the_report(measured, tmp_path):
         ("toolx", "1.0", "1.0"), ("dies", "", ""), ("TRL", "5.0", "0.6"),
     ]  # fmt: skip
     text = (folder / "step.md").read_text()
-    assert "| tiny fp32, 2 prompts of 120, 4 x 6 tokens | toolx | 2 | 1.00 x |" in text
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    assert f"| tiny fp32, 2 prompts of 120, 4 x 6 tokens, {threads} | toolx | 2 | 1.00 x |" in text
     assert "|  | TRL | 15 | 5.00 x |" in text and "- dies: it died" in text and "2026-01-02" in text
     scaling = report_step.series(report_step.rows_of(record["benchmarks"]), "new")
     assert [(row["new"], row["provider"]) for row in scaling] == [(6, "toolx"), (6, "TRL"), (12, "toolx"), (12, "TRL")]
