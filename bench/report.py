@@ -247,6 +247,22 @@ def write(record: dict, results: Path = RESULTS) -> Path:
     return write_report("loss", record, CASE + FIGURES, rows, text, plot, results)
 
 
+def write_versioned(
+    name: str,
+    record: dict,
+    columns: Sequence[str],
+    rows_of: Callable,
+    markdown: Callable,
+    plot: Callable,
+    results: Path,
+) -> Path:
+    """The report of benchmarks that name the versions of whom they measured."""
+    rows = rows_of(record["benchmarks"])
+    versions = first_of(record["benchmarks"], name)["versions"]
+    text = markdown(rows, record["machine_info"], versions, record["datetime"][:10])
+    return write_report(name, record, columns, rows, text, plot, results)
+
+
 def write_report(
     name: str, record: dict, columns: Sequence[str], rows: list[dict], text: str, plot: Callable, results: Path
 ) -> Path:

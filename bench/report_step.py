@@ -14,14 +14,13 @@ from bench.report import (
     absent,
     colours_of,
     command,
-    first_of,
     heading,
     named_cases,
     number,
     ratio,
     save_with_legend,
     table,
-    write_report,
+    write_versioned,
 )
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead", "threads")
@@ -133,10 +132,7 @@ def plot(rows: list[dict], folder: Path) -> None:
 
 def write(record: dict, results: Path = RESULTS) -> Path:
     """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
-    rows = rows_of(record["benchmarks"])
-    versions = first_of(record["benchmarks"], "step")["versions"]
-    text = markdown(rows, record["machine_info"], versions, record["datetime"][:10])
-    return write_report("step", record, CASE + FIGURES, rows, text, plot, results)
+    return write_versioned("step", record, CASE + FIGURES, rows_of, markdown, plot, results)
 
 
 def main() -> int:

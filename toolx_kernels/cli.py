@@ -167,7 +167,7 @@ def read_config(name: str) -> dict:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--config {name} is not YAML: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"--config {name} is not YAML: {first_line(error)}.") from None
     if not isinstance(settings, dict):
         raise InputError(f"--config {name} must hold one setting per line, as 'learning_rate: 0.0005'.")
     return settings

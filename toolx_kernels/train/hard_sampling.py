@@ -196,6 +196,12 @@ class RandomDemonstrations:
     limit: int
     fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
 
+    @classmethod
+    def of(
+        cls, args: ToolExpanderConfig, index: DemonstrationIndex, fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
+    ) -> RandomDemonstrations:
+        return cls(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
+
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         for row in hard:
             table.show(row, *self.draw(table.rows[row], round_index, 0), None, 1)
@@ -291,7 +297,7 @@ def chosen_hard_sample_policy(
 ) -> HardSamplePolicy:
     if args.hard_sampling == "none":
         return PlainGRPO()
-    drawn = RandomDemonstrations(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
+    drawn = RandomDemonstrations.of(args, index, fitting)
     if args.demonstrations == "random":
         return FewShot(args.hard_sampling, drawn)
     verified = VerifiedDemonstrations(drawn, args.demonstration_tries, args.verify_rollouts, verification)

@@ -69,9 +69,8 @@ def work_at_hand(args: ToolExpanderConfig, config: PreTrainedConfig) -> Work | N
         return None
     rows, eval_rows = load_rows(args)
     prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
-    ids = {row.id for row in rows}
-    more = [row for row in load_demonstrations(args.demonstration_dataset) if row.id not in ids]
-    return Work.of(args, prompts, DemonstrationIndex([*rows, *more]), rows, eval_rows)
+    index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
+    return Work.of(args, prompts, index, rows, eval_rows)
 
 
 def _is_at_hand(dataset: str | None) -> bool:

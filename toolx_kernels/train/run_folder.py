@@ -12,10 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.train.checkpoint import (
     checkpoints,
-    first_line,
     gone,
     latest_checkpoint,
     remove,

@@ -152,8 +152,7 @@ class ToolExpanderTrainer:
             self.sampler = self._tool_loop(tools, environment_factory)
             self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
-        ids = {row.id for row in self.rows}
-        self.demonstrations = DemonstrationIndex([*self.rows, *(row for row in demonstrations if row.id not in ids)])
+        self.demonstrations = DemonstrationIndex.of(self.rows, demonstrations)
         self.eval_rows_seen = len(shared_rows(self.eval_rows, [*self.rows, *demonstrations]))
         if args.cold_start_steps and cold_start is None:
             self.prompts.check_answers(self.rows)

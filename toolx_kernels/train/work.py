@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
@@ -48,10 +49,8 @@ class Work:
         longest = max(len(prompts.ids(row)) for row in rows)
         shown = longest
         if args.hard_sampling != "none":
-            drawn = RandomDemonstrations(
-                index, args.seed, args.few_shots_per_tool, args.max_few_shots,
-                lambda row, chosen: prompts.fitting(row, chosen, room=args.max_completion_length),
-            )  # fmt: skip
+            fitting = partial(prompts.fitting, room=args.max_completion_length)
+            drawn = RandomDemonstrations.of(args, index, fitting)
             shown = max(longest, *(len(prompts.ids(row, drawn.draw(row, 0, 0)[0])) for row in rows[:MOST_SHOWN]))
         return cls(longest, shown, len(rows), len(eval_rows))
 
