@@ -107,7 +107,7 @@ void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cach
   }
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   void* stream_ptr = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(key.get_device_index(), &stream_ptr));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(key.get_device_index(), &stream_ptr));
   const auto stream = static_cast<cudaStream_t>(stream_ptr);
 
   const Tensor keys = with_dense_rows(key);
