@@ -68,4 +68,5 @@ else:
     except ImportError as error:
         give_up(f"{error} (install torch first, then add --no-build-isolation)")
         keywords = {}
-setup(**keywords)
+# Not in pyproject.toml: setuptools older than 77 refuses the form that newer ones demand there.
+setup(license="Apache-2.0", **keywords)

@@ -81,6 +81,8 @@ def test_sdist_carries_every_source_and_header(unpacked_sdist):
                 assert (unpacked_sdist / file.relative_to(ROOT)).exists(), file
     assert (unpacked_sdist / "csrc/checks.h").exists()
     assert (unpacked_sdist / "LICENSE").exists()
+    # The form that every setuptools reads; an expression in pyproject.toml stops those older than 77.
+    assert "\nLicense: Apache-2.0\n" in (unpacked_sdist / "PKG-INFO").read_text()
 
 
 def test_pure_wheel_installs_and_imports(unpacked_sdist, tmp_path):
