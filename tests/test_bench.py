@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -160,5 +161,5 @@ def test_pytest_alone_is_enough(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
-    assert record["machine_info"]["torch"] == torch.__version__
+    assert record["machine_info"]["torch"] == metadata.version("torch")
     assert [r["provider"] for r in report.rows_of(record["benchmarks"])] == ["toolx", "plain torch", "floor"]
