@@ -64,7 +64,7 @@ bench: models
 	$(PY) -m bench.report_step build/bench.json
 
 # For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
-# transformers and pytest. ARGS="--minutes 20" gives a slow card more time.
+# transformers and pytest. ARGS="--minutes 20" gives a slow card more time; README.md has the other flags.
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 

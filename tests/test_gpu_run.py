@@ -1,36 +1,91 @@
-"""``make gpu`` without a GPU: the runner with made-up steps, and the readers of what the real steps print."""
+"""``make gpu`` without a GPU: whole at toy size, its runner with made-up facts, the readers of what commands print."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import run, steps
-from bench.gpu.run import Findings, Result, Step, run_all, summary
-from bench.gpu.training import Peak, Run, take_steps
-from bench.gpu.training import runs as gpu_runs
+from bench.gpu import commands, facts, machine, runner
+from bench.gpu.runner import Bench, Command, Fact, Journal, find_all, read_journal
+from bench.gpu.summary import CLAIMS, summary
+from bench.gpu.training import Peak, capped
 from bench.rollout_work import SHAPES
-from bench.step_work import Case
-from bench.test_loss import default_cases
-from bench.test_rollout import cases as rollout_cases
-from tests.ops.cases import DEVICE
-from toolx_kernels import _library, cli
-from toolx_kernels import doctor as toolx_doctor
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTS = {
-    "gpu": "NVIDIA GeForce RTX 4090", "machine": "nvidia-geforce-rtx-4090", "capability": "8.9",
-    "memory_bytes": 25_252_331_520, "memory_allowed_bytes": 24_000_000_000, "driver": "580.1", "nvcc": None,
-    "cuda": "13.0", "python": "3.12.3", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0",
-    "pytest": "9.0", "commit": "abc1234", "date": "2026-01-01",
-}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def gpu_run(*arguments, out, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OUT": str(out), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def test_the_whole_run_at_toy_size(tmp_path):
+    done = gpu_run("--toy", "--minutes", "9", out=tmp_path)
+    found = read_journal(tmp_path / "facts.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line["status"] for line in found.values()} == {"ok", "skipped"}
+    assert {name for name, line in found.items() if line["status"] == "skipped"} == {
+        "build", "memcheck", "racecheck", "initcheck"
+    }  # fmt: skip
+    assert found["tests/every op"]["passed"] == 1 and found["loss/exact bf16"]["weight"] < 4e-3
+    assert found["train/steps 0.5b"]["moved"] > 0 and found["train/tiny"]["steps"] == 1
+    assert found["loss/time D=896 trained"]["to_floor"] > 0 and found["rollout/kernels"]["kernels"]
+    text = (tmp_path / "summary.md").read_text()
+    assert text in done.stdout and "No failures." in text and "no figure means anything" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl", "logs.tar.gz", "summary.md"]
+    for folder in (str(ROOT), str(Path.home()), sys.prefix):
+        assert folder not in text and folder not in (tmp_path / "facts.jsonl").read_text()
+
+    # what is known is not found again, and all that is asked for is known
+    again = gpu_run(
+        "--toy", "--only", "loss/exact*", "loss/waits", "--known", str(tmp_path / "facts.jsonl"), out=tmp_path / "again"
+    )
+    assert again.returncode == 0 and "loss/exact bf16: " not in again.stdout
+    assert read_journal(tmp_path / "again" / "facts.jsonl") == found
+
+
+# ---- the runner
+
+
+@pytest.fixture
+def bench(tmp_path):
+    (tmp_path / "logs").mkdir()
+    return Bench(CPU, True, tmp_path, tmp_path / "logs")
+
+
+def found_of(made_up, bench, seconds=20.0, known=None, restart=None):
+    journal = Journal(bench.scratch / "facts.jsonl", known or {})
+    find_all(made_up, journal, bench, time.monotonic() + seconds, restart or (lambda: pytest.fail("restarted")))
+    assert read_journal(journal.path) == journal.facts
+    return journal.facts
+
+
+def command(name, code="pass", seconds=0.1, read=commands.exit_status, **others):
+    return Command(name, seconds, [sys.executable, "-S", "-c", code], read, **others)
+
+
+def fails(bench):
+    raise ValueError("almost")
+
+
+def running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 HANGS = """
-import os, signal, subprocess, sys, time
+import subprocess, sys, time
 child = subprocess.Popen(["sh", "-c", "trap '' INT; exec sleep 60"])
 print("child", child.pid, flush=True)
 try:
@@ -40,233 +95,239 @@ except KeyboardInterrupt:
 """
 
 
-def step(name, code="pass", share=1.0, **others):
-    return Step(name, [sys.executable, "-S", "-c", code], share, **others)
-
-
-def running(pid):
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_no_failure_stops_the_next_step_and_all_are_told_apart(tmp_path):
-    kept = []
-    made_up = [
-        step("good", "print('fine')", 1, read=lambda code, output: Findings(output.strip(), {"n": 1})),
-        step("bad", "print('almost'); raise SystemExit('the reason')", 0.1),
-        step("absent", share=0.1, skip="no such tool here"),
-        step("hangs", HANGS, 0.1),
-        step("after", "print('progress 1%\\rprogress 2%\\rdone in /secret/place')", 2),
-    ]
-    results = run_all(
-        made_up, 4.5, tmp_path, lambda text: text.replace("/secret", "."), lambda done: kept.append(len(done))
+def test_nothing_stops_the_next_fact_and_all_outcomes_are_told_apart(bench):
+    read_hang = lambda code, output: {"failures": ["out of time"] * (code is None), "output": output}  # noqa: E731
+    found = found_of(
+        [
+            Fact("good", 0.1, lambda bench: {"n": 1, "share": 0.25}),
+            Fact("raises", 0.1, fails),
+            Fact("wrong", 0.1, lambda bench: {"error_of_x": 2.0, "failures": ["x is off by 2"]}),
+            command("bad command", "raise SystemExit('the reason')"),
+            command("absent", skip="no such tool here"),
+            Fact("too long", 90, lambda bench: {}),
+            command("progress", "print('1%\\r2%\\rdone')", read=lambda code, output: {"words": output.strip()}),
+        ],
+        bench,
     )
-    assert [r.status for r in results] == ["ok", "failed", "skipped", "failed", "ok"]
-    good, bad, absent, hangs, _ = results
-    assert (good.words, good.figures) == ("fine", {"n": 1})
-    assert bad.failures == ("exit status 1: the reason",)
-    assert absent.words == "no such tool here"
-    assert "out of time after" in hangs.failures[0] and 1 < hangs.seconds < 4
-    log = (tmp_path / "hangs.log").read_text()
-    assert "written after the interrupt" in log
-    assert not running(log.split()[1])
-    assert (tmp_path / "after.log").read_text() == "done in ./place\n"
-    assert kept == [1, 2, 3, 4, 5]
+    assert [(name, line["status"]) for name, line in found.items()] == [
+        ("good", "ok"), ("raises", "failed"), ("wrong", "failed"), ("bad command", "failed"), ("absent", "skipped"),
+        ("too long", "no time"), ("progress", "ok"),
+    ]  # fmt: skip
+    assert found["good"]["share"] == 0.25 and found["raises"]["error"] == "ValueError: almost"
+    assert found["bad command"]["failures"] == ["exit status 1: the reason"] and found["progress"]["words"] == "done"
+    hung = found_of([command("hangs", HANGS, 0.1, read_hang)], bench, seconds=1.5)["hangs"]
+    assert hung["failures"] == ["out of time"] and "written after the interrupt" in hung["output"]
+    assert not running(hung["output"].split()[1])
 
 
-def test_a_step_may_use_what_earlier_ones_left_but_not_what_is_gone(tmp_path, monkeypatch):
-    clock, limits = [0.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-
-    def execute(command, env, log, limit):
-        log.touch()
-        limits.append(limit)
-        clock[0] += float(command[-1])
-        return 0
-
-    monkeypatch.setattr(run, "_execute", execute)
-    planned = [step("quick", "2"), step("slow to end", "27.5"), step("late", "9"), step("last", "1")]
-    results = run_all(planned, 40, tmp_path)  # 10 s for each
-    assert limits == [10, 18, 10.5]
-    assert [r.status for r in results] == ["ok", "ok", "not run", "ok"]
-    assert [r.passed for r in results] == [True, True, False, True]
-    assert summary("GPU", [], results).endswith("- late: not run, no time left for it\n")
+def test_a_measurement_that_takes_too_long_is_given_up(bench):
+    found = found_of([Fact("slow", 0.1, lambda bench: time.sleep(30)), Fact("next", 0, lambda bench: {})], bench, 2.0)
+    assert found["slow"]["error"].startswith("OutOfTime: given up after 1 s") and found["next"]["status"] == "ok"
 
 
-def test_an_interrupt_ends_the_run_with_a_summary(tmp_path, monkeypatch):
-    def interrupted(command, env, log, limit):
-        log.touch()
-        raise KeyboardInterrupt
+def test_a_broken_or_hanging_process_starts_anew(bench, monkeypatch):
+    class Restarted(Exception):
+        pass
 
-    monkeypatch.setattr(run, "_execute", interrupted)
-    results = run_all([step("first"), step("second")], 60, tmp_path)
-    assert [(r.status, r.failures or r.words) for r in results] == [
-        ("failed", ("interrupted",)),
-        ("not run", "interrupted"),
-    ]
+    def restart():
+        raise Restarted
+
+    def broken(bench):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "synchronize", broken)  # as every later call into CUDA does
+    with pytest.raises(Restarted):
+        found_of([Fact("breaks", 0.1, fails), Fact("never reached", 0.1, lambda bench: {})], bench, restart=restart)
+    assert list(read_journal(bench.scratch / "facts.jsonl")) == ["breaks"]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 0.2)
+    restarts = threading.Event()
+
+    def deaf(bench):
+        while not restarts.is_set():
+            try:
+                restarts.wait(5)
+            except runner.OutOfTime:  # a wait inside the driver hears no signal
+                pass
+        return {}
+
+    found_of([Fact("hangs", 0.1, deaf)], bench, seconds=1.5, restart=restarts.set)
+    lines = [json.loads(line) for line in (bench.scratch / "facts.jsonl").read_text().splitlines()]
+    assert lines[0]["status"] == "failed" and lines[0]["error"].startswith("hangs: nothing came back for ")
 
 
-def test_the_summary_ends_with_the_failures_and_fits_a_screen():
-    many = tuple(f"test_{i}: wrong" for i in range(40))
-    results = [
-        Result("build", "failed", 3.0, "exit status 1: no | compiler", failures=("exit status 1: no | compiler",)),
-        Result(
-            "tests", "failed", 99.0, "800 passed, 40 failed", failures=many, notes=("7 tests or files: need scipy",)
-        ),
-        Result("loss", "ok", 60.0, "1.10 of the floor"),
-    ]
-    text = summary("NVIDIA H100", ["80 GiB."], results)
-    table, _, failures = text.partition("\nFailures:\n")
-    assert "| build | failed | 3 | exit status 1: no / compiler |" in table
-    assert "- tests: 7 tests or files: need scipy" in table
-    assert failures.split("\n")[1:3] == ["- build: exit status 1: no | compiler", "- tests: test_0: wrong"]
-    assert failures.endswith("- and 29 more: see summary.json\n")
-    assert len(text.splitlines()) < 40
-    assert summary("GPU", [], results[2:]).endswith("No failures.\n")
+def test_a_restart_keeps_what_was_found_and_does_not_repeat_what_failed(tmp_path, monkeypatch):
+    executed = []
+    monkeypatch.setattr(runner.os, "execv", lambda program, arguments: executed.append(arguments))
+    runner.restart_with(["--minutes", "3.00", "--restarted"])
+    assert executed == [[sys.executable, "-m", "bench.gpu", "--minutes", "3.00", "--restarted"]]
+    known = {name: {"fact": name, "status": name} for name in ("ok", "skipped", "failed", "no time")}
+    assert list(gpu.kept(known, restarted=True)) == ["ok", "skipped", "failed"]
+    assert list(gpu.kept(known, restarted=False)) == ["ok", "skipped"]
 
 
-def test_without_cuda_it_says_so_in_one_sentence_and_writes_nothing():
-    before = set((ROOT / "bench/results").iterdir())
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
+def test_a_command_runs_beside_the_facts_before_its_turn(bench):
+    mark = bench.scratch / "mark"
+
+    def sees_it(bench):
+        deadline = time.monotonic() + 10
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return {"seen": mark.exists()}
+
+    found = found_of(
+        [Fact("first", 0.1, sees_it), command("job", f"open({str(mark)!r}, 'w')", beside="first")], bench
+    )
+    assert found["first"]["seen"] and found["job"]["status"] == "ok"
+
+
+def test_the_journal_survives_being_cut_off(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    journal = Journal(path, {"old": {"fact": "old", "status": "ok"}}, lambda text: text.replace("/secret", "."))
+    journal.write("new", "failed", error="in /secret/place")
+    with open(path, "a") as file:
+        file.write('{"fact": "half of a li')
+    assert read_journal(path) == {
+        "old": {"fact": "old", "status": "ok"},
+        "new": {"fact": "new", "status": "failed", "at": 0.0, "error": "in ./place"},
+    }
+
+
+# ---- the command line
+
+
+def test_bad_arguments_and_missing_packages_are_one_sentence(tmp_path, monkeypatch, capsys):
+    done = gpu_run(out=tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "none").exists()
     assert done.stderr.startswith("make gpu: torch ") and done.stderr.count("\n") == 1
-    assert set((ROOT / "bench/results").iterdir()) == before
-
-
-def test_bad_flags_and_missing_packages_are_one_sentence(monkeypatch, capsys):
-    assert gpu.main(["--minutes", "0"]) == 1
-    assert capsys.readouterr().err == "make gpu: --minutes 0 must be more than 0.\n"
+    for arguments, sentence in (
+        (["--minutes", "0"], "--minutes 0 must be more than 0."),
+        (["--known", "not/there"], "--known not/there does not exist: name the facts.jsonl of an earlier run."),
+    ):
+        assert gpu.main(arguments) == 1
+        assert capsys.readouterr().err == f"make gpu: {sentence}\n"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--toy", "--only", "nothing"]) == 1
+    assert "--only nothing names no fact" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "NEEDED", ("torch", "not_here_at_all"))
     assert gpu.main([]) == 1
     assert "has no not_here_at_all: install it, or name another: make gpu PYTHON=" in capsys.readouterr().err
 
 
-def test_a_whole_run_writes_its_results_and_returns_one_after_a_failure(tmp_path, monkeypatch, capsys):
+def test_results_are_named_after_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "ask", lambda env=None: dict(FACTS))
-    made_up = [step("build", f"raise SystemExit('{tmp_path}/x.cu is wrong')"), step("tests")]
-    monkeypatch.setattr(gpu, "steps", lambda facts, capped, scratch: made_up)
-    assert gpu.main([]) == 1
-    folder = tmp_path / "bench/results/nvidia-geforce-rtx-4090"
-    record = json.loads((folder / "summary.json").read_text())
-    assert record["steps"]["build"]["failures"] == ["exit status 1: ./x.cu is wrong"]
-    assert record["steps"]["tests"]["status"] == "ok" and record["memory_allowed_bytes"] == 24e9
-    text = (folder / "summary.md").read_text()
-    assert text.startswith("# NVIDIA GeForce RTX 4090\n\n23.5 GiB, sm_89, driver 580.1, nvcc absent; torch 2.11.0")
-    assert capsys.readouterr().out.endswith(text + "\n") and text.endswith("- build: exit status 1: ./x.cu is wrong\n")
-    assert str(tmp_path) not in "".join(file.read_text() for file in folder.rglob("*") if file.is_file())
-    del made_up[0]
-    assert gpu.main([]) == 0
+    assert gpu.folder_of("NVIDIA H100 80GB HBM3") == tmp_path / "bench/results/nvidia-h100-80gb-hbm3"
 
 
-FAKE_TORCH = """
-import os
-from types import SimpleNamespace as Namespace
-total = 85_045_149_696
-fraction = float(os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "a:1").rpartition(":")[2])
-device = Namespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=total)
-version = Namespace(cuda="13.0")
-cuda = Namespace(
-    is_available=lambda: True, get_device_properties=lambda index: device,
-    get_per_process_memory_fraction=lambda index: fraction,
-)
-print("a library's greeting")
-"""
+# ---- the facts
 
 
-def test_facts_of_a_machine_with_a_gpu(tmp_path, monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "torch.py").write_text(FAKE_TORCH)
-    facts = gpu.ask()
-    assert facts["machine"] == "nvidia-h100-80gb-hbm3" and facts["capability"] == "9.0"
-    assert facts.keys() == FACTS.keys()
-    assert "torch did not take the cap of 24 GB" in gpu.lines(facts)[1]
-    capped = gpu.ask(gpu.memory_cap(facts["memory_bytes"]))
-    assert "may take 24.0 GB of GPU memory" in gpu.lines(capped)[1]
-    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: no such file')")
-    assert gpu.ask() == {"problem": "OSError: libcudart.so.13: no such file"}
+def test_facts_have_names_of_their_own_and_run_what_exists(bench, monkeypatch):
+    whole = Bench(CPU, False, bench.scratch, bench.logs)
+    found = [*machine.facts(whole), *facts.facts(whole)]
+    names = [fact.name for fact in found]
+    assert len(names) == len(set(names))
+    assert all(fact.beside in ("", *names) for fact in found if isinstance(fact, Command))
+    files = {word for fact in found if isinstance(fact, Command) for word in fact.command if word.startswith("tests")}
+    assert files and all((ROOT / file).exists() for file in files)
+    shapes = {name.split()[-1] for name in names if name.startswith("rollout/") and "shape" in name}
+    assert shapes and shapes <= SHAPES.keys()
+    before_peers = names[: names.index("loss/peers D=896 trained")]
+    assert {"memcheck", "tests/ops", "train/steps 3b", "rollout/time qwen2.5-0.5b-shape"} <= set(before_peers)
+    right_and_fast = sum(fact.seconds for fact in found[: names.index("train/tiny") + 1])
+    assert right_and_fast < 9 * 60  # expected, and commands run beside facts
 
 
-def test_memory_is_capped_at_24_gb_on_larger_cards_only(monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    assert gpu.memory_cap(16 * 2**30) == {}
-    assert gpu.memory_cap(80_000_000_000) == {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.300000"}
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    settings = "expandable_segments:True,per_process_memory_fraction:0.300000"
-    assert gpu.memory_cap(80_000_000_000) == {"PYTORCH_ALLOC_CONF": settings}
+def test_each_claim_is_a_sentence_of_the_readme_and_is_decided_by_facts(bench):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    whole = Bench(CPU, False, bench.scratch, bench.logs)
+    names = {fact.name for fact in facts.facts(whole)}
+    for claim in CLAIMS:
+        assert claim.text in readme and set(claim.facts) <= names, claim.text
 
 
-def test_the_steps_name_what_exists(tmp_path):
-    all_steps = {step.name: step for step in steps.steps(FACTS, {"CAP": "1"}, tmp_path)}
-    files = (steps.SMALL_SET, "bench/report.py", "bench/report_rollout.py", "bench/test_rollout.py")
-    assert all((ROOT / file).exists() for file in files)
-    assert {"measure", "length"} <= default_cases().keys() and "measure" in rollout_cases()
-    train = cli.parse_train(list(all_steps["train"].command[4:]))
-    assert (train.device, train.max_steps, train.model) == ("cuda", 40, "tiny")
-    sizes = [f"steps-{size}" for size in gpu_runs()]
-    assert [name for name, each in all_steps.items() if "CAP" in each.env] == ["train", "loss", "rollout", *sizes]
-    assert all(gpu_runs()[name.removeprefix("steps-")].case.model in SHAPES for name in sizes)
-    assert all(all_steps[name].command[2:4] == ["bench.gpu.training", name.removeprefix("steps-")] for name in sizes)
-    assert all_steps["build"].env == {"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": "8.9"}
+def line(name, status="ok", **found):
+    return {"fact": name, "status": status, "seconds": 1.0, **found}
 
 
-def test_the_report_of_a_test_run(tmp_path, monkeypatch):
-    (tmp_path / "test_a.py").write_text(
-        "import pytest\n"
-        "def test_good(): pass\n"
-        "@pytest.mark.parametrize('i', [0, 1])\n"
-        "def test_bad(i): raise ValueError('one is not two')\n"
-        "@pytest.mark.skip(reason='no reason')\n"
-        "def test_not(): pass\n"
-    )
-    (tmp_path / "test_b.py").write_text("import not_here_at_all\n")
-    (tmp_path / "test_c.py").write_text("import nor_this\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."]
-    done = subprocess.run([*command, "--junitxml=report.xml"], cwd=tmp_path, capture_output=True, text=True)
-    monkeypatch.setattr(steps, "TEST_PACKAGES", ("not_here_at_all",))
-    found = steps.tests_in(tmp_path / "report.xml")(done.returncode, done.stdout)
-    assert found.words == "1 passed, 3 failed, 1 skipped"
-    assert found.notes == ("1 tests or files: need not_here_at_all",)
-    unreadable, twice = sorted(found.failures, key=lambda failure: "test_a" in failure)
-    assert unreadable.startswith("test_c: ")
-    assert twice == "test_a::test_bad[0] and 1 more: ValueError: one is not two"
-    assert found.figures["failed_tests"]["ValueError: one is not two"] == ["test_a::test_bad[0]", "test_a::test_bad[1]"]
-    assert steps.tests_in(tmp_path / "none.xml")(4, "usage error").failures == ("pytest wrote no report: usage error",)
+def test_the_summary_judges_claims_and_ends_with_the_failures():
+    loss = "loss/time D=896 "
+    made_up = [
+        line("machine", device="NVIDIA H100", torch="2.11.0"),
+        line(loss + "trained", ms=10.0, floor_ms=9.0, mib_beyond_gradients=900.0, workspace_mib=512),
+        line(loss + "50% dead", ms=5.2),
+        line(loss + "frozen", ms=9.0),
+        line("rollout/exact", "failed", logprob_difference=2e-4, graphs=3, failures=["log-probs | differ"]),
+        line("loss/kernels D=896", kernels=[["sweep_kernel", 6, 3.25]]),
+        line("train/tiny", "failed", error="ValueError: almost", trace="..."),
+    ]
+    text = summary({entry["fact"]: entry for entry in made_up})
+    claims = {row.split(" | ")[0]: row.split(" | ")[1:] for row in text.splitlines() if row.startswith("| ")}
+    assert claims["| groups of equal reward never enter"] == ["yes", "0.52 of the time with half of the groups dead |"]
+    assert claims["| a frozen head gets no weight gradient"][0] == "**no**"
+    assert claims["| a bounded workspace holds a chunk of them"][0] == "not measured"
+    agreement = "| `linear_logprob` on the same tokens gives the same log-probs (1e-4 in fp32, tested)"
+    assert claims[agreement][0] == "**no**"
+    assert "- sweep_kernel x 6: 3.25" in text and text.startswith("# NVIDIA H100\n\ntorch 2.11.0.\n")
+    assert text.endswith("Failures:\n\n- rollout/exact: log-probs | differ\n- train/tiny: ValueError: almost\n")
+    many = line("tests/ops", "failed", failures=[f"test_{i}: wrong" for i in range(80)])
+    assert summary({"tests/ops": many}).endswith("- and 50 more: see facts.jsonl\n")
 
 
-def test_training_that_does_not_raise_accuracy_has_failed(tmp_path):
-    read = steps.trained(tmp_path / "summary.json")
-    assert read(2, "toolx train: no GPU.").failures == ("exit status 2: toolx train: no GPU.",)
-    record = {
-        "eval_before": 0.05, "eval_after": 0.4, "steps": 40, "sampled_tokens": 10, "wall_seconds": 61.2,
-        "peak_memory_bytes": 1.5e9,
-    }  # fmt: skip
-    for after, failures in ((0.4, ()), (0.05, ("held-out accuracy did not rise: 0.050 -> 0.050",))):
-        (tmp_path / "summary.json").write_text(json.dumps(record | {"eval_after": after}))
-        found = read(0, "")
-        assert found.failures == failures and found.figures["eval_after"] == after
-        assert f"{after:.3f} in 40 steps, 61 s, 1.50 GB of GPU memory" in found.words
+# ---- what commands print
+
+SUITE = {
+    "test_a.py": "import pytest\n"
+    "def test_good(): pass\n"
+    "@pytest.mark.parametrize('i', [0, 1])\n"
+    "def test_bad(i): raise ValueError('one is not two')\n"
+    "@pytest.mark.skip(reason='no reason')\n"
+    "def test_not(): pass\n"
+    "def test_lacking(): import not_here_at_all\n",
+    "test_b.py": "import not_here_at_all\n",
+    "test_c.py": "import nor_this\n",
+}
+
+
+@pytest.mark.parametrize("spread", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_the_reader_of_a_test_run(tmp_path, monkeypatch, spread):
+    if spread:
+        pytest.importorskip("xdist")
+    for name, text in SUITE.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(commands, "TEST_PACKAGES", ("not_here_at_all",))
+    done = subprocess.run(
+        [*commands.PYTEST, *spread, "-ra", "."], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | commands.QUIET,
+    )  # fmt: skip
+    found = commands.tested(done.returncode, done.stdout)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 3, 1)
+    assert found["left_out"] == {"not_here_at_all": 2}
+    assert set(found["failed_tests"]) == {"test_a.py::test_bad[0]", "test_a.py::test_bad[1]", "test_c.py"}
+    twice = re.compile(r"test_a.py::test_bad\[.\] and 1 more: ValueError: one is not two")
+    assert any(map(twice.match, found["failures"]))
+    cut_off = done.stdout[: done.stdout.index("===== FAILURES")]
+    found = commands.tested(None, cut_off)
+    assert found["passed"] == 1 and found["failures"][-1] == "out of time"
+    assert commands.tested(4, "usage error")["failures"] == ["pytest ended with status 4: usage error"]
 
 
 @pytest.mark.parametrize(
     "code, output, errors, failures",
     [
-        (0, "19 passed\n========= ERROR SUMMARY: 0 errors\n", 0, 0),
+        (0, "t.py::a PASSED\n========= ERROR SUMMARY: 0 errors\n", 0, 0),
         (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, 0),
         (0, "========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warnings)\n", 2, 1),
         (1, "========= ERROR SUMMARY: 0 errors\n1 failed\n", 0, 1),
         (1, "========= Error: Target application terminated before first instrumented API call\n", None, 1),
+        (None, "t.py::a PASSED\n", None, 1),
     ],
 )
 def test_reports_of_compute_sanitizer(code, output, errors, failures):
-    found = steps.sanitized(code, "========= COMPUTE-SANITIZER\n" + output)
-    assert found.figures.get("errors") == errors and len(found.failures) == failures
+    found = commands.sanitized(code, "========= COMPUTE-SANITIZER\n" + output)
+    assert found.get("errors") == errors and len(found.get("failures", ())) == failures
 
 
 def test_the_first_error_of_compute_sanitizer_is_named():
@@ -276,97 +337,23 @@ def test_the_first_error_of_compute_sanitizer_is_named():
         "=========     at sweep_kernel+0x2a0\n"
         "========= ERROR SUMMARY: 12 errors\n"
     )
-    assert steps.sanitized(0, output).failures == ("12 errors; the first: Invalid __global__ write of size 4 bytes",)
-    assert steps.sanitized(1, "========= Error: Device not supported. Refer to ...").skipped
+    assert commands.sanitized(0, output)["failures"] == [
+        "12 errors; the first: Invalid __global__ write of size 4 bytes"
+    ]
+    assert commands.sanitized(1, "========= Error: Device not supported. Refer to ...")["why"]
 
 
-def test_figures_of_the_loss_benchmark(tmp_path):
-    def measured(n, frozen, toolx_ms, wrong=False):
-        case = dict(what="both", n=n, d=896, v=151_936, dtype="bfloat16", dead=0.0, frozen=frozen)
-        ours = {"provider": "toolx", "ms": toolx_ms, "mib_beyond_gradients": 520.0, "wrong": wrong, "errors": {}}
-        return {"name": "x", "extra_info": {"case": case, "records": [ours, {"provider": "floor", "ms": 10.0}]}}
-
-    path, benchmarks = tmp_path / "loss.json", [measured(8192, False, 11.5), measured(8192, True, 11.0)]
-    path.write_text(json.dumps({"benchmarks": [*benchmarks, measured(65_536, False, 99.0)]}))
-    found = steps.timed(path)(0, "")
-    assert found.failures == ()
-    assert found.words == (
-        "time over the bare GEMMs: 1.15 (D=896, trained head), 1.10 (D=896, frozen head); 520 MiB beyond gradients at "
-        "N=65536"
-    )
-    path.write_text(json.dumps({"benchmarks": [measured(8192, False, 11.5, wrong=True)]}))
-    found = steps.timed(path)(1, "FAILED bench/test_loss.py::test_loss[y] - OutOfMemoryError\n1 failed")
-    assert found.failures[0] == "bench/test_loss.py::test_loss[y] - OutOfMemoryError"
-    assert found.failures[1].startswith("wrong: ") and len(found.failures) == 2
-    assert steps.timed(tmp_path / "none.json")(4, "usage").failures == ("exit status 4: usage",)
+def test_sanitizers_run_without_graphs(monkeypatch):
+    monkeypatch.setattr(commands.shutil, "which", lambda name: "/cuda/bin/compute-sanitizer")
+    watched = commands.sanitizer("memcheck", 60, toy=False)
+    plugin = watched.command[watched.command.index("bench.gpu.eager") - 1 :][:2]
+    assert plugin == ["-p", "bench.gpu.eager"] and watched.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    code = "import bench.gpu.eager; from toolx_kernels.rollout import engine; print(engine.capture_cuda_graph)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
 
 
-def test_figures_of_the_rollout_benchmark(tmp_path):
-    continuous = "transformers continuous batching"
-
-    def measured(model, peer):
-        case = dict(model=model, dtype="bfloat16", prompts=32, length=1000, n=10, new=256, kv_duplicated_mib=400.0)
-        floor = dict(ms=2.0, gemms_ms=1.5, kv_ms=0.5, bytes_ms=1.0, bandwidth_gb_s=3000.0, kv_mib=1.0, weight_mib=1.0)
-        ours = {"provider": "toolx", "tokens_per_s": 40_000.0, "step_ms": 2.5, "kv_mib": 100.0}
-        info = {"rollout_case": case, "floor": floor, "versions": {}}
-        return {"name": "x", "extra_info": info | {"rollout": [ours, {"provider": continuous} | peer]}}
-
-    path = tmp_path / "rollout.json"
-    both = [measured("small", {"tokens_per_s": 10_000.0}), measured("large", {"absent": "9 of 10 tokens after 30 s"})]
-    path.write_text(json.dumps({"benchmarks": [*both, {"name": "test_kv_write", "extra_info": {}}]}))
-    found = steps.sampled(path)(0, "")
-    assert found.failures == () and found.notes == (f"{continuous}: 9 of 10 tokens after 30 s",)
-    assert found.words == (
-        "small: 40,000 tokens/s, 40% of the bandwidth floor, transformers' continuous batching 4.0 times slower; "
-        "large: 40,000 tokens/s, 40% of the bandwidth floor, transformers' continuous batching absent "
-        "(9 of 10 tokens after 30 s)"
-    )
-    assert found.figures["small"]["continuous_batching_slower"] == 4 and found.figures["small"]["kv_share"] == 0.25
-    failed = steps.sampled(path)(1, "FAILED bench/test_rollout.py::test_rollout[y] - OutOfMemoryError\n1 failed")
-    assert failed.failures == ("bench/test_rollout.py::test_rollout[y] - OutOfMemoryError",)
-    assert steps.sampled(tmp_path / "none.json")(4, "usage").failures == ("exit status 4: usage",)
-
-
-def test_the_steps_of_a_shape_at_a_tiny_one(tmp_path):
-    run = Run(Case("tiny", 3, 100, 4, 6, "bfloat16", rounds=2), "adamw")
-    found = take_steps(run, DEVICE)
-    assert len(found["steps_s"]) == 3 and 0 < sum(found["rollouts_s"]) < sum(found["steps_s"])
-    # each prompt once: 96, 100 and 104 tokens, in which a word takes several
-    assert all(3 * (96 + 4 * 5) - 12 <= tokens <= 3 * (100 + 4 * 5) for tokens in found["trained_tokens"])
-    assert all(norm > 0 for norm in found["grad_norms"]) and 0 < found["moved"] < 1
-    assert found["measured_bytes"] > found["planned_bytes"] * (0.5 if DEVICE.type == "cuda" else 1)  # of all of Python
-    (tmp_path / "found.json").write_text(json.dumps(found | {"planned_by_measured": 1.05}))
-    told = steps.stepped(tmp_path / "found.json")(0, "")
-    assert told.words.startswith("tiny, adamw: ") and told.failures == () and told.figures["steps_s"]
-
-
-@pytest.mark.parametrize(
-    "change, failure",
-    [
-        ({"planned_by_measured": 0.89}, "planned 8.90 GB, measured 10.00 GB"),
-        ({"planned_by_measured": 1.11}, "planned 8.90 GB, measured 10.00 GB"),
-        ({"moved": 0.0}, "no weight moved in 2 steps with adamw_offload"),
-    ],
-)
-def test_a_plan_far_off_and_weights_that_stay_have_failed(tmp_path, change, failure):
-    found = {
-        "model": "some-shape", "optim": "adamw_offload", "steps_s": [9.0, 7.0], "step_s": 7.0, "moved": 0.1,
-        "trained_tokens": [113_600], "planned_bytes": 8_900_000_000, "measured_bytes": 10_000_000_000,
-        "planned_by_measured": 0.95,
-    }  # fmt: skip
-    path = tmp_path / "found.json"
-    path.write_text(json.dumps(found))
-    told = steps.stepped(path)(0, "")
-    assert told.failures == () and told.words == (
-        "some-shape, adamw_offload: 7.0 s a step, 113,600 tokens in its training pass; planned 8.90 GB, "
-        "measured 10.00 GB; 10.0% of weights moved"
-    )
-    path.write_text(json.dumps(found | change))
-    assert steps.stepped(path)(0, "").failures == (f"some-shape: {failure}",)
-    path.unlink()
-    assert steps.stepped(path)(1, "torch.OutOfMemoryError: none left").failures == (
-        "exit status 1: torch.OutOfMemoryError: none left",
-    )
+# ---- training
 
 
 def test_the_peak_survives_that_others_set_it_back(monkeypatch):
@@ -380,12 +367,14 @@ def test_the_peak_survives_that_others_set_it_back(monkeypatch):
     assert peak.bytes == 9 and resets == [None, "cuda:0", None]
 
 
-def test_the_build_must_be_in_use_where_there_is_nvcc(monkeypatch):
-    monkeypatch.setattr(_library, "compiled_error", None)
-    monkeypatch.setattr(_library, "_compiled_ops", {"kv_write": {"CPU", "CUDA"}})
-    monkeypatch.setattr(_library, "_has_kernel", lambda name, device: True)
-    read = steps.doctor(nvcc="13.0")
-    assert read(0, toolx_doctor.report()) == Findings("built for CPU and CUDA")
-    monkeypatch.setattr(_library, "_compiled_ops", {"kv_write": {"CPU"}})
-    assert "are not in use: Compiled part: built for the CPU." in read(0, toolx_doctor.report()).failures[0]
-    assert steps.doctor(nvcc=None)(0, toolx_doctor.report()).failures == ()
+def test_training_may_take_24_gb_of_a_larger_card(monkeypatch):
+    class Card:
+        total_memory = 80_000_000_000
+
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    with capped(torch.device("cuda")):
+        assert fractions == [0.3]
+    assert fractions == [0.3, 1.0]

@@ -1,0 +1,137 @@
+"""The facts that processes of their own find: the build, the tests, and the tests under NVIDIA's compute-sanitizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from bench.gpu.runner import Command, last_line
+
+# The tests use them, the package does not: where one is absent, the tests that need it are left out and named.
+TEST_PACKAGES = ("build", "datasets", "hypothesis", "ruff", "scipy", "torchao", "trl", "wheel")
+EVERY_OP = "tests/test_every_op.py"
+# racecheck reports hazards inside NVIDIA's own matrix kernels and needs minutes for each of them.
+LIBRARY_KERNELS = "kns=gemm,kns=cublas,kns=cutlass,kns=nvjet"
+LISTED_FAILURES = 40
+
+
+def build(capability: str, *, toy: bool) -> Command:
+    """The extension for this GPU, in place; it takes CPU time alone and runs beside the first facts."""
+    return Command(
+        "build", 60, [sys.executable, "setup.py", "build_ext", "--inplace", "--force"], exit_status,
+        env={"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": "8"}, beside="machine",
+        skip="toy: the extension is left as it is" if toy else "",
+    )  # fmt: skip
+
+
+def tests(name: str, seconds: float, *selection: str, workers: int, beside: str = "") -> Command:
+    """A part of the test suite, in as many processes as are of use where pytest-xdist is installed."""
+    spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    return Command(name, seconds, [*PYTEST, *spread, *selection], tested, env=QUIET, beside=beside)
+
+
+def sanitizer(tool: str, seconds: float, *options: str, toy: bool) -> Command:
+    """Every op under one tool; each error that it reports is a failure.
+
+    Except for errors of CUDA API calls: libraries look for newer functions than the driver has, and go on without.
+    """
+    next_to_nvcc = Path("/usr/local/cuda/bin/compute-sanitizer")
+    binary = shutil.which("compute-sanitizer") or (str(next_to_nvcc) if next_to_nvcc.exists() else None)
+    skip = "" if binary else "there is no compute-sanitizer here: it comes with the CUDA toolkit"
+    return Command(
+        tool,
+        seconds,
+        [
+            str(binary), "--tool", tool, "--target-processes", "application-only", "--print-limit", "20",
+            "--report-api-errors", "no", *options, *PYTEST, "-p", "bench.gpu.eager", EVERY_OP,
+        ],
+        sanitized,
+        # Without torch's cache every tensor is an allocation of its own, whose bounds the tool can see. Such an
+        # allocation is forbidden while a graph is captured, hence bench.gpu.eager.
+        env=QUIET | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        skip="toy: there is no GPU to watch" if toy else skip,
+    )  # fmt: skip
+
+
+PYTEST = (
+    sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+    "-o", "faulthandler_timeout=60",  # a kernel that hangs cannot be interrupted: this names the test
+)  # fmt: skip
+QUIET = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+
+
+def exit_status(code: int | None, output: str) -> dict:
+    """Of a command that says all with its exit status."""
+    if code == 0:
+        return {}
+    return {"failures": [f"{'out of time' if code is None else f'exit status {code}'}: {last_line(output)}"]}
+
+
+def tested(code: int | None, output: str) -> dict:
+    """Counts what pytest -v printed, so that a run that was ended counts too.
+
+    A test that only lacks one of TEST_PACKAGES is left out, not failed.
+    """
+    outcomes = {}
+    for line in output.splitlines():
+        if found := re.match(r"\[gw\d+\](?: \[ *\d+%\])? (PASSED|FAILED|ERROR|SKIPPED) (.+?)\s*$", line):
+            outcomes[found[2]] = found[1]
+        elif found := re.match(r"(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
+            outcomes[found[1]] = found[2]
+    reasons = {name: why for _, name, why in re.findall(r"^(FAILED|ERROR) (.+?)(?: - (.*))?$", output, re.MULTILINE)}
+    for name in reasons:
+        outcomes.setdefault(name, "ERROR")  # a file that could not be read
+    counts, absent, failed = Counter(), Counter(), defaultdict(list)
+    for name, outcome in outcomes.items():
+        why = reasons.get(name, "")
+        if outcome in ("PASSED", "SKIPPED"):
+            counts[outcome.lower()] += 1
+        elif package := lacking(why or text_of(name, output)):
+            absent[package] += 1
+        else:
+            counts["failed"] += 1
+            failed[why[:160]].append(name)
+    failures = [  # one cause may fail many tests
+        names[0] + (f" and {len(names) - 1} more" if names[1:] else "") + f": {why}" for why, names in failed.items()
+    ]
+    if code is None:
+        failures.append("out of time")
+    elif code not in (0, 1) or not outcomes:
+        failures.append(f"pytest ended with status {code}: {last_line(output)}")
+    named = [name for names in failed.values() for name in names]
+    found = {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": failures[:LISTED_FAILURES]}
+    return found | ({"left_out": dict(absent)} if absent else {}) | ({"failed_tests": named} if named else {})
+
+
+def text_of(name: str, output: str) -> str:
+    """What pytest printed of a file that could not be read, or of a failed test, up to the next headline."""
+    found = re.search(rf"^_+ .*{re.escape(name.rpartition('::')[2])} _+$(.*?)(?=^[_=]{{5}}|\Z)", output, re.M | re.S)
+    return found[1] if found else ""
+
+
+def lacking(text: str) -> str | None:
+    """The package of TEST_PACKAGES whose absence the text of a failure names."""
+    named = set(re.findall(r"No module named '?(\w+)", text))
+    return next((p for p in TEST_PACKAGES if p in named and importlib.util.find_spec(p) is None), None)
+
+
+def sanitized(code: int | None, output: str) -> dict:
+    if "Device not supported" in output:
+        return {"why": "compute-sanitizer does not support this device or its virtual machine"}
+    tests_found = {k: v for k, v in tested(code, output).items() if k != "failures"}
+    reports = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", output, re.MULTILINE)
+    if not reports:
+        status = "out of time" if code is None else f"no report, status {code}: {last_line(output)}"
+        return tests_found | {"failures": [status]}
+    errors = sum(int(count) for report in reports for count in re.findall(r"(\d+) errors?\b", report))
+    found = tests_found | {"errors": errors, "report": reports[-1]}
+    failures = [] if code == 0 else [f"exit status {code}: {last_line(output)}"]
+    if errors:
+        kinds = r"^=+ ((?:Error: )?(?:Invalid|Uninitialized|Race|Program|Misaligned).*)$"
+        first = re.search(kinds, output, re.MULTILINE)
+        failures.insert(0, f"{errors} errors; the first: {first[1] if first else reports[0]}")
+    return found | ({"failures": failures} if failures else {})

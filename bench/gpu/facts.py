@@ -1,0 +1,97 @@
+"""What ``make gpu`` finds, in the order of its worth: right before fast, ours before peers, rarities last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bench.gpu import commands, loss, rollout, training
+from bench.gpu.machine import nvcc_version
+from bench.gpu.runner import Bench, Command, Fact
+from bench.providers import Toolx
+from toolx_kernels import _library, doctor
+from toolx_kernels.ops import tiles
+from toolx_kernels.ops.tiles import TritonTile
+
+
+def facts(bench: Bench) -> Sequence[Fact | Command]:
+    """Everything there is to find; see ``Fact`` and ``Command``. A new measurement is one more line here."""
+    toy, gpu = bench.toy, bench.device.type == "cuda"
+    chip = torch.cuda.get_device_capability() if gpu else (9, 0)
+    every_op = [commands.EVERY_OP, *(["-k", "kv_write"] if toy else [])]
+    suite = [] if toy else [
+        commands.tests("tests/ops", 120, "tests/ops", "--ignore=tests/ops/test_cross_compile.py", workers=12),
+        commands.tests("tests/rollout", 60, "tests/rollout", workers=8),
+    ]  # fmt: skip
+    rest = [] if toy else [
+        commands.tests("tests/train", 150, "tests/train", workers=12),
+        commands.tests("tests/toolcall", 60, "tests/toolcall", workers=12),
+    ]  # fmt: skip
+    table = tiles.triton_tile(chip, 2)
+    candidates = [table, *(tile for tile in CANDIDATES if tile != table)] if gpu else []
+    found = [
+        Fact("compiled part", 3, compiled_part),
+        # right
+        loss.exact(torch.bfloat16),
+        loss.exact(torch.float32),
+        loss.exact(torch.float16),
+        Fact("rollout/exact", 15, rollout.exact),
+        commands.tests("tests/every op", 70, *every_op, workers=1 if toy else 6, beside="loss/exact bf16"),
+        # fast
+        *(loss.timed(d, frozen=frozen) for d in (896, 1536) for frozen in (False, True)),
+        loss.half_dead(896),
+        Fact("loss/waits", 3, loss.waits),
+        loss.kernels(896),
+        loss.kernels(1536),
+        Fact("rollout/first call", 25, rollout.first_call),
+        rollout.timed(rollout.QWEN_05B, seconds=20),
+        Fact("rollout/kernels", 8, rollout.kernels),
+        Fact("rollout/ragged", 10, rollout.ragged),
+        training.steps("0.5b", 60),
+        Fact("train/tiny", 90, training.tiny),
+        # whole
+        commands.sanitizer("memcheck", 70, toy=toy),
+        *suite,
+        loss.timed(896, (Toolx,), n=65_536, seconds=10, rounds=3, label="length"),
+        *(loss.tile(tile) for tile in candidates),
+        training.steps("1.5b", 60),
+        training.steps("3b", 90),
+        loss.timed(4096),
+        loss.timed(896, what="forward"),
+        loss.timed(896, dtype="float32", n=2048),
+        # beside others
+        loss.peers(896),
+        loss.peers(1536),
+        rollout.peers(rollout.QWEN_05B),
+        rollout.timed(replace(rollout.QWEN_05B, model="qwen2.5-1.5b-shape"), seconds=40),
+        # picky and slow
+        commands.sanitizer("racecheck", 90, "--kernel-name-exclude", commands.LIBRARY_KERNELS, toy=toy),
+        commands.sanitizer("initcheck", 90, toy=toy),
+        *rest,
+    ]
+    return [fact for fact in found if not (toy and re.search(SAME_AT_TOY_SIZE, fact.name))]
+
+
+SAME_AT_TOY_SIZE = r"D=1536|D=4096|N=2048|1\.5b|3b$"  # as another fact
+
+
+CANDIDATES = (
+    TritonTile(128, 128, 64, 8, 3), TritonTile(128, 128, 64, 8, 4), TritonTile(128, 128, 64, 4, 3),
+    TritonTile(128, 128, 32, 8, 3), TritonTile(128, 256, 64, 8, 3), TritonTile(128, 256, 64, 8, 4),
+    TritonTile(256, 128, 64, 8, 3), TritonTile(64, 128, 64, 4, 4), TritonTile(64, 256, 64, 4, 4),
+)  # fmt: skip
+
+
+def compiled_part(bench: Bench) -> dict:
+    """The backend of every op; with nvcc at hand the CUDA kernels must be in use."""
+    words = next(part for part in doctor.report().split("\n\n") if part.startswith("Compiled part: "))
+    in_use = any(each["CUDA"] == _library.COMPILED["CUDA"] for each in _library.backends().values())
+    wrong = bench.device.type == "cuda" and nvcc_version() and not in_use
+    return {
+        "words": words.partition("\n")[0].removeprefix("Compiled part: "),
+        "backends": {op: each["CUDA"] for op, each in sorted(_library.backends().items())},
+        "failures": [f"the compiled CUDA kernels are not in use: {words}"] if wrong else [],
+    }

@@ -1,0 +1,134 @@
+"""What a GPU makes of the rollout engine: right or wrong, tokens per second, its step over the floor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
+
+from bench import measure, measure_rollout
+from bench.gpu.loss import profiled
+from bench.gpu.runner import Bench, Fact
+from bench.plain_benchmark import PlainBenchmark
+from bench.rollout_providers import PEERS, Sampler, ToolxCompiled
+from bench.rollout_work import Case, make_prompts, model_of
+from toolx_kernels import RolloutEngine, SamplingParams, linear_logprob
+
+QWEN_05B = Case("qwen2.5-0.5b-shape", 32, 1000, 10, 256, limit_s=30.0)
+TOY = Case("tiny", 2, 20, 3, 6)
+
+
+def exact(bench: Bench) -> dict:
+    """Greedy tokens as ``generate`` has them; the sampler's log-probs as ``linear_logprob`` has them; fp32."""
+    sizes = dict(
+        vocab_size=20_011, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    if bench.toy:
+        sizes |= dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    failures, worst, graphs = [], 0.0, 0
+    for config in (LlamaConfig(**sizes), Qwen2Config(**sizes)):
+        torch.manual_seed(0)
+        with bench.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model.generation_config = GenerationConfig()
+        g = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(3, sizes["vocab_size"], (n,), generator=g).tolist() for n in (9, 33, 50)]
+        engine = RolloutEngine(model)
+        new = 6 if bench.toy else 24
+        greedy = engine.generate(prompts, 1, SamplingParams(new, temperature=0.0))
+        for group in greedy:
+            ids = torch.tensor([group.prompt_ids], device=bench.device)
+            config_ = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config_)
+            if theirs[0, ids.shape[1] :].tolist() != list(group.completions[0].ids):
+                failures.append(f"{config.model_type}: greedy tokens differ from generate's")
+        for group in engine.generate(prompts, 4, SamplingParams(new, temperature=0.8)):
+            for completion in group.completions:
+                ids = torch.tensor([[*group.prompt_ids, *completion.ids]], device=bench.device)
+                with torch.no_grad():
+                    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                    start = len(group.prompt_ids)
+                    now = linear_logprob(
+                        hidden[start - 1 : -1], model.lm_head.weight, ids[0, start:], temperature=0.8
+                    ).logprobs.cpu()  # fmt: skip
+                worst = max(worst, float((now - torch.tensor(completion.logprobs)).abs().max()))
+        graphs += len(engine.runner.graphs)
+    if not worst <= 1e-4:
+        failures.append(f"log-probs differ from linear_logprob's by {worst:.2g}")
+    if bench.device.type == "cuda" and not graphs:
+        failures.append("no CUDA graph is in use")
+    return {"logprob_difference": worst, "graphs": graphs, "failures": failures}
+
+
+def first_call(bench: Bench) -> dict:
+    """Of a fresh engine, kernels to compile and graphs to capture included; then the same again."""
+    case = TOY if bench.toy else QWEN_05B
+    model, tokens = model_of(case.model, case.dtype, bench.device), min(case.new, 64)
+    engine, seconds = RolloutEngine(model), []
+    for seed in range(2):
+        prompts = make_prompts(case, model.get_output_embeddings().weight.shape[0], seed)
+        began = time.perf_counter()
+        engine.generate(prompts, case.n, SamplingParams(tokens))
+        seconds.append(round(time.perf_counter() - began, 3))
+    return {"first_s": seconds[0], "again_s": seconds[1], "graphs": len(engine.runner.graphs), "tokens": tokens}
+
+
+def timed(
+    case: Case, peers: Sequence[type[Sampler]] = (), *, seconds: float = 40, rounds: int = 2, label: str = "time"
+) -> Fact:
+    """Whole calls of ours and peers in turn, the floor of a decode step, and KV memory."""
+
+    def find(bench: Bench) -> dict:
+        its_case = TOY if bench.toy else case
+        benchmark = PlainBenchmark()
+        kinds = peers if bench.device.type == "cuda" else ()
+        records = measure_rollout.measure(benchmark, its_case, kinds, bench.device, rounds)
+        ours, floor = records[0], benchmark.extra_info["floor"]
+        found = {name: ours[name] for name in ("tokens_per_s", "step_ms", "prefill_s", "whole_s", "kv_mib", "peak_mib")}
+        found |= {
+            "step_to_floor": round(ours["step_ms"] / floor["ms"], 2),
+            "share_of_bandwidth": round(floor["bytes_ms"] / ours["step_ms"], 3),
+            "kv_share": round(ours["kv_mib"] / benchmark.extra_info["rollout_case"]["kv_duplicated_mib"], 3),
+            "note": ours["note"],
+            "floor": floor,
+        }
+        return found | ({"others": records[1:]} if records[1:] else {})
+
+    return Fact(f"rollout/{label} {case.model}", seconds, find)
+
+
+def peers(case: Case) -> Fact:
+    return timed(case, (ToolxCompiled, *PEERS), seconds=80, rounds=1, label="peers")
+
+
+def kernels(bench: Bench) -> dict:
+    """Where the time of four decode steps goes, kernel by kernel, sampling included."""
+    case = TOY if bench.toy else QWEN_05B
+    model = model_of(case.model, case.dtype, bench.device)
+    engine = RolloutEngine(model)
+    prompts = make_prompts(case, model.get_output_embeddings().weight.shape[0], 0)
+    for new in (1, 5, 5):  # prefixes are in the pool afterwards, and graphs are captured
+        engine.generate(prompts, case.n, SamplingParams(new))
+    return profiled(lambda: engine.generate(prompts, case.n, SamplingParams(5)), bench, listed=24)
+
+
+def ragged(bench: Bench) -> dict:
+    """Rows that end at different times, as in training: the batch runs dry, and its size changes all along."""
+    case = TOY if bench.toy else replace(QWEN_05B, length=300)
+    model = model_of(case.model, case.dtype, bench.device)
+    limits = [max(1, case.new * (place + 1) // case.prompts) for place in range(case.prompts)]
+    engine, seconds = RolloutEngine(model), []
+    for seed in range(4):
+        prompts = make_prompts(case, model.get_output_embeddings().weight.shape[0], seed)
+        call = lambda: engine.generate(prompts, case.n, SamplingParams(case.new), limits=limits)  # noqa: E731, B023
+        seconds.append(round(measure.seconds(call, bench.device), 3))
+    tokens = case.n * sum(limits)
+    return {
+        "calls_s": seconds,
+        "tokens_per_s": round(tokens / seconds[-1]),
+        "graphs": len(engine.runner.graphs) if bench.device.type == "cuda" else 0,
+    }
