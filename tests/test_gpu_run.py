@@ -115,7 +115,7 @@ def test_nothing_stops_the_next_fact_and_all_outcomes_are_told_apart(bench):
     ]  # fmt: skip
     assert found["good"]["share"] == 0.25 and found["raises"]["error"] == "ValueError: almost"
     assert found["bad command"]["failures"] == ["exit status 1: the reason"] and found["progress"]["words"] == "done"
-    hung = found_of([command("hangs", HANGS, 0.1, read_hang)], bench, seconds=1.5)["hangs"]
+    hung = found_of([command("hangs", HANGS, 0.1, read_hang)], bench, seconds=4.0)["hangs"]
     assert hung["failures"] == ["out of time"] and "written after the interrupt" in hung["output"]
     assert not running(hung["output"].split()[1])
 
