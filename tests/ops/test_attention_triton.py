@@ -7,6 +7,7 @@ import torch
 
 from tests.ops.attention_cases import make_case
 from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton, poisoned  # noqa: F401 (a fixture)
+from tests.ops.launches import Launches
 from tests.ops.test_attention import CASES
 from tests.test_library import assert_same_bits, expected_caches, kv_case
 from toolx_kernels import reference
@@ -143,7 +144,7 @@ def test_shared_prefixes_in_splits(monkeypatch, poisoned, splits, dtype):  # noq
 
 def test_a_window_over_more_siblings_than_are_looked_at_together(monkeypatch):
     arguments, groups = make_groups([16], [[(19 - i, 1) for i in range(19)]], 16)
-    monkeypatch.setattr(attention_triton, "LARGEST_BLOCK_U", 16)
+    monkeypatch.setattr(attention_triton, "BLOCK_U", 16)
     assert_agrees(run(arguments, groups, window=5), arguments, window=5)
 
 
@@ -225,17 +226,6 @@ def test_a_cache_that_is_not_contiguous_is_refused():
         run([query, keys.mT.contiguous().mT, *others])
 
 
-class Recorded:
-    """In place of a kernel: the grids that it would be launched on."""
-
-    def __init__(self):
-        self.grids = []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return lambda *arguments, **options: None
-
-
 def forbid_waiting(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the host asked the device for a value")
@@ -244,21 +234,42 @@ def forbid_waiting(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, fail)
 
 
+def watch_launches(monkeypatch) -> dict[str, Launches]:
+    kernels = {}
+    for name in ("kv_write_kernel", "attention_kernel", "merge_kernel"):
+        kernels[name] = Launches(getattr(attention_triton, name))
+        monkeypatch.setattr(attention_triton, name, kernels[name])
+    return kernels
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_launch_depends_on_no_value_of_the_device(monkeypatch, grouped):
     force_splits(monkeypatch, 2)
     arguments, groups = make_groups(*GROUPS["decode"], 16)
-    kernels = {name: Recorded() for name in ("attention_kernel", "merge_kernel")}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(attention_triton, name, kernel)
+    kernels = watch_launches(monkeypatch)
     with monkeypatch.context() as patch:
         forbid_waiting(patch)
         for tensor in (*arguments[3:], *groups):
             attention_triton.paged_attention(*arguments, *(groups if grouped else NO_GROUPS), 3, 0.3, 0.0, 5)
             tensor.zero_()
-    for kernel in kernels.values():
+    for kernel in (kernels["attention_kernel"], kernels["merge_kernel"]):
         per_call = len(kernel.grids) // 5
         assert per_call and kernel.grids == kernel.grids[:per_call] * 5
+
+
+def test_a_batch_that_runs_dry_compiles_nothing_anew(monkeypatch):
+    monkeypatch.setattr(attention_triton, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_triton, "_n_processors", lambda device: 132)
+    kernels = watch_launches(monkeypatch)
+    cache, numbers = torch.empty(4, 16, 2, 64, device=DEVICE), torch.empty(600, dtype=torch.int32, device=DEVICE)
+    for rows in (512, 320, 100, 33, 16, 7, 2, 1):
+        n = numbers[:rows]
+        query, key = (torch.empty(rows, heads, 64, device=DEVICE) for heads in (14, 2))
+        attention_triton.kv_write(key, key, cache, cache, n.long())
+        arguments = query, cache, cache, n[:, None], n, numbers[: rows + 1], numbers[: rows // 10 + 2], n
+        attention_triton.paged_attention(*arguments, 16, 0.3, 0.0, 0)
+    variants = {name: len(kernel.variants) for name, kernel in kernels.items()}
+    assert variants == {"kv_write_kernel": 1, "attention_kernel": 2, "merge_kernel": 1}  # a prefix, and what follows
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")

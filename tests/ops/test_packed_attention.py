@@ -1,6 +1,7 @@
 """Who sees whom in a pack, by blocks and by FlexAttention's block mask, against the rule written out in loops."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,14 @@ def test_a_gpu_repeats_flex_to_the_bit(flex, dtype):
     first, again = (with_gradients(context.attend(0, *inputs, SCALE, 0.0, 9), inputs, upstream) for _ in range(2))
     assert not packed_attention._flex_gone and context.flex_masks
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+def test_packs_below_two_blocks_take_dense_ones_and_compile_nothing():
+    """So that checking a model, with a few tokens, does not."""
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    for n_tokens, flex in ((6, False), (2 * FLEX_BLOCK - 1, False), (2 * FLEX_BLOCK, True)):
+        on_gpu.shape = (n_tokens, 4, 64)
+        assert packed_attention._flex_applies(on_gpu) == flex
 
 
 def test_a_cpu_and_float64_take_dense_blocks():

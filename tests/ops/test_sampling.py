@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton, poisoned  # noqa: F401 (a fixture)
+from tests.ops.launches import Launches
 from toolx_kernels import _library, linear_logprob, reference
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops import sampling, tiles
@@ -382,3 +383,21 @@ def test_registered_properly():
     arguments = (hidden.contiguous(), weight, streams(5), 0.7, None, 0.0, *outputs)
     torch.library.opcheck(torch.ops.toolx.sample_sweep.default, arguments)
     torch.library.opcheck(torch.ops.toolx.add_gumbel.default, (torch.zeros(5, 37, device=DEVICE), streams(5)))
+
+
+@needs_triton
+def test_rows_choose_among_three_kernels(monkeypatch):
+    from toolx_kernels.ops import sampling_triton
+
+    kernels = {name: Launches(getattr(sampling_triton, name)) for name in ("sample_kernel", "join_samples_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(sampling_triton, name, kernel)
+    monkeypatch.setattr(sampling_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for rows in (512, 320, 100, 33, 32, 17, 16, 7, 2, 1):
+        hidden, weight, _ = make(rows, 64, 300)
+        tokens, stats = torch.empty(rows, dtype=torch.int64, device=DEVICE), torch.empty(3, rows, device=DEVICE)
+        sampling_triton.sample_sweep(hidden, weight, streams(rows), 1.0, None, 0.0, tokens, stats, None)
+    assert {name: len(kernel.variants) for name, kernel in kernels.items()} == {
+        "sample_kernel": 3, "join_samples_kernel": 1
+    }  # fmt: skip

@@ -23,7 +23,7 @@ from toolx_kernels.ops.sweep_triton import INTERPRETED, LOG2_E, _capped
 
 EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
 LARGEST_HEAD = 256
-LARGEST_BLOCK_U = 512  # rows or groups that are looked at together
+BLOCK_U = 512  # rows or groups that are looked at together; as many for any batch, or each would compile its own kernel
 
 
 class AttentionTile(NamedTuple):
@@ -279,7 +279,7 @@ def paged_attention(
         "KV_HEADS": kv_heads, "SHARING": sharing, "D": dim, "BLOCK_D": block_d,
         "PAGE_SIZE": key_cache.shape[1], "PRECISION": dot_precision(query.element_size(), block_d),
         "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0, "GROUPED": grouped,
-        "BLOCK_U": min(LARGEST_BLOCK_U, max(16, triton.next_power_of_2(n_rows))),
+        "BLOCK_U": BLOCK_U,
     }  # fmt: skip
 
     # (units, the most queries that one has for all that is known here)

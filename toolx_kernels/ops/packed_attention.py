@@ -22,6 +22,7 @@ from toolx_kernels.ops.attention import masked_attention
 from toolx_kernels.ops.rows import Picks, take_rows
 
 FLEX_BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or leaves out
+FLEX_LEAST_TOKENS = 2 * FLEX_BLOCK  # of a pack; in fewer there is no block to leave out that is worth a compilation
 FLEX_LEAST_DIM = 16  # of a head, below which FlexAttention has no kernel
 PADDED_WORK = 1.5  # scores computed at most, as a multiple of those of the blocks, when blocks are padded to one size
 NO_WINDOW = 2**30  # positions
@@ -291,7 +292,8 @@ def _compiled_flex(*arguments, **options) -> Tensor:
 
 
 def _flex_applies(query: Tensor) -> bool:
-    fits = query.dtype != torch.float64 and query.shape[-1] >= FLEX_LEAST_DIM
+    n_tokens, _, dim = query.shape
+    fits = query.dtype != torch.float64 and n_tokens >= FLEX_LEAST_TOKENS and dim >= FLEX_LEAST_DIM
     return query.is_cuda and fits and not _flex_gone
 
 

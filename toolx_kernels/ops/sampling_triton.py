@@ -164,7 +164,7 @@ def sample_sweep(
         return
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     capability = None if INTERPRETED else torch.cuda.get_device_capability(hidden.device)
-    tile = tiles.sampling_tile(capability, dtype.itemsize, n_rows)
+    tile = tiles.sampling_tile(capability, dtype.itemsize, n_rows)  # one of three: all that is compiled by the rows
     n_tiles = triton.cdiv(vocab_size, tile.block_v)
     partials = stats.new_empty(5, n_tiles, n_rows)
     chosen = tokens.new_empty(n_tiles, n_rows, dtype=torch.int32)
