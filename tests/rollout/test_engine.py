@@ -161,7 +161,7 @@ class FakeGraph:
 
     made = 0
 
-    def __init__(self, step, buffer, memory):
+    def __init__(self, step, buffer, memory, stream):
         FakeGraph.made += 1
         self.step, self.buffer = step, buffer
 
@@ -189,6 +189,22 @@ def test_steps_in_buckets_give_what_exact_ones_give(architecture, monkeypatch):
     made = FakeGraph.made
     engine.generate(prompts(), 3, WARM)
     assert FakeGraph.made > made, "weights that moved are no longer where the graph reads them"
+
+
+def test_sizes_are_captured_when_they_come_for_the_third_time():
+    engine = RolloutEngine(small_model("llama"), max_pages=8)
+    engine.generate([[5]], 1, SamplingParams(1))
+    engine.runner.capture, FakeGraph.made = FakeGraph, 0
+    two_steps = SamplingParams(3)
+    engine.generate([[5]], 1, two_steps)
+    assert FakeGraph.made == 0
+    engine.generate([[5]], 1, two_steps)
+    assert FakeGraph.made == 1
+    engine.generate([[5]] * 3, 1, two_steps)
+    assert FakeGraph.made == 1 and len(engine.runner.graphs) == 1
+    engine.runner._baked = ()  # as when the pool moved
+    engine.generate([[5]], 1, two_steps)
+    assert FakeGraph.made == 2, "it has come often enough"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -445,6 +461,15 @@ def test_the_pool_is_kept_and_grows():
     expected = ids(RolloutEngine(engine.model, page_size=8).generate(prompts((40, 40)), 4, GREEDY))
     assert ids(engine.generate(prompts((40, 40)), 4, GREEDY)) == expected
     assert engine.pool is kept and kept.n_pages > small
+
+
+def test_the_pool_grows_seldom():
+    """Each time the graphs that read it are lost."""
+    engine, seen = RolloutEngine(small_model("llama"), page_size=4), set()
+    for n in range(1, 10):
+        engine.generate([[5] * 40], n, SamplingParams(8, stop_token_ids=range(VOCAB)))
+        seen.add(engine.pool.n_pages)
+    assert seen == {16, 32}  # 12 to 28 are wanted
 
 
 @pytest.mark.parametrize(

@@ -217,12 +217,17 @@ def test_a_prompt_is_read_once_for_siblings_that_start_later():
     assert inputs.cu_groups.tolist() == [0, 2, 4] and inputs.prefix_lens.tolist() == [8] * 4
 
 
+def test_a_batch_that_runs_dry_meets_few_buckets():
+    assert len({bucket(Sizes(rows, 1, 1, 1)).rows for rows in range(1, 513)}) == 14
+    assert len({bucket(Sizes(320, 32, 80, siblings)).siblings for siblings in range(1, 100)}) == 3
+
+
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 300), st.integers(1, 100))
 def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
     exact = Sizes(rows, min(rows, groups), width, siblings)
     sizes = bucket(exact)
     assert all(have >= need for have, need in zip(sizes[:3], exact[:3], strict=True))
     assert sizes.siblings >= min(siblings, 64)
-    assert sizes.rows <= 1.25 * rows
+    assert sizes.rows < 2 * rows and sizes.rows < rows + 64
     assert sizes.groups > exact.groups or sizes.rows == rows
     assert bucket(sizes._replace(groups=1)).rows == sizes.rows

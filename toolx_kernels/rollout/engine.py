@@ -25,6 +25,7 @@ from toolx_kernels.rollout.pages import (
     pages_wanted,
     physical_memory,
     pool_budget,
+    power_of_two,
 )
 from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
 from toolx_kernels.rollout.scheduler import Chunk, Row, Scheduler
@@ -309,7 +310,8 @@ class RolloutEngine:
         else:
             memory = physical_memory()
         budget = pool_budget(memory, self._device.type) // (token_bytes * self.page_size)
-        return max(least, min(wanted, budget, self._most_pages)), least
+        # one that grows moves, and the CUDA graphs that read it are lost: it grows seldom
+        return max(least, min(power_of_two(wanted), budget, self._most_pages)), least
 
     def _pages_of_row(self, prompt: int, limit: int) -> int:
         return pages_of_row(prompt, limit, self.page_size)

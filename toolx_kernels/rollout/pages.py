@@ -166,6 +166,11 @@ def pages_wanted(prompts: Sequence[int], n: int, limits: Sequence[int], page_siz
     return sum(prefixes) + own * min(max_rows, n * len(prompts))
 
 
+def power_of_two(n: int) -> int:
+    """The least that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def pool_budget(memory: int, device: str) -> int:
     """Bytes that a pool takes at most of a device's memory ("cpu" or "cuda"), where it is not told otherwise."""
     return memory // (GPU_POOL_SHARE if device == "cuda" else CPU_POOL_SHARE)

@@ -2,14 +2,17 @@
 
 A graph repeats what was captured, whatever has changed since. So all that a step reads comes in one buffer, in sizes
 rounded up to a few buckets, and a graph is kept under everything else that is baked into it. The rows that fill a
-bucket up write nothing, see one token of page 0, and nobody reads what they sample.
+bucket up write nothing, see one token of page 0, and nobody reads what they sample. A capture takes as long as ten
+replays or more, so sizes that do not come back run eagerly.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +23,17 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.ops.hf_attention import PagedContext, head_of, run_body
 from toolx_kernels.ops.sampling import sample
-from toolx_kernels.rollout.pages import PagePool
+from toolx_kernels.rollout.pages import PagePool, power_of_two
 from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
 from toolx_kernels.rollout.types import SamplingParams
 
 MAX_PREFILL_TOKENS = 4096  # tokens in one forward, which bounds the activations
 LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
 MAX_GRAPHS = 64  # kept at a time
-LEAST_WIDTH = 16  # columns of a graph's block table
-MAX_SIBLINGS = 64  # more of them choose no other kernel
+CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
+ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
+LEAST_WIDTH = 64  # columns of a graph's block table
+SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
 
 
 class Sizes(NamedTuple):
@@ -44,8 +49,8 @@ class Runner:
     """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
 
     Args:
-        capture: makes a replayable function of a step, the buffer that it reads, and a memory pool for graphs; None
-            runs every step eagerly.
+        capture: makes a replayable function of a step, the buffer that it reads, a memory pool for graphs and the
+            stream to capture on; None runs every step eagerly.
         compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
     """
 
@@ -55,12 +60,15 @@ class Runner:
         self.device = pool.key_caches[0].device
         self.prefill_tokens = MAX_PREFILL_TOKENS
         self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
+        self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
         self._baked: tuple = ()
         self._memory = None
+        self._stream = torch.cuda.Stream(self.device) if capture and self.device.type == "cuda" else None
 
     def start(self, params: SamplingParams) -> None:
         """To be called before the steps of a call, whose parameters and weights do not change."""
         self.params, self.head = params, head_of(self.model)
+        self._made_room = False
         if self.capture is None:
             self._captures = False
             return
@@ -125,19 +133,31 @@ class Runner:
             exact = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
             return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
         flat = torch.from_numpy(pack(inputs, sizes))
+        graph = self._graph(sizes, flat)
+        return _as_numpy(graph(flat) if graph else self._step(flat.to(self.device), sizes), n_rows)
+
+    def _graph(self, sizes: Sizes, flat: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The graph for steps of these sizes, captured with ``flat`` in the buffer; None: this one runs eagerly."""
         key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
         graph = self.graphs.pop(key, None)
         if graph is None:
+            self._uses[key] += 1
+            if self._uses[key] < CAPTURED_AT_USE:
+                return None
+            if not self._made_room:  # within a capture the allocator cannot give back what it has cached
+                torch.cuda.empty_cache()
+                self._made_room = True
             try:
-                graph = self.capture(lambda buffer: self._step(buffer, sizes), flat.to(self.device), self._memory)
+                step = partial(self._step, sizes=sizes)
+                graph = self.capture(step, flat.to(self.device), self._memory, self._stream)
             except RuntimeError as error:
                 warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
                 self.capture, self._captures = None, False
-                return self.decode(inputs)
+                return None
             if len(self.graphs) == MAX_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
         self.graphs[key] = graph
-        return _as_numpy(graph(flat), n_rows)
+        return graph
 
     def sample(self, hidden: Tensor, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (R) and statistics (R, 4) from last hidden states (R, D)."""
@@ -189,7 +209,7 @@ def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chun
 
 
 def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, *stats = result[:, :n_rows].cpu().numpy()
+    tokens, *stats = result.cpu().numpy()[:, :n_rows]  # as a whole, which needs no kernel that gathers it
     return tokens.astype(np.int64), np.stack(stats, axis=1)
 
 
@@ -197,25 +217,16 @@ def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bucket(exact: Sizes) -> Sizes:
-    """Sizes for which a graph is kept, no less than the exact ones; at most a quarter more rows.
+    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
 
+    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
     ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
     """
-    rows = _rounded(exact.rows)
-    groups = _power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
-    width = _power_of_two(max(exact.width, LEAST_WIDTH))
-    siblings = next(n for n in (1, 4, 16, MAX_SIBLINGS) if n >= min(exact.siblings, MAX_SIBLINGS))
+    rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
+    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
+    width = power_of_two(max(exact.width, LEAST_WIDTH))
+    siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
     return Sizes(rows, groups, width, siblings)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _rounded(n: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four steps to a power of two."""
-    step = max(1, _power_of_two(n) // 8)
-    return math.ceil(n / step) * step
 
 
 def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
@@ -249,27 +260,34 @@ def unpack(buffer: Tensor, sizes: Sizes) -> DecodeInputs:
 # ---- graphs
 
 
-def capture_cuda_graph(step: Callable[[Tensor], Tensor], buffer: Tensor, memory) -> Callable[[Tensor], Tensor]:
+def capture_cuda_graph(
+    step: Callable[[Tensor], Tensor], buffer: Tensor, memory, stream: torch.cuda.Stream
+) -> Callable[[Tensor], Tensor]:
     """A function that copies its argument, a CPU tensor, over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
 
-    All graphs work in the same ``memory``, so a result must be read before any of them runs again. Raises
-    RuntimeError, before a capture begins, where the step waits for the device.
+    All graphs work in the same ``memory``, so a result must be read before any of them runs again; and all are
+    captured on the same ``stream``, for each of which cuBLAS keeps a workspace (32 MiB on Hopper). Raises RuntimeError,
+    before a capture begins, where the step waits for the device.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(torch.cuda.current_stream())
     waiting = torch.cuda.get_sync_debug_mode()
-    with torch.cuda.stream(side):
-        step(buffer)  # kernels are compiled and workspaces made before the capture, not in it
+    with torch.cuda.stream(stream):
+        # One eager pass leaves nothing to a capture that it may not do: Triton compiles and loads the kernels of these
+        # sizes, cuBLAS loads its own and makes the workspace of this stream. A second would find all of it done.
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(buffer)
         finally:
             torch.cuda.set_sync_debug_mode(waiting)
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on calling CUDA
-        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
+        # Not by torch.cuda.graph, which empties the caches of device and pinned memory every time. Other threads may
+        # go on calling CUDA.
+        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        try:
             result = step(buffer)
-    torch.cuda.current_stream().wait_stream(side)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
 
     def replay(flat: Tensor) -> Tensor:
         buffer.copy_(flat.pin_memory(), non_blocking=True)

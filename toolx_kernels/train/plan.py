@@ -18,7 +18,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.ops import tiles
 from toolx_kernels.ops.hf_attention import cache_shape
 from toolx_kernels.rollout.engine import MAX_ROWS, PAGE_SIZE
-from toolx_kernels.rollout.pages import pages_of_row, pages_wanted, pool_budget
+from toolx_kernels.rollout.pages import pages_of_row, pages_wanted, pool_budget, power_of_two
 from toolx_kernels.rollout.runner import MAX_PREFILL_TOKENS
 from toolx_kernels.train.activations import adapt, inference_activations, meta_model, training_activations
 from toolx_kernels.train.batch import PackedGroup, micro_batches
@@ -209,7 +209,7 @@ class Planner:
             at_once.append(wanted([work.prompt_length] * min(work.train_rows, max(1, MAX_ROLLOUTS // n)), n))
         row = pages_of_row(longest := max(sampled), limit(longest), PAGE_SIZE)
         budget = pool_budget(self.memory, self.device) // (token * PAGE_SIZE)
-        pages = max(row, min(max(at_once), budget))
+        pages = max(row, min(power_of_two(max(at_once)), budget))
         cautious = args.needs_reference and args.demonstrations == "better" and args.verification == "cautious"
         kv = {
             "token": token,
