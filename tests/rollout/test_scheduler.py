@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolx_kernels.rollout.pages import PagePool
-from toolx_kernels.rollout.runner import Sizes, bucket
-from toolx_kernels.rollout.scheduler import Row, Scheduler
+from toolx_kernels.rollout.runner import Sizes, bucket, pack, parts_of
+from toolx_kernels.rollout.scheduler import DecodeInputs, Row, Scheduler
 from toolx_kernels.rollout.types import SamplingParams
 
 STOP = 9
@@ -231,3 +231,24 @@ def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
     assert sizes.rows < 2 * rows and sizes.rows < rows + 64
     assert sizes.groups > exact.groups or sizes.rows == rows
     assert bucket(sizes._replace(groups=1)).rows == sizes.rows
+
+
+@pytest.mark.parametrize("rows, filling", [(1, 0), (1, 1), (3, 1)])
+def test_a_step_reads_its_inputs_in_place(rows, filling):
+    """Of a single row, too, whose strides torch leaves as they come: a kernel would be compiled for them."""
+    numbers = np.arange(1, 100)
+    inputs = DecodeInputs(
+        ids=numbers[:rows], positions=numbers[5 : 5 + rows], slots=numbers[10 : 10 + rows],
+        streams=numbers[: 5 * rows].reshape(rows, 5), block_table=numbers[: 2 * rows].reshape(rows, 2),
+        cu_groups=np.array([0, rows]), prefix_lens=numbers[20 : 20 + rows],
+    )  # fmt: skip
+    sizes = Sizes(rows + filling, 1 + filling, 4, 4)
+    step = parts_of(torch.from_numpy(pack(inputs, sizes)), sizes)
+    assert all(part.stride() == torch.empty(part.shape).stride() for part in step)
+    for name in ("ids", "positions", "slots", "streams", "prefix_lens"):
+        assert np.array_equal(getattr(step, name)[:rows], getattr(inputs, name))
+    assert np.array_equal(step.block_table[:rows, :2], inputs.block_table)
+    assert step.seq_lens.tolist() == [*(inputs.positions + 1)] + [1] * filling
+    assert step.slots[rows:].tolist() == [-1] * filling
+    assert step.cu_groups.tolist() == [0, rows] + [rows + 1] * filling
+    assert step.cu_rows.tolist() == list(range(rows + filling + 1))

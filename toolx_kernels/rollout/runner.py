@@ -8,6 +8,7 @@ replays or more, so sizes that do not come back run eagerly.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -165,16 +166,16 @@ class Runner:
 
     def _step(self, buffer: Tensor, sizes: Sizes) -> Tensor:
         """(5, rows) float64: tokens and statistics. Nothing in here waits for the device or reads host memory."""
-        step = unpack(buffer, sizes)
+        step = parts_of(buffer, sizes)
         context = PagedContext(
             self.pool.key_caches,
             self.pool.value_caches,
             slots=step.slots,
-            block_table=step.block_table.int(),
-            seq_lens=(step.positions + 1).int(),
-            cu_seqlens_q=torch.arange(sizes.rows + 1, dtype=torch.int32, device=buffer.device),
-            cu_groups=step.cu_groups.int(),
-            prefix_lens=step.prefix_lens.int(),
+            block_table=step.block_table,
+            seq_lens=step.seq_lens,
+            cu_seqlens_q=step.cu_rows,
+            cu_groups=step.cu_groups,
+            prefix_lens=step.prefix_lens,
             max_queries=sizes.siblings,
         )
         return self._sample(self._body(self.model, step.ids, step.positions, context), step.streams)
@@ -229,32 +230,50 @@ def bucket(exact: Sizes) -> Sizes:
     return Sizes(rows, groups, width, siblings)
 
 
+class Parts(NamedTuple):
+    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
+
+    ids: np.ndarray | Tensor  # (R) int64, as the next three
+    positions: np.ndarray | Tensor  # (R)
+    slots: np.ndarray | Tensor  # (R)
+    streams: np.ndarray | Tensor  # (R, 5)
+    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
+    prefix_lens: np.ndarray | Tensor  # (R)
+    cu_groups: np.ndarray | Tensor  # (G + 1)
+    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
+    block_table: np.ndarray | Tensor  # (R, W)
+
+
+def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
+    """The parts of a buffer of ``buffer_length(sizes)`` int64."""
+    rows, width = sizes.rows, sizes.width
+    wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)
+    bounds = np.cumsum([0, rows, rows, sizes.groups + 1, rows + 1, rows * width])
+    seq_lens, prefix_lens, cu_groups, cu_rows, table = (narrow[i:j] for i, j in itertools.pairwise(bounds))
+    return Parts(
+        *wide[: 3 * rows].reshape(3, rows), wide[3 * rows :].reshape(rows, 5),
+        seq_lens, prefix_lens, cu_groups, cu_rows, table.reshape(rows, width),
+    )  # fmt: skip
+
+
+def buffer_length(sizes: Sizes) -> int:
+    narrow = 3 * sizes.rows + sizes.groups + 2 + sizes.rows * sizes.width
+    return 8 * sizes.rows + math.ceil(narrow / 2)
+
+
 def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
     """All of a step's inputs as one flat int64 array, filled up to ``sizes``."""
+    flat = np.zeros(buffer_length(sizes), dtype=np.int64)
+    parts = parts_of(flat, sizes)
     n_rows, width = inputs.block_table.shape
-    rows = np.zeros((sizes.rows, 9 + sizes.width), dtype=np.int64)
-    rows[n_rows:, 2] = -1  # writes nothing
-    rows[:n_rows, 0], rows[:n_rows, 1], rows[:n_rows, 2] = inputs.ids, inputs.positions, inputs.slots
-    rows[:n_rows, 3], rows[:n_rows, 4:9] = inputs.prefix_lens, inputs.streams
-    rows[:n_rows, 9 : 9 + width] = inputs.block_table
-    cu_groups = np.full(sizes.groups + 1, sizes.rows, dtype=np.int64)
-    cu_groups[: len(inputs.cu_groups)] = inputs.cu_groups
-    return np.concatenate((rows.ravel(), cu_groups))
-
-
-def unpack(buffer: Tensor, sizes: Sizes) -> DecodeInputs:
-    """The tensors that ``pack`` put into ``buffer``."""
-    columns = 9 + sizes.width
-    rows = buffer[: sizes.rows * columns].view(sizes.rows, columns)
-    return DecodeInputs(
-        ids=rows[:, 0].contiguous(),
-        positions=rows[:, 1].contiguous(),
-        slots=rows[:, 2].contiguous(),
-        streams=rows[:, 4:9],
-        block_table=rows[:, 9:],
-        cu_groups=buffer[sizes.rows * columns :],
-        prefix_lens=rows[:, 3],
-    )
+    parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
+    parts.slots[n_rows:] = -1  # writes nothing
+    parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
+    parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
+    parts.cu_groups[: len(inputs.cu_groups)], parts.cu_groups[len(inputs.cu_groups) :] = inputs.cu_groups, sizes.rows
+    parts.cu_rows[:] = np.arange(sizes.rows + 1)
+    parts.block_table[:n_rows, :width] = inputs.block_table
+    return flat
 
 
 # ---- graphs
