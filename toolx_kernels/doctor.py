@@ -11,6 +11,7 @@ from toolx_kernels import (
     _library,
     ops,  # noqa: F401 (defines what is reported)
 )
+from toolx_kernels.versions import SUPPORTED, standing
 
 BUILD_COMMAND = "TOOLX_BUILD_EXT=1 pip install --no-build-isolation -e ."
 
@@ -51,10 +52,7 @@ def report() -> str:
 
 
 def _machine() -> list[str]:
-    lines = [
-        f"toolx_kernels {_version('toolx_kernels')}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {_version('triton')}, transformers {_version('transformers')}"
-    ]
+    lines = [f"toolx_kernels {_version('toolx_kernels')} runs with:", *_versions()]
     if not torch.cuda.is_available():
         why = "sees none" if torch.version.cuda else "is a CPU build"
         return [*lines, f"GPU: none (this torch {why}); everything runs on the CPU, {torch.get_num_threads()} threads"]
@@ -65,6 +63,12 @@ def _machine() -> list[str]:
             f"compute capability {device.major}.{device.minor}"
         )
     return lines
+
+
+def _versions() -> list[str]:
+    own_words = {"Python": platform.python_version(), "torch": torch.__version__}  # torch's metadata hides its build
+    installed = {name: own_words.get(name) or _version(name) for name in SUPPORTED}
+    return [f"  {name:<13} {version:<13} {standing(name, version)}" for name, version in installed.items()]
 
 
 def _compiled_part() -> list[str]:

@@ -1,0 +1,35 @@
+"""The versions that this package supports: what installs, checks and describes it agrees with this one table."""
+
+import re
+from typing import NamedTuple
+
+
+class Supported(NamedTuple):
+    """Release series, such as ``2.11``."""
+
+    oldest: str
+    tested: tuple[str, ...]  # what the tests were run with, oldest first
+
+
+SUPPORTED = {
+    "Python": Supported("3.10", ("3.11",)),
+    "torch": Supported("2.11", ("2.11", "2.13")),
+    "triton": Supported("3.6", ("3.6", "3.9")),
+    "transformers": Supported("5.17", ("5.17",)),
+}
+
+
+def standing(name: str, installed: str) -> str:
+    """How ``installed``, such as ``2.11.0+cu130`` or ``absent``, stands to what is supported, in words for the user."""
+    oldest, tested = SUPPORTED[name]
+    series = _series(installed)
+    if series is None or series < _series(oldest):
+        return f"needs {oldest} or newer"
+    if series > _series(tested[-1]):
+        return f"newer than tested ({tested[-1]})"
+    return "tested" if series in map(_series, tested) else f"supported (tested: {', '.join(tested)})"
+
+
+def _series(version: str) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found and (int(found[1]), int(found[2]))
