@@ -1,4 +1,4 @@
-# make train | test | soak | models | bench | gpu | lint | nvcc-check | cuda-link | clean
+# make train | test | soak | models | bench | gpu | lint | nvcc-check | oldest-headers | cuda-link | clean
 # Each does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
 # ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
 
@@ -7,6 +7,8 @@ VENV ?= .venv
 ARGS ?=
 TRITON_FOR_CPU_TORCH = triton==3.9.0; sys_platform == 'linux'
 ARCHITECTURES = 80 86 89 90 120
+OLDEST_TORCH = $(shell $(PYTHON) -c "from toolx_kernels.versions import SUPPORTED; print(SUPPORTED['torch'].oldest + '.0')")
+OLDEST_HEADERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/toolx_kernels/torch-$(OLDEST_TORCH)-headers
 
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -17,7 +19,7 @@ INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 # Waiting OpenMP threads that spin slow every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup train test soak models bench gpu lint nvcc-check cuda-link clean
+.PHONY: setup train test soak models bench gpu lint nvcc-check oldest-headers cuda-link clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -71,21 +73,36 @@ gpu:
 lint: setup
 	$(PY) -m ruff check .
 
-# Compiles the CUDA part for every architecture without a GPU and without a CUDA build of torch.
+# Compiles the CUDA part for every architecture without a GPU and without a CUDA build of torch. Then all of csrc with
+# the headers of the oldest torch, which builds extensions as C++17, where `make oldest-headers` has put them.
+NVCC = nvcc -c -odir build --threads 2 -Werror all-warnings
+FOR_TORCH = -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(1) -isystem $(1)/torch/csrc/api/include
 nvcc-check: setup
+	@mkdir -p build
 	@if ! command -v nvcc >/dev/null; then \
 	  echo "nvcc-check: skipped, because there is no nvcc on this machine"; \
 	else \
-	  include=$$($(PY) -c "import torch; print(torch.__path__[0] + '/include')") && mkdir -p build && \
-	  for source in csrc/cuda/*.cu; do \
-	    echo "nvcc-check: $$source for sm $(ARCHITECTURES)"; \
-	    nvcc -c -std=c++20 --threads 2 -Werror all-warnings \
-	      $(foreach sm,$(ARCHITECTURES),-gencode arch=compute_$(sm),code=sm_$(sm)) \
-	      -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-	      -isystem $$include -isystem $$include/torch/csrc/api/include \
-	      $$source -o build/nvcc-check.o || exit 1; \
-	  done; \
+	  echo "nvcc-check: csrc/cuda for sm $(ARCHITECTURES)"; \
+	  include=$$($(PY) -c "import torch; print(torch.__path__[0] + '/include')") && \
+	  $(NVCC) -std=c++20 $(foreach sm,$(ARCHITECTURES),-gencode arch=compute_$(sm),code=sm_$(sm)) \
+	    $(call FOR_TORCH,$$include) csrc/cuda/*.cu; \
 	fi
+	@if [ ! -d "$(OLDEST_HEADERS)" ]; then \
+	  echo "oldest-headers: skipped, because there is no $(OLDEST_HEADERS); run make oldest-headers"; \
+	else \
+	  echo "oldest-headers: csrc with the headers of torch $(OLDEST_TORCH)"; \
+	  $(CXX) -fsyntax-only -std=c++17 $(call FOR_TORCH,"$(OLDEST_HEADERS)") \
+	    -isystem $$($(PY) -c "import sysconfig; print(sysconfig.get_path('include'))") csrc/ops.cpp csrc/cpu/*.cpp && \
+	  { ! command -v nvcc >/dev/null || $(NVCC) -std=c++17 -arch=sm_80 $(call FOR_TORCH,"$(OLDEST_HEADERS)") csrc/cuda/*.cu; }; \
+	fi
+
+# For the latter half of nvcc-check: takes the headers out of the wheel of the oldest torch, half a gigabyte.
+oldest-headers: setup
+	rm -rf build/oldest-torch "$(OLDEST_HEADERS)" && mkdir -p "$(dir $(OLDEST_HEADERS))"
+	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/oldest-torch torch==$(OLDEST_TORCH)
+	$(PY) -c "import sys, zipfile; w = zipfile.ZipFile(sys.argv[1]); w.extractall('build/oldest-torch', [n for n in w.namelist() if n.startswith('torch/include/')])" build/oldest-torch/*.whl
+	mv build/oldest-torch/torch/include "$(OLDEST_HEADERS)"
+	rm -rf build/oldest-torch
 
 # Links the CUDA part against a CUDA build of torch, the newest there is (gigabytes), in a venv of its own.
 cuda-link:
