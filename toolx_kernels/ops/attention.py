@@ -103,8 +103,10 @@ def _paged_attention(
     filled = steps < seq_lens[:, None]  # (R, T)
     pages = block_table[:, : -(-longest // page_size)].long().repeat_interleave(page_size, dim=1)[:, :longest]
     slots = pages * page_size + steps % page_size
-    # past a row's end its first token stands in: hidden by the mask, but never NaN as unwritten memory may be
-    slots = torch.where(filled, slots, slots[:, :1] * filled[:, :1]).flatten()
+    # Past a row's end its first token stands in, and any token in a row of which nothing is read: hidden by the mask,
+    # but never NaN as unwritten memory may be.
+    stand_in = torch.where(filled[:, :1], slots[:, :1], slots[filled][0])
+    slots = torch.where(filled, slots, stand_in).flatten()
 
     def gather(cache: Tensor) -> Tensor:  # (R, Hkv, T, Dh)
         return cache.flatten(0, 1).index_select(0, slots).unflatten(0, filled.shape).transpose(1, 2)
@@ -120,7 +122,9 @@ def _paged_attention(
     visible = steps <= position[..., None]
     if window:
         visible &= steps > position[..., None] - window
-    visible &= filled[:, None, :] | (position >= seq_lens[:, None])[..., None]  # padding queries see something
+    # Padding queries see everything. They could be dropped as NaN, but on AMX oneDNN's bf16 products let a row of NaN
+    # spoil its neighbours (github.com/uxlfoundation/oneDNN/issues/5717, mended in August 2026).
+    visible = (visible & filled[:, None, :]) | (position >= seq_lens[:, None])[..., None]
     out = masked_attention(padded, gather(key_cache), gather(value_cache), visible[:, None], scale, softcap)
     if one_each:
         return out[:, :, 0]
