@@ -170,7 +170,10 @@ PATHS = ("one chunk", "chunks", "recompute", "deferred")
 
 
 def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
-    """Small blocks everywhere, and a single sweep only where ``path`` is one; "deferred" is up to the config."""
+    """Small blocks everywhere, and a single sweep only where ``path`` is one; "deferred" is up to the config.
+
+    ``gemm_dtype``: as on a GPU, whose products in it have sums in fp32.
+    """
 
     def plan(n_rows, vocab, dim, device, dtype=torch.float32, workspace_mib=None):
         stored, multiplied = tiles.gemm_dtypes(device, dtype)
@@ -181,6 +184,12 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
             return plan(n_rows, *arguments)._replace(rows=max(n_rows, 1))
         return plan(n_rows, *arguments) if path == "chunks" else None
 
+    def addmm(total, left, right, *, beta, out_dtype, out):
+        product = left.to(out_dtype) @ right.to(out_dtype)
+        return out.copy_(product + total if beta else product)
+
+    if gemm_dtype is not None and DEVICE.type == "cpu":  # where torch lacks them
+        monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(tiles, "single_sweep_plan", single)
     monkeypatch.setattr(tiles, "recompute_plan", plan)
     monkeypatch.setattr(tiles, "forward_plan", lambda n, vocab, dim, device, **_: plan(n, vocab, dim, device))

@@ -81,7 +81,7 @@ def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monke
     assert (ours.loss - truth.loss).abs() <= (theirs.loss - truth.loss).abs() + tolerance  # it may be close to zero
 
 
-def test_bf16_gemms_as_on_a_cpu_with_amx(monkeypatch, taken):  # noqa: F811
+def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):  # noqa: F811
     case = without_logprobs(make_case(noise=0.05, dtype=torch.bfloat16, extras=EXTRAS), "old_logprobs")
     config = GRPOLossConfig(entropy_coef=0.02)
     _, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -106,6 +106,19 @@ def test_gradients_in_bf16_at_a_real_width():
     _, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
     assert_as_good(grads, theirs, exact, 0.0)
     assert all(error(grads[name], true) <= 4e-3 for name, true in exact.items())
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU multiplies bf16 with fp32 sums")
+@pytest.mark.parametrize("path", PATHS)
+def test_a_cpu_multiplies_bf16_heads_in_fp32(path, monkeypatch, taken):  # noqa: F811
+    """So results, memory and time do not depend on whether torch's bf16 products go to AMX, and none is rounded."""
+    force(monkeypatch, path)
+    case = without_logprobs(make_case(dtype=torch.bfloat16, extras=EXTRAS))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run_loss(linear_grpo_loss, case, on(path, GRPOLossConfig(entropy_coef=0.02)))
+    assert set(taken) == WAYS[path]
+    products = [e for e in profile.profiler.kineto_results.events() if e.name() in ("aten::mm", "aten::addmm_")]
+    assert products and not any("c10::BFloat16" in product.dtypes() for product in products)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

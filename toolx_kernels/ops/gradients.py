@@ -93,12 +93,8 @@ class Gradients:
         left, right, beta = left.to(self.gemm_dtype), right.to(self.gemm_dtype), 0 if fresh else 1
         if total.dtype == self.gemm_dtype:
             total.addmm_(left, right, beta=beta)
-        elif total.device.type == "cuda":
+        else:  # never on a CPU, which has no product from bf16 to fp32
             torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
-        elif fresh:  # a CPU has no GEMM from bf16 to fp32
-            total.copy_(left @ right)
-        else:
-            total += left @ right
 
     def results(self, spread: tuple[Tensor, int] | None, shard: int) -> tuple[Tensor, ...]:
         """(hidden, weight, bias, lora_a, lora_b) in the dtypes of what they are gradients of."""
