@@ -1,4 +1,5 @@
 #include "../checks.h"
+#include "instruction_sets.h"
 #include "vector_math.h"
 
 #include <algorithm>
@@ -84,16 +85,6 @@ TOOLX_INLINE void exp_rows(
   }
 }
 
-TOOLX_CLONES void exp_rows_fp32(
-    const float* z, int64_t zs, const float* a, float* out, int64_t os, int64_t n, int64_t c, float* s, float* m) {
-  exp_rows(z, zs, a, out, os, n, c, s, m);
-}
-
-TOOLX_CLONES void exp_rows_bf16(
-    const float* z, int64_t zs, const float* a, uint16_t* out, int64_t os, int64_t n, int64_t c, float* s, float* m) {
-  exp_rows(z, zs, a, out, os, n, c, s, m);
-}
-
 }  // namespace
 
 // z (N, C) fp32; anchor (N) fp32; out (N, C) fp32 or bf16, may be z; sums (2, N) fp32, added to. Of z and out, the rows
@@ -122,6 +113,8 @@ void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
   float* const totals = sums.mutable_data_ptr<float>();
   const bool in_fp32 = out.scalar_type() == ScalarType::Float;
   void* const results = out.mutable_data_ptr();
+  const auto to_fp32 = Versions<exp_rows<float>>::best();
+  const auto to_bf16 = Versions<exp_rows<uint16_t>>::best();
   const int64_t zs = z.stride(1);
   const int64_t os = out.stride(1);
   const int64_t lane_groups = (rows + kLanes - 1) / kLanes;
@@ -132,10 +125,10 @@ void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
     float* const total = totals + first;
     if (in_fp32) {
       float* to = static_cast<float*>(results) + first;
-      exp_rows_fp32(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
+      to_fp32(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
     } else {
       uint16_t* to = static_cast<uint16_t*>(results) + first;
-      exp_rows_bf16(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
+      to_bf16(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
     }
   });
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "instruction_sets.h"
 #include "vector_math.h"
 
 namespace toolx::attention {
@@ -32,7 +33,7 @@ using BlockFunction = void (*)(const Call&, const Block&, const Scratch&);
 
 using torch::headeronly::ScalarType;
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(TOOLX_X86) && !defined(__clang__)
 #define TOOLX_SEVERAL_INSTRUCTION_SETS
 
 #pragma GCC push_options
@@ -64,17 +65,13 @@ TOOLX_BLOCK_FUNCTION
 }  // namespace baseline
 
 BlockFunction best_block_function(ScalarType dtype) {
+  switch (best_instruction_set()) {
 #ifdef TOOLX_SEVERAL_INSTRUCTION_SETS
-  static const bool v4 = __builtin_cpu_supports("x86-64-v4");
-  static const bool v3 = __builtin_cpu_supports("x86-64-v3");
-  if (v4) {
-    return x86_64_v4::block_function(dtype);
-  }
-  if (v3) {
-    return x86_64_v3::block_function(dtype);
-  }
+    case InstructionSet::kV4: return x86_64_v4::block_function(dtype);
+    case InstructionSet::kV3: return x86_64_v3::block_function(dtype);
 #endif
-  return baseline::block_function(dtype);
+    default: return baseline::block_function(dtype);
+  }
 }
 
 // Rows with few queries over a long context would leave threads idle, and are cut into pieces of this many positions.

@@ -1,6 +1,7 @@
 // Sampling fused with the LM head: what is known of a chunk of logits is brought down to one Partial a row as soon as
 // they are computed. Neither the number of threads nor the rows beside it change a bit of a row's results.
 #include "../checks.h"
+#include "instruction_sets.h"
 #include "product.h"
 #include "vector_math.h"
 
@@ -153,29 +154,29 @@ TOOLX_INLINE void sweep(const Sweep& s, int64_t begin, int64_t end) {
 }
 
 // As many rows at a time as leave their sums, and four vectors of the weight, in the registers.
-#ifdef TOOLX_X86_CLONES
+#ifdef TOOLX_X86
 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void sweep_512(const Sweep& s, int64_t a, int64_t b) {
   sweep<16, 6>(s, a, b);
 }
 
-__attribute__((target("arch=x86-64-v3"))) void sweep_256(const Sweep& s, int64_t a, int64_t b) { sweep<8, 2>(s, a, b); }
+TOOLX_V3 void sweep_256(const Sweep& s, int64_t a, int64_t b) { sweep<8, 2>(s, a, b); }
 #endif
 
 void sweep_128(const Sweep& s, int64_t a, int64_t b) { sweep<4, 2>(s, a, b); }
 
-void sweep_best(const Sweep& s, int64_t a, int64_t b) {
-#ifdef TOOLX_X86_CLONES
-  if (__builtin_cpu_supports("x86-64-v4")) {
-    return sweep_512(s, a, b);
-  }
-  if (__builtin_cpu_supports("x86-64-v3")) {
-    return sweep_256(s, a, b);
-  }
+using SweepFunction = void (*)(const Sweep&, int64_t, int64_t);
+
+SweepFunction best_sweep() {
+  switch (best_instruction_set()) {
+#ifdef TOOLX_X86
+    case InstructionSet::kV4: return sweep_512;
+    case InstructionSet::kV3: return sweep_256;
 #endif
-  sweep_128(s, a, b);
+    default: return sweep_128;
+  }
 }
 
-TOOLX_CLONES void add_noise(const int64_t* stream, int64_t first, int64_t n, float* z) {
+TOOLX_INLINE void add_noise(const int64_t* stream, int64_t first, int64_t n, float* z) {
   float noise[kChunk];
   noise_of(stream, first, (n + 3) / 4 * 4, noise);
   for (int64_t i = 0; i < n; ++i) {
@@ -282,7 +283,8 @@ void sample_sweep_cpu(
   s.scale = static_cast<float>(1.0 / temperature);
   s.softcap = static_cast<float>(softcap);
   s.type = type == ScalarType::Float ? Type::kFloat : type == ScalarType::Half ? Type::kHalf : Type::kBFloat16;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { sweep_best(s, begin, end); });
+  const SweepFunction sweep_chunks = best_sweep();
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { sweep_chunks(s, begin, end); });
   for (int64_t row = 0; row < rows; ++row) {
     join(s, chunks, row, tokens.mutable_data_ptr<int64_t>() + row, stats.mutable_data_ptr<float>() + row);
   }
@@ -300,11 +302,12 @@ void add_gumbel_cpu(Tensor logits, Tensor streams) {
   const int64_t chunks = (vocab + kChunk - 1) / kChunk;
   float* const z = logits.mutable_data_ptr<float>();
   const int64_t* const from = streams.const_data_ptr<int64_t>();
+  const auto add = Versions<add_noise>::best();
   torch::stable::parallel_for(0, logits.size(0) * chunks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / chunks;
       const int64_t first = unit % chunks * kChunk;
-      add_noise(from + row * 5, first, std::min(kChunk, vocab - first), z + row * vocab + first);
+      add(from + row * 5, first, std::min(kChunk, vocab - first), z + row * vocab + first);
     }
   });
 }

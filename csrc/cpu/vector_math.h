@@ -7,14 +7,6 @@
 
 #define TOOLX_INLINE inline __attribute__((always_inline))
 
-// One source, compiled for several instruction sets; the loader picks the best the processor has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define TOOLX_X86_CLONES 1
-#define TOOLX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TOOLX_CLONES
-#endif
-
 namespace toolx {
 
 TOOLX_INLINE float as_float(uint32_t bits) {
