@@ -65,6 +65,16 @@ def test_report_on_a_gpu_without_the_cuda_part_says_how_to_build_it(monkeypatch)
     assert lines_of(report, "kv_write")[0].endswith(f"CPU: compiled C++, CUDA: {_library.DEFAULT}")
 
 
+@pytest.mark.parametrize("amx, words", [(True, "on AMX"), (False, "without AMX")])
+def test_report_names_the_branches_of_the_processor(amx, words, monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert lines_of(doctor.report(), "CPU:") == [
+        f"CPU: kernels for AVX512; torch multiplies bf16 {words}, the loss of a bf16 head in float32"
+    ]
+
+
 def test_optional_packages_present_and_absent(monkeypatch):
     present = {"gguf", "datasets", "peft"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)

@@ -11,6 +11,7 @@ from toolx_kernels import (
     _library,
     ops,  # noqa: F401 (defines what is reported)
 )
+from toolx_kernels.ops import processor, tiles
 from toolx_kernels.versions import SUPPORTED, standing
 
 BUILD_COMMAND = "TOOLX_BUILD_EXT=1 pip install --no-build-isolation -e ."
@@ -47,12 +48,12 @@ OPTIONAL = (
 
 
 def report() -> str:
-    """The text of ``toolx doctor``: versions, GPU, compiled part, the backend of every op, optional packages."""
+    """The text of ``toolx doctor``: versions, processor, GPU, compiled part, every op's backend, optional packages."""
     return "\n".join([*_machine(), "", *_compiled_part(), "", *_backends(), "", *_optional_packages()])
 
 
 def _machine() -> list[str]:
-    lines = [f"toolx_kernels {_version('toolx_kernels')} runs with:", *_versions()]
+    lines = [f"toolx_kernels {_version('toolx_kernels')} runs with:", *_versions(), _processor()]
     if not torch.cuda.is_available():
         why = "sees none" if torch.version.cuda else "is a CPU build"
         return [*lines, f"GPU: none (this torch {why}); everything runs on the CPU, {torch.get_num_threads()} threads"]
@@ -69,6 +70,16 @@ def _versions() -> list[str]:
     own_words = {"Python": platform.python_version(), "torch": torch.__version__}  # torch's metadata hides its build
     installed = {name: own_words.get(name) or _version(name) for name in SUPPORTED}
     return [f"  {name:<13} {version:<13} {standing(name, version)}" for name, version in installed.items()]
+
+
+def _processor() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()  # bounded by ATEN_CPU_CAPABILITY, as the compiled kernels are
+    amx = "on AMX" if processor.bf16_runs_on_amx() else "without AMX"
+    _, multiplied = tiles.gemm_dtypes(torch.device("cpu"), torch.bfloat16)
+    return (
+        f"CPU: kernels for {capability}; torch multiplies bf16 {amx}, the loss of a bf16 head in "
+        f"{str(multiplied).removeprefix('torch.')}"
+    )
 
 
 def _compiled_part() -> list[str]:

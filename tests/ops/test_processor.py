@@ -1,11 +1,11 @@
-"""Every branch that the processor decides."""
+"""Every branch that the processor decides: what bf16 is multiplied with, and each instruction set of the kernels."""
 
 import pytest
 import torch
 
 from tests.ops.attention_cases import assert_as_good_as_torch, make_grouped
 from toolx_kernels import _library
-from toolx_kernels.ops import sampling, sweep_torch
+from toolx_kernels.ops import processor, sampling, sweep_torch
 
 INSTRUCTION_SETS = [
     "default",
@@ -14,6 +14,28 @@ INSTRUCTION_SETS = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_compiled = pytest.mark.skipif(_library.compiled_error is not None, reason="needs the compiled part")
+
+
+@pytest.mark.parametrize(
+    "variable, value, left_on",
+    [
+        ("ONEDNN_MAX_CPU_ISA", None, True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", False),
+        ("DNNL_MAX_CPU_ISA", "avx2", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX10_1_512_AMX_FP16", True),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
+        ("ONEDNN_MAX_CPU_ISA", "no instruction set", True),
+    ],
+)
+def test_amx_is_used_where_the_processor_has_it_and_onednn_may(variable, value, left_on, monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(variable, value)
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_it=has_it: has_it)
+        assert processor.bf16_runs_on_amx() == (has_it and left_on)
 
 
 def exp_sums(kernel, dtype):
