@@ -23,8 +23,8 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
     chip = torch.cuda.get_device_capability() if gpu else (9, 0)
     every_op = [commands.EVERY_OP, *(["-k", "kv_write"] if toy else [])]
     suite = [] if toy else [
-        commands.tests("tests/ops", 120, "tests/ops", "--ignore=tests/ops/test_cross_compile.py", workers=12),
-        commands.tests("tests/rollout", 60, "tests/rollout", workers=8),
+        commands.tests("tests/ops", 70, "tests/ops", "--ignore=tests/ops/test_cross_compile.py", workers=12),
+        commands.tests("tests/rollout", 45, "tests/rollout", workers=8),
     ]  # fmt: skip
     rest = [] if toy else [
         commands.tests("tests/train", 150, "tests/train", workers=12),
@@ -51,10 +51,10 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/kernels", 8, rollout.kernels),
         Fact("rollout/ragged", 10, rollout.ragged),
         training.steps("0.5b", 60),
-        Fact("train/tiny", 90, training.tiny),
         # whole
-        commands.sanitizer("memcheck", 70, toy=toy),
         *suite,
+        commands.sanitizer("memcheck", 60, toy=toy),
+        Fact("train/tiny", 60, training.tiny),
         loss.timed(896, (Toolx,), n=65_536, seconds=10, rounds=3, label="length"),
         *(loss.tile(tile) for tile in candidates),
         training.steps("1.5b", 60),

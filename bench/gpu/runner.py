@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 10.0  # from the interrupt to the kill: pytest uses it to write what it has found so far
-PATIENCE = 4  # times the expected seconds, then a fact is given up
+PATIENCE = 2  # times the expected seconds, then a fact is given up
 
 
 @dataclass(frozen=True, slots=True)
