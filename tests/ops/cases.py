@@ -179,7 +179,7 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
         stored, multiplied = tiles.gemm_dtypes(device, dtype)
         return tiles.Plan(rows, columns, stored, gemm_dtype or multiplied)
 
-    def single(n_rows, *arguments):
+    def single(n_rows, *arguments, **_):
         if path == "one chunk":
             return plan(n_rows, *arguments)._replace(rows=max(n_rows, 1))
         return plan(n_rows, *arguments) if path == "chunks" else None

@@ -423,7 +423,7 @@ def peak_of(arguments, config) -> int:
     return peak
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the bound of a GPU is 512 MiB, which small shapes do not reach")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a bound of 512 MiB is not reached by small shapes")
 @pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.1}], ids=["plain", "entropy"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["single sweep", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -446,6 +446,15 @@ def test_extra_memory_stays_within_the_workspace(dtype, recompute, settings, mon
         assert peak <= gradients + vectors + (4 << 20), (n, peak / 2**20)
 
 
+H100 = tiles.Card(memory=85 * 10**9, processors=132)
+CARDS = {
+    "H100": H100,
+    "H200": tiles.Card(150 * 10**9, 132),
+    "4090": tiles.Card(25 * 10**9, 128),
+    "12 GB": tiles.Card(12 * 10**9, 46),
+}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("mib", [None, 8, 200])
 @pytest.mark.parametrize(
@@ -455,25 +464,62 @@ def test_extra_memory_stays_within_the_workspace(dtype, recompute, settings, mon
 def test_plans_stay_within_the_workspace(shape, mib, device):
     n, vocab, dim = shape
     device = torch.device(device)
-    bound = tiles.workspace_bytes(device, n, vocab, mib)
-    default = 64 if device.type == "cpu" else 512
+    card = None if device.type == "cpu" else H100
+    bound = tiles.workspace_bytes(device, n, vocab, mib, card)
+    default = 64 if device.type == "cpu" else 2048
     assert bound <= (mib or default) << 20
     assert bound <= max(n * vocab, 1 << 20)  # a quarter of fp32 logits
     for dtype in (torch.float32, torch.bfloat16):
-        single = tiles.single_sweep_plan(n, vocab, dim, device, dtype, mib)
+        single = tiles.single_sweep_plan(n, vocab, dim, device, dtype, mib, trains_weight=False, card=card)
         if single is not None:
             alive = single.rows * vocab * single.dtype.itemsize
             if device.type == "cpu" and single.dtype != torch.float32:  # logits have no room in place
                 alive += single.rows * single.columns * 4
             assert 1 <= single.rows <= n and 1 <= single.columns <= vocab and alive <= bound
             assert single.dtype == dtype
-        twice = tiles.recompute_plan(n, vocab, dim, device, dtype, mib)
+        twice = tiles.recompute_plan(n, vocab, dim, device, dtype, mib, card)
         assert 1 <= twice.rows <= n and 1 <= twice.columns <= vocab
         alive = twice.rows * twice.columns * (4 + twice.dtype.itemsize if device.type == "cpu" else dtype.itemsize)
         assert alive <= bound or (twice.rows, twice.columns) == (1, 1)
         assert tiles.single_sweep_plan(n, vocab, dim, device, torch.float16, mib) is None
-    forward = tiles.forward_plan(n, vocab, dim, device, mib)
+    forward = tiles.forward_plan(n, vocab, dim, device, mib, card)
     assert 1 <= forward.rows <= n and 1 <= forward.columns <= vocab
+
+
+def gpu_plan(n, dim, card, dtype=torch.bfloat16, **more):
+    return tiles.single_sweep_plan(n, 151_936, dim, torch.device("cuda"), dtype, card=CARDS[card], **more)
+
+
+@pytest.mark.parametrize(
+    "card, dim, rows, waves",
+    [
+        ("H100", 896, 2944, [2, 2, 1]), ("H100", 1536, 2816, [2, 2, 2]), ("H100", 4096, 3072, [6, 6, 4]),
+        ("H200", 896, 2944, [2, 2, 1]),
+        ("4090", 896, 2048, [1, 1, 1, 1]), ("4090", 1536, 2048, [2, 2, 2, 2]),
+        ("12 GB", 896, 1536, [2, 2, 2, 2, 2, 1]),
+    ],
+)  # fmt: skip
+def test_chunks_of_a_gpu_are_few_and_fill_its_processors(card, dim, rows, waves):
+    """8,192 tokens of a vocabulary of 151,936; a wave is the time of a tile of 128 x 128 of ``E W``."""
+    assert gpu_plan(8192, dim, card).rows == rows
+    chunks = [min(rows, 8192 - start) for start in range(0, 8192, rows)]
+    assert [tiles.waves(n, dim, CARDS[card].processors) for n in chunks] == waves
+
+
+def test_all_rows_at_once_where_they_take_no_more_than_the_fp32_sum_that_they_spare():
+    n, vocab, dim = 8192, 151_936, 896
+    workspace = tiles.workspace_bytes(torch.device("cuda"), n, vocab, card=H100)
+    live = gpu_plan(n // 2, dim, "H100", n_tokens=n)  # half of the tokens are masked, or in groups of equal reward
+    assert live.rows == n // 2
+    assert workspace <= live.rows * vocab * 2 < workspace + vocab * dim * (4 - 2)
+    assert gpu_plan(n // 2, dim, "H100", n_tokens=n, trains_weight=False).rows < n // 2
+    assert gpu_plan(n // 2, dim, "H100", n_tokens=n, dtype=torch.float32).rows < n // 2
+    assert gpu_plan(n, dim, "H100").rows < n
+
+
+@pytest.mark.parametrize("card, mib", [("H100", 2048), ("H200", 2048), ("4090", 25e9 * 0.03 / 2**20), ("12 GB", 512)])
+def test_the_workspace_follows_the_cards_memory(card, mib):
+    assert tiles.default_workspace_bytes(torch.device("cuda"), CARDS[card]) == int(mib * 2**20)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["single sweep", "recompute"])

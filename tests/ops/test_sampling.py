@@ -134,8 +134,8 @@ def test_agrees_with_the_reference(rows, dim, vocab, dtype, extras, backend):
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filtered_samples_agree_with_the_reference(filters, backend, monkeypatch):
     hidden, weight, options = make(10, 70, 611, torch.float16, extras=True)
-    monkeypatch.setattr(tiles, "CPU_WORKSPACE_BYTES", 4 * sampling.FILTER_BYTES * 611)  # a few rows at a time
-    monkeypatch.setattr(tiles, "GPU_WORKSPACE_BYTES", 4 * sampling.FILTER_BYTES * 611)
+    few_rows = 4 * sampling.FILTER_BYTES * 611
+    monkeypatch.setattr(tiles, "default_workspace_bytes", lambda _: few_rows)
     for temperature in (0.7, 0.0):
         drawn = sample(hidden, weight, streams(10), temperature=temperature, **filters, **options)
         truth = truth_of(hidden, weight, streams(10), temperature=temperature, **filters, **options)
@@ -305,8 +305,7 @@ def test_memory(monkeypatch):
     hidden, weight, _ = make(rows, 8, vocab, torch.bfloat16)
     logits_bytes = rows * vocab * 4
     assert peak_bytes(lambda: sample(hidden, weight, streams(rows))) < logits_bytes / 4
-    monkeypatch.setattr(tiles, "CPU_WORKSPACE_BYTES", 16 << 20)
-    monkeypatch.setattr(tiles, "GPU_WORKSPACE_BYTES", 16 << 20)
+    monkeypatch.setattr(tiles, "default_workspace_bytes", lambda _: 16 << 20)
     assert peak_bytes(lambda: sample(hidden, weight, streams(rows), top_k=99, top_p=0.9, min_p=0.01)) < 18 << 20
 
 

@@ -104,7 +104,7 @@ def _sweep(hidden, streams, head, tokens, stats, logits=None) -> None:
 def _draw_filtered(hidden, streams, head, filters, tokens, stats, kept_mass) -> None:
     """Writes what sample returns, rows after rows in a bounded workspace."""
     vocab_size, on_cpu = len(head[0]), hidden.device.type == "cpu"
-    budget = tiles.CPU_WORKSPACE_BYTES if on_cpu else tiles.GPU_WORKSPACE_BYTES
+    budget = tiles.default_workspace_bytes(hidden.device)
     rows_at_once = max(1, budget * 4 // (FILTER_BYTES * vocab_size * stats.itemsize))
     for rows in blocks(len(hidden), rows_at_once):
         n = rows.stop - rows.start

@@ -42,8 +42,9 @@ def single_sweep(
     head = batch.head
     device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
     plan = tiles.single_sweep_plan(
-        len(head.hidden), vocab_size, head.hidden.shape[1], device, head.weight_dtype, config.workspace_mib
-    )
+        len(head.hidden), vocab_size, head.hidden.shape[1], device, head.weight_dtype, config.workspace_mib,
+        n_tokens=n_rows, trains_weight=needs[1],
+    )  # fmt: skip
     if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
         return None
     chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 CPU_WORKSPACE_BYTES = 64 << 20
-GPU_WORKSPACE_BYTES = 512 << 20
+GPU_WORKSPACE_BYTES = 512 << 20, 2 << 30  # at least and at most; between them
+GPU_WORKSPACE_PERCENT = 3  # of the card's memory
 SMALLEST_WORKSPACE_BYTES = 1 << 20  # below it tiles get so small that the GEMMs are all overhead
 CPU_TILE_BYTES = 8 << 20  # a tile is passed over several times, so it should stay in the last-level cache
 GPU_TILE_BYTES = 24 << 20  # half of an H100's second-level cache
@@ -36,10 +37,32 @@ class Plan(NamedTuple):
     gemm_dtype: torch.dtype
 
 
-def workspace_bytes(device: torch.device, n_rows: int, vocab_size: int, workspace_mib: int | None = None) -> int:
+class Card(NamedTuple):
+    """What plans depend on of a GPU. Every plan takes one, so that it can be made where that card is not."""
+
+    memory: int  # bytes
+    processors: int  # streaming multiprocessors
+
+
+def card_of(device: torch.device) -> Card:
+    """Of the GPU that is there: the one place where its properties are read."""
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.total_memory, properties.multi_processor_count)
+
+
+def default_workspace_bytes(device: torch.device, card: Card | None = None) -> int:
+    """64 MiB on a CPU; 3 % of a GPU's memory, within 512 MiB and 2 GiB."""
+    if device.type == "cpu":
+        return CPU_WORKSPACE_BYTES
+    least, most = GPU_WORKSPACE_BYTES
+    return _between(least, (card or card_of(device)).memory * GPU_WORKSPACE_PERCENT // 100, most)
+
+
+def workspace_bytes(
+    device: torch.device, n_rows: int, vocab_size: int, workspace_mib: int | None = None, card: Card | None = None
+) -> int:
     """The bound of what a sweep holds beside its results; at most a quarter of fp32 logits, if that is over 1 MiB."""
-    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-    given = default if workspace_mib is None else workspace_mib << 20
+    given = default_workspace_bytes(device, card) if workspace_mib is None else workspace_mib << 20
     return min(given, max(n_rows * vocab_size, SMALLEST_WORKSPACE_BYTES))
 
 
@@ -59,12 +82,16 @@ def gemm_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, 
 
 
 def single_sweep_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None
-) -> Plan | None:
-    """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it."""
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
+    *, n_tokens: int | None = None, trains_weight: bool = True, card: Card | None = None,
+) -> Plan | None:  # fmt: skip
+    """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it.
+
+    ``n_tokens``: of the call, to whose logits the workspace is held; of them ``n_rows`` are computed (default: all).
+    """
     if dtype == torch.float16:  # its gradients must be formed after a loss scale is known, or they vanish
         return None
-    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    budget = workspace_bytes(device, n_tokens or n_rows, vocab_size, workspace_mib, card)
     stored, gemm_dtype = gemm_dtypes(device, dtype)
     if device.type == "cpu":
         columns, weight_tile, logits_tile = min(vocab_size, 16384), 0, 0
@@ -73,20 +100,29 @@ def single_sweep_plan(
             weight_tile, logits_tile = 2 * columns * dim * 4, 2 * columns * 4
         rows = (budget - weight_tile) * 7 // 8 // (vocab_size * stored.itemsize + logits_tile + 6 * dim * 4)
     else:
-        columns = vocab_size
-        rows = budget // (vocab_size * stored.itemsize + 6 * dim * 4)
+        columns, of_row = vocab_size, vocab_size * stored.itemsize + 6 * dim * 4
+        rows = budget // of_row
+        # All rows at once need no sum of the weight's gradient in fp32: that memory is theirs.
+        spared = vocab_size * dim * max(4 - stored.itemsize, 0) if trains_weight else 0
+        if n_rows * of_row <= budget + spared:
+            rows = n_rows
     least = CPU_SWEEP_ROWS if device.type == "cpu" else GPU_SWEEP_ROWS
     if rows < min(n_rows, least):
         return None
-    return Plan(_even(n_rows, rows, 128 if device.type != "cpu" else 32), columns, stored, gemm_dtype)
+    if device.type == "cpu" or rows >= n_rows:
+        rows = _even(n_rows, rows, 32)
+    else:
+        rows = _in_waves(n_rows, rows, dim, (card or card_of(device)).processors)
+    return Plan(rows, columns, stored, gemm_dtype)
 
 
 def recompute_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None
-) -> Plan:
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
+    card: Card | None = None,
+) -> Plan:  # fmt: skip
     """The plan of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
     its gradient, half for tiles of logits and their gradients."""
-    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     stored, gemm_dtype = gemm_dtypes(device, dtype)
     on_cpu = device.type == "cpu"
     stored = gemm_dtype if on_cpu else stored
@@ -98,10 +134,11 @@ def recompute_plan(
 
 
 def forward_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, workspace_mib: int | None = None
-) -> Plan:
+    n_rows: int, vocab_size: int, dim: int, device: torch.device, workspace_mib: int | None = None,
+    card: Card | None = None,
+) -> Plan:  # fmt: skip
     """The plan of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
-    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib)
+    budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     if device.type != "cpu":
         partial = 3 * 4 * (vocab_size // 64 + 1)
         return Plan(_between(1, budget // partial, n_rows), vocab_size, torch.float32, torch.float32)
@@ -124,6 +161,29 @@ def _even(total: int, at_most: int, multiple: int) -> int:
     size = -(-total // blocks)
     rounded = -(-size // multiple) * multiple
     return rounded if rounded <= at_most else size
+
+
+def waves(n_rows: int, dim: int, processors: int) -> int:
+    """How long ``E W`` of ``n_rows`` rows takes, in the time of one tile of 128 x 128 on one processor.
+
+    It has few tiles, each of which adds up the whole vocabulary, so a last wave that is not full costs a whole one.
+    cuBLAS is taken to choose the better of tiles of 128 x 128 and 128 x 256.
+    """
+    blocks = -(-n_rows // 128)
+    return min(-(-blocks * -(-dim // width) // processors) * (width // 128) for width in (128, 256))
+
+
+def _in_waves(n_rows: int, at_most: int, dim: int, processors: int) -> int:
+    """The size of chunks that cover ``n_rows``, a multiple of 128: as few as possible, since each passes over the
+    weight's gradient once more, and of such sizes the one whose ``E W`` take the fewest waves."""
+    blocks, most = -(-n_rows // 128), at_most // 128
+    n_chunks = -(-blocks // most)
+
+    def total(size: int) -> int:
+        last = blocks - (n_chunks - 1) * size
+        return (n_chunks - 1) * waves(128 * size, dim, processors) + waves(128 * last, dim, processors)
+
+    return 128 * min(range(-(-blocks // n_chunks), most + 1), key=total)
 
 
 class TritonTile(NamedTuple):

@@ -118,6 +118,7 @@ class Planner:
         limit = min(args.max_completion_length, decoder.max_position_embeddings - work.prompt_length)
         groups, n_tokens = micro_batch(learned, limit, args.micro_batch_tokens)
         n_targets = sum(n for _, n in groups) * limit
+        on = torch.device(self.device), tiles.Card(self.memory, processors=1)  # which decide no sizes here
         saved, training = self.training(*key, groups, limit, args.gradient_checkpointing)
         asked = {  # tokens of the prompts that are computed together
             "rollout": sum(sampled),
@@ -127,7 +128,7 @@ class Planner:
         inference = {
             name: self.inference(*key, min(MAX_PREFILL_TOKENS, tokens)) for name, tokens in asked.items() if tokens
         }
-        loss = loss_bytes(n_targets, *head.shape, head.dtype, self.device, trains_head=head.requires_grad)
+        loss = loss_bytes(n_targets, *head.shape, head.dtype, *on, trains_head=head.requires_grad)
         pool, kv = self._pool(args, sampled, decoder, head.dtype)
 
         gradients, states, step = OPTIMIZERS[args.optim](trained, self.device)
@@ -147,7 +148,7 @@ class Planner:
                 always = always.plus(part)
         learning = always.plus(gradients)
         filtered = args.top_k or args.top_p < 1 or args.min_p  # by whole rows of logits, as many as fit the workspace
-        sweep = tiles.workspace_bytes(torch.device(self.device), MAX_ROWS, head.shape[0]) if filtered else 0
+        sweep = tiles.default_workspace_bytes(*on) if filtered else 0
         sampling = {name: max(computed, sweep) for name, computed in inference.items()}
         # what is alive while the loss is computed: the activations, and beside them the reference's pass or the sweep
         beside = max(loss, inference["rollout"] if args.beta else 0)
@@ -258,15 +259,17 @@ def micro_batch(
     return max(tokens.items(), key=lambda of_shape: of_shape[1])
 
 
-def loss_bytes(n_rows: int, vocab_size: int, dim: int, dtype: torch.dtype, device: str, *, trains_head: bool) -> int:
+def loss_bytes(
+    n_rows: int, vocab_size: int, dim: int, dtype: torch.dtype, device: torch.device, card: tiles.Card, *,
+    trains_head: bool,
+) -> int:  # fmt: skip
     """The most that the fused loss holds at once, its N rows of hidden states and its results included."""
-    on = torch.device(device)
-    space = tiles.workspace_bytes(on, n_rows, vocab_size)
+    space = tiles.workspace_bytes(device, n_rows, vocab_size, card=card)
     elements = n_rows * dim + (vocab_size * dim if trains_head else 0)
     results = elements * dtype.itemsize
-    if tiles.single_sweep_plan(n_rows, vocab_size, dim, on, dtype) is None:
+    if tiles.single_sweep_plan(n_rows, vocab_size, dim, device, dtype, card=card) is None:
         most = space + n_rows * dim * 4 + results
-    else:  # gradients are added up in fp32, and rounded when the workspace has gone
+    else:  # gradients are added up in fp32, and rounded when the workspace has gone; all rows at once take no more
         most = elements * 4 + max(space, results if dtype.itemsize < 4 else 0)
     return most + n_rows * dim * dtype.itemsize
 
