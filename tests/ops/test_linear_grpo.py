@@ -96,6 +96,33 @@ def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):  # noqa: F811
         assert_as_good(grads, theirs, exact, 4e-4)
 
 
+@pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.02])
+def test_one_chunk_adds_up_no_fp32_gradient_of_the_weight(entropy_coef, extras, monkeypatch):
+    """Nor are the hidden states rounded that are multiplied, where the exponentials are reweighed anyway."""
+    case = without_logprobs(make_case(noise=0.05, dtype=torch.bfloat16, extras=extras), "old_logprobs")
+    config = GRPOLossConfig(entropy_coef=entropy_coef)
+    _, exact = run_loss(reference.linear_grpo_loss, double(case), config)
+    with as_written():
+        _, theirs = run_loss(reference.linear_grpo_loss, case, config)
+    multiply, products = gradients.Gradients.multiply, []
+
+    def watched(self, total, left, right, **named):
+        if left.shape[0] == 213 and right.shape[1] == 24:  # of the weight's gradient
+            products.append((total.dtype, right))
+        return multiply(self, total, left, right, **named)
+
+    monkeypatch.setattr(gradients.Gradients, "multiply", watched)
+    for path, dtype in (("one chunk", torch.bfloat16), ("chunks", torch.float32)):
+        force(monkeypatch, path, rows=16, columns=213, gemm_dtype=torch.bfloat16)
+        _, grads = run_loss(linear_grpo_loss, case, config)
+        assert {total for total, _ in products} == {dtype}
+        exact_hidden = torch.cat([right for _, right in products]).equal(case["hidden"])
+        assert exact_hidden == bool(entropy_coef or extras)
+        assert_as_good(grads, theirs, exact, 4e-4)
+        products.clear()
+
+
 def test_gradients_in_bf16_at_a_real_width():
     """D 576 and V 12,289, chosen by the library itself: 4e-3 of the norm, and no worse than torch."""
     case = make_case((40, 24, 31, 33), (1.0, 0.0, 0.3, 0.5), noise=0.05, dim=576, vocab=12_289, dtype=torch.bfloat16)

@@ -13,13 +13,14 @@ from toolx_kernels.ops.head import Head, blocks, reducer, vocab_size_of
 class Gradients:
     """Accumulates, in fp32 (or float64), the gradients of whatever needs one; the two GEMMs of the backward pass.
 
-    With ``whole_weight`` those of the weight stay in full precision until the end; otherwise only the rows that are
-    open do, and are rounded once when they are closed.
+    Those of the weight are rounded once. With ``whole_weight`` they stay in full precision until the end, or, where
+    one GEMM is all that is added (``one_gemm``), are what it rounds its result to. Otherwise only the rows that are
+    open are in full precision, until they are closed.
     """
 
     def __init__(
         self, head: Head, lora: tuple[Tensor | None, float], needs: list[bool], gemm_dtype: torch.dtype, *,
-        whole_weight: bool,
+        whole_weight: bool, one_gemm: bool = False,
     ):  # fmt: skip
         self.head, self.gemm_dtype = head, gemm_dtype
         self.lora_a, self.lora_scaling = lora
@@ -30,8 +31,10 @@ class Gradients:
             return torch.zeros(like.shape, dtype=head.dtype, device=like.device) if needed else None
 
         def result(needed: bool, like: Tensor | None) -> Tensor | None:
-            dtype = head.dtype if whole_weight and needed else like.dtype if needed else None
-            return torch.empty(like.shape, dtype=dtype, device=like.device) if needed else None
+            if not needed:
+                return None
+            rounded = not whole_weight or (one_gemm and like.dtype == gemm_dtype)
+            return torch.empty(like.shape, dtype=like.dtype if rounded else head.dtype, device=like.device)
 
         self.hidden, self.features = zeros(need_hidden, head.hidden), zeros(need_features, head.features)
         of_weight = [(need_weight, head.weight), (need_lora_b, head.lora_b), (need_bias, head.bias)]

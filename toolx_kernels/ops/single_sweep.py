@@ -50,7 +50,7 @@ def single_sweep(
     chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)
     if chunks is None:
         return None
-    grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True)
+    grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
     sweep, all_reduce = heads.sweeps(head), reducer(shard)
     space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
     fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)

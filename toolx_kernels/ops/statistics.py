@@ -47,7 +47,8 @@ class Factors(NamedTuple):
     """What turns a row's exponentials E into the gradient of its logits. All (n).
 
     factor: of the row. at_target: the gradient at the target, which E lacks. placed: what E must hold there for
-    ``factor * E`` to be it. alpha, beta: of ``reweigh``, which comes first if there is an entropy bonus or a softcap.
+    ``factor * E`` to be it. alpha, beta: of ``reweigh``, which comes first if there is an entropy bonus or a softcap;
+    then they hold all of the factor, and what is left of it, 1, rounds no hidden state.
     """
 
     factor: Tensor
@@ -69,15 +70,19 @@ def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap,
     if HAS_ENTROPY:
         at_target = at_target - e * p * (tl.where(p > 0.0, logprobs, 0.0) + entropy)
         alpha, beta = alpha - e * (entropy - log_total), -e
+    dead = (c == 0.0) & (beta == 0.0)  # also where the log-prob is not a number
     factor = scale * tl.exp(-log_total)
     if HAS_SOFTCAP:
         ratio = target_logit / (scale * softcap)
         at_target = at_target * (1.0 - ratio * ratio)
-    elif not HAS_ENTROPY:
+    if HAS_ENTROPY or HAS_SOFTCAP:
+        alpha, beta = alpha * factor, beta * factor
+        factor = 1.0 + 0.0 * c
+    else:
         factor = -c * factor
     at_target = at_target * scale
-    at_target = tl.where((c == 0.0) & (beta == 0.0), 0.0, at_target)  # also where the log-prob is not a number
-    factor = tl.where((c == 0.0) & (beta == 0.0), 0.0, factor)
+    at_target = tl.where(dead, 0.0, at_target)
+    factor = tl.where(dead, 0.0, factor)
     return factor, at_target, tl.where(factor == 0.0, 0.0, at_target / factor), alpha, beta
 
 
