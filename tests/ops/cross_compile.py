@@ -158,7 +158,7 @@ def attention_cases(chip: int):
 
 
 def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:
-    """Registers and spilled bytes a thread, and shared bytes a block."""
+    """Registers and spilled bytes a thread, shared bytes a block, and the bits that each load and store moves."""
     kernel = kernels()[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types, attributes = signature(name, constants, dtype)
@@ -166,7 +166,9 @@ def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple
     options = {"num_warps": launch[0], "num_stages": launch[1]}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     log = ptxas_log(compiled.asm["ptx"], chip)
+    moves = re.findall(r"\b(ld|st)\.global(?:\.\w+|::)*?(?:\.v(\d))?\.[bfu](\d+)", compiled.asm["ptx"])
     return {
+        "moves": sorted({(kind, int(count or 1) * int(bits)) for kind, count, bits in moves}),
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
         "shared": compiled.metadata.shared,

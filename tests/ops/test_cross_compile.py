@@ -39,3 +39,13 @@ def test_every_kernel_fits(chip, compiled):
         assert found["spilled"] == 0, f"sm_{chip}: {found}"
         assert 0 < found["registers"] <= 255
         assert found["shared"] <= SHARED_BYTES[chip], f"sm_{chip}: {found}"
+
+
+@pytest.mark.parametrize("name", ["reweigh_kernel", "move_rows_kernel"])
+def test_passes_over_a_row_move_16_bytes_at_a_time(name, compiled):
+    """What a mask of unknown alignment prevents."""
+    for chip, kernels_of_chip in compiled.items():
+        for found in kernels_of_chip:
+            if found["kernel"] == name:
+                assert ["ld", 128] in found["moves"], f"sm_{chip}: {found}"
+                assert [kind for kind in found["moves"] if kind[0] == "st"] == [["st", 128]], f"sm_{chip}: {found}"

@@ -248,12 +248,15 @@ def reweigh_kernel(
     out_ptr, anchor_ptr, alpha_ptr, beta_ptr, scale_ptr, V, softcap, stride_on,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """E <- E * (alpha + beta * log E) * softcap's slope, in place; one program a block of one row."""
+    """E <- E * (alpha + beta * log E) * softcap's slope, in place; one program a block of one row.
+
+    As in ``sweep_kernel``, what lies between the V-th column and the end of a row is overwritten.
+    """
     pid = tl.program_id(0).to(tl.int64)
     blocks_v = tl.cdiv(V, BLOCK)
     n = pid // blocks_v
     offs_v = (pid - n * blocks_v) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs_v < V
+    mask = offs_v < stride_on
     place = out_ptr + n * stride_on + offs_v
     e = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     d = tl.log(tl.where(e > 0, e, 1.0))
@@ -267,12 +270,12 @@ def reweigh_kernel(
 
 @per_row_kernel
 def move_rows_kernel(out_ptr, source_ptr, target_ptr, V, stride_on, BLOCK: tl.constexpr):
-    """out[target[i]] = out[source[i]]; sources and targets are disjoint."""
+    """out[target[i]] = out[source[i]], up to the ends of the rows; sources and targets are disjoint."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_v = tl.cdiv(V, BLOCK)
     i = pid // blocks_v
     offs_v = (pid - i * blocks_v) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs_v < V
+    mask = offs_v < stride_on
     value = tl.load(out_ptr + tl.load(source_ptr + i) * stride_on + offs_v, mask=mask)
     tl.store(out_ptr + tl.load(target_ptr + i) * stride_on + offs_v, value, mask=mask)
 
