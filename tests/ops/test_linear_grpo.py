@@ -728,6 +728,7 @@ BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
         ({"cu_seqlens": torch.tensor([*BOUNDS[:-1], N - 1])}, {}, f"from 0 to {N - 1}: it must rise from 0 to N = {N}"),
         ({"cu_seqlens": torch.tensor([1, *BOUNDS[1:]])}, {}, f"cu_seqlens runs from 1 to {N}"),
         ({"cu_seqlens": torch.tensor([0, 9, 5, *BOUNDS[3:]])}, {}, "cu_seqlens falls from 9 to 5 at 2"),
+        ({"cu_seqlens": torch.tensor([-2, *BOUNDS[1:-1], 2**40])}, {}, f"cu_seqlens runs from -2 to {2**40}"),
         ({"cu_seqlens": torch.tensor(BOUNDS).float()}, {}, r"cu_seqlens \(9,\) of torch.float32"),
         ({"cu_seqlens": torch.tensor([[0, N]])}, {}, r"cu_seqlens \(1, 2\)"),
         ({"targets": torch.full((N,), 213)}, {}, r"targets\[0\] = 213 is outside the vocabulary of 213"),

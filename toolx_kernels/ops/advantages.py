@@ -26,6 +26,7 @@ def group_advantages(
     scale: str = "group",
     eps: float = 1e-4,
     min_std: float = 0.0,
+    check_finite: bool = True,
 ) -> Tensor:
     """``(r - mean) / (max(std, min_std) + eps)`` over each group, (B) in fp32 (float64 for float64 rewards).
 
@@ -33,7 +34,8 @@ def group_advantages(
     (``scale``). ``min_std`` keeps a small bonus small: {1, 1, 1, 1, 1.01} gives the last 1.75 without it and
     0.08 at 0.1, which leaves rewards of 0 and 1 in groups of up to 64 as they are. A group whose rewards are all
     equal gets exact zeros, decided by comparing the rewards: in floating point the mean of equal numbers is not
-    always that number. Source: arXiv 2402.03300, 4.1.2.
+    always that number. ``check_finite=False`` leaves it to the caller to check the rewards, for which a GPU is waited
+    for. Source: arXiv 2402.03300, 4.1.2.
 
     Raises:
         InputError: neither or both of group_size and group_ids, sizes that do not divide, an unknown scale,
@@ -59,19 +61,24 @@ def group_advantages(
             f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
         )
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
-    return torch.ops.toolx.group_advantages(rewards.detach(), group_size or 0, group_ids, scale, eps, min_std)
+    return torch.ops.toolx.group_advantages(
+        rewards.detach(), group_size or 0, group_ids, scale, eps, min_std, check_finite
+    )
 
 
-def _check_finite(rewards: Tensor) -> None:
+def check_rewards(rewards: Tensor) -> None:
+    """Raises InputError for a reward that is not finite."""
     if not rewards.isfinite().all():
         at = int((~rewards.isfinite()).nonzero()[0])
         raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite: a reward must be a number.")
 
 
 def _advantages(
-    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float
-) -> Tensor:
-    _check_finite(rewards)
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float,
+    check_finite: bool = True,
+) -> Tensor:  # fmt: skip
+    if check_finite:
+        check_rewards(rewards)
     if group_ids is None:
         index = torch.arange(len(rewards), device=rewards.device) // group_size
         n_groups = len(rewards) // group_size
@@ -142,11 +149,13 @@ if triton is not None:
 
 
 def _advantages_triton(
-    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float
-) -> Tensor:
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float,
+    check_finite: bool = True,
+) -> Tensor:  # fmt: skip
     if rewards.dtype != torch.float32:
-        return _advantages(rewards, group_size, group_ids, scale, eps, min_std)
-    _check_finite(rewards)
+        return _advantages(rewards, group_size, group_ids, scale, eps, min_std, check_finite)
+    if check_finite:
+        check_rewards(rewards)
     rewards, out = rewards.contiguous(), torch.empty_like(rewards)
     ids = rewards if group_ids is None else group_ids.contiguous()
     with torch.cuda.device_of(rewards):
@@ -158,9 +167,9 @@ def _advantages_triton(
 
 
 _library.define(
-    "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps, float min_std)"
-    " -> Tensor",
+    "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps, float min_std, "
+    "bool check_finite=True) -> Tensor",
     default=_advantages,
-    fake=lambda rewards, group_size, group_ids, scale, eps, min_std: rewards.new_empty(rewards.shape),
+    fake=lambda rewards, *_: rewards.new_empty(rewards.shape),
     triton=_advantages_triton,
 )

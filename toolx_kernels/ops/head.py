@@ -208,23 +208,19 @@ def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
             raise InputError(f"{name} is on {tensor.device} and hidden on {device}: move it with .to({str(device)!r}).")
 
 
-def check_values(
-    targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None, advantages: Tensor | None = None
-) -> None:
-    """Raises InputError for a target outside the vocabulary or a temperature that is not positive, on live rows, and
-    for an advantage that is not finite. Where all is well a GPU is waited for once."""
-    outside = (targets < 0) | (targets >= vocab_size)
-    frozen = ~((temperature > 0) & temperature.isfinite())
+def wrong_rows(targets: Tensor, temperature: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(N) bool each: the target is outside the vocabulary; the temperature is not positive."""
+    return (targets < 0) | (targets >= vocab_size), ~((temperature > 0) & temperature.isfinite())
+
+
+def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None) -> None:
+    """Raises InputError for a target outside the vocabulary or a temperature that is not positive, on live rows. Where
+    all is well a GPU is waited for once."""
+    outside, frozen = wrong_rows(targets, temperature, vocab_size)
     if live is not None:
         outside, frozen = outside & live, frozen & live
-    wrong = (outside | frozen).any()
-    if advantages is not None:
-        wrong |= ~advantages.isfinite().all()
-    if not wrong:
+    if not (outside | frozen).any():
         return
-    if advantages is not None and not advantages.isfinite().all():
-        at = int((~advantages.isfinite()).nonzero()[0])
-        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
     if outside.any():
         row = int(outside.nonzero()[0])
         raise InputError(

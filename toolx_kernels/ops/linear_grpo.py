@@ -19,12 +19,14 @@ that exponentials over- or underflow, the vocabulary is swept twice instead.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from toolx_kernels import _library
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.advantages import group_advantages
+from toolx_kernels.ops.advantages import check_rewards, group_advantages
 from toolx_kernels.ops.gradients import recompute_gradients
 from toolx_kernels.ops.head import (
     VocabShard,
@@ -37,6 +39,7 @@ from toolx_kernels.ops.head import (
     pick,
     row_temperatures,
     vocab_size_of,
+    wrong_rows,
 )
 from toolx_kernels.ops.linear_logprob import HEAD_SCHEMA, fake_gradients, statistics
 from toolx_kernels.ops.losses import Objective, policy_objective, token_weights
@@ -98,7 +101,8 @@ def linear_grpo_loss(
     Raises:
         InputError: shapes, dtypes or devices that do not fit, bounds that do not cover N rows, targets outside the
             vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, ``beta``
-            without ``ref_logprobs``. Nothing has been computed then; on a GPU the check of values waits for the device.
+            without ``ref_logprobs``. Nothing has been computed then. A GPU is waited for once before the first GEMM,
+            for the check of values and the number of rows together.
     """
     check_head(hidden, weight, targets, bias, lora_a, lora_b, softcap, shard)
     _check_vectors(
@@ -110,15 +114,18 @@ def linear_grpo_loss(
         },
     )  # fmt: skip
     if advantages is None:
-        advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)
+        advantages = group_advantages(
+            rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards, check_finite=False
+        )
     if denominator is not None:
         if isinstance(denominator, Tensor):
             if denominator.numel() != 1:
                 raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
-            denominator = denominator.reshape(())
+            denominator = denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
         elif not 0 < denominator < float("inf"):
             raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
-        denominator = torch.as_tensor(denominator, dtype=compute_dtype(hidden), device=hidden.device)
+        else:
+            denominator = torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
     differentiable = (hidden, weight, bias, lora_a, lora_b)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(
@@ -126,6 +133,7 @@ def linear_grpo_loss(
         row_temperatures(config.temperature if temperature is None else temperature, hidden, targets),
         bias, lora_a, lora_b, lora_scaling, softcap or 0.0, -1 if shard is None else shard.key, cu_seqlens, advantages,
         old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config.key, needs,
+        None if rewards is None else rewards.detach(),
     )  # fmt: skip
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if ref_logprobs is None:
@@ -160,26 +168,52 @@ def _check_vectors(
         raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
 
 
+class OnHost(NamedTuple):
+    """What the host decides on before the first GEMM, for which a GPU is waited for once."""
+
+    wrong: bool  # some reward, advantage, target or temperature
+    cu_seqlens: list[int]  # (B + 1)
+    computed_before: list[int]  # (B + 1) rows before each of these bounds that are computed
+
+    @classmethod
+    def read(cls, wrong: Tensor, cu_seqlens: Tensor, computed_before: Tensor) -> OnHost:
+        wrong, *counts = torch.cat([wrong[None], cu_seqlens, computed_before]).tolist()
+        return cls(bool(wrong), counts[: len(cu_seqlens)], counts[len(cu_seqlens) :])
+
+
 @as_given
 def _linear_grpo(
     hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
     cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
+    rewards=None,
 ):  # fmt: skip
     config = GRPOLossConfig.from_key(config_key)
     n_rows, dtype = len(targets), compute_dtype(hidden)
-    _check_bounds(cu_seqlens, n_rows)
     cu_seqlens = cu_seqlens.long()
-    completion = torch.repeat_interleave(cu_seqlens.diff(), output_size=n_rows)  # (N) each token's completion
+    bounds = cu_seqlens.clamp(0, n_rows)  # nothing is checked yet
+    completion = torch.searchsorted(bounds[1:], torch.arange(n_rows, device=bounds.device), right=True)
+    completion = completion.clamp_(max=len(advantages) - 1)  # (N) each token's
     if mask is None:
         mask = torch.ones_like(targets, dtype=torch.bool)
     computed = mask if config.computes_every_row else mask & (advantages != 0)[completion]
-    check_values(targets, temperature, vocab_size_of(weight, shard), computed, advantages)
 
-    def count(chosen: Tensor) -> Tensor:  # (B) of each completion's rows; bincount would make a GPU wait
-        return torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[cu_seqlens].diff()
+    def before(chosen: Tensor) -> Tensor:  # (B + 1) rows before each bound
+        return torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[bounds]
 
-    weights = token_weights(count(mask).to(dtype), config, denominator)
-    rows = computed.nonzero().squeeze(1)
+    outside, frozen = wrong_rows(targets, temperature, vocab_size_of(weight, shard))
+    wrong = ((outside | frozen) & computed).any() | ~advantages.isfinite().all()
+    if rewards is not None:
+        wrong |= ~rewards.isfinite().all()
+    computed_before = before(computed)
+    seen = OnHost.read(wrong, cu_seqlens, computed_before)
+    if seen.wrong and rewards is not None:
+        check_rewards(rewards)
+    _check_bounds(seen.cu_seqlens, n_rows)
+    if seen.wrong:
+        _check_advantages(advantages)
+        check_values(targets, temperature, vocab_size_of(weight, shard), computed)
+    weights = token_weights(before(mask).diff().to(dtype), config, denominator)
+    rows = computed.nonzero_static(size=seen.computed_before[-1]).squeeze(1)
     owner = completion[rows]
     head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
     per_row = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
@@ -187,7 +221,8 @@ def _linear_grpo(
         head if len(rows) == n_rows else head.rows(rows),
         (lora_a, lora_scaling),
         RowVectors(advantages.to(dtype)[owner], weights[owner], *(pick(x, rows) for x in per_row)),
-        count(computed),
+        computed_before.diff(),
+        seen.computed_before,
         rows,
     )
     deferred = gradients_in_backward(hidden, weight, config)
@@ -217,8 +252,13 @@ def gradients_in_backward(hidden: Tensor, weight: Tensor, config: GRPOLossConfig
     return config.recompute or torch.float16 in (hidden.dtype, weight.dtype)
 
 
-def _check_bounds(cu_seqlens: Tensor, n_rows: int) -> None:
-    bounds = cu_seqlens.tolist()
+def _check_advantages(advantages: Tensor) -> None:
+    if not advantages.isfinite().all():
+        at = int((~advantages.isfinite()).nonzero()[0])
+        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
+
+
+def _check_bounds(bounds: list[int], n_rows: int) -> None:
     falling = next((b for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)) if high < low), None)
     if falling is not None:
         raise InputError(
@@ -265,6 +305,7 @@ def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows:
 def _fake(
     hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
     cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
+    rewards=None,
 ):  # fmt: skip
     dtype = compute_dtype(hidden)
     deferred = gradients_in_backward(hidden, weight, GRPOLossConfig.from_key(config_key))
@@ -280,7 +321,7 @@ def _fake(
 
 def _save(ctx, inputs, output):
     tensors, (ctx.lora_scaling, ctx.softcap, ctx.shard) = inputs[:7], inputs[7:10]
-    config, ctx.needs = GRPOLossConfig.from_key(inputs[-2]), inputs[-1]
+    config, ctx.needs = GRPOLossConfig.from_key(inputs[17]), inputs[18]
     ctx.deferred, ctx.workspace_mib = gradients_in_backward(tensors[0], tensors[1], config), config.workspace_mib
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -311,7 +352,8 @@ def _differentiate(ctx, grad_loss, *_):
 
 _library.define(
     f"linear_grpo({HEAD_SCHEMA}, Tensor cu_seqlens, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, str config_key, bool[] needs) -> "
+    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, str config_key, bool[] needs, "
+    "Tensor? rewards=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_linear_grpo,
     fake=_fake,

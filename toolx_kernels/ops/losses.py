@@ -284,7 +284,9 @@ def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig)
     """``exp(lambda) w^k exp(-lambda w)``, k and lambda by the advantage's sign (arXiv 2602.10693)."""
     rising = (config.vespo_k_pos, config.vespo_lambda_pos)
     falling = (config.vespo_k_neg, config.vespo_lambda_neg)
-    k, rate = (torch.where(advantages >= 0, advantages.new_tensor(p), n) for p, n in zip(rising, falling, strict=True))
+    k, rate = (
+        torch.where(advantages >= 0, torch.full_like(advantages, p), n) for p, n in zip(rising, falling, strict=True)
+    )
     return (rate + k * log_weight - rate * log_weight.exp()).clamp(max=LOG_RATIO_BOUND).exp()
 
 

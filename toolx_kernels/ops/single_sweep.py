@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     head: Head
     lora: tuple[Tensor | None, float]  # lora_a and its scaling
     vectors: RowVectors
-    lengths: Tensor  # (b) int64, their rows by completion, in order
+    lengths: Tensor  # (B) int64, their rows by completion, in order
+    bounds: list[int]  # (B + 1) rows before each completion, on the host
     rows: Tensor  # (n) int64, where they lie among the N
 
 
@@ -47,7 +48,7 @@ def single_sweep(
     )  # fmt: skip
     if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
         return None
-    chunks = _chunks(batch.lengths, plan.rows, len(head.hidden), config)
+    chunks = _chunks(batch, plan.rows, config)
     if chunks is None:
         return None
     grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
@@ -56,6 +57,7 @@ def single_sweep(
     fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
     target_logits = all_reduce(sweep.target_logits(head), "sum")
     anchors = _anchors(target_logits, batch.vectors)
+    drops = device.type == "cpu" or batch.vectors.old is not None  # on-policy, no row loses its gradient
     parts = []
     for rows, lengths in chunks:
         chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
@@ -69,8 +71,9 @@ def single_sweep(
         parts.append((found, objective))
         if device.type == "cpu" and not _anchored(found):
             return None
-        off_policy = vectors.old is not None
-        _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, off_policy=off_policy)
+        dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, drops=drops)
+        # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
+        drops = drops and (dropped or device.type == "cpu")
     del space, exponentials
     found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
     if device.type != "cpu" and not _anchored(found):  # a GPU is waited for only once
@@ -88,20 +91,20 @@ def _anchored(found: RowStatistics) -> bool:
     return bool((found.total.log().abs() < LARGEST_LOG_SUM).all())
 
 
-def _chunks(lengths: Tensor, size: int, n_rows: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
+def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
     """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
     does not fit."""
+    lengths, bounds = batch.lengths, batch.bounds
     if not needs_whole_sequences(config):
-        return [(rows, lengths[:0]) for rows in blocks(n_rows, size)]
-    chunks, first, start, end = [], 0, 0, 0
-    for b, length in enumerate(lengths.tolist()):
-        if length > size:
+        return [(rows, lengths[:0]) for rows in blocks(bounds[-1], size)]
+    chunks, first, start = [], 0, 0
+    for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if high - low > size:
             return None
-        if end + length - start > size:
-            chunks.append((slice(start, end), lengths[first:b]))
-            first, start = b, end
-        end += length
-    return [*chunks, (slice(start, end), lengths[first:])] if end > start else chunks
+        if high - start > size:
+            chunks.append((slice(start, low), lengths[first:b]))
+            first, start = b, low
+    return [*chunks, (slice(start, bounds[-1]), lengths[first:])] if bounds[-1] > start else chunks
 
 
 def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
@@ -115,20 +118,20 @@ def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
 
 def _add_gradients(
     grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
-    rows: slice, plan: tiles.Plan, *, off_policy: bool,
-) -> None:  # fmt: skip
-    """The part of the gradients that comes from a chunk's exponentials, which are overwritten."""
+    rows: slice, plan: tiles.Plan, *, drops: bool,
+) -> bool:  # fmt: skip
+    """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
+    dropped, if ``drops``, that the objective gives no gradient."""
     sweep = heads.sweeps(chunk)
     c, e = objective.coefficients, objective.entropy_coefficients
     index = torch.arange(rows.start, rows.stop, device=c.device)
-    if c.device.type == "cpu" or off_policy:  # on-policy, no row loses its gradient: do not wait to see
-        order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep)
-        if order is not None:
-            chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
-            exponentials = exponentials[: len(order)]
-            factors = Factors(*(part[order] for part in factors))
+    order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep) if drops else None
+    if order is not None:
+        chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
+        exponentials = exponentials[: len(order)]
+        factors = Factors(*(part[order] for part in factors))
     if len(index) == 0:
-        return
+        return True
     if e is not None or chunk.softcap:
         sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
     columns = blocks(len(chunk.weight), plan.columns)
@@ -140,19 +143,22 @@ def _add_gradients(
             sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
     sweep.place_targets(chunk, exponentials, factors.placed)
     grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
+    return order is not None
 
 
 def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
     """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
 
-    A few dead rows cost less than moving others into their places.
+    A few dead rows cost less than moving others into their places. A GPU is waited for once, to count.
     """
-    kept = live.nonzero().squeeze(1)
-    if 8 * len(kept) > 7 * len(live):
+    order = torch.arange(len(live), device=live.device)
+    n_live = live.sum()
+    n_kept, n_holes = torch.stack([n_live, (~live & (order < n_live)).sum()]).tolist()
+    if 8 * n_kept > 7 * len(live):
         return None
-    order = torch.arange(len(kept), device=live.device)
-    holes = (~live[: len(kept)]).nonzero().squeeze(1)
-    movers = kept[kept >= len(kept)]
+    order = order[:n_kept]
+    holes = (~live[:n_kept]).nonzero_static(size=n_holes).squeeze(1)
+    movers = live.nonzero_static(size=n_kept).squeeze(1)[n_kept - n_holes :]
     sweep.move_rows(exponentials, movers, holes)
     order[holes] = movers
     return order
