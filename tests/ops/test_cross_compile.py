@@ -49,3 +49,10 @@ def test_passes_over_a_row_move_16_bytes_at_a_time(name, compiled):
             if found["kernel"] == name:
                 assert ["ld", 128] in found["moves"], f"sm_{chip}: {found}"
                 assert [kind for kind in found["moves"] if kind[0] == "st"] == [["st", 128]], f"sm_{chip}: {found}"
+
+
+def test_two_programs_of_the_sweep_share_a_processor(compiled):
+    """An H100's holds 65,536 registers and 228 KiB of shared memory; one program's epilogue hides behind the other."""
+    (found,) = (found for found in compiled[90] if found["what"] == "sweep exponentials, plain bf16")
+    assert found["registers"] * 256 <= 65_536 // 2
+    assert found["shared"] + 1024 <= (228 << 10) // 2

@@ -135,17 +135,16 @@ def sweep_kernel(
         acc += tl.load(bias_ptr + first_v + token).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         acc = _capped(acc, softcap)
-    z = acc * scale[:, None]
     if MODE != GRADIENTS:
         # The target's logit as target_logits_kernel has it: log-probs near 0 live off the difference to the others.
         local = tl.load(targets_ptr + first_n + row) - start - first_v
         local = tl.where((local >= 0) & (local < BLOCK_V), local, -1).to(tl.int32)
         exact = tl.load(target_logits_ptr + first_n + row)
-        z = tl.where(in_v[None, :] == local[:, None], exact[:, None], z)
 
     plane = blocks_v.to(tl.int64) * N
     partials = partial_ptr + block_v * N + first_n + in_n
     if MODE == ONLINE:
+        z = tl.where(in_v[None, :] == local[:, None], exact[:, None], acc * scale[:, None])
         z = tl.where(mask_v[None, :], z, -3e38)
         z = tl.where(z < -3e38, -3e38, z)  # not tl.maximum, which would lose a NaN
         top = tl.max(z, 1)
@@ -158,13 +157,19 @@ def sweep_kernel(
             tl.store(partials + 2 * plane, tl.sum(exp * d, 1), mask=mask_n)
     else:
         anchor = tl.load(anchor_ptr + first_n + row)
-        d = tl.where(mask_v[None, :], z - anchor[:, None], -1e4)
-        d = tl.where(d < -1e4, -1e4, d)
-        exp = tl.exp2(d * LOG2_E)
         if MODE == EXPONENTIALS:
+            d = acc * scale[:, None] - anchor[:, None]
+            if (tl.max(local, 0) >= 0) | (first_v + BLOCK_V > V):  # one tile in ten holds a target
+                d = tl.where(in_v[None, :] == local[:, None], (exact - anchor)[:, None], d)
+                d = tl.where(mask_v[None, :], d, -1e4)
+            d = tl.maximum(d, -1e4, propagate_nan=tl.PropagateNan.ALL)
+            exp = tl.exp2(d * LOG2_E)
             tl.store(partials, tl.sum(exp, 1), mask=mask_n)
             tl.store(partials + plane, tl.sum(exp * d, 1), mask=mask_n)
         else:
+            d = tl.where(mask_v[None, :], acc * scale[:, None] - anchor[:, None], -1e4)
+            d = tl.where(d < -1e4, -1e4, d)
+            exp = tl.exp2(d * LOG2_E)
             if HAS_SOFTCAP:
                 ratio = (d + anchor[:, None]) * (1.0 / (scale * softcap))[:, None]
                 exp *= 1.0 - ratio * ratio
