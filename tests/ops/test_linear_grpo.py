@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.cases import (
@@ -15,6 +16,7 @@ from tests.ops.cases import (
     EXTRAS,
     LENGTHS,
     PATHS,
+    REWARDS,
     N,
     as_written,
     assert_agrees,
@@ -33,7 +35,7 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops import gradients, sweep_torch, tiles
+from toolx_kernels.ops import gradients, linear_grpo, sweep_torch, tiles
 from toolx_kernels.ops import head as heads
 from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.reference import GRPOLossConfig
@@ -612,6 +614,38 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
     assert_agrees(ours, truth)
     assert_equal_gradients(grads, exact)
     assert (grads["hidden"][killed] == 0).all() and (grads["hidden"][~killed] != 0).any(1).all()
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.append(function._schema.name)
+        return function(*arguments, **named or {})
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, DEAD_GROUP], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_host_reads_one_tensor_before_the_first_gemm(level, rewards, monkeypatch):
+    """Each further one would make a GPU wait; what tolist reads on a CPU is no operation."""
+    reads, read = [], linear_grpo.OnHost.read
+    monkeypatch.setattr(linear_grpo.OnHost, "read", lambda *a: reads.append(1) or read(*a))
+    force(monkeypatch, "chunks", rows=16)
+    case = without_logprobs(make_case(rewards=rewards, masked=(3,)), OLD)
+    key = GRPOLossConfig(importance_sampling_level=level).key
+    with Operations() as seen:
+        linear_grpo._linear_grpo(
+            case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, None, None, 1.0, 0.0,
+            -1, case["cu_seqlens"], case["rewards"], case[OLD], None, None, case["mask"], None, key,
+            [True, True, False, False, False], case["rewards"],
+        )  # fmt: skip
+    before = set(seen.names[: seen.names.index("aten::mm")])
+    assert reads == [1] and "aten::nonzero_static" in before
+    assert not before & {"aten::nonzero", "aten::_local_scalar_dense", "aten::repeat_interleave", "aten::unique"}
 
 
 # ---- torch's machinery

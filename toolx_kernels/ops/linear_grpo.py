@@ -12,9 +12,10 @@ never exist beyond the chunk. With E = exp(z - anchor), s its sum, p_y the targe
     d weight = E'^T (r * hidden)            E'_y = t / r
 
 Rows that cannot have a gradient never enter the sweep: masked tokens, and completions whose group has equal rewards
-while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the GEMMs. Where
-a sweep is not possible or not worth it (``tiles.single_sweep_plan``), and when an anchor turns out to be so far off
-that exponentials over- or underflow, the vocabulary is swept twice instead.
+while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the GEMMs; on a
+GPU, which must be waited for to find them, only if the first chunk has enough. Where a sweep is not possible or not
+worth it (``tiles.single_sweep_plan``), and when an anchor turns out to be so far off that exponentials over- or
+underflow, the vocabulary is swept twice instead.
 """
 
 from __future__ import annotations

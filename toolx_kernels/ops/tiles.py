@@ -175,7 +175,7 @@ def waves(n_rows: int, dim: int, processors: int) -> int:
 
 def _in_waves(n_rows: int, at_most: int, dim: int, processors: int) -> int:
     """The size of chunks that cover ``n_rows``, a multiple of 128: as few as possible, since each passes over the
-    weight's gradient once more, and of such sizes the one whose ``E W`` take the fewest waves."""
+    weight's gradient once more, and of such sizes the one whose ``E W`` takes the fewest waves."""
     blocks, most = -(-n_rows // 128), at_most // 128
     n_chunks = -(-blocks // most)
 
