@@ -378,6 +378,10 @@ def test_a_run_tells_where_its_time_and_memory_went(tmp_path):
 )
 def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
     """Three steps and one more are four: of weights and of what is logged."""
+    if settings.get("optim") == "adamw_8bit":
+        pytest.importorskip("torchao")
+    if "use_peft" in settings:
+        pytest.importorskip("peft")
 
     def train(folder, **more):
         args = ToolExpanderConfig(output_dir=str(folder), **SMALL | settings | more)
