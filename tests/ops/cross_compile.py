@@ -133,7 +133,7 @@ def attention_cases(chip: int):
                 constants = {
                     "PREFIX": queries == 1, "GROUPED": queries == 1, "DIRECT": queries > 1,
                     "HAS_WINDOW": True, "HAS_SOFTCAP": True, "D": dim, "BLOCK_D": dim,
-                    "PRECISION": attention_triton.dot_precision(ELEMENTS[dtype], dim),
+                    "PRECISION": attention_triton.dot_precision(ELEMENTS[dtype], dim, tile.block_m),
                     "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **sizes,
                 }  # fmt: skip
                 yield f"attention {what} {dim}", "attention_kernel", constants, dtype, (tile.warps, tile.stages)

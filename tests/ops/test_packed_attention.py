@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
+from torch.utils.checkpoint import checkpoint
 
 from tests.ops.cases import DEVICE
 from toolx_kernels.ops import packed_attention
@@ -173,6 +174,21 @@ def test_attention_takes_flex_where_it_applies(flex, monkeypatch, recwarn):
     assert not [warning for warning in recwarn if "dense blocks" in str(warning.message)]
     assert context.flex_masks.keys() == {7} and not context.dense_masks
     torch.testing.assert_close(out, context.dense(*inputs, SCALE, 0.0, 7), rtol=2e-3, atol=2e-3)
+
+
+def test_flex_under_activation_checkpointing(flex, monkeypatch, recwarn):
+    """The first call checks flex, backward pass and all, inside the layer that is computed again."""
+    monkeypatch.setattr(packed_attention, "_flex_applies", lambda query: not packed_attention._flex_gone)
+    context = PackedContext(LENGTHS[:3], DEVICE)
+    inputs, upstream = inputs_of(context, dtype=torch.float32)
+
+    def layer(query, key, value):  # nothing is saved behind the attention: there computing again ends
+        return context.attend(0, query.sin(), key.cos(), value, SCALE, 0.0, 7)
+
+    ours = with_gradients(checkpoint(layer, *inputs, use_reentrant=False), inputs, upstream)
+    assert context.flex_masks and not context.dense_masks
+    assert not [warning for warning in recwarn if "dense blocks" in str(warning.message)]
+    torch.testing.assert_close(ours, with_gradients(layer(*inputs), inputs, upstream), rtol=0, atol=0)
 
 
 def fail(*_, **__):

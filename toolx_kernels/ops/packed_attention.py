@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -101,7 +102,8 @@ class PackedContext:
                 check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
                 return self.flex(query, key, value, scale, softcap, window)
             except Exception as error:  # a compiler fails in every way there is
-                if out_of_memory(error):
+                # activation checkpointing ends a layer that it computes again by an exception of its own
+                if out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":
                     raise
                 _give_up_flex(error)
         return self.dense(query, key, value, scale, softcap, window)
@@ -306,6 +308,10 @@ def _give_up_flex(error: Exception) -> None:
     )
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @cache
 def check_flex(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, scale: float, softcap: float
@@ -313,7 +319,8 @@ def check_flex(
     """Runs FlexAttention forward and backward on two small packs and compares it with the dense blocks.
 
     A backward pass that does not compile is so found before a training step depends on it; the second length makes
-    torch compile for any.
+    torch compile for any. What is saved for these backward passes is hidden from activation checkpointing, which would
+    count it among the layer's own.
 
     Raises:
         RuntimeError: the results differ. Whatever the compiler raises is passed on.
@@ -325,7 +332,7 @@ def check_flex(
         *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         inputs = [tensor.requires_grad_() for tensor in inputs]
         results = []
-        with torch.enable_grad():
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             for attend in (context.flex, context.dense):
                 out = attend(*inputs, scale, softcap, 0)
                 results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
