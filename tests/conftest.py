@@ -1,5 +1,6 @@
 """Settings that must stand before torch or triton is imported."""
 
+import importlib.util
 import os
 
 # Spinning OpenMP threads slow every other process on a small machine several times.
@@ -10,6 +11,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from tests import interpreted_bf16
+
+        interpreted_bf16.install()
 torch.set_num_threads(2)
 
 try:

@@ -19,8 +19,7 @@ REWARDS = (1.0, 0.0, 0.0, 1.0, 1.0, 0.2, 0.0, 1.0)
 DEAD_GROUP = (1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.0, 1.0)  # the first group has nothing to learn
 EXTRAS = ("bias", "softcap", "temperature", "lora")
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
-# of an interpreted kernel only fp32 and fp16 are right: it multiplies the bits of bf16
-TRITON_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 try:
     from toolx_kernels.ops import sweep_triton

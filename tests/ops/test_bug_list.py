@@ -574,8 +574,6 @@ def test_inputs_with_strides(path, backend, monkeypatch):
 @ON_EVERYTHING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_on_two_runs(path, backend, dtype, monkeypatch):
-    if backend == "triton" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
-        pytest.skip("the interpreter multiplies the bits of bf16")
     case = make_case(rewards=DEAD_GROUP, dtype=dtype, extras=EXTRAS)
     force(monkeypatch, path, rows=16)
     use_backend(monkeypatch, backend)
