@@ -102,7 +102,7 @@ def _advantages(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B"])  # or another batch size may compile it anew
     def advantages_kernel(
         rewards_ptr, ids_ptr, out_ptr,  # (B)
         B, group_size, eps, min_std,
