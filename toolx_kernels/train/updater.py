@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -70,13 +71,14 @@ class Updater:
         """
         gradients = self._take()
         norm = global_norm(gradients.values())
-        if norm.isfinite():
+        known = float(norm)  # the one time that the device is waited for
+        if math.isfinite(known):
             clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             self._prepare_all(gradients, made_room)  # out of memory here, nothing has been changed yet
             with torch.no_grad(), self._updating(seed):
                 for name in list(gradients):
                     self._update(name, gradients.pop(name), clip)
-        return float(norm)
+        return known
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live states as plain tensors, ``"<parameter name>|<state key>"``; those of a subclass in their parts."""
