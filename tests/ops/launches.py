@@ -7,7 +7,9 @@ class Launches:
     """In place of ``kernel``: the grids that it would be launched on, and what it would be compiled for."""
 
     def __init__(self, kernel):
-        self.names, self.settings = kernel.arg_names, getattr(kernel, "kwargs", vars(kernel))
+        settings = getattr(kernel, "kwargs", vars(kernel))
+        self.names, self.any_value = kernel.arg_names, settings["do_not_specialize"] or ()
+        self.any_address = settings["do_not_specialize_on_alignment"] or ()
         self.grids, self.variants = [], set()
 
     def __getitem__(self, grid):
@@ -21,7 +23,7 @@ class Launches:
     def _seen(self, name, value):
         """What Triton's just-in-time compiler sees of an argument that is no constexpr."""
         if isinstance(value, torch.Tensor):
-            return value.dtype, name in self.settings["do_not_specialize_on_alignment"] or value.data_ptr() % 16 == 0
-        if isinstance(value, float) or name in self.settings["do_not_specialize"]:
+            return value.dtype, name in self.any_address or value.data_ptr() % 16 == 0
+        if isinstance(value, float) or name in self.any_value:
             return type(value)
         return value == 1, value % 16 == 0

@@ -1,0 +1,205 @@
+"""What runs on the pretended GPU, each time beside the same on the CPU; ``test_pretended_gpu`` starts it."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from tests.models import ARCHITECTURES, small_model
+from tests.ops.cases import (
+    EXTRAS,
+    assert_agrees,
+    assert_equal_gradients,
+    error,
+    make_case,
+    run_loss,
+    use_backend,
+    without_logprobs,
+)
+from tests.pretended_gpu import CUDA, Graph, PretendedTensor, Stream, log, waits, waits_before_a_product
+from toolx_kernels import GRPOLossConfig, RolloutEngine, SamplingParams, ToolExpanderConfig, linear_grpo_loss
+from toolx_kernels.ops.hf_attention import checkpointed, head_of, toolx_attention
+from toolx_kernels.rollout.runner import Runner
+from toolx_kernels.train.batch import PackedGroup, pack
+from toolx_kernels.train.optimizers import make_updater
+
+WAITS_BEFORE_A_PRODUCT = 5  # of matrices, in a call of the loss
+
+
+def on_cpu(tree):
+    return tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu.detach().clone(), tree)
+
+
+# ---- the device itself
+
+
+def test_devices_do_not_mix():
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    for operation in (lambda: here + there, lambda: torch.cat([here, there]), lambda: there[:2] @ here[:2]):
+        with pytest.raises(RuntimeError, match="the same device"):
+            operation()
+    assert (there * torch.tensor(2.0)).device == CUDA
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(), lambda x: bool((x > 0).all()), lambda x: x.cpu(), lambda x: x.nonzero(),
+        lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x[torch.tensor([1])], lambda x: torch.ones(3).to(x.device),
+        lambda x: x.copy_(torch.ones(3)), lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.repeat_interleave(x.long()), lambda x: torch.cuda.synchronize(),
+    ],
+)  # fmt: skip
+def test_waits_are_seen(wait):
+    x = torch.ones(3, device="cuda")
+    log.clear()
+    wait(x)
+    assert len(waits()) == 1
+    with pytest.raises(RuntimeError, match="waits for the device in a captured step"):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            wait(x)
+        finally:
+            graph.capture_end()
+
+
+def test_a_graph_repeats_what_was_captured():
+    x, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    y = (x * 2)[1:].add_(1)
+    graph.capture_end()
+    x.fill_(5)
+    assert y.tolist() == [3, 3]
+    graph.replay()
+    assert y.tolist() == [11, 11]
+
+
+# ---- the loss
+
+OTHERS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+FORMS = {
+    "grpo": {},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "gspo": {"importance_sampling_level": "sequence"},
+    "entropy": {"entropy_coef": 0.02},
+    "kl": {"beta": 0.1},
+    "recompute": {"recompute": True},
+}
+
+
+@pytest.mark.parametrize(
+    "form, extras, others, frozen",
+    [
+        *((form, (), OTHERS, ()) for form in FORMS),
+        *(("grpo", (extra,), (), ()) for extra in ("bias", "softcap", "lora")),
+        ("entropy", EXTRAS, OTHERS, ()), ("gspo", EXTRAS, OTHERS, ()), ("recompute", EXTRAS, OTHERS, ()),
+        ("grpo", (), (), ("weight",)), ("entropy", ("lora",), OTHERS, ("hidden", "weight")),
+    ],
+)  # fmt: skip
+def test_a_loss_is_the_cpus(form, extras, others, frozen):
+    config = GRPOLossConfig(**FORMS[form])
+    case = without_logprobs(make_case((2, 1, 4, 3, 0, 2, 3, 1), vocab=70, extras=extras, masked=(3, 4)), *others)
+    theirs, their_gradients = run_loss(linear_grpo_loss, on_cpu(case), config, frozen)
+    log.clear()
+    ours, gradients = run_loss(linear_grpo_loss, case, config, frozen)
+    assert len(waits_before_a_product()) <= WAITS_BEFORE_A_PRODUCT, log
+    assert_agrees(on_cpu(ours), theirs, 1e-5)
+    assert_equal_gradients(on_cpu(gradients), their_gradients, 1e-5)
+
+
+# ---- rollouts
+
+
+def to_gpu(model):
+    model.to("cuda").tie_weights()  # which moving tensors of a subclass unties
+    return model
+
+
+def engines(architecture):
+    """Of two layers, one of them with a window where there are windows; on the GPU and on the CPU."""
+    models = small_model(architecture), small_model(architecture)
+    for model in models:
+        del model.model.layers[2]
+        model.config.num_hidden_layers = 2
+    return [RolloutEngine(model, page_size=4) for model in (to_gpu(models[0]), models[1])]
+
+
+def samples(engine, n, n_tokens):
+    [group] = engine.generate([[5, 6, 7, 8, 9]], n, SamplingParams(n_tokens, temperature=0.8))
+    return [completion.ids for completion in group.completions]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_captured_step_never_waits_and_samples_what_the_cpu_does(architecture, monkeypatch):
+    decode, steps = Runner.decode, []
+
+    def watched(runner, inputs):
+        replays, before = Graph.replays, len(waits())
+        result = decode(runner, inputs)
+        steps.append((Graph.replays - replays, len(waits()) - before))
+        return result
+
+    ours, theirs = engines(architecture)
+    expected = samples(theirs, 2, 5)
+    monkeypatch.setattr(Runner, "decode", watched)
+    assert samples(ours, 2, 5) == expected
+    # its input goes to the GPU, its result comes back; the third is captured, which raises where the step waits
+    assert steps == [(0, 2), (0, 2), (1, 2), (1, 1)]
+
+
+def test_graphs_follow_a_pool_that_moves_and_share_a_stream(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    ours, theirs = engines("llama")
+    streams = Stream.made
+    for n in (1, 1, 2, 1):
+        assert samples(ours, n, 3) == samples(theirs, n, 3)
+    assert Graph.replays and Stream.made == streams + 1
+    assert len(emptied) == 2, "once in a call that captures, and no sooner"
+
+
+# ---- training
+
+
+@cache
+def updates(optim, dtype, where):
+    """What two steps add to the weights, as one vector."""
+    model = small_model("llama").to(dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = to_gpu(model) if where == "cuda" else model
+    groups = [PackedGroup([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), PackedGroup([5, 6, 7], [[9, 10], [12, 13, 14]])]
+    updater = make_updater(model, ToolExpanderConfig(optim=optim), 1e-2)
+    for step in range(2):
+        batch = pack(groups, where)
+        with toolx_attention(model), checkpointed(model):
+            out = linear_grpo_loss(
+                batch.hidden(model), targets=batch.targets, cu_seqlens=batch.cu_seqlens,
+                advantages=torch.tensor([1.0, -1.0, 0.5, -0.5], device=where), **head_of(model),
+            )  # fmt: skip
+            out.loss.backward()
+            updater.collect()
+        log.clear()
+        updater.apply(1.0, (0, step))
+        assert step == 0 or len(waits()) <= 1, waits()  # to see that the norm is finite
+    updater.close()
+    after = on_cpu({name: p.detach() for name, p in model.named_parameters()})
+    return torch.cat([(after[name].float() - weight.float()).flatten() for name, weight in before.items()])
+
+
+@pytest.mark.parametrize(
+    "optim, dtype",
+    [
+        ("adamw", torch.float32), ("adamw", torch.bfloat16), ("adamw_stochastic", torch.bfloat16),
+        ("adamw_offload", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_training_steps_are_as_good_as_the_cpus(optim, dtype, monkeypatch):
+    truth = updates("adamw", torch.float32, "cpu")
+    if dtype == torch.bfloat16:  # the interpreter multiplies its bits
+        use_backend(monkeypatch, "torch")
+    ours, theirs = (updates(optim, dtype, where) for where in ("cuda", "cpu"))
+    assert error(ours, truth) <= error(theirs, truth) + (1e-3 if dtype == torch.float32 else 0.01)
