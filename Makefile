@@ -43,11 +43,14 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 train: setup
 	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
+# A process for each core; ARGS="-n 0" has only one, as a debugger needs it.
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
-# Kills small runs fifty times at random moments and compares what they come to; a line a kill. ARGS="--seed 1"
+# What is slow and rarely tells: tests that `make test` leaves out, then small runs that are killed fifty times at
+# random moments and compared with an undisturbed one, a line a kill. ARGS="--seed 1" is for the latter.
 soak: setup
+	$(PY) -m pytest -m soak
 	OMP_NUM_THREADS=1 $(PY) -m tests.train.killing --kills 50 $(ARGS)
 
 # Both packages drag in dozens of dependencies that are not used here.

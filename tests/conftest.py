@@ -6,6 +6,9 @@ import os
 # Spinning OpenMP threads slow every other process on a small machine several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Workers of pytest-xdist have a core each, and so has what they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 
@@ -15,7 +18,7 @@ if not torch.cuda.is_available():
         from tests import interpreted_bf16
 
         interpreted_bf16.install()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 try:
     from hypothesis import settings

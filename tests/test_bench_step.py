@@ -24,6 +24,7 @@ from toolx_kernels.train.models import load_model
 from toolx_kernels.train.rollouts import Rollout
 from toolx_kernels.train.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.xdist_group("steps beside TRL")
 TINY = Case("tiny", 2, 120, 4, 6)
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 
