@@ -1,14 +1,17 @@
-"""Compiles every Triton kernel for a chip that need not be there and prints what it takes of it, one JSON line each.
+"""Compiles Triton kernels for chips that need not be there and prints what they take of them, one JSON line each.
 
-    python -m tests.ops.cross_compile 86
+    python -m tests.ops.cross_compile [--every] 80 86
 
-Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+Without ``--every``: all kernels for sm_86, which has least to spare, and for other chips those that have a tile of
+their own there or other instructions, each in the form that takes the most registers. Triton keeps what it compiled,
+by the hash of all that it depends on. Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 """
 
+import argparse
+import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +25,9 @@ from toolx_kernels.reference import GRPOLossConfig
 
 CHIPS = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
+LEAST = 86
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
+DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "streams_ptr", "tokens_ptr"}
 INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
@@ -69,6 +74,8 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
     return types, attributes
 
 
+FLAGS = ("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP")
+STRIDES = {"stride_hd": 1, "stride_wd": 1, "stride_fr": 1, "stride_lr": 1}
 # Of each branch that an objective has in a kernel, one that takes it.
 OBJECTIVES = (
     {"delta": 1.4, "beta": 0.1, "use_bias_correction_kl": True, "entropy_coef": 0.1},
@@ -77,28 +84,39 @@ OBJECTIVES = (
 )
 
 
-def cases(chip: int):
+def cases(chip: int, every: bool):
     """(what it is, kernel's name, constants, dtype, (warps, stages))"""
-    inner = {"stride_hd": 1, "stride_wd": 1, "stride_fr": 1, "stride_lr": 1}
-    flags = ("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP")
-    plain, everything = ({**dict.fromkeys(flags, on), "BLOCK_R": 16, **inner} for on in (False, True))
-    # fp16 compiles as bf16 does: once is enough
-    for dtype in ("bf16", "fp16", "fp32") if chip == 86 else ("bf16", "fp32"):
-        for mode, what in enumerate(("online", "exponentials", "gradients")):
-            for extras in (plain, everything) if dtype == "bf16" or chip == 86 else (everything,):
-                tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype], crowded=extras is everything)
-                constants = {
-                    "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS,
-                    "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
-                    "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-                    "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, **extras,
-                }  # fmt: skip
-                label = f"sweep {what}, {'everything' if extras is everything else 'plain'}"
-                yield label, "sweep_kernel", constants, dtype, (tile.warps, tile.stages)
+    yield from sweep_cases(chip, every)
+    yield from attention_cases(chip, every)
+    yield from sample_cases(chip, every)
+    if every or chip == LEAST:
+        yield from cases_without_tiles()
+
+
+def sweep_cases(chip: int, every: bool):
+    """fp16 compiles as bf16 does."""
+    plain, everything = ({**dict.fromkeys(FLAGS, on), **STRIDES} for on in (False, True))
+    modes = enumerate(("online", "exponentials", "gradients"))
+    for (mode, what), dtype, extras in itertools.product(modes, ELEMENTS, (plain, everything)):
+        hardest = what == "exponentials" and extras is everything
+        own = dtype == "bf16" and extras is plain or chip == LEAST and dtype != "fp16"
+        if not (own or hardest and (chip == LEAST or dtype != "fp16") or every):
+            continue
+        tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype], crowded=extras is everything)
+        constants = {
+            "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS, "BLOCK_R": 16,
+            "DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+            "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, **extras,
+        }  # fmt: skip
+        label = f"sweep {what}, {'everything' if extras is everything else 'plain'}"
+        yield label, "sweep_kernel", constants, dtype, (tile.warps, tile.stages)
+
+
+def cases_without_tiles():
     small = {"BLOCK_N": 16, "BLOCK_T": 64}
     block = sweep_triton.BLOCK_OF_ROW
     elementwise = {
-        "target_logits_kernel": {**everything, "BLOCK_D": 1024},
+        "target_logits_kernel": {**dict.fromkeys(FLAGS, True), **STRIDES, "BLOCK_R": 16, "BLOCK_D": 1024},
         "reweigh_kernel": {"HAS_SOFTCAP": True, "BLOCK": block},
         "move_rows_kernel": {"BLOCK": block},
         "place_targets_kernel": {"BLOCK": 128},
@@ -116,10 +134,15 @@ def cases(chip: int):
     for scale in ("group", "batch"):
         constants = {"HAS_IDS": True, "SCALE": scale, "BLOCK": 1024}
         yield f"advantages {scale}", "advantages_kernel", constants, "fp32", (4, 3)
-    yield from attention_cases(chip)
+    merge = {"H": 14, "D": 80, "BLOCK_R": 4, "BLOCK_D": 128, "stride_od": 1}
+    yield "merge", "merge_kernel", merge, "bf16", (4, 3)
+    write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
+    yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
+    yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
+    yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 
 
-def attention_cases(chip: int):
+def attention_cases(chip: int, every: bool):
     """The tiles of every head dim with window and softcap, seven heads to a key; fp16 compiles as bf16 does.
 
     The small tile (decode) at a shared prefix, the large one (prefill) writing its result.
@@ -128,7 +151,11 @@ def attention_cases(chip: int):
     tiles_of = {"bf16": (("decode", 1), ("prefill", 1000)), "fp32": (("prefill", 1000),)}
     for dtype in ("bf16", "fp32"):
         for dim in (64, 128, 256):
+            as_least = chip < 90 and (chip, ELEMENTS[dtype], dim) not in attention_triton.TILES_OF_CHIP
             for what, queries in tiles_of[dtype]:
+                easier = dim != 128 and (what == "decode" or dtype == "fp32")
+                if chip != LEAST and (as_least or easier) and not every:
+                    continue
                 tile = attention_triton.choose_tile((chip // 10, chip % 10), ELEMENTS[dtype], dim, 7, queries)
                 constants = {
                     "PREFIX": queries == 1, "GROUPED": queries == 1, "DIRECT": queries > 1,
@@ -137,57 +164,55 @@ def attention_cases(chip: int):
                     "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **sizes,
                 }  # fmt: skip
                 yield f"attention {what} {dim}", "attention_kernel", constants, dtype, (tile.warps, tile.stages)
-    merge = {"H": 14, "D": 80, "BLOCK_R": 4, "BLOCK_D": 128, "stride_od": 1}
-    yield "merge", "merge_kernel", merge, "bf16", (4, 3)
-    write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
-    yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
-    for dtype in ("bf16", "fp32"):
-        for n_rows, noisy in ((1, True), (64, True), (64, False)):  # without noise the logits are asked for
-            tile = tiles.sampling_tile((chip // 10, chip % 10), ELEMENTS[dtype], n_rows)
-            constants = {
-                "NOISY": noisy, "HAS_LOGITS": not noisy, "HAS_BIAS": True, "HAS_SOFTCAP": True, "EVEN_D": True,
-                "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
-                "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-                "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d,
-                "stride_hd": 1, "stride_wd": 1,
-            }  # fmt: skip
-            label = f"sample {n_rows} rows, {'noise' if noisy else 'logits'}"
-            yield label, "sample_kernel", constants, dtype, (tile.warps, tile.stages)
-    yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
-    yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
+
+
+def sample_cases(chip: int, every: bool):
+    """Without noise the logits are asked for."""
+    for dtype, (n_rows, noisy) in itertools.product(("bf16", "fp32"), ((1, True), (64, True), (64, False))):
+        easier = (n_rows, noisy) != (64, True)
+        if (chip < LEAST or easier and (dtype == "fp32" or chip != LEAST)) and not every:
+            continue
+        tile = tiles.sampling_tile((chip // 10, chip % 10), ELEMENTS[dtype], n_rows)
+        constants = {
+            "NOISY": noisy, "HAS_LOGITS": not noisy, "HAS_BIAS": True, "HAS_SOFTCAP": True, "EVEN_D": True,
+            "DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+            "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d,
+            "stride_hd": 1, "stride_wd": 1,
+        }  # fmt: skip
+        label = f"sample {n_rows} rows, {'noise' if noisy else 'logits'}"
+        yield label, "sample_kernel", constants, dtype, (tile.warps, tile.stages)
 
 
 def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:
-    """Registers and spilled bytes a thread, shared bytes a block, and the bits that each load and store moves."""
+    """Registers and bytes of stack a thread, which is where they are spilled to, shared bytes a block, and the bits
+    that each load and store moves."""
     kernel = kernels()[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types, attributes = signature(name, constants, dtype)
     source = ASTSource(kernel, types, constants, attributes)
     options = {"num_warps": launch[0], "num_stages": launch[1]}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    log = ptxas_log(compiled.asm["ptx"], chip)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        used = subprocess.run([tool, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK"))
     moves = re.findall(r"\b(ld|st)\.global(?:\.\w+|::)*?(?:\.v(\d))?\.[bfu](\d+)", compiled.asm["ptx"])
     return {
         "moves": sorted({(kind, int(count or 1) * int(bits)) for kind, count, bits in moves}),
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+        "registers": registers,
+        "stack": stack,
         "shared": compiled.metadata.shared,
     }
 
 
-def ptxas_log(ptx: str, chip: int) -> str:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = tools / ("ptxas-blackwell" if chip >= 90 and (tools / "ptxas-blackwell").exists() else "ptxas")
-    name = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={name}", path, "-o", Path(folder, "kernel.cubin")]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-
 if __name__ == "__main__":
-    chip = int(sys.argv[1])
-    for what, name, constants, dtype, launch in cases(chip):
-        found = compile_for(chip, name, constants, dtype, launch)
-        print(json.dumps({"what": f"{what} {dtype}", "kernel": name, **found}), flush=True)
+    parser = argparse.ArgumentParser(prog="python -m tests.ops.cross_compile", description=__doc__.splitlines()[0])
+    parser.add_argument("chips", type=int, nargs="+", choices=CHIPS)
+    parser.add_argument("--every", action="store_true")
+    asked = parser.parse_args()
+    for chip in asked.chips:
+        for what, name, constants, dtype, launch in cases(chip, asked.every):
+            found = compile_for(chip, name, constants, dtype, launch)
+            print(json.dumps({"chip": chip, "what": f"{what} {dtype}", "kernel": name, **found}), flush=True)

@@ -1,58 +1,83 @@
-"""Every kernel and default tile, compiled for chips that need not be there: no spills, and no more than they have."""
+"""Kernels and default tiles, compiled for chips that need not be there: no spills, and no more than they have."""
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.ops.cross_compile import CHIPS, SHARED_BYTES, kernels
+from tests.ops.cross_compile import CHIPS, LEAST, SHARED_BYTES, kernels
+from toolx_kernels.ops import attention_triton, tiles
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("cross-compiled")
+
+
+def compile_for(*arguments) -> list[dict]:
+    """What kernels take of a chip, by a process in which they are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.cross_compile", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fits(compiled):
+    for found in compiled:
+        assert found["stack"] == 0, f"spills: {found}"
+        assert 0 < found["registers"] <= 255
+        assert found["shared"] <= SHARED_BYTES[found["chip"]], found
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[int, list[dict]]:
-    """What each chip's kernels take of it, by two processes at a time, in which kernels are not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def compile_all(chip):
-        command = [sys.executable, "-m", "tests.ops.cross_compile", str(chip)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CHIPS, pool.map(compile_all, CHIPS), strict=True))
+def on_least():
+    return compile_for(LEAST)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_kernel_fits(chip, compiled):
-    assert {found["kernel"] for found in compiled[chip]} == set(kernels())
-    for found in compiled[chip]:
-        assert found["spilled"] == 0, f"sm_{chip}: {found}"
-        assert 0 < found["registers"] <= 255
-        assert found["shared"] <= SHARED_BYTES[chip], f"sm_{chip}: {found}"
+def test_every_kernel_fits_the_chip_with_least_to_spare(on_least):
+    assert {found["kernel"] for found in on_least} == set(kernels())
+    assert_fits(on_least)
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    return compile_for(80, 90, 120)
+
+
+def test_what_differs_from_chip_to_chip_fits(elsewhere):
+    assert {found["chip"] for found in elsewhere} == {80, 90, 120}
+    assert_fits(elsewhere)
+
+
+def test_sm_89_takes_the_tiles_of_sm_86():
+    """It has the instructions, registers and shared memory of sm_86, for which they are compiled."""
+    assert all(tiles.TRITON_TILES[89, size] == tiles.TRITON_TILES[86, size] for size in (2, 4))
+    assert not {chip for chip, *_ in attention_triton.TILES_OF_CHIP} & {86, 89}
 
 
 @pytest.mark.parametrize("name", ["reweigh_kernel", "move_rows_kernel"])
-def test_passes_over_a_row_move_16_bytes_at_a_time(name, compiled):
+def test_passes_over_a_row_move_16_bytes_at_a_time(name, on_least):
     """What a mask of unknown alignment prevents."""
-    for chip, kernels_of_chip in compiled.items():
-        for found in kernels_of_chip:
-            if found["kernel"] == name:
-                assert ["ld", 128] in found["moves"], f"sm_{chip}: {found}"
-                assert [kind for kind in found["moves"] if kind[0] == "st"] == [["st", 128]], f"sm_{chip}: {found}"
+    for found in on_least:
+        if found["kernel"] == name:
+            assert ["ld", 128] in found["moves"], found
+            assert [kind for kind in found["moves"] if kind[0] == "st"] == [["st", 128]], found
 
 
-def test_two_programs_of_the_sweep_share_a_processor(compiled):
+def test_two_programs_of_the_sweep_share_a_processor(elsewhere):
     """An H100's holds 65,536 registers and 228 KiB of shared memory; one program's epilogue hides behind the other."""
-    (found,) = (found for found in compiled[90] if found["what"] == "sweep exponentials, plain bf16")
+    (found,) = (f for f in elsewhere if f["chip"] == 90 and f["what"] == "sweep exponentials, plain bf16")
     assert found["registers"] * 256 <= 65_536 // 2
     assert found["shared"] + 1024 <= (228 << 10) // 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_form_of_every_kernel_fits_every_chip(chip):
+    compiled = compile_for("--every", chip)
+    assert {found["kernel"] for found in compiled} == set(kernels())
+    assert_fits(compiled)
