@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("build.__main__")  # `build` alone could be the folder of that name
 
+pytestmark = pytest.mark.xdist_group("packaging")
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 CAN_COMPILE = shutil.which(COMPILER) and Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -42,10 +43,13 @@ def run(*command, cwd, build_ext=None, check=True, **env):
 
 
 def build_wheel(source, folder, build_ext=None, check=True, **env):
-    """Builds a wheel from the unpacked sdist, in a copy so that builds do not see each other's leftovers."""
+    """Builds a wheel from the unpacked sdist, in a copy so that builds do not see each other's leftovers.
+
+    By the hook that pip and build call in the end: what they ask before imports torch once more for each answer.
+    """
     copy = shutil.copytree(source, folder / "source")
-    command = ("-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", copy)
-    result = run(*command, cwd=folder, build_ext=build_ext, check=check, **env)
+    hook = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    result = run("-c", hook, folder / "dist", cwd=copy, build_ext=build_ext, check=check, **env)
     return result, list((folder / "dist").glob("*.whl"))
 
 
