@@ -88,9 +88,9 @@ def test_the_two_prompts_of_a_row_draw_different_random_numbers(tmp_path, monkey
     assert pairs and all(one != two for one, two in pairs), "the prompts were made equal, so only the stream differs"
 
 
-def test_probes_leave_a_table_that_a_person_can_read(tmp_path):
-    make_trainer(tmp_path / "run").train()
-    probes, rows = metrics(tmp_path / "run", ["probe"]), table(tmp_path / "run")
+def test_probes_leave_a_table_that_a_person_can_read(finished):
+    folder, _ = finished
+    probes, rows = metrics(folder, ["probe"]), table(folder)
     assert len(rows) == 12 and all(line["id"].startswith("easy-") for line in rows)
     for place, of_round in enumerate(probes):
         here = [line["probes"][place] for line in rows]
@@ -101,9 +101,9 @@ def test_probes_leave_a_table_that_a_person_can_read(tmp_path):
     assert probes[0]["replaced"] + probes[0]["without_demonstrations"] == probes[0]["hard"]
 
 
-def test_tokens_are_counted_by_purpose_and_a_budget_ends_the_run(tmp_path):
-    whole = make_trainer(tmp_path / "whole").train()
-    lines = metrics(tmp_path / "whole")
+def test_tokens_are_counted_by_purpose_and_a_budget_ends_the_run(finished, tmp_path):
+    folder, whole = finished
+    lines = metrics(folder)
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["spent_tokens"] for line in lines if "spent_tokens" in line] == sorted(
         line["spent_tokens"] for line in lines if "spent_tokens" in line
@@ -212,8 +212,8 @@ def test_a_step_whose_groups_are_all_dropped_changes_nothing_and_is_logged(tmp_p
 
 
 @pytest.mark.parametrize("where", ["first wave", "second wave", "of the second round"])
-def test_a_probe_interrupted_halfway_is_repeated_when_resumed(tmp_path, monkeypatch, where):
-    make_trainer(tmp_path / "whole").train()
+def test_a_probe_interrupted_halfway_is_repeated_when_resumed(finished, tmp_path, monkeypatch, where):
+    whole, _ = finished
     waves, attempt = [], Collector.attempt
 
     def interrupted(self, stream, purpose, sampler=None):
@@ -232,11 +232,11 @@ def test_a_probe_interrupted_halfway_is_repeated_when_resumed(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             make_trainer(tmp_path / "run").train()
     make_trainer(tmp_path / "run", resume=True).train()
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    assert table(tmp_path / "run") == table(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert table(tmp_path / "run") == table(whole)
     step = max(int(path.name.rsplit("-", 1)[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     again = weights(tmp_path / "run", step)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(tmp_path / "whole", step).items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(whole, step).items())
 
 
 def test_only_a_cold_start(tmp_path):
@@ -459,10 +459,10 @@ def test_rows_that_are_trained_on_and_evaluated_on_are_counted(tmp_path, capsys)
     assert metrics(tmp_path / "run", ["data"])[0]["eval_rows_seen"] == 4
 
 
-def test_a_probe_that_takes_the_last_tokens_ends_the_run(tmp_path):
+def test_a_probe_that_takes_the_last_tokens_ends_the_run(finished, tmp_path):
     """The budget is looked at again before a step: a round's probe may have used it up."""
-    make_trainer(tmp_path / "whole").train()
-    probes, steps = metrics(tmp_path / "whole", ["probe"]), metrics(tmp_path / "whole", ["step"])
+    folder, _ = finished
+    probes, steps = metrics(folder, ["probe"]), metrics(folder, ["step"])
     second = next(i for i, step in enumerate(steps) if step["round"] == 1)
     budget = (steps[second - 1]["spent_tokens"] + probes[1]["spent_tokens"]) // 2
     assert steps[second - 1]["spent_tokens"] < budget < probes[1]["spent_tokens"]

@@ -55,12 +55,6 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, make_trainer(folder).train()
-
-
 def test_a_run_leaves_what_it_promises(finished):
     folder, summary = finished
     assert summary == json.loads((folder / "summary.json").read_text())
