@@ -85,9 +85,12 @@ def test_logits_that_are_all_far_from_zero(level, backend, monkeypatch):
     assert_equal_gradients(grads, exact, 1e-4)
 
 
-@ON_BACKENDS
 @pytest.mark.parametrize("known", [False, True], ids=["target anchor", "anchor of old"])
-@pytest.mark.parametrize("logprob", [-54.0, -56.0, -120.0, -3000.0])
+@pytest.mark.parametrize(
+    "logprob, backend",
+    [(logprob, "torch") for logprob in (-54.0, -56.0, -120.0, -3000.0)]
+    + [pytest.param(logprob, "triton", marks=needs_triton) for logprob in (-56.0, -120.0)],
+)
 def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch, taken):  # noqa: F811
     """Around and far beyond where exponentials relative to the target overflow: right, or redone by recomputing."""
     case = without_logprobs(make_case(vocab=101, noise=0.02), OLD) | {"softcap": None}
@@ -535,7 +538,10 @@ def test_an_adapter_on_a_frozen_head_costs_no_gemm_of_the_weight(monkeypatch, fl
 # ---- forms of inputs
 
 
-@ON_EVERYTHING
+@pytest.mark.parametrize(
+    "path, backend",
+    [(path, "torch") for path in PATHS] + [pytest.param("recompute", "triton", marks=needs_triton)],
+)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_each_extra_alone(extra, path, backend, monkeypatch):
     case = without_logprobs(make_case(extras=(extra,)), OLD)
@@ -571,8 +577,15 @@ def test_inputs_with_strides(path, backend, monkeypatch):
 # ---- repeatability
 
 
-@ON_EVERYTHING
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "path, backend, dtype",
+    [(path, "torch", dtype) for path in PATHS for dtype in (torch.float32, torch.bfloat16)]
+    + [
+        pytest.param("recompute", "triton", torch.float32, marks=needs_triton),
+        pytest.param("chunks", "triton", torch.bfloat16, marks=needs_triton),
+    ],
+    ids=str,
+)
 def test_same_bits_on_two_runs(path, backend, dtype, monkeypatch):
     case = make_case(rewards=DEAD_GROUP, dtype=dtype, extras=EXTRAS)
     force(monkeypatch, path, rows=16)
