@@ -24,7 +24,7 @@ from toolx_kernels.rollout.runner import Runner
 from toolx_kernels.train.batch import PackedGroup, pack
 from toolx_kernels.train.optimizers import make_updater
 
-WAITS_BEFORE_A_PRODUCT = 5  # of matrices, in a call of the loss
+WAITS_BEFORE_A_PRODUCT = 1  # of matrices, in a call of the loss
 
 
 def on_cpu(tree):

@@ -46,7 +46,7 @@ def sanitizer(tool: str, seconds: float, *options: str, toy: bool) -> Command:
         tool,
         seconds,
         [
-            str(binary), "--tool", tool, "--target-processes", "application-only", "--print-limit", "20",
+            str(binary), "--tool", tool, "--target-processes", "all", "--launch-timeout", "120", "--print-limit", "20",
             "--report-api-errors", "no", *options, *PYTEST, "-p", "bench.gpu.eager", EVERY_OP,
         ],
         sanitized,

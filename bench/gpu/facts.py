@@ -49,6 +49,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/first call", 25, rollout.first_call),
         rollout.timed(rollout.QWEN_05B, seconds=20),
         Fact("rollout/kernels", 8, rollout.kernels),
+        Fact("rollout/prefill", 5, rollout.prefill),
         Fact("rollout/ragged", 10, rollout.ragged),
         training.steps("0.5b", 60),
         # whole

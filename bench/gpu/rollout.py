@@ -116,6 +116,19 @@ def kernels(bench: Bench) -> dict:
     return profiled(lambda: engine.generate(prompts, case.n, SamplingParams(5)), bench, listed=24)
 
 
+def prefill(bench: Bench) -> dict:
+    """Where the time of prompts that are not in the pool goes: a call for one token of each row."""
+    case = TOY if bench.toy else QWEN_05B
+    model = model_of(case.model, case.dtype, bench.device)
+    engine, seeds = RolloutEngine(model), iter(range(9))
+
+    def call():
+        prompts = make_prompts(case, model.get_output_embeddings().weight.shape[0], next(seeds))
+        engine.generate(prompts, case.n, SamplingParams(1))
+
+    return profiled(call, bench, listed=12)
+
+
 def ragged(bench: Bench) -> dict:
     """Rows that end at different times, as in training: the batch runs dry, and its size changes all along."""
     case = TOY if bench.toy else replace(QWEN_05B, length=300)
