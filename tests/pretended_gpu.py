@@ -296,7 +296,6 @@ def _launch(kernel, *arguments, grid, warmup, **options):
     seen = Launches(kernel)
     seen[grid](*arguments, **options)
     variants.setdefault(kernel.__name__, set()).update(seen.variants)
-
     if kernel.__name__ in PRODUCTS:
         log.append(kernel.__name__)
 
@@ -363,7 +362,7 @@ def pytest_configure() -> None:
     Names().__enter__()
     device.__enter__()
 
-    from toolx_kernels import _library, reference
+    from toolx_kernels import _library
 
     define = _library.define
 
@@ -372,4 +371,4 @@ def pytest_configure() -> None:
         return define(schema, default=default, fake=fake, triton=triton)
 
     _library.define = defining
-    ops["kv_write"] = _library._kv_write_triton or reference.kv_write
+    ops["kv_write"] = _library._kv_write_triton

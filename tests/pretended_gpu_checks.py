@@ -17,7 +17,7 @@ from tests.ops.cases import (
     use_backend,
     without_logprobs,
 )
-from tests.pretended_gpu import CUDA, Graph, PretendedTensor, Stream, log, waits, waits_before_a_product
+from tests.pretended_gpu import CUDA, Graph, PretendedTensor, Stream, log, variants, waits, waits_before_a_product
 from toolx_kernels import GRPOLossConfig, RolloutEngine, SamplingParams, ToolExpanderConfig, linear_grpo_loss
 from toolx_kernels.ops.hf_attention import checkpointed, head_of, toolx_attention
 from toolx_kernels.rollout.runner import Runner
@@ -151,15 +151,20 @@ def test_a_captured_step_never_waits_and_samples_what_the_cpu_does(architecture,
     assert steps == [(0, 2), (0, 2), (1, 2), (1, 1)]
 
 
-def test_graphs_follow_a_pool_that_moves_and_share_a_stream(monkeypatch):
+def test_graphs_follow_a_pool_that_moves_share_a_stream_and_compile_nothing_anew(monkeypatch):
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
     ours, theirs = engines("llama")
     streams = Stream.made
+    variants.clear()
     for n in (1, 1, 2, 1):
         assert samples(ours, n, 3) == samples(theirs, n, 3)
     assert Graph.replays and Stream.made == streams + 1
     assert len(emptied) == 2, "once in a call that captures, and no sooner"
+    once = dict.fromkeys(("kv_write_kernel", "merge_kernel", "sample_kernel", "join_samples_kernel"), 1)
+    assert {name: len(seen) for name, seen in variants.items()} == once | {
+        "attention_kernel": 3
+    }  # of which one prefills
 
 
 # ---- training
