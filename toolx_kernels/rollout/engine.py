@@ -43,8 +43,8 @@ class RolloutEngine:
     Args:
         model: a transformers causal LM that takes its attention from the registry (Llama, Qwen2, Qwen3, Gemma 3).
         page_size: tokens per page.
-        max_pages: pages in the pool; None lets it grow with the work, up to an eighth of a CPU's and a quarter of a
-            GPU's memory (more only where a single row needs more).
+        max_pages: pages in the pool; None lets it grow with the work in powers of two, up to an eighth of a CPU's and
+            a quarter of a GPU's memory (more only where a single row needs more).
         seed: first word of every row's random stream.
         compile: decode through ``torch.compile``. The first step then takes a minute or so; worth it on a GPU, where
             a step is a thousand small kernels otherwise, for runs of more than a few minutes.
