@@ -90,7 +90,7 @@ def tested(code: int | None, output: str) -> dict:
         why = reasons.get(name, "")
         if outcome in ("PASSED", "SKIPPED"):
             counts[outcome.lower()] += 1
-        elif package := lacking(why or text_of(name, output)):
+        elif package := lacking(why) or lacking(text_of(name, output)):
             absent[package] += 1
         else:
             counts["failed"] += 1

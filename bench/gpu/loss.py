@@ -123,7 +123,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def timed(
     d: int, kinds: Sequence[type[Provider]] = (Toolx, Floor), *, what: str = "both", n: int = 8192,
-    dtype: str = "bfloat16", seconds: float = 6, rounds: int = 10, label: str = "time", **form,
+    dtype: str = "bfloat16", seconds: float = 3, rounds: int = 10, label: str = "time", **form,
 ) -> Fact:  # fmt: skip
     """Medians of rounds in which all take turns; the memory of ours beyond inputs and gradients."""
     head = "frozen" if form.get("frozen") else f"{form['dead']:.0%} dead" if form.get("dead") else "trained"
@@ -155,7 +155,7 @@ def workspace_mib(bench: Bench, case: Case) -> int:
 
 
 def peers(d: int) -> Fact:
-    return timed(d, (Toolx, Floor, PlainTorch, *PEERS), label="peers", seconds=25, rounds=5)
+    return timed(d, (Toolx, Floor, PlainTorch, *PEERS), label="peers", seconds=15, rounds=5)
 
 
 def half_dead(d: int) -> Fact:
@@ -172,7 +172,7 @@ def kernels(d: int) -> Fact:
         provider.stage("both", problem)()
         return profiled(provider.stage("both", problem), bench)
 
-    return Fact(f"loss/kernels D={d}", 5, find)
+    return Fact(f"loss/kernels D={d}", 2, find)
 
 
 def profiled(call, bench: Bench, listed: int = 16) -> dict:
@@ -248,4 +248,4 @@ def tile(shape: TritonTile, d: int = 896) -> Fact:
         tflops = round(2e-9 * n * d * vocab / ms, 1)
         return {"ms": round(ms, 4), "tflops": tflops, "gemm_ms": round(gemm, 4), "to_gemm": round(ms / gemm, 3)}
 
-    return Fact("loss/tile " + "x".join(map(str, shape[:3])) + f" w{shape.warps} s{shape.stages}", 5, find)
+    return Fact("loss/tile " + "x".join(map(str, shape[:3])) + f" w{shape.warps} s{shape.stages}", 3, find)
