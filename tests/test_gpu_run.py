@@ -122,7 +122,8 @@ def test_a_command_out_of_time_is_interrupted_and_then_killed_with_all_it_starte
         time.sleep(0.01)
     code, output = job.wait(0.1)
     assert code is None and "written after the interrupt" in output
-    assert not running(output.split()[1])
+    while running(output.split()[1]):  # it dies when the system comes to it; should it never, this never ends
+        time.sleep(0.01)
 
 
 def test_a_measurement_that_takes_too_long_is_given_up(bench):
