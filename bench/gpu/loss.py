@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -224,28 +225,30 @@ def counted_waits(bench: Bench) -> Iterator[list[str]]:
 
 
 def tile(shape: TritonTile, d: int = 896) -> Fact:
-    """The sweep of one chunk with one tile, over a plain GEMM of the same shape."""
+    """The sweep of one chunk with one tile, over a plain GEMM of the same shape; its sums against plain torch's."""
 
     def find(bench: Bench) -> dict:
         from toolx_kernels.ops import sweep_triton
 
         chip = torch.cuda.get_device_capability()
-        key = (chip[0] * 10 + chip[1], 2)
         n, vocab, device = 2816, VOCAB, bench.device
-        hidden = torch.randn(n, d, device=device).bfloat16()
-        weight = torch.randn(vocab, d, device=device).bfloat16() * (4 / d**0.5)
+        g = torch.Generator(device).manual_seed(0)
+        hidden = torch.randn(n, d, generator=g, device=device).bfloat16()
+        weight = (torch.randn(vocab, d, generator=g, device=device) * (4 / d**0.5)).bfloat16()
         head = Head(hidden, weight, torch.zeros(n, dtype=torch.int64, device=device), torch.ones(n, device=device))
         space = sweep_triton.workspace(n, vocab, hidden, torch.bfloat16)
-        target, anchor = torch.zeros(n, device=device), torch.full((n,), 12.0, device=device)
-        before = dict(tiles.TRITON_TILES)
-        tiles.TRITON_TILES[key] = shape
-        try:
-            ms = 1e3 * median_seconds(lambda: sweep_triton.exponentials(head, target, anchor, space, None), bench)
-        finally:
-            tiles.TRITON_TILES.clear()
-            tiles.TRITON_TILES.update(before)
+        target, anchor = torch.mv(hidden, weight[0]).float(), torch.full((n,), 12.0, device=device)
+
+        def sweep():
+            return sweep_triton.exponentials(head, target, anchor, space, None)
+
+        with mock.patch.dict(tiles.TRITON_TILES, {(chip[0] * 10 + chip[1], 2): shape}):
+            sums, ms = sweep()[0].sum(0), 1e3 * median_seconds(sweep, bench)
+        true = torch.stack([(rows.float() @ weight.float().T - 12).exp().sum(1) for rows in hidden.split(256)]).view(-1)
+        off = float(((sums - true) / true).abs().max())
         gemm = 1e3 * median_seconds(lambda: torch.mm(hidden, weight.T, out=space[:n, :vocab]), bench)
-        tflops = round(2e-9 * n * d * vocab / ms, 1)
-        return {"ms": round(ms, 4), "tflops": tflops, "gemm_ms": round(gemm, 4), "to_gemm": round(ms / gemm, 3)}
+        found = {"ms": round(ms, 4), "tflops": round(2e-9 * n * d * vocab / ms, 1), "gemm_ms": round(gemm, 4)}
+        wrong = [] if off < 1e-3 else [f"sums are off by {off:.2g}"]
+        return found | {"to_gemm": round(ms / gemm, 3), "off": off, "failures": wrong}
 
     return Fact("loss/tile " + "x".join(map(str, shape[:3])) + f" w{shape.warps} s{shape.stages}", 3, find)
