@@ -115,18 +115,23 @@ def test_a_loss_is_the_cpus(form, extras, others, frozen):
 # ---- rollouts
 
 
+def smallest_model(architecture):
+    """Of one layer, or of one with a window and one without."""
+    model = small_model(architecture)
+    model.config.num_hidden_layers = 2 if architecture == "gemma3" else 1
+    del model.model.layers[model.config.num_hidden_layers :]
+    return model
+
+
 def to_gpu(model):
     model.to("cuda").tie_weights()  # which moving tensors of a subclass unties
     return model
 
 
 def engines(architecture):
-    """Of two layers, one of them with a window where there are windows; on the GPU and on the CPU."""
-    models = small_model(architecture), small_model(architecture)
-    for model in models:
-        del model.model.layers[2]
-        model.config.num_hidden_layers = 2
-    return [RolloutEngine(model, page_size=4) for model in (to_gpu(models[0]), models[1])]
+    """On the GPU and on the CPU."""
+    models = to_gpu(smallest_model(architecture)), smallest_model(architecture)
+    return [RolloutEngine(model, page_size=4) for model in models]
 
 
 def samples(engine, n, n_tokens):
@@ -178,7 +183,7 @@ def test_checking_a_model_compiles_no_flex_attention(monkeypatch):
 @cache
 def updates(optim, dtype, where):
     """What two steps add to the weights, as one vector."""
-    model = small_model("llama").to(dtype)
+    model = smallest_model("llama").to(dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = to_gpu(model) if where == "cuda" else model
     groups = [PackedGroup([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), PackedGroup([5, 6, 7], [[9, 10], [12, 13, 14]])]
