@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolx_kernels.rollout.pages import PagePool
-from toolx_kernels.rollout.runner import Sizes, bucket, pack, parts_of
+from toolx_kernels.rollout.runner import Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.rollout.scheduler import DecodeInputs, Row, Scheduler
 from toolx_kernels.rollout.types import SamplingParams
 
@@ -243,7 +243,9 @@ def test_a_step_reads_its_inputs_in_place(rows, filling):
         cu_groups=np.array([0, rows]), prefix_lens=numbers[20 : 20 + rows],
     )  # fmt: skip
     sizes = Sizes(rows + filling, 1 + filling, 4, 4)
-    step = parts_of(torch.from_numpy(pack(inputs, sizes)), sizes)
+    flat = np.full(buffer_length(sizes), 7)
+    pack(inputs, parts_of(flat, sizes))
+    step = parts_of(torch.from_numpy(flat), sizes)
     assert all(part.stride() == torch.empty(part.shape).stride() for part in step)
     for name in ("ids", "positions", "slots", "streams", "prefix_lens"):
         assert np.array_equal(getattr(step, name)[:rows], getattr(inputs, name))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.errors import MEMORY_ERRORS, InputError, out_of_memory
 from toolx_kernels.ops.hf_attention import cache_shape, check_supported, head_of, toolx_attention
+from toolx_kernels.rollout.fingerprint import Fingerprint, fingerprint
 from toolx_kernels.rollout.pages import (
     PagePool,
     pages_of_row,
@@ -27,7 +28,7 @@ from toolx_kernels.rollout.pages import (
     pool_budget,
     power_of_two,
 )
-from toolx_kernels.rollout.runner import Runner, capture_cuda_graph, fingerprint
+from toolx_kernels.rollout.runner import Runner, capture_cuda_graph
 from toolx_kernels.rollout.scheduler import Chunk, Row, Scheduler
 from toolx_kernels.rollout.types import Completion, Group, SamplingParams
 
@@ -79,7 +80,7 @@ class RolloutEngine:
         self.runner: Runner | None = None
         self.preemptions = 0
         self._running = False
-        self._weights: tuple = ()  # fingerprint of those that wrote the pages
+        self._weights: Fingerprint | None = None  # of those that wrote the pages
         self._most_pages = max_pages or math.inf  # less where they could not be had
         self._most_rows = MAX_ROWS
         self._said: set[str] = set()
@@ -173,7 +174,7 @@ class RolloutEngine:
             ):
                 runner = self._runner_for(prompts, n, limits)
                 scheduler = Scheduler(runner.pool, rows, params, min(self._most_rows, MAX_ROWS), ended)
-                runner.start(params)
+                runner.start(params, self._weights)
                 while scheduler.waiting or len(scheduler.order):
                     places, chunk_of, chunks = scheduler.admit()
                     if chunks:
@@ -244,8 +245,8 @@ class RolloutEngine:
             name = f"Prompt {place} (row {row_id})"
             if not ids:
                 raise InputError(f"{name} is empty: give it at least one token.")
-            bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
-            if bad:
+            if not (_whole_numbers(ids) and min(ids) >= 0 and max(ids) < vocab_size):
+                bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
                 raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
             if len(ids) >= context:
                 raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
@@ -329,16 +330,23 @@ def _within_memory(work: Callable[[], T], give_back: Callable[[], bool]) -> T:
 
 def _integers(values: Sequence[int]) -> list[int]:
     """As a list of Python numbers, be it a list, an array or a tensor."""
-    return values.tolist() if hasattr(values, "tolist") else [v.item() if hasattr(v, "item") else v for v in values]
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    return values if _whole_numbers(values) else [v.item() if hasattr(v, "item") else v for v in values]
+
+
+def _whole_numbers(values: Sequence) -> bool:
+    """Without a line of Python for each: a call may bring a hundred thousand."""
+    return set(map(type, values)) <= {int}
 
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Every module in evaluation mode inside the block; each as it was afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in training:
+            module.training = True

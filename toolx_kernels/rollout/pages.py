@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -121,8 +121,12 @@ class PagePool:
 
     def remember(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Makes the full pages among ``pages``, which hold ``tokens``, findable. They must not be written again."""
-        serial = 0
-        for key_tokens, page in zip(self._full_pages(tokens), pages, strict=False):
+        n_full = min(len(tokens) // self.page_size, len(pages))
+        n_known = n_full
+        while n_known and pages[n_known - 1] not in self._of_page:
+            n_known -= 1
+        serial = self._of_page[pages[n_known - 1]][0] if n_known else 0
+        for page, key_tokens in zip(pages[n_known:n_full], self._full_pages(tokens, n_known), strict=False):
             key = (serial, key_tokens)
             if key not in self._remembered:
                 self._remembered[key] = page
@@ -141,9 +145,9 @@ class PagePool:
         for cache in (*self.key_caches, *self.value_caches):
             cache[to] = cache[source]
 
-    def _full_pages(self, tokens: Sequence[int]):
+    def _full_pages(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, ...]]:
         size = self.page_size
-        return (tuple(tokens[i : i + size]) for i in range(0, len(tokens) - len(tokens) % size, size))
+        return (tuple(tokens[i : i + size]) for i in range(first * size, len(tokens) - len(tokens) % size, size))
 
     def _forget(self, page: int) -> None:
         if page in self._of_page:

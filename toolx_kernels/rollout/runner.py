@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.ops.hf_attention import PagedContext, head_of, run_body
 from toolx_kernels.ops.sampling import sample
+from toolx_kernels.rollout.fingerprint import Fingerprint
 from toolx_kernels.rollout.pages import PagePool, power_of_two
 from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
 from toolx_kernels.rollout.types import SamplingParams
@@ -64,25 +65,28 @@ class Runner:
         self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
         self._baked: tuple = ()
         self._memory = None
+        self._packed_sizes: Sizes | None = None  # of the buffer that the steps' inputs are packed into
         self._stream = torch.cuda.Stream(self.device) if capture and self.device.type == "cuda" else None
 
-    def start(self, params: SamplingParams) -> None:
+    def start(self, params: SamplingParams, weights: Fingerprint) -> None:
         """To be called before the steps of a call, whose parameters and weights do not change."""
         self.params, self.head = params, head_of(self.model)
         self._made_room = False
         if self.capture is None:
             self._captures = False
             return
-        tensors = (*self.model.parameters(), *self.model.buffers(), *self.pool.key_caches, *self.pool.value_caches)
-        baked = (settings_of(self.model), *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
+        caches = tuple(cache.data_ptr() for cache in (*self.pool.key_caches, *self.pool.value_caches))
+        baked = (weights.settings, weights.places, caches)
         if baked != self._baked:
             self.graphs.clear()
             self._baked = baked
             # a pool that all graphs have left cannot be captured into again
             self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        # our attention hands float64 and larger heads on to plain torch, which waits for the device
+        # Hooks are Python, which a graph does not repeat; and our attention hands float64 and larger heads on to plain
+        # torch, which waits for the device.
+        hooks = weights.hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         cache = self.pool.key_caches[0]
-        self._captures = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not _has_hooks(self.model)
+        self._captures = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not hooks
 
     # ---- prefill
 
@@ -92,8 +96,8 @@ class Runner:
         for batch in _batches(chunks, self.prefill_tokens):
             hidden = self._prefill(batch)
             ends = np.cumsum([stop - start for _, start, stop in batch]) - 1
-            done = [end for end, (chunk, _, stop) in zip(ends, batch, strict=True) if stop == len(chunk.tokens)]
-            last.append(hidden[torch.tensor(done, dtype=torch.long, device=hidden.device)])
+            done = np.array([stop == len(chunk.tokens) for chunk, _, stop in batch])
+            last.append(hidden[self._tensor(ends[done])])
         return torch.cat(last)
 
     def halve_prefill(self) -> bool:
@@ -115,9 +119,9 @@ class Runner:
             self.pool.key_caches,
             self.pool.value_caches,
             slots=self._tensor(slots),
-            block_table=self._tensor(table).int(),
-            seq_lens=self._tensor(np.array([stop for _, _, stop in batch])).int(),
-            cu_seqlens_q=self._tensor(np.cumsum([0, *lengths])).int(),
+            block_table=self._tensor(table.astype(np.int32)),
+            seq_lens=self._tensor(np.array([stop for _, _, stop in batch], dtype=np.int32)),
+            cu_seqlens_q=self._tensor(np.cumsum([0, *lengths], dtype=np.int32)),
             max_queries=max(lengths),
         )
         ids = np.concatenate([chunk.tokens[start:stop] for chunk, start, stop in batch])
@@ -131,11 +135,15 @@ class Runner:
         exact = Sizes(n_rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
         sizes = bucket(exact)
         if not self._captures:
-            exact = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
-            return _as_numpy(self._step(self._tensor(pack(inputs, exact)), exact), n_rows)
-        flat = torch.from_numpy(pack(inputs, sizes))
-        graph = self._graph(sizes, flat)
-        return _as_numpy(graph(flat) if graph else self._step(flat.to(self.device), sizes), n_rows)
+            sizes = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
+        if sizes != self._packed_sizes:
+            self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            self._parts, self._packed_sizes = parts_of(self._packed.numpy(), sizes), sizes
+        pack(inputs, self._parts)  # the device has read what was in there: the result of every step is waited for
+        graph = self._graph(sizes, self._packed) if self._captures else None
+        if graph:
+            return _as_numpy(graph(self._packed), n_rows)
+        return _as_numpy(self._step(self._packed.to(self.device, non_blocking=True), sizes), n_rows)
 
     def _graph(self, sizes: Sizes, flat: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The graph for steps of these sizes, captured with ``flat`` in the buffer; None: this one runs eagerly."""
@@ -150,7 +158,7 @@ class Runner:
                 self._made_room = True
             try:
                 step = partial(self._step, sizes=sizes)
-                graph = self.capture(step, flat.to(self.device), self._memory, self._stream)
+                graph = self.capture(step, flat.to(self.device, non_blocking=True), self._memory, self._stream)
             except RuntimeError as error:
                 warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
                 self.capture, self._captures = None, False
@@ -189,7 +197,9 @@ class Runner:
         return torch.stack([column.double() for column in columns])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        """On the device; the host does not wait for it, so that it launches what follows while the device works."""
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chunk, int, int]]]:
@@ -211,7 +221,7 @@ def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chun
 
 def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     tokens, *stats = result.cpu().numpy()[:, :n_rows]  # as a whole, which needs no kernel that gathers it
-    return tokens.astype(np.int64), np.stack(stats, axis=1)
+    return tokens.astype(np.int64), np.stack(stats).T
 
 
 # ---- the buffer of a step
@@ -261,19 +271,17 @@ def buffer_length(sizes: Sizes) -> int:
     return 8 * sizes.rows + math.ceil(narrow / 2)
 
 
-def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
-    """All of a step's inputs as one flat int64 array, filled up to ``sizes``."""
-    flat = np.zeros(buffer_length(sizes), dtype=np.int64)
-    parts = parts_of(flat, sizes)
-    n_rows, width = inputs.block_table.shape
+def pack(inputs: DecodeInputs, parts: Parts) -> None:
+    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
+    (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
     parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
     parts.slots[n_rows:] = -1  # writes nothing
     parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
+    parts.ids[n_rows:], parts.positions[n_rows:], parts.prefix_lens[n_rows:] = 0, 0, 0
     parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
-    parts.cu_groups[: len(inputs.cu_groups)], parts.cu_groups[len(inputs.cu_groups) :] = inputs.cu_groups, sizes.rows
-    parts.cu_rows[:] = np.arange(sizes.rows + 1)
-    parts.block_table[:n_rows, :width] = inputs.block_table
-    return flat
+    parts.cu_groups[:n_bounds], parts.cu_groups[n_bounds:] = inputs.cu_groups, len(parts.ids)
+    parts.cu_rows[:] = np.arange(len(parts.cu_rows))
+    parts.block_table[:n_rows, :width], parts.block_table[n_rows:, 0] = inputs.block_table, 0
 
 
 # ---- graphs
@@ -282,7 +290,7 @@ def pack(inputs: DecodeInputs, sizes: Sizes) -> np.ndarray:
 def capture_cuda_graph(
     step: Callable[[Tensor], Tensor], buffer: Tensor, memory, stream: torch.cuda.Stream
 ) -> Callable[[Tensor], Tensor]:
-    """A function that copies its argument, a CPU tensor, over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
+    """A function that copies a pinned tensor over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
 
     All graphs work in the same ``memory``, so a result must be read before any of them runs again; and all are
     captured on the same ``stream``, for each of which cuBLAS keeps a workspace (32 MiB on Hopper). Raises RuntimeError,
@@ -309,62 +317,8 @@ def capture_cuda_graph(
     torch.cuda.current_stream().wait_stream(stream)
 
     def replay(flat: Tensor) -> Tensor:
-        buffer.copy_(flat.pin_memory(), non_blocking=True)
+        buffer.copy_(flat, non_blocking=True)
         graph.replay()
         return result
 
     return replay
-
-
-def _has_hooks(model: PreTrainedModel) -> bool:
-    """Hooks are Python, which a graph does not repeat."""
-    anywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(anywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def settings_of(model: PreTrainedModel) -> tuple:
-    """What modules compute by besides their tensors: plain attributes (a scale, which adapter is on) and hooks."""
-    return tuple(_settings(module) for module in model.modules())
-
-
-_OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _settings(module: torch.nn.Module) -> tuple:
-    found = [id(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
-    for name, value in vars(module).items():
-        if name not in _OF_EVERY_MODULE:
-            if isinstance(value, _PLAIN):
-                found.append((name, value))
-            elif isinstance(value, list | tuple | dict):
-                parts = [*value, *value.values()] if isinstance(value, dict) else value
-                if all(isinstance(part, _PLAIN) for part in parts):
-                    found.append((name, repr(value)))
-    return tuple(found)
-
-
-def fingerprint(model: PreTrainedModel) -> tuple:
-    """Changes when a weight does, or a setting of a module.
-
-    Optimizers write without telling, so the bits of the weights are added up, weighted by their places. 270 MB take
-    about 30 ms on two CPU cores.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    sums = [bit_sum(tensor.detach()) for tensor in tensors]
-    where = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    return (settings_of(model), where, *torch.stack(sums).tolist())
-
-
-COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
-
-
-def bit_sum(tensor: Tensor) -> Tensor:
-    """() int64: the bits of a tensor, added up weighted by their places."""
-    flat = tensor.contiguous().view(-1)
-    width = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize, 8)
-    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
-    whole = len(words) // COLUMNS * COLUMNS
-    sums = words[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
-    sums[: len(words) - whole] += words[whole:]
-    return (sums * (torch.arange(COLUMNS, device=words.device) * 2654435761 + 1)).sum()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,9 +52,18 @@ class DecodeInputs:
     positions: np.ndarray  # (R) int64
     slots: np.ndarray  # (R) int64: where its key and value go
     streams: np.ndarray  # (R, 5) int64: of the token to be sampled
-    block_table: np.ndarray  # (R, W) int64
+    block_table: np.ndarray  # (R, W) int32
     cu_groups: np.ndarray  # (G + 1) int64
     prefix_lens: np.ndarray  # (R) int64
+
+
+class Batch(NamedTuple):
+    """What stays from step to step as long as the same rows run."""
+
+    running: np.ndarray  # places, oldest first
+    order: np.ndarray  # of the step
+    cu_groups: np.ndarray
+    prefix_lens: np.ndarray
 
 
 STATS = ("logprobs", "lse", "entropies", "kept_mass")  # of a Completion, as the columns of what a step returns
@@ -84,11 +94,14 @@ class Scheduler:
         self._done = self._done_tokens = 0
         self._families: dict[tuple[int, ...], int] = {}  # by the full pages of a prompt
         self._newest, self._length, self._prompt, self._limit, self._family = np.zeros((5, n), dtype=np.int64)
+        self._held = np.zeros(n, dtype=np.int64)  # pages
+        self._runs = np.zeros(n, dtype=bool)
         self._forked = np.zeros(n, dtype=bool)  # its last page may be shared, and it has yet to write there
         self._stream = np.zeros((n, 5), dtype=np.int64)
-        self._table = np.zeros((n, max(map(self._most_pages, rows))), dtype=np.int64)
+        self._table = np.zeros((n, max(map(self._most_pages, rows))), dtype=np.int32)
         self._tokens = np.zeros((n, longest), dtype=np.int64)
         self._stats = np.zeros((n, longest, len(STATS)))
+        self._batch = Batch(self.order, self.order, self.order, self.order)
 
     def _most_pages(self, row: Row) -> int:
         return self.pool.pages_for(len(row.prompt) + row.limit - 1)  # the last token is never written
@@ -145,14 +158,14 @@ class Scheduler:
     def _enter(self, row: Row) -> int:
         place, completion = self._vacant.pop(), row.completion
         made = len(completion.ids)
-        self._rows[place] = row
+        self._rows[place], self._runs[place] = row, True
         self._prompt[place], self._limit[place] = len(row.prompt), row.limit
         self._length[place] = len(row.prompt) + made
         shared = tuple(row.pages[: len(row.prompt) // self.pool.page_size])
         self._family[place] = self._families.setdefault(shared, len(self._families)) if shared else -1 - place
         self._forked[place] = len(row.prompt) % self.pool.page_size > 0 and not made
         self._stream[place, :4] = row.stream
-        self._table[place, : len(row.pages)] = row.pages
+        self._table[place, : len(row.pages)], self._held[place] = row.pages, len(row.pages)
         self._tokens[place, :made] = completion.ids
         for column, name in enumerate(STATS):
             self._stats[place, :made, column] = getattr(completion, name)
@@ -164,8 +177,7 @@ class Scheduler:
         """Gives every running row a page of its own for its newest token; may preempt the youngest rows."""
         copies = []
         at = (self._length - 1) // self.pool.page_size
-        held = np.array([len(row.pages) if row else 0 for row in self._rows])
-        for place in self.order[(at >= held)[self.order] | self._forked[self.order]]:
+        for place in self.order[((at >= self._held) | self._forked)[self.order]]:
             row, index = self._rows[place], int(at[place])
             while row is not None:  # None: it was preempted for an older one
                 shared = row.pages[index:]
@@ -175,7 +187,7 @@ class Scheduler:
                     row.pages[index:] = self.pool.allocate(1)
                     copies += zip(shared, row.pages[index:], strict=False)
                     self.pool.release(shared)
-                    self._table[place, index] = row.pages[index]
+                    self._table[place, index], self._held[place] = row.pages[index], index + 1
                     break
                 self._preempt(self.order[-1])
                 row = self._rows[place]
@@ -186,22 +198,28 @@ class Scheduler:
     def decode_inputs(self) -> tuple[np.ndarray, DecodeInputs]:
         """The places of all running rows in the order of the step, (R), and its inputs."""
         size = self.pool.page_size
-        order = self.order[np.argsort(self._family[self.order], kind="stable")]
+        if self._batch.running is not self.order:  # a new array whenever a row comes or goes
+            self._batch = self._new_batch()
+        order = self._batch.order
         positions = self._length[order] - 1
-        family = self._family[order]
-        bounds = np.concatenate(([0], np.flatnonzero(np.diff(family)) + 1, [len(order)]))
-        siblings = np.diff(bounds)
-        shared = np.where(np.repeat(siblings, siblings) > 1, self._prompt[order] // size * size, 0)
         self._stream[order, 4] = self._length[order]
         return order, DecodeInputs(
             ids=self._newest[order],
             positions=positions,
-            slots=self._table[order, positions // size] * size + positions % size,
+            slots=self._table[order, positions // size] * np.int64(size) + positions % size,
             streams=self._stream[order],
             block_table=self._table[order, : positions.max() // size + 1],
-            cu_groups=bounds,
-            prefix_lens=shared,
+            cu_groups=self._batch.cu_groups,
+            prefix_lens=self._batch.prefix_lens,
         )
+
+    def _new_batch(self) -> Batch:
+        size = self.pool.page_size
+        order = self.order[np.argsort(self._family[self.order], kind="stable")]
+        bounds = np.concatenate(([0], np.flatnonzero(np.diff(self._family[order])) + 1, [len(order)]))
+        siblings = np.diff(bounds)
+        shared = np.where(np.repeat(siblings, siblings) > 1, self._prompt[order] // size * size, 0)
+        return Batch(self.order, order, bounds, shared)
 
     def streams(self, places: np.ndarray) -> np.ndarray:
         """(R, 5) of the next tokens of these rows."""
@@ -214,7 +232,7 @@ class Scheduler:
         self._tokens[places, made], self._stats[places, made] = tokens, stats
         self._newest[places] = tokens
         self._length[places] += 1
-        stopped = np.isin(tokens, self._stops)
+        stopped = (tokens[:, None] == self._stops).any(1)
         ended = stopped | (made + 1 == self._limit[places])
         if not ended.any():
             return
@@ -230,7 +248,7 @@ class Scheduler:
 
     def _leave(self, place: int, reason: str) -> Row:
         """The row takes what it has with it, and holds no pages any more; they can be found for a while."""
-        row, self._rows[place] = self._rows[place], None
+        row, self._rows[place], self._runs[place] = self._rows[place], None, False
         made = self._length[place] - self._prompt[place]
         row.completion.ids = self._tokens[place, :made].tolist()
         for column, name in enumerate(STATS):
@@ -271,4 +289,4 @@ class Scheduler:
         self.waiting = deque(row for row in self.waiting if row.group != group)
 
     def _close_ranks(self) -> None:
-        self.order = np.array([place for place in self.order if self._rows[place]], dtype=np.int64)
+        self.order = self.order[self._runs[self.order]]

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.rollout.runner import bit_sum
+from toolx_kernels.rollout.fingerprint import bit_sum
 from toolx_kernels.train.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
 
 FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
