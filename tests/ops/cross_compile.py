@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from toolx_kernels.ops import advantages, attention_triton, sampling_triton, statistics, sweep_triton, tiles
 from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.rollout import fingerprint, fingerprint_triton
 
 CHIPS = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
@@ -30,6 +31,7 @@ ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "streams_ptr", "tokens_ptr"}
+INT64 |= {"parts_ptr", "sums_ptr"}
 INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
 OF_CACHE = {"query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"}
@@ -40,7 +42,7 @@ ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 1
 def kernels() -> dict:
     """Every Triton kernel, by name."""
     kernel = type(sweep_triton.sweep_kernel)
-    modules = (sweep_triton, statistics, advantages, attention_triton, sampling_triton)
+    modules = (sweep_triton, statistics, advantages, attention_triton, sampling_triton, fingerprint_triton)
     return {
         name: value
         for module in modules
@@ -139,6 +141,10 @@ def cases_without_tiles():
     write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
     yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
     yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
+    columns = triton.next_power_of_2(fingerprint.COLUMNS)
+    words = {"BLOCK_R": fingerprint_triton.ROWS_AT_ONCE, "BLOCK_C": columns, "ROWS": fingerprint_triton.ROWS}
+    constants = {**words, "COLUMNS": fingerprint.COLUMNS, "MULTIPLIER": fingerprint.MULTIPLIER}
+    yield "bit_sum", "bit_sum_kernel", constants, "fp32", (4, 3)
     yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 
 

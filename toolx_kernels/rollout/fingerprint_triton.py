@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 4
 WORD = 8  # bytes
 
 
-@functools.partial(triton.jit, do_not_specialize=["n_parts"])
+@triton.jit(do_not_specialize=["n_parts"])
 def bit_sum_kernel(
     parts_ptr,  # (3, parts) int64: where a part of a tensor lies, its words, the tensor
     sums_ptr,  # (parts) int64

@@ -89,16 +89,18 @@ class PagePool:
 
     def share(self, pages: Sequence[int]) -> None:
         """One more holder for each of the pages, which somebody holds."""
+        references = self.references
         for page in pages:
-            assert self.references[page] > 0, f"page {page} is free"
-            self.references[page] += 1
+            assert references[page] > 0, f"page {page} is free"
+            references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder less; a page without holders is free, and still found if it is remembered."""
+        references = self.references
         for page in reversed(pages):  # the end of a prefix is given up before its beginning
-            assert self.references[page] > 0, f"page {page} is already free"
-            self.references[page] -= 1
-            if self.references[page] == 0:
+            assert references[page] > 0, f"page {page} is already free"
+            references[page] -= 1
+            if references[page] == 0:
                 self.free[page] = None
                 self.free.move_to_end(page, last=page in self._of_page)
 

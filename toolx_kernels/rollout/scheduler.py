@@ -121,13 +121,14 @@ class Scheduler:
         reserved = sum(self._growth(self._rows[place], self._length[place]) for place in self.order)
         while self.waiting and self._vacant:
             row = self.waiting[0]
-            tokens = row.prompt + row.completion.ids
+            length = len(row.prompt) + len(row.completion.ids)
             forked = leader is not None and leader.group == row.group and not row.completion.ids
+            tokens = [] if forked else row.prompt + row.completion.ids
             # the last token is computed in any case: the next one is sampled from its hidden state
-            found = [] if forked else self.pool.find(tokens[:-1])
-            needed = 0 if forked else self.pool.pages_for(len(tokens)) - len(found)
-            copied = int(forked and len(tokens) % self.pool.page_size > 0)
-            growth = self._growth(row, len(tokens)) + copied
+            found = self.pool.find(tokens[:-1])
+            needed = 0 if forked else self.pool.pages_for(length) - len(found)
+            copied = int(forked and length % self.pool.page_size > 0)
+            growth = self._growth(row, length) + copied
             if needed + growth + reserved > len(self.pool.free) and (starting or len(self.order)):
                 self.pool.release(found)
                 break
@@ -177,8 +178,9 @@ class Scheduler:
         """Gives every running row a page of its own for its newest token; may preempt the youngest rows."""
         copies = []
         at = (self._length - 1) // self.pool.page_size
-        for place in self.order[((at >= self._held) | self._forked)[self.order]]:
-            row, index = self._rows[place], int(at[place])
+        writing = self.order[((at >= self._held) | self._forked)[self.order]]
+        for place, index in zip(writing.tolist(), at[writing].tolist(), strict=True):
+            row = self._rows[place]
             while row is not None:  # None: it was preempted for an older one
                 shared = row.pages[index:]
                 if shared and not self.pool.is_shared(shared[0]):
