@@ -21,7 +21,7 @@ from tests.pretended_gpu import CUDA, Graph, PretendedTensor, Stream, log, varia
 from toolx_kernels import GRPOLossConfig, RolloutEngine, SamplingParams, ToolExpanderConfig, linear_grpo_loss
 from toolx_kernels.ops import packed_attention
 from toolx_kernels.ops.hf_attention import check_supported, checkpointed, head_of, toolx_attention
-from toolx_kernels.rollout.runner import Runner
+from toolx_kernels.rollout.runner import MAX_PREFILL_TOKENS, Runner
 from toolx_kernels.train.batch import PackedGroup, pack
 from toolx_kernels.train.optimizers import make_updater
 
@@ -155,6 +155,17 @@ def test_a_captured_step_never_waits_and_samples_what_the_cpu_does(architecture,
     assert samples(ours, 2, 5) == expected
     # for its result alone; the third is captured, which raises where the step waits
     assert steps == [(0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+def test_a_call_waits_for_its_fingerprint_and_its_tokens_alone(monkeypatch):
+    """Not for what goes to the GPU, in however many pieces prompts are computed."""
+    ours, _ = engines("llama")
+    monkeypatch.setitem(MAX_PREFILL_TOKENS, "cuda", 2)
+    samples(ours, 2, 1)
+    ours.forget_prefixes()
+    log.clear()
+    samples(ours, 2, 3)
+    assert len(waits()) == 1 + 3, waits()
 
 
 def test_graphs_follow_a_pool_that_moves_share_a_stream_and_compile_nothing_anew(monkeypatch):

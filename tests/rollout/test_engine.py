@@ -509,7 +509,7 @@ def test_bad_sampling_parameters_are_named(settings):
 def test_prefill_in_several_batches(monkeypatch):
     model = small_model("llama")
     expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
-    monkeypatch.setattr(runner_module, "MAX_PREFILL_TOKENS", 30)
+    monkeypatch.setitem(runner_module.MAX_PREFILL_TOKENS, DEVICE.type, 30)
     assert ids(RolloutEngine(model).generate(prompts(), 1, GREEDY)) == expected
 
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from tests.ops.cases import DEVICE
 from tests.rollout.test_engine import GREEDY, WARM, assert_empty, ids, prompts, small_model
 from toolx_kernels.errors import InputError, out_of_memory
 from toolx_kernels.rollout import RolloutEngine, pages
@@ -163,6 +164,7 @@ def test_other_errors_are_raised_at_once(monkeypatch):
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
 def test_prompts_that_do_not_fit_are_computed_in_pieces(monkeypatch, error):
     monkeypatch.setattr(runner_module, "LEAST_PREFILL_TOKENS", 8)
+    monkeypatch.setitem(runner_module.MAX_PREFILL_TOKENS, DEVICE.type, 4096)
     model = small_model("llama")
     expected = ids(RolloutEngine(model, page_size=8).generate(prompts(), 3, WARM))
 

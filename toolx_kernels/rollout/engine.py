@@ -197,7 +197,7 @@ class RolloutEngine:
 
     @staticmethod
     def _start(runner: Runner, scheduler: Scheduler, places, chunk_of: list[int], chunks: list[Chunk]):
-        return runner.sample(runner.prefill(chunks)[chunk_of], scheduler.streams(places))
+        return runner.sample(runner.prefill(chunks), chunk_of, scheduler.streams(places))
 
     @staticmethod
     def _decode(runner: Runner, scheduler: Scheduler):

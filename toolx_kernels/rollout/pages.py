@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,8 +143,7 @@ class PagePool:
 
     def copy(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies whole pages, in every layer."""
-        device = self.key_caches[0].device
-        to, source = (torch.tensor(pages, device=device) for pages in (destinations, sources))
+        to, source = on_device(np.array([destinations, sources]), self.key_caches[0].device)
         for cache in (*self.key_caches, *self.value_caches):
             cache[to] = cache[source]
 
@@ -154,6 +154,12 @@ class PagePool:
     def _forget(self, page: int) -> None:
         if page in self._of_page:
             del self._remembered[self._of_page.pop(page)[1]]
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The host does not wait for the copy: it goes on with its work while the device does what it has."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pages_of_row(prompt: int, limit: int, page_size: int) -> int:

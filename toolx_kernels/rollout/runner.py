@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from toolx_kernels.ops.hf_attention import PagedContext, head_of, run_body
 from toolx_kernels.ops.sampling import sample
 from toolx_kernels.rollout.fingerprint import Fingerprint
-from toolx_kernels.rollout.pages import PagePool, power_of_two
+from toolx_kernels.rollout.pages import PagePool, on_device, power_of_two
 from toolx_kernels.rollout.scheduler import Chunk, DecodeInputs
 from toolx_kernels.rollout.types import SamplingParams
 
-MAX_PREFILL_TOKENS = 4096  # tokens in one forward, which bounds the activations
+# Tokens in one forward, which bounds the activations; by device. Of few tokens a GPU has computed a layer before the
+# host has launched the next.
+MAX_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
 MAX_GRAPHS = 64  # kept at a time
 CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
@@ -60,7 +62,7 @@ class Runner:
         self.model, self.pool, self.capture = model, pool, capture
         self._body = torch.compile(run_body, dynamic=True) if compile else run_body
         self.device = pool.key_caches[0].device
-        self.prefill_tokens = MAX_PREFILL_TOKENS
+        self.prefill_tokens = MAX_PREFILL_TOKENS[self.device.type]
         self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
         self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
         self._baked: tuple = ()
@@ -168,9 +170,10 @@ class Runner:
         self.graphs[key] = graph
         return graph
 
-    def sample(self, hidden: Tensor, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (R) and statistics (R, 4) from last hidden states (R, D)."""
-        return _as_numpy(self._sample(hidden, self._tensor(streams)), len(streams))
+    def sample(self, hidden: Tensor, chunk_of: Sequence[int], streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (R) and statistics (R, 4) of rows that go on from ``hidden[chunk_of]``; hidden is (chunks, D)."""
+        of_row = hidden[self._tensor(np.array(chunk_of))]
+        return _as_numpy(self._sample(of_row, self._tensor(streams)), len(streams))
 
     def _step(self, buffer: Tensor, sizes: Sizes) -> Tensor:
         """(5, rows) float64: tokens and statistics. Nothing in here waits for the device or reads host memory."""
@@ -197,9 +200,7 @@ class Runner:
         return torch.stack([column.double() for column in columns])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        """On the device; the host does not wait for it, so that it launches what follows while the device works."""
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return on_device(array, self.device)
 
 
 def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chunk, int, int]]]:

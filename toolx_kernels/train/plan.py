@@ -126,7 +126,9 @@ class Planner:
             "evaluation": work.prompt_length * work.eval_rows,
         }
         inference = {
-            name: self.inference(*key, min(MAX_PREFILL_TOKENS, tokens)) for name, tokens in asked.items() if tokens
+            name: self.inference(*key, min(MAX_PREFILL_TOKENS[self.device], tokens))
+            for name, tokens in asked.items()
+            if tokens
         }
         loss = loss_bytes(n_targets, *head.shape, head.dtype, *on, trains_head=head.requires_grad)
         pool, kv = self._pool(args, sampled, decoder, head.dtype)
