@@ -44,6 +44,7 @@ from toolx_kernels.ops.head import (
 )
 from toolx_kernels.ops.linear_logprob import HEAD_SCHEMA, fake_gradients, statistics
 from toolx_kernels.ops.losses import Objective, policy_objective, token_weights
+from toolx_kernels.ops.scaling import scaled
 from toolx_kernels.ops.single_sweep import Batch, PerRow, single_sweep
 from toolx_kernels.ops.statistics import RowVectors
 from toolx_kernels.reference import GRPOLossConfig, GRPOOutput, compute_dtype
@@ -227,25 +228,27 @@ def _linear_grpo(
         rows,
     )
     deferred = gradients_in_backward(hidden, weight, config)
-    results = None if deferred else single_sweep(batch, config, needs, n_rows, shard)
-    if results is None:
-        results = _two_sweeps(batch, config, [False] * 5 if deferred else needs, n_rows, shard)
-    per_row, objective, grads = results
 
     def spread(values: Tensor, fill: float) -> Tensor:
         return values.new_full((n_rows,), fill).index_copy_(0, rows, values)
 
-    kept = [hidden.new_empty(0) for _ in range(3)]
-    if deferred and any(needs):
-        e = objective.entropy_coefficients
-        kept = [
-            spread(per_row.lse, 0.0), spread(objective.coefficients, 0.0),
-            hidden.new_zeros(n_rows, dtype=dtype) if e is None else spread(e, 0.0),
-        ]  # fmt: skip
-    return (
-        objective.losses.sum(), spread(per_row.logprobs, torch.nan), spread(per_row.entropy, torch.nan),
-        _stats(per_row, objective, ref_logprobs is not None), *kept, *grads,
-    )  # fmt: skip
+    def finish(per_row: PerRow, objective: Objective, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept = [hidden.new_empty(0) for _ in range(3)]
+        if deferred and any(needs):
+            e = objective.entropy_coefficients
+            kept = [
+                spread(per_row.lse, 0.0), spread(objective.coefficients, 0.0),
+                hidden.new_zeros(n_rows, dtype=dtype) if e is None else spread(e, 0.0),
+            ]  # fmt: skip
+        return (
+            objective.losses.sum(), spread(per_row.logprobs, torch.nan), spread(per_row.entropy, torch.nan),
+            _stats(per_row, objective, ref_logprobs is not None), *kept, *grads,
+        )  # fmt: skip
+
+    results = None if deferred else single_sweep(batch, config, needs, n_rows, shard, finish)
+    if results is None:
+        results = finish(*_two_sweeps(batch, config, [False] * 5 if deferred else needs, n_rows, shard))
+    return results
 
 
 def gradients_in_backward(hidden: Tensor, weight: Tensor, config: GRPOLossConfig) -> bool:
@@ -343,10 +346,7 @@ def _differentiate(ctx, grad_loss, *_):
             e * grad_loss, ctx.needs, ctx.workspace_mib,
         )  # fmt: skip
     else:
-        grads = ctx.saved_tensors
-        # Reading the value spares a pass over the gradients; while a graph is traced there is none to read.
-        if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or not bool(grad_loss == 1):
-            grads = [(grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype) for grad in grads]
+        grads = scaled(ctx.saved_tensors, grad_loss)
     hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return hidden, weight, None, None, bias, lora_a, lora_b, *(None,) * (len(ctx.needs_input_grad) - 7)
 

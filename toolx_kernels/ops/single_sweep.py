@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,31 @@ class PerRow(NamedTuple):
     lse: Tensor  # (n)
 
 
+class OnItsWay:
+    """A value that is copied to the host, which meanwhile goes on and waits only where it reads."""
+
+    def __init__(self, value: Tensor):
+        self._value, self._copied = value, None
+        if value.device.type != "cpu":
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.current_stream(value.device).record_event()
+
+    def read(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value
+
+
 def single_sweep(
-    batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int
-) -> tuple[PerRow, Objective, tuple[Tensor, ...]] | None:
-    """What each row is, its objective, and the gradients of (hidden, weight, bias, lora_a, lora_b), hidden's with
-    ``n_rows`` rows; None where the vocabulary must be swept twice."""
+    batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int,
+    finish: Callable[[PerRow, Objective, tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """What ``finish`` makes of the rows, their objective, and the gradients of (hidden, weight, bias, lora_a, lora_b),
+    hidden's with ``n_rows`` rows; None where the vocabulary must be swept twice.
+
+    A GPU decides that before the last chunk's GEMMs, and is asked after ``finish``: it has work until it has answered.
+    """
     head = batch.head
     device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
     plan = tiles.single_sweep_plan(
@@ -69,26 +90,27 @@ def single_sweep(
             sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
         )
         parts.append((found, objective))
-        if device.type == "cpu" and not _anchored(found):
+        if device.type == "cpu" and not _anchored(found.total):
             return None
+        if rows.stop == len(head.hidden):
+            anchored = OnItsWay(_anchored(torch.cat([found.total for found, _ in parts])))
         dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, drops=drops)
         # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
         drops = drops and (dropped or device.type == "cpu")
     del space, exponentials
     found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
-    if device.type != "cpu" and not _anchored(found):  # a GPU is waited for only once
-        return None
-    log_total = found.total.log()
     objective = Objective(
         *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
     )
     spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
-    return PerRow(found.logprobs, found.entropy, anchors + log_total), objective, grads.results(spread, shard)
+    per_row = PerRow(found.logprobs, found.entropy, anchors + found.total.log())
+    results = finish(per_row, objective, grads.results(spread, shard))
+    return results if anchored.read() else None
 
 
-def _anchored(found: RowStatistics) -> bool:
-    """Whether every anchor was near enough to its log-sum-exp, which must be a number."""
-    return bool((found.total.log().abs() < LARGEST_LOG_SUM).all())
+def _anchored(total: Tensor) -> Tensor:
+    """() bool: whether every anchor was near enough to its log-sum-exp, which must be a number."""
+    return (total.log().abs() < LARGEST_LOG_SUM).all()
 
 
 def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:

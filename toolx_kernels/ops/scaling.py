@@ -1,0 +1,53 @@
+"""Gradients times the factor that a backward pass brings, without waiting for a GPU to say what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings no triton
+    triton = None
+
+
+def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """Each of ``gradients`` times ``factor`` (), in its dtype; overwrites those that no later backward pass reads.
+
+    The factor is nearly always 1. A CPU is asked, and then there is nothing to do; on a GPU the kernel looks.
+    """
+    traced = torch.compiler.is_compiling() or type(factor) is not Tensor
+    if not traced and factor.device.type == "cpu" and bool(factor == 1):
+        return gradients
+    if not traced and triton is not None and factor.is_cuda and not _are_read_again():
+        scale_in_place(gradients, factor)
+        return gradients
+    return [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
+
+
+def _are_read_again() -> bool:
+    """Whether the backward pass that runs was told to ``retain_graph``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+if triton is not None:
+
+    @triton.jit
+    def scale_kernel(gradient_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+        """gradient (n) *= factor, in the factor's precision; few programs, as a factor of 1 leaves nothing to do."""
+        factor = tl.load(factor_ptr)
+        if factor != 1.0:
+            for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                value = tl.load(gradient_ptr + place, mask=place < n).to(factor.dtype)
+                tl.store(gradient_ptr + place, (value * factor).to(gradient_ptr.dtype.element_ty), mask=place < n)
+
+    def scale_in_place(gradients: Sequence[Tensor], factor: Tensor) -> None:
+        for gradient in gradients:
+            if gradient.numel():
+                n_programs = min(triton.cdiv(gradient.numel(), 4096), 1024)
+                with torch.cuda.device_of(gradient):
+                    scale_kernel[(n_programs,)](gradient.view(-1), factor, gradient.numel(), BLOCK=4096)
