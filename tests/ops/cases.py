@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolx_kernels import reference
-from toolx_kernels.ops import head, linear_grpo, linear_logprob, sweep_torch, tiles
+from toolx_kernels.ops import head, linear_grpo, linear_logprob, live_rows, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
@@ -33,6 +33,7 @@ def use_backend(monkeypatch, name: str) -> None:
     """Every sweep runs in this backend; Triton's in the interpreter where there is no GPU."""
     backend = {"torch": sweep_torch, "triton": sweep_triton}[name]
     monkeypatch.setattr(head, "sweeps", lambda _: backend)
+    monkeypatch.setattr(live_rows, "finder", lambda *_: getattr(live_rows, f"in_{name}"))
 
 
 def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, spread=1.5) -> dict:

@@ -20,7 +20,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from toolx_kernels.ops import advantages, attention_triton, sampling_triton, statistics, sweep_triton, tiles
+from toolx_kernels.ops import (
+    advantages,
+    attention_triton,
+    live_rows,
+    sampling_triton,
+    scaling,
+    statistics,
+    sweep_triton,
+    tiles,
+)
 from toolx_kernels.reference import GRPOLossConfig
 from toolx_kernels.rollout import fingerprint, fingerprint_triton
 
@@ -31,10 +40,12 @@ ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "streams_ptr", "tokens_ptr"}
-INT64 |= {"parts_ptr", "sums_ptr"}
-INT32 = {"block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
+INT64 |= {"parts_ptr", "sums_ptr", "facts_ptr", "rows_ptr"}
+INT32 = {"cu_ptr", "block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
-OF_CACHE = {"query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"}
+NARROW = sweep_triton.OF_HEAD | {  # of half precision where the head and the cache are
+    "gradient_ptr", "query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr",
+}  # fmt: skip
 FLOATS = {"softcap", "eps", "min_std", "scale"}
 ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 16
 
@@ -42,7 +53,9 @@ ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 1
 def kernels() -> dict:
     """Every Triton kernel, by name."""
     kernel = type(sweep_triton.sweep_kernel)
-    modules = (sweep_triton, statistics, advantages, attention_triton, sampling_triton, fingerprint_triton)
+    modules = (
+        sweep_triton, statistics, live_rows, scaling, advantages, attention_triton, sampling_triton, fingerprint_triton
+    )  # fmt: skip
     return {
         name: value
         for module in modules
@@ -62,10 +75,12 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
             types[argument] = "*i64"
         elif argument in INT32:
             types[argument] = "*i32"
+        elif argument == "mask_ptr":
+            types[argument] = "*i1"
         elif argument.endswith("_ptr"):
-            narrow = argument in sweep_triton.OF_HEAD | OF_CACHE and not (argument == "out_ptr" and name in FP32_OUT)
+            narrow = argument in NARROW and not (argument == "out_ptr" and name in FP32_OUT)
             narrow &= (name, argument) != ("sample_kernel", "bias_ptr")  # which is fp32
-            narrow &= name != "statistics_kernel"  # whose weight is a row's share of the loss
+            narrow &= name not in ("statistics_kernel", "place_rows_kernel")  # weights are shares of the loss
             narrow &= (argument, constants.get("DIRECT")) != ("out_ptr", False)  # partial results
             types[argument] = f"*{dtype if narrow else 'fp32'}"
         else:
@@ -123,6 +138,7 @@ def cases_without_tiles():
         "move_rows_kernel": {"BLOCK": block},
         "place_targets_kernel": {"BLOCK": 128},
         "finish_rows_kernel": {"stride_wd": 1, "BLOCK_D": 1024},
+        "scale_kernel": {"BLOCK": 4096},
     }
     for dtype in ("bf16", "fp32"):
         for name, constants in elementwise.items():
@@ -133,6 +149,10 @@ def cases_without_tiles():
         config = GRPOLossConfig(**settings)
         constants = {"CONFIG": config, **given, "HAS_ENTROPY": bool(config.entropy_coef), **small}
         yield f"statistics {config.loss_type}", "statistics_kernel", constants, "fp32", (4, 3)
+    for every_row in (False, True):
+        constants = {"EVERY_ROW": every_row, "HAS_MASK": True, "HAS_REWARDS": True, "BLOCK": 512}
+        for name in ("survey_kernel", "place_rows_kernel"):
+            yield f"{name.removesuffix('_kernel')} {every_row}", name, constants, "fp32", (4, 3)
     for scale in ("group", "batch"):
         constants = {"HAS_IDS": True, "SCALE": scale, "BLOCK": 1024}
         yield f"advantages {scale}", "advantages_kernel", constants, "fp32", (4, 3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.cases import (
@@ -26,6 +26,7 @@ from tests.ops.cases import (
     error,
     force,
     make_case,
+    needs_triton,
     poisoned,  # noqa: F401 (a fixture)
     run_loss,
     taken,  # noqa: F401 (a fixture)
@@ -35,7 +36,7 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops import gradients, linear_grpo, sweep_torch, tiles
+from toolx_kernels.ops import gradients, linear_grpo, live_rows, statistics, sweep_torch, tiles
 from toolx_kernels.ops import head as heads
 from toolx_kernels.ops.linear_grpo import linear_grpo_loss
 from toolx_kernels.reference import GRPOLossConfig
@@ -617,15 +618,26 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
     assert (grads["hidden"][killed] == 0).all() and (grads["hidden"][~killed] != 0).any(1).all()
 
 
+def below_autograd(case: dict, key: str):
+    """The loss and its gradients, where the operations are seen that the operator asks for."""
+    return linear_grpo._linear_grpo(
+        case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, None, None, 1.0, 0.0,
+        -1, case["cu_seqlens"], case["rewards"], case.get(OLD), None, None, case["mask"], None, key,
+        [True, True, False, False, False], case["rewards"],
+    )  # fmt: skip
+
+
 class Operations(TorchDispatchMode):
-    """Names of what torch is asked for."""
+    """Names of what torch is asked for; ``view:`` before those that only look at a tensor in another way."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.names.append(function._schema.name)
+        aliases = [result.alias_info for result in function._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        self.names.append("view:" * is_view + function._schema.name)
         return function(*arguments, **named or {})
 
 
@@ -639,14 +651,43 @@ def test_the_host_reads_one_tensor_before_the_first_gemm(level, rewards, monkeyp
     case = without_logprobs(make_case(rewards=rewards, masked=(3,)), OLD)
     key = GRPOLossConfig(importance_sampling_level=level).key
     with Operations() as seen:
-        linear_grpo._linear_grpo(
-            case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, None, None, 1.0, 0.0,
-            -1, case["cu_seqlens"], case["rewards"], case[OLD], None, None, case["mask"], None, key,
-            [True, True, False, False, False], case["rewards"],
-        )  # fmt: skip
+        below_autograd(case, key)
     before = set(seen.names[: seen.names.index("aten::mm")])
     assert reads == [1] and "aten::nonzero_static" in before
     assert not before & {"aten::nonzero", "aten::_local_scalar_dense", "aten::repeat_interleave", "aten::unique"}
+
+
+class Counted:
+    """A Triton kernel whose launch is one operation, whatever the interpreter asks of torch."""
+
+    def __init__(self, name, kernel, names):
+        self.name, self.kernel, self.names = name, kernel, names
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.names.append(self.name)
+            with _disable_current_modes():
+                self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+@needs_triton
+@pytest.mark.parametrize("kept, most", [((), (13, 78)), ((OLD,), (20, 100))], ids=["on-policy", "off-policy"])
+def test_a_gpu_is_asked_for_few_things(kept, most, monkeypatch):
+    """Until the first sweep it has nothing to do; each operation takes the host longer than the GPU."""
+    use_backend(monkeypatch, "triton")
+    force(monkeypatch, "one chunk")
+    case, config = without_logprobs(make_case(), *kept), GRPOLossConfig()
+    seen = Operations()
+    for module in (live_rows, statistics, heads.sweeps(None)):
+        for name in [name for name in vars(module) if name.endswith("_kernel") and name != "per_row_kernel"]:
+            monkeypatch.setattr(module, name, Counted(name, getattr(module, name), seen.names))
+    with seen:
+        below_autograd(case, config.key)
+    of_the_host = ("view:", "aten::empty", "aten::new_empty", "aten::promote_types", "aten::resolve_")
+    work = [name for name in seen.names if not name.startswith(of_the_host)]
+    assert work.index("sweep_kernel") <= most[0] and len(work) <= most[1], work
 
 
 # ---- torch's machinery

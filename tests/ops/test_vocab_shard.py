@@ -140,17 +140,18 @@ def test_in_fp32_on_either_backend(backend, monkeypatch):
 
 
 def _take_turns(monkeypatch):
-    from toolx_kernels.ops import sweep_triton
+    from toolx_kernels.ops import live_rows, sweep_triton
 
     lock = threading.RLock()
-    for name, original in list(vars(sweep_triton).items()):
-        if isinstance(original, FunctionType) and original.__module__ == sweep_triton.__name__:
+    for module in (live_rows, sweep_triton):
+        for name, original in list(vars(module).items()):
+            if isinstance(original, FunctionType) and original.__module__ == module.__name__:
 
-            def alone(*arguments, original=original, **named):
-                with lock:
-                    return original(*arguments, **named)
+                def alone(*arguments, original=original, **named):
+                    with lock:
+                        return original(*arguments, **named)
 
-            monkeypatch.setattr(sweep_triton, name, alone)
+                monkeypatch.setattr(module, name, alone)
 
 
 @pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])

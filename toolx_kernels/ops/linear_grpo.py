@@ -20,6 +20,7 @@ underflow, the vocabulary is swept twice instead.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from toolx_kernels import _library
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops import live_rows
 from toolx_kernels.ops.advantages import check_rewards, group_advantages
 from toolx_kernels.ops.gradients import recompute_gradients
 from toolx_kernels.ops.head import (
@@ -40,10 +42,9 @@ from toolx_kernels.ops.head import (
     pick,
     row_temperatures,
     vocab_size_of,
-    wrong_rows,
 )
 from toolx_kernels.ops.linear_logprob import HEAD_SCHEMA, fake_gradients, statistics
-from toolx_kernels.ops.losses import Objective, policy_objective, token_weights
+from toolx_kernels.ops.losses import Objective, policy_objective
 from toolx_kernels.ops.scaling import scaled
 from toolx_kernels.ops.single_sweep import Batch, PerRow, single_sweep
 from toolx_kernels.ops.statistics import RowVectors
@@ -178,9 +179,10 @@ class OnHost(NamedTuple):
     computed_before: list[int]  # (B + 1) rows before each of these bounds that are computed
 
     @classmethod
-    def read(cls, wrong: Tensor, cu_seqlens: Tensor, computed_before: Tensor) -> OnHost:
-        wrong, *counts = torch.cat([wrong[None], cu_seqlens, computed_before]).tolist()
-        return cls(bool(wrong), counts[: len(cu_seqlens)], counts[len(cu_seqlens) :])
+    def read(cls, facts: Tensor) -> OnHost:
+        """From the ``facts`` of LiveRows."""
+        cu_seqlens, computed, _, wrong = facts.tolist()
+        return cls(any(wrong), cu_seqlens, [0, *accumulate(computed[:-1])])
 
 
 @as_given
@@ -191,45 +193,37 @@ def _linear_grpo(
 ):  # fmt: skip
     config = GRPOLossConfig.from_key(config_key)
     n_rows, dtype = len(targets), compute_dtype(hidden)
-    cu_seqlens = cu_seqlens.long()
-    bounds = cu_seqlens.clamp(0, n_rows)  # nothing is checked yet
-    completion = torch.searchsorted(bounds[1:], torch.arange(n_rows, device=bounds.device), right=True)
-    completion = completion.clamp_(max=len(advantages) - 1)  # (N) each token's
-    if mask is None:
-        mask = torch.ones_like(targets, dtype=torch.bool)
-    computed = mask if config.computes_every_row else mask & (advantages != 0)[completion]
-
-    def before(chosen: Tensor) -> Tensor:  # (B + 1) rows before each bound
-        return torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[bounds]
-
-    outside, frozen = wrong_rows(targets, temperature, vocab_size_of(weight, shard))
-    wrong = ((outside | frozen) & computed).any() | ~advantages.isfinite().all()
-    if rewards is not None:
-        wrong |= ~rewards.isfinite().all()
-    computed_before = before(computed)
-    seen = OnHost.read(wrong, cu_seqlens, computed_before)
+    vocab_size = vocab_size_of(weight, shard)
+    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    live = live_rows.finder(hidden.device, dtype)(
+        live_rows.Call(targets, temperature, vocab_size, cu_seqlens, advantages, rewards, mask, denominator),
+        config, dtype,
+    )  # fmt: skip
+    seen = OnHost.read(live.facts)
+    rows = live.rows[: seen.computed_before[-1]]
     if seen.wrong and rewards is not None:
         check_rewards(rewards)
     _check_bounds(seen.cu_seqlens, n_rows)
     if seen.wrong:
         _check_advantages(advantages)
-        check_values(targets, temperature, vocab_size_of(weight, shard), computed)
-    weights = token_weights(before(mask).diff().to(dtype), config, denominator)
-    rows = computed.nonzero_static(size=seen.computed_before[-1]).squeeze(1)
-    owner = completion[rows]
-    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
-    per_row = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
+        computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
+        check_values(targets, temperature, vocab_size, computed)
+    others = [x if x is None else x.to(dtype).contiguous() for x in (old_logprobs, ref_logprobs, sampler_logprobs)]
+    if len(rows) < n_rows:
+        head, others = head.rows(rows), [pick(x, rows) for x in others]
     batch = Batch(
-        head if len(rows) == n_rows else head.rows(rows),
+        head,
         (lora_a, lora_scaling),
-        RowVectors(advantages.to(dtype)[owner], weights[owner], *(pick(x, rows) for x in per_row)),
-        computed_before.diff(),
+        RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *others),
+        live.facts[1, :-1],
         seen.computed_before,
         rows,
     )
     deferred = gradients_in_backward(hidden, weight, config)
 
     def spread(values: Tensor, fill: float) -> Tensor:
+        if len(rows) == n_rows:
+            return values.clone()
         return values.new_full((n_rows,), fill).index_copy_(0, rows, values)
 
     def finish(per_row: PerRow, objective: Objective, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -275,13 +269,13 @@ def _check_bounds(bounds: list[int], n_rows: int) -> None:
 
 def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
     """(7) in the order of STATS; means over the rows whose log-ratios are finite."""
-    finite = objective.finite
-    dtype = per_row.logprobs.dtype
+    finite = objective.finite != 0
     logged = [per_row.entropy, objective.ratio, objective.clip_low, objective.clip_high]
     logged += [objective.kl if with_kl else torch.zeros_like(per_row.logprobs)]
     count = finite.sum()
-    means = [torch.where(finite, values.to(dtype), 0).sum() / count for values in logged]
-    return torch.stack([torch.full_like(means[0], len(finite)), (len(finite) - count).to(dtype), *means])
+    means = torch.where(finite, torch.stack([x.to(per_row.logprobs.dtype) for x in logged]), 0).sum(1) / count
+    live = torch.full_like(count, len(finite))
+    return torch.cat([torch.stack([live, live - count]), means])
 
 
 def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):

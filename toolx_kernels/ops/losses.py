@@ -212,7 +212,7 @@ def token_objective(
 
 
 class Objective(NamedTuple):
-    """Vectors over n rows; all but ``finite`` are zero where it is False."""
+    """Vectors over n rows; all but ``finite`` are zero where it is False. A kernel writes bools as 0.0 and 1.0."""
 
     losses: Tensor  # (n) times the row's weight: they sum to the loss
     coefficients: Tensor  # (n) d loss / d logprob

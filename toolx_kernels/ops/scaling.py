@@ -19,13 +19,18 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
 
     The factor is nearly always 1. A CPU is asked, and then there is nothing to do; on a GPU the kernel looks.
     """
-    traced = torch.compiler.is_compiling() or type(factor) is not Tensor
-    if not traced and factor.device.type == "cpu" and bool(factor == 1):
-        return gradients
-    if not traced and triton is not None and factor.is_cuda and not _are_read_again():
-        scale_in_place(gradients, factor)
-        return gradients
+    if not torch.compiler.is_compiling() and type(factor) is Tensor:
+        if on_gpu(factor):
+            if triton is not None and not _are_read_again():
+                scale_in_place(gradients, factor)
+                return gradients
+        elif bool(factor == 1):
+            return gradients
     return [(gradient.to(factor.dtype) * factor).to(gradient.dtype) for gradient in gradients]
+
+
+def on_gpu(factor: Tensor) -> bool:
+    return factor.device.type == "cuda"
 
 
 def _are_read_again() -> bool:

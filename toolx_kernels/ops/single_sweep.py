@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 class PerRow(NamedTuple):
     logprobs: Tensor  # (n)
     entropy: Tensor  # (n)
-    lse: Tensor  # (n)
+    lse: Tensor | None  # (n) of two sweeps, whose gradients may come later
 
 
 class OnItsWay:
@@ -103,7 +103,7 @@ def single_sweep(
         *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
     )
     spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
-    per_row = PerRow(found.logprobs, found.entropy, anchors + found.total.log())
+    per_row = PerRow(found.logprobs, found.entropy, None)
     results = finish(per_row, objective, grads.results(spread, shard))
     return results if anchored.read() else None
 

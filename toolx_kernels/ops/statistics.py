@@ -192,7 +192,7 @@ def _fused(
     )  # fmt: skip
     logprobs, entropy, total, loss, coefficients, entropy_coefficients, ratio, low, high, kl, finite, *factors = out
     objective = Objective(
-        loss, coefficients, entropy_coefficients if config.entropy_coef else None, ratio, low != 0, high != 0,
-        None if vectors.ref is None else kl, finite != 0,
+        loss, coefficients, entropy_coefficients if config.entropy_coef else None, ratio, low, high,
+        None if vectors.ref is None else kl, finite,
     )  # fmt: skip
     return RowStatistics(logprobs, entropy, total), objective, Factors(*factors)
