@@ -43,9 +43,9 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 train: setup
 	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
-# A process for each core; ARGS="-n 0" has only one, as a debugger needs it.
+# A process for each core, each with neighbouring tests, so that few fixtures are set up twice. ARGS="-n 0": only one.
 test: setup
-	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # What is slow and rarely tells: tests that `make test` leaves out, then small runs that are killed fifty times at
 # random moments and compared with an undisturbed one, a line a kill. ARGS="--seed 1" is for the latter.

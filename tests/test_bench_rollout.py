@@ -147,7 +147,6 @@ def measured():
     return {record["provider"]: record for record in records}, benchmark.extra_info
 
 
-@pytest.mark.xdist_group("rollouts measured")
 def test_a_provider_that_fails_is_named_with_its_reason_and_the_others_are_timed(measured):
     records, info = measured
     assert records["stops"]["absent"] == "60 of 72 tokens after 300 s" and Stops.closed == 1
@@ -285,7 +284,6 @@ def test_an_engine_that_no_index_has_says_where_it_comes_from():
         NanoVLLM(tiny()[0], TINY)
 
 
-@pytest.mark.xdist_group("rollouts measured")
 def test_each_report_takes_its_own_and_leaves_the_rest(measured, tmp_path, monkeypatch, capsys):
     _, info = measured
     loss = {"case": {}, "records": []}

@@ -4,7 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -24,7 +24,6 @@ from toolx_kernels.train.models import load_model
 from toolx_kernels.train.rollouts import Rollout
 from toolx_kernels.train.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.xdist_group("steps beside TRL")
 TINY = Case("tiny", 2, 120, 4, 6)
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 
@@ -134,15 +133,11 @@ class Dies(Stepper):
         os._exit(9)
 
 
-@pytest.fixture(scope="module")
-def measured():
+def test_each_trainer_runs_in_a_process_of_its_own_and_who_cannot_is_named():
     benchmark = PlainBenchmark()
     kinds = (Toolx, Dies, *([TRL] if find_spec("trl") else []))
-    return measure(benchmark, replace(TINY, rounds=2), kinds, DEVICE), benchmark.extra_info
-
-
-def test_each_trainer_runs_in_a_process_of_its_own_and_who_cannot_is_named(measured):
-    (ours, dies, *peers), info = measured
+    ours, dies, *peers = measure(benchmark, replace(TINY, rounds=2), kinds, DEVICE)
+    info = benchmark.extra_info
     assert dies == {"provider": "dies", "absent": "its process ended with status 9"}
     assert [record["provider"] for record in peers] == (["TRL"] if find_spec("trl") else [])
     for record in (ours, *peers):
@@ -245,8 +240,11 @@ def test_scaling_cases_vary_one_number_each():
     assert all(case.rows % 2 == 0 for kind in named.values() for case in kind)  # TRL takes two at a time
 
 
-def test_the_report(measured, tmp_path):
-    _, info = measured
+def test_the_report(tmp_path):
+    info = {
+        "step_case": asdict(TINY) | {"threads": torch.get_num_threads()},
+        "versions": {"transformers": "5.17.0", "trl": "1.16.0", "accelerate": "1.15.0"},
+    }
 
     def step(new, ours_s, theirs_s):
         case = info["step_case"] | {"new": new}

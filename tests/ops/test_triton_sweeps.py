@@ -107,8 +107,9 @@ def other_target_logits(head):
 
 
 @OF_CASE
-@EVERY
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    "extras, entropy", [((), True), (EXTRAS, True), (EXTRAS, False), (("bias",), True)], ids=str
+)
 def test_online_sums(shape, dtype, extras, entropy, poisoned):  # noqa: F811
     head = make(shape, dtype, extras)
     exact = other_target_logits(head)
@@ -255,8 +256,9 @@ def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):  # noqa:
 # ---- the whole of it
 
 
-@OF_DTYPE
-@pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])
+@pytest.mark.parametrize(
+    "dtype, extras", [(torch.float32, ()), *((dtype, EXTRAS) for dtype in TRITON_DTYPES)], ids=str
+)
 def test_linear_logprob(dtype, extras, monkeypatch, poisoned):  # noqa: F811
     case = make_head(33, 24, 213, dtype, extras)
     _, exact = run_head(reference.linear_logprob, double(case))
@@ -280,8 +282,12 @@ GRPO = [
 ]
 
 
-@pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])
-@pytest.mark.parametrize("settings, kept, way", GRPO, ids=str)
+# The objective sees log-probs, not what the logits are made of: the extras come once with each kind of sweep.
+@pytest.mark.parametrize(
+    "settings, kept, way, extras",
+    [(*case, ()) for case in GRPO] + [(*GRPO[at], EXTRAS) for at in (2, 5, 6)],
+    ids=str,
+)
 def test_linear_grpo_loss(settings, kept, way, extras, monkeypatch, taken, poisoned):  # noqa: F811
     case = without_logprobs(make_case(masked=(3, 22), extras=extras), *kept)
     config = GRPOLossConfig(**settings)

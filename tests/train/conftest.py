@@ -1,5 +1,7 @@
 import pytest
 
+from toolx_kernels.train import trainer
+
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
@@ -8,3 +10,9 @@ def finished(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return folder, make_trainer(folder).train()
+
+
+@pytest.fixture(autouse=True)
+def _blank_picture(monkeypatch):
+    """To draw the curves takes as long as the rest of a small run; that of ``finished`` is drawn."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda records, path, title: path.write_bytes(b""))

@@ -376,8 +376,10 @@ def test_a_run_tells_where_its_time_and_memory_went(tmp_path):
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
-def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
-    """Three steps and one more are four: of weights and of what is logged."""
+def test_every_way_of_updating_resumes_exactly(tmp_path, monkeypatch, settings):
+    """One step and one more are two: of weights and of what is logged."""
+    # it takes seconds in bf16 on a CPU without instructions for it
+    monkeypatch.setattr("toolx_kernels.train.accounts.gemm_speed", lambda *_: 1e9)
     if settings.get("optim") == "adamw_8bit":
         pytest.importorskip("torchao")
     if "use_peft" in settings:
@@ -388,9 +390,9 @@ def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
         rows = training_rows(), builtin.heldout_rows(4, 0, ("easy",))
         return ToolExpanderTrainer("tiny", even_is_good, args, *rows).train()
 
-    train(tmp_path / "whole", max_steps=4)
-    train(tmp_path / "parts", max_steps=3)
-    train(tmp_path / "parts", max_steps=4, resume=True)
+    train(tmp_path / "whole", max_steps=2)
+    train(tmp_path / "parts", max_steps=1)
+    train(tmp_path / "parts", max_steps=2, resume=True)
     whole, parts = (latest_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     steps = metrics(tmp_path / "whole", ["step"])
     assert steps == metrics(tmp_path / "parts", ["step"])
@@ -398,7 +400,7 @@ def test_every_way_of_updating_resumes_exactly(tmp_path, settings):
     for file in ("optimizer.safetensors", *(["adapter_model.safetensors"] if "use_peft" in settings else ())):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     if "use_peft" not in settings:
-        assert_same_weights(saved_weights(tmp_path / "whole", 4), saved_weights(tmp_path / "parts", 4))
+        assert_same_weights(saved_weights(tmp_path / "whole", 2), saved_weights(tmp_path / "parts", 2))
 
 
 def test_only_memory_that_ran_out_keeps_micro_batches_small(tmp_path):
