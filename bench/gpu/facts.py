@@ -57,6 +57,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/prefill", 5, rollout.prefill),
         Fact("rollout/ragged", 10, rollout.ragged),
         training.steps("0.5b", 60),
+        Fact("train/kernels", 25, training.kernels),
         # beside others
         loss.peers(896),
         # whole

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 
+from bench.gpu.loss import profiled
 from bench.gpu.runner import Bench, Fact
 from bench.measure import resident_bytes
 from bench.rollout_work import model_of
@@ -92,17 +93,25 @@ class Trained(Toolx):
         super().__init__(*others)
 
 
-def take_steps(run: Run, device: torch.device) -> dict:
-    """The steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
+@contextmanager
+def trainer_of(run: Run, device: torch.device) -> Iterator[tuple[Trained, Count]]:
+    """What takes the steps of ``run``, and what counts them; its folder lives as long as the block."""
     case, tokenizer = run.case, tiny_tokenizer()
-    model = model_of(case.model, case.dtype, device)
     rows = make_rows(case, tokenizer)
     count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
     options = {"optim": run.optim, "gradient_checkpointing": True, "device": device.type}
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_of(case.model, case.dtype, device)
+        yield Trained(options, model, tokenizer, case, SETTINGS, rows, count.reward, Path(folder)), count
+
+
+def take_steps(run: Run, device: torch.device) -> dict:
+    """The steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
+    case = run.case
+    model = model_of(case.model, case.dtype, device)
     before = sampled_weights(model)
     peak = Peak(device)
-    with tempfile.TemporaryDirectory() as folder, peak.watched():
-        trainer = Trained(options, model, tokenizer, case, SETTINGS, rows, count.reward, Path(folder))
+    with peak.watched(), trainer_of(run, device) as (trainer, count):
 
         def end() -> None:
             if device.type == "cuda":
@@ -170,6 +179,24 @@ def steps(size: str, seconds: float) -> Fact:
         return found | {"failures": failures}
 
     return Fact(f"train/steps {size}", seconds, find)
+
+
+def kernels(bench: Bench) -> dict:
+    """Where the time of a step of four prompts goes, after two of them: rollout and update, kernel by kernel."""
+    size = ("tiny", 2, 40, 2, 4) if bench.toy else ("qwen2.5-0.5b-shape", 4, 1000, 10, 256)
+    with trainer_of(Run(Case(*size, "bfloat16", rounds=5), "adamw"), bench.device) as (trainer, count):
+        steps = iter(range(count.case.steps))
+
+        def step() -> None:
+            next(steps)
+            count.begin()
+            trainer.records.append(trainer.trainer._step(0))
+            count.end()
+
+        step()
+        found = profiled(step, bench, listed=30)
+        phases = trainer.records[-2]["timing"]["phases"]
+    return found | {f"{name}_s": seconds for name, seconds in phases.items()}
 
 
 def tiny(bench: Bench) -> dict:
