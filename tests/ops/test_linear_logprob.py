@@ -168,7 +168,7 @@ def test_the_ops_are_registered_properly():
     head = [a.detach() if torch.is_tensor(a) else a for a in arguments[:10]]
     logprobs, lse, entropy = torch.ops.toolx.linear_logprob(*head, True)
     for needs in ([True] * 5, [False, True, False, False, True]):
-        backward = (*head, lse, entropy, logprobs, lse, entropy, needs)
+        backward = (*head, logprobs, lse, entropy, logprobs, lse, entropy, needs)
         torch.library.opcheck(torch.ops.toolx.linear_logprob_backward.default, backward)
 
 

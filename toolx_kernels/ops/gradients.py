@@ -126,14 +126,14 @@ class Gradients:
 
 
 def recompute_gradients(
-    head: Head, lora: tuple[Tensor | None, float], lse: Tensor, entropy: Tensor, grad_logprobs: Tensor,
-    grad_lse: Tensor, grad_entropy: Tensor, needs: list[bool], shard: int, workspace_mib: int | None,
-    spread: tuple[Tensor, int] | None,
+    head: Head, lora: tuple[Tensor | None, float], logprobs: Tensor, lse: Tensor, entropy: Tensor,
+    grad_logprobs: Tensor, grad_lse: Tensor, grad_entropy: Tensor, needs: list[bool], shard: int,
+    workspace_mib: int | None, spread: tuple[Tensor, int] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of (hidden, weight, bias, lora_a, lora_b), an empty tensor for each that is not needed; up to 6 NDV.
 
     Args:
-        lse, entropy: (n) of the head's rows; entropy is empty where its gradient is zero.
+        logprobs, lse, entropy: (n) of the head's rows; entropy is empty where its gradient is zero.
         grad_logprobs, grad_lse, grad_entropy: (n), the upstream gradients.
         lora: (lora_a, lora_scaling), of which head holds the features.
         spread: (rows, N), where the n rows lie among the N of the results; None if they are all.
@@ -148,8 +148,11 @@ def recompute_gradients(
     alpha = grad_lse - grad_logprobs - (grad_entropy * entropy if with_entropy else 0)
     beta = -grad_entropy if with_entropy else torch.zeros_like(alpha)
     target_logit = reducer(shard)(sweep.target_logits(head), "sum")
-    log_p = target_logit - lse
-    at_target = grad_logprobs + log_p.exp() * (alpha + beta * log_p.clamp(min=sweep_torch.LOG_OF_NOTHING))
+    at_target = grad_logprobs + logprobs.exp() * (alpha + beta * logprobs.clamp(min=sweep_torch.LOG_OF_NOTHING))
+    # lse is rounded as a number of 30 or so is, and all probabilities that the sweep makes of it are off by one factor.
+    # Where the target's is near 1 the others' must fit what it leaves: log-probs, which are small, know that factor.
+    unrounded = (logprobs - (target_logit - lse)).exp()
+    alpha, beta = alpha * unrounded, beta * unrounded
     if head.softcap:
         at_target *= 1 - (target_logit / (head.scale * head.softcap)).square()
     at_target *= head.scale

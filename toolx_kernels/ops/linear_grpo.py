@@ -292,10 +292,10 @@ def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows:
         live = objective.coefficients != 0
         kept = (live if e is None else live | (e != 0)).nonzero().squeeze(1)
         grads = recompute_gradients(
-            head.rows(kept), batch.lora, lse[kept], entropy.new_empty(0) if e is None else entropy[kept],
-            objective.coefficients[kept], torch.zeros_like(lse[kept]),
-            lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard, config.workspace_mib,
-            (batch.rows[kept], n_rows),
+            head.rows(kept), batch.lora, logprobs[kept], lse[kept],
+            entropy.new_empty(0) if e is None else entropy[kept], objective.coefficients[kept],
+            torch.zeros_like(lse[kept]), lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard,
+            config.workspace_mib, (batch.rows[kept], n_rows),
         )  # fmt: skip
     return PerRow(logprobs, entropy, lse), objective, grads
 
@@ -324,7 +324,7 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if ctx.deferred:
-        ctx.save_for_backward(*tensors, output[2], *output[4:7])
+        ctx.save_for_backward(*tensors, *output[1:3], *output[4:7])
     else:
         ctx.save_for_backward(*output[7:])
 
@@ -334,10 +334,10 @@ def _differentiate(ctx, grad_loss, *_):
         return (None,) * len(ctx.needs_input_grad)
     check_first_derivative(grad_loss)
     if ctx.deferred:
-        *tensors, entropy, lse, c, e = ctx.saved_tensors
+        *tensors, logprobs, entropy, lse, c, e = ctx.saved_tensors
         grads = torch.ops.toolx.linear_logprob_backward(
-            *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, lse, entropy, c * grad_loss, torch.zeros_like(c),
-            e * grad_loss, ctx.needs, ctx.workspace_mib,
+            *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, logprobs, lse, entropy, c * grad_loss,
+            torch.zeros_like(c), e * grad_loss, ctx.needs, ctx.workspace_mib,
         )  # fmt: skip
     else:
         grads = scaled(ctx.saved_tensors, grad_loss)

@@ -104,7 +104,7 @@ def statistics(
         top = whole_top
     log_total = total.log()
     lse = top + log_total
-    return target - lse, lse, log_total - moment / total if entropy else lse.new_empty(0)
+    return target - top - log_total, lse, log_total - moment / total if entropy else lse.new_empty(0)
 
 
 @as_given
@@ -117,7 +117,7 @@ def _forward(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_sc
 @as_given
 def _backward(
     hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
-    lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
+    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
 ):  # fmt: skip
     head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
     live = (grad_logprobs != 0) | (grad_lse != 0)
@@ -127,11 +127,11 @@ def _backward(
     spread = None
     if len(rows) < len(targets):
         head, spread = head.rows(rows), (rows, len(targets))
-        lse, grad_logprobs, grad_lse = lse[rows], grad_logprobs[rows], grad_lse[rows]
+        logprobs, lse, grad_logprobs, grad_lse = (x[rows] for x in (logprobs, lse, grad_logprobs, grad_lse))
         if entropy.numel():
             entropy, grad_entropy = entropy[rows], grad_entropy[rows]
     return recompute_gradients(
-        head, (lora_a, lora_scaling), lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
+        head, (lora_a, lora_scaling), logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
         workspace_mib, spread,
     )  # fmt: skip
 
@@ -150,25 +150,25 @@ def fake_gradients(hidden, weight, bias, lora_a, lora_b, needs):
 
 def _fake_backward(
     hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
-    lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
+    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
 ):  # fmt: skip
     return fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, _ = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(*tensors, lse, entropy)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
     check_first_derivative(grad_logprobs)
-    *tensors, lse, entropy = ctx.saved_tensors
+    *tensors, logprobs, lse, entropy = ctx.saved_tensors
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], needed[4], needed[5], needed[6]]
     grads = torch.ops.toolx.linear_logprob_backward(
-        *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs
-    )
+        *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, logprobs, lse, entropy, grad_logprobs, grad_lse,
+        grad_entropy, needs,
+    )  # fmt: skip
     hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, needs, strict=True))
     return hidden, weight, None, None, bias, lora_a, lora_b, None, None, None, None
 
@@ -184,8 +184,9 @@ _library.define(
     triton=_forward,
 )
 _library.define(
-    f"linear_logprob_backward({HEAD_SCHEMA}, Tensor lse, Tensor entropy, Tensor grad_logprobs, Tensor grad_lse, "
-    "Tensor grad_entropy, bool[] needs, int? workspace_mib=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_logprob_backward({HEAD_SCHEMA}, Tensor logprobs, Tensor lse, Tensor entropy, Tensor grad_logprobs, "
+    "Tensor grad_lse, Tensor grad_entropy, bool[] needs, int? workspace_mib=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_backward,
     fake=_fake_backward,
     triton=_backward,
