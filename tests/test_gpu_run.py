@@ -1,5 +1,6 @@
 """``make gpu`` without a GPU: whole at toy size, its runner with made-up facts, the readers of what commands print."""
 
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from bench.gpu.runner import Bench, Command, Fact, Journal, find_all, read_journ
 from bench.gpu.summary import CLAIMS, summary
 from bench.gpu.training import Peak, capped
 from bench.rollout_work import SHAPES
+from toolx_kernels.rollout import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -36,11 +38,13 @@ def test_the_whole_run_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line["status"] for line in found.values()} == {"ok", "skipped"}
     assert {name for name, line in found.items() if line["status"] == "skipped"} == {
-        "build", "memcheck", "racecheck", "initcheck"
+        "build", "tests/every op", "tests/rollout", "tests/ops", "tests/train", "tests/toolcall",
+        "memcheck", "racecheck", "initcheck",
     }  # fmt: skip
-    assert found["tests/every op"]["passed"] == 1 and found["loss/exact bf16"]["weight"] < 4e-3
+    assert found["loss/exact bf16"]["weight"] < 4e-3
     assert found["train/steps 0.5b"]["moved"] > 0 and found["train/tiny"]["steps"] == 1
-    assert found["loss/time D=896 trained"]["to_floor"] > 0 and found["rollout/kernels"]["kernels"]
+    assert found["loss/time D=896 trained"]["to_floor"] > 0
+    assert found["rollout/kernels"]["kernels"] and found["train/kernels"]["kernels"]
     text = (tmp_path / "summary.md").read_text()
     assert text in done.stdout and "No failures." in text and "no figure means anything" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl", "logs.tar.gz", "summary.md"]
@@ -353,9 +357,9 @@ def test_sanitizers_run_without_graphs(monkeypatch):
     watched = commands.sanitizer("memcheck", 60, toy=False)
     plugin = watched.command[watched.command.index("bench.gpu.eager") - 1 :][:2]
     assert plugin == ["-p", "bench.gpu.eager"] and watched.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    code = "import bench.gpu.eager; from toolx_kernels.rollout import engine; print(engine.capture_cuda_graph)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n"
+    monkeypatch.setattr(engine, "capture_cuda_graph", engine.capture_cuda_graph)  # as it was, afterwards
+    importlib.reload(importlib.import_module("bench.gpu.eager"))
+    assert engine.capture_cuda_graph is None
 
 
 # ---- training

@@ -28,10 +28,11 @@ def build(capability: str, *, toy: bool) -> Command:
     )  # fmt: skip
 
 
-def tests(name: str, seconds: float, *selection: str, workers: int, beside: str = "") -> Command:
+def tests(name: str, seconds: float, *selection: str, workers: int, toy: bool, beside: str = "") -> Command:
     """A part of the test suite, in as many processes as are of use where pytest-xdist is installed."""
-    spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
-    return Command(name, seconds, [*PYTEST, *spread, *selection], tested, env=QUIET, beside=beside)
+    spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    skip = "toy: the tests are run as such" if toy else ""
+    return Command(name, seconds, [*PYTEST, *spread, *selection], tested, env=QUIET, beside=beside, skip=skip)
 
 
 def sanitizer(tool: str, seconds: float, *options: str, toy: bool) -> Command:

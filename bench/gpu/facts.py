@@ -21,15 +21,6 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
     """Everything there is to find; see ``Fact`` and ``Command``. A new measurement is one more line here."""
     toy, gpu = bench.toy, bench.device.type == "cuda"
     chip = torch.cuda.get_device_capability() if gpu else (9, 0)
-    every_op = [commands.EVERY_OP, *(["-k", "kv_write"] if toy else [])]
-    suite = [] if toy else [
-        commands.tests("tests/rollout", 30, "tests/rollout", workers=12),
-        commands.tests("tests/ops", 60, "tests/ops", *ABOUT_NO_GPU, workers=12),
-    ]  # fmt: skip
-    rest = [] if toy else [
-        commands.tests("tests/train", 150, "tests/train", workers=12),
-        commands.tests("tests/toolcall", 60, "tests/toolcall", workers=12),
-    ]  # fmt: skip
     table = tiles.triton_tile(chip, 2)
     candidates = [table, *(tile for tile in CANDIDATES if tile != table)] if gpu else []
     found = [
@@ -39,7 +30,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         loss.exact(torch.float32),
         loss.exact(torch.float16),
         Fact("rollout/exact", 10, rollout.exact),
-        commands.tests("tests/every op", 60, *every_op, workers=1 if toy else 6, beside="loss/exact bf16"),
+        commands.tests("tests/every op", 60, commands.EVERY_OP, workers=6, toy=toy, beside="loss/exact bf16"),
         # fast
         *(loss.timed(d, frozen=frozen) for d in (896, 1536) for frozen in (False, True)),
         loss.half_dead(896),
@@ -61,7 +52,8 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         # beside others
         loss.peers(896),
         # whole
-        *suite,
+        commands.tests("tests/rollout", 30, "tests/rollout", workers=12, toy=toy),
+        commands.tests("tests/ops", 60, "tests/ops", *ABOUT_NO_GPU, workers=12, toy=toy),
         commands.sanitizer("memcheck", 60, toy=toy),
         Fact("train/tiny", 60, training.tiny),
         training.steps("1.5b", 60),
@@ -72,7 +64,8 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         # picky and slow
         commands.sanitizer("racecheck", 90, "--kernel-name-exclude", commands.LIBRARY_KERNELS, toy=toy),
         commands.sanitizer("initcheck", 90, toy=toy),
-        *rest,
+        commands.tests("tests/train", 150, "tests/train", workers=12, toy=toy),
+        commands.tests("tests/toolcall", 60, "tests/toolcall", workers=12, toy=toy),
     ]
     return [fact for fact in found if not (toy and re.search(SAME_AT_TOY_SIZE, fact.name))]
 

@@ -166,7 +166,7 @@ def steps(size: str, seconds: float) -> Fact:
     """Optimizer steps of one shape; a plan that is off by more than a tenth fails, and so do weights that stay."""
 
     def find(bench: Bench) -> dict:
-        run = Run(Case("tiny", 3, 100, 4, 6, "bfloat16", rounds=2), "adamw") if bench.toy else runs()[size]
+        run = Run(Case("tiny", 3, 40, 4, 6, rounds=2), "adamw") if bench.toy else runs()[size]
         with capped(bench.device):
             found = take_steps(run, bench.device)
         failures = []
@@ -183,8 +183,10 @@ def steps(size: str, seconds: float) -> Fact:
 
 def kernels(bench: Bench) -> dict:
     """Where the time of a step of four prompts goes, after two of them: rollout and update, kernel by kernel."""
-    size = ("tiny", 2, 40, 2, 4) if bench.toy else ("qwen2.5-0.5b-shape", 4, 1000, 10, 256)
-    with trainer_of(Run(Case(*size, "bfloat16", rounds=5), "adamw"), bench.device) as (trainer, count):
+    case = Case("tiny", 2, 40, 2, 4, rounds=5)
+    if not bench.toy:
+        case = Case("qwen2.5-0.5b-shape", 4, 1000, 10, 256, "bfloat16", rounds=5)
+    with trainer_of(Run(case, "adamw"), bench.device) as (trainer, count):
         steps = iter(range(count.case.steps))
 
         def step() -> None:
