@@ -15,9 +15,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
-        from tests import interpreted_bf16
+        from tests import interpreted_bf16, interpreted_once
 
         interpreted_bf16.install()
+        interpreted_once.install()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 try:
