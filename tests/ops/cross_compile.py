@@ -2,9 +2,9 @@
 
     python -m tests.ops.cross_compile [--every] 80 86
 
-Without ``--every``: all kernels for sm_86, which has least to spare, and for other chips those that have a tile of
-their own there or other instructions, each in the form that takes the most registers. Triton keeps what it compiled,
-by the hash of all that it depends on. Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+Without ``--every``: of the kernels whose tile depends on the chip, those forms that take the most registers. Triton
+keeps what it compiled, by the hash of all that it depends on. Run without TRITON_INTERPRET: an interpreted kernel
+cannot be compiled.
 """
 
 import argparse
@@ -106,8 +106,7 @@ def cases(chip: int, every: bool):
     yield from sweep_cases(chip, every)
     yield from attention_cases(chip, every)
     yield from sample_cases(chip, every)
-    if every or chip == LEAST:
-        yield from cases_without_tiles()
+    yield from cases_without_tiles()
 
 
 def sweep_cases(chip: int, every: bool):
@@ -115,9 +114,8 @@ def sweep_cases(chip: int, every: bool):
     plain, everything = ({**dict.fromkeys(FLAGS, on), **STRIDES} for on in (False, True))
     modes = enumerate(("online", "exponentials", "gradients"))
     for (mode, what), dtype, extras in itertools.product(modes, ELEMENTS, (plain, everything)):
-        hardest = what == "exponentials" and extras is everything
-        own = dtype == "bf16" and extras is plain or chip == LEAST and dtype != "fp16"
-        if not (own or hardest and (chip == LEAST or dtype != "fp16") or every):
+        hardest = what == "exponentials" and dtype != "fp16"
+        if not (hardest or every):
             continue
         tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype], crowded=extras is everything)
         constants = {
@@ -177,10 +175,9 @@ def attention_cases(chip: int, every: bool):
     tiles_of = {"bf16": (("decode", 1), ("prefill", 1000)), "fp32": (("prefill", 1000),)}
     for dtype in ("bf16", "fp32"):
         for dim in (64, 128, 256):
-            as_least = chip < 90 and (chip, ELEMENTS[dtype], dim) not in attention_triton.TILES_OF_CHIP
             for what, queries in tiles_of[dtype]:
-                easier = dim != 128 and (what == "decode" or dtype == "fp32")
-                if chip != LEAST and (as_least or easier) and not every:
+                hardest = what == "prefill" and dim > 64
+                if not (hardest or every):
                     continue
                 tile = attention_triton.choose_tile((chip // 10, chip % 10), ELEMENTS[dtype], dim, 7, queries)
                 constants = {
@@ -195,8 +192,8 @@ def attention_cases(chip: int, every: bool):
 def sample_cases(chip: int, every: bool):
     """Without noise the logits are asked for."""
     for dtype, (n_rows, noisy) in itertools.product(("bf16", "fp32"), ((1, True), (64, True), (64, False))):
-        easier = (n_rows, noisy) != (64, True)
-        if (chip < LEAST or easier and (dtype == "fp32" or chip != LEAST)) and not every:
+        hardest = n_rows == 64 and noisy == (dtype == "fp32")
+        if not (hardest or every):
             continue
         tile = tiles.sampling_tile((chip // 10, chip % 10), ELEMENTS[dtype], n_rows)
         constants = {
