@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from triton.runtime import interpreter
 
 from tests.ops.launches import Launches
@@ -90,6 +90,10 @@ class PretendedTensor(torch.Tensor):
 
 def unwrapped(value):
     return value.on_cpu if isinstance(value, PretendedTensor) else value
+
+
+def on_cpu(tree):
+    return tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu.detach().clone(), tree)
 
 
 # ---- waiting, and graphs
