@@ -56,7 +56,7 @@ def test_the_whole_run_at_toy_size(tmp_path):
         "--toy", "--only", "loss/exact*", "loss/waits", "--known", str(tmp_path / "facts.jsonl"), out=tmp_path / "again"
     )
     assert again.returncode == 0 and "loss/exact bf16: " not in again.stdout
-    assert read_journal(tmp_path / "again" / "facts.jsonl") == found
+    assert read_journal(tmp_path / "again" / "facts.jsonl") == gpu.kept(found, restarted=False)
 
 
 # ---- the runner
@@ -173,7 +173,8 @@ def test_a_restart_keeps_what_was_found_and_does_not_repeat_what_failed(tmp_path
     runner.restart_with(["--minutes", "3.00", "--restarted"])
     assert executed == [[sys.executable, "-m", "bench.gpu", "--minutes", "3.00", "--restarted"]]
     known = {name: {"fact": name, "status": name} for name in ("ok", "skipped", "failed", "no time")}
-    assert list(gpu.kept(known, restarted=True)) == ["ok", "skipped", "failed"]
+    known["machine"] = {"fact": "machine", "status": "ok"}  # of another machine, commit and build
+    assert list(gpu.kept(known, restarted=True)) == ["ok", "skipped", "failed", "machine"]
     assert list(gpu.kept(known, restarted=False)) == ["ok", "skipped"]
 
 
@@ -200,7 +201,7 @@ def test_the_journal_survives_being_cut_off(tmp_path):
         file.write('{"fact": "half of a li')
     assert read_journal(path) == {
         "old": {"fact": "old", "status": "ok"},
-        "new": {"fact": "new", "status": "failed", "at": 0.0, "error": "in ./place"},
+        "new": {"fact": "new", "status": "failed", "at": 0.0, "commit": "", "error": "in ./place"},
     }
 
 
@@ -245,8 +246,8 @@ def test_facts_have_names_of_their_own_and_run_what_exists(bench, monkeypatch):
     shapes = {name.split()[-1] for name in names if name.startswith("rollout/") and "shape" in name}
     assert shapes and shapes <= SHAPES.keys()
     before_peers = found[: names.index("loss/peers D=896 trained")]
-    assert {"rollout/time qwen2.5-0.5b-shape", "train/steps 0.5b"} <= {fact.name for fact in before_peers}
-    assert sum(fact.seconds for fact in before_peers) < 6 * 60
+    assert {"rollout/time qwen2.5-0.5b-shape", "memcheck", "train/steps 3b"} <= {fact.name for fact in before_peers}
+    assert sum(fact.seconds for fact in found[: names.index("train/kernels") + 1]) < 6 * 60
 
 
 def test_each_claim_is_a_sentence_of_the_readme_and_is_decided_by_facts(bench):

@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("build.__main__")  # `build` alone could be the folder of that name
 
-pytestmark = pytest.mark.xdist_group("packaging")
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 CAN_COMPILE = shutil.which(COMPILER) and Path(sysconfig.get_path("include"), "Python.h").exists()

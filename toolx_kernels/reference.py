@@ -90,7 +90,8 @@ class GRPOLossConfig:
     recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
         fp32 gradient of the whole weight (``ops/tiles.py``).
     workspace_mib: bound of what a sweep holds beside its results; None is 64 on a CPU and 3 % of a GPU's memory, from
-        512 to 2048. It is never more than a quarter of fp32 logits.
+        512 to 2048. It is never more than a quarter of fp32 logits. On a GPU it may also take the memory of an fp32
+        sum of the weight's gradient, where all rows then fit at once and that sum is not needed.
 
     ``key`` is the config as a string of JSON, from which :meth:`from_key` rebuilds it.
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.gpu.runner import ROOT, Bench, Journal, find_all, read_journal, restart_with
+from bench.gpu.runner import ROOT, Bench, Journal, commit, find_all, read_journal, restart_with
 from bench.gpu.summary import summary
 
 NEEDED = ("torch", "triton", "transformers", "pytest")
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.known and not args.known.exists():
         return refuse(f"--known {args.known} does not exist: name the facts.jsonl of an earlier run.")
     deadline = time.monotonic() + 60 * args.minutes
-    # A shell that starts this in the background lets it ignore interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell that starts this in the background lets it ignore interrupts; what is told to end keeps what it has found.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     import torch
 
     if not (args.toy or torch.cuda.is_available()):
@@ -47,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     folder = folder_of(torch.cuda.get_device_name() if device.type == "cuda" else "toy")
     known = read_journal(args.known) if args.known else {}
-    journal = Journal(folder / "facts.jsonl", kept(known, args.restarted), without_paths())
+    journal = Journal(folder / "facts.jsonl", kept(known, args.restarted), without_paths(), commit())
     print(f"{folder.name}: facts go to facts.jsonl", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        bench = Bench(device, args.toy, Path(scratch), folder / "logs", path)
-        bench.logs.mkdir(exist_ok=True)
+        bench = Bench(device, args.toy, Path(scratch), Path(scratch) / "logs", path)
+        bench.logs.mkdir()
 
         def restart() -> None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -79,10 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             (folder / "summary.md").write_text(summary(journal.facts), encoding="utf-8")
-            if os.environ.get("OUT"):
-                with tarfile.open(folder / "logs.tar.gz", "w:gz") as archive:
-                    archive.add(bench.logs, "logs")
-                shutil.rmtree(bench.logs)
+            with tarfile.open(folder / "logs.tar.gz", "w:gz") as archive:
+                archive.add(bench.logs, "logs")
     print("\n" + (folder / "summary.md").read_text(encoding="utf-8"))
     return 0 if all(line["status"] in ("ok", "skipped") for line in journal.facts.values()) else 1
 
@@ -112,9 +111,10 @@ def folder_of(gpu: str) -> Path:
 
 
 def kept(known: dict[str, dict], restarted: bool) -> dict[str, dict]:
-    """What need not be found again: all that is ok; after a restart also what has failed."""
+    """What need not be found again: all that is ok but for what describes this run; after a restart all but no time."""
     wanted = ("ok", "skipped", "failed") if restarted else ("ok", "skipped")
-    return {name: line for name, line in known.items() if line["status"] in wanted}
+    own = () if restarted else ("machine", "build", "compiled part")
+    return {name: line for name, line in known.items() if line["status"] in wanted and name not in own}
 
 
 def without_paths() -> Callable[[str], str]:

@@ -1,4 +1,4 @@
-"""What ``make gpu`` finds, in the order of its worth: right, fast, beside others, whole, rarities."""
+"""What ``make gpu`` finds, in the order of its worth: right, fast, whole, beside others, rarities."""
 
 from __future__ import annotations
 
@@ -49,8 +49,6 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/ragged", 10, rollout.ragged),
         training.steps("0.5b", 60),
         Fact("train/kernels", 25, training.kernels),
-        # beside others
-        loss.peers(896),
         # whole
         commands.tests("tests/rollout", 30, "tests/rollout", workers=12, toy=toy),
         commands.tests("tests/ops", 60, "tests/ops", *ABOUT_NO_GPU, workers=12, toy=toy),
@@ -59,6 +57,8 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         training.steps("1.5b", 60),
         training.steps("3b", 90),
         rollout.timed(replace(rollout.QWEN_05B, model="qwen2.5-1.5b-shape"), seconds=20),
+        # beside others
+        loss.peers(896),
         loss.peers(1536),
         rollout.peers(rollout.QWEN_05B),
         # picky and slow

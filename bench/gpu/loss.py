@@ -198,7 +198,7 @@ def profiled(call, bench: Bench, listed: int = 16) -> dict:
 
 
 def waits(bench: Bench) -> dict:
-    """How often a call, forward and backward, waits for the device."""
+    """How often a call, forward and backward, waits for the device; torch does not see the wait for an event."""
     n, d, vocab = (64, 32, 500) if bench.toy else (2048, 896, VOCAB)
     call = Toolx(bench.device).stage("both", make_problem(n, d, vocab, dtype=torch.bfloat16, device=bench.device))
     with counted_waits(bench) as seen:

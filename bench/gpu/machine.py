@@ -16,7 +16,7 @@ from statistics import median
 import torch
 
 from bench.gpu import commands
-from bench.gpu.runner import ROOT, Bench, Command, Fact, synchronize
+from bench.gpu.runner import Bench, Command, Fact, printed, synchronize
 
 PACKAGES = (
     "torch", "triton", "transformers", "numpy", "setuptools", "peft", "torchao", "flash-attn", "liger-kernel",
@@ -40,7 +40,6 @@ def machine(bench: Bench) -> dict:
         "toy": bench.toy,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "commit": printed("git", "describe", "--always", "--dirty") or "unknown",
         "date": date.today().isoformat(),
     }
     if bench.device.type == "cuda":
@@ -62,13 +61,6 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def printed(*command: str) -> str | None:
-    """The first line that a command prints, or None."""
-    if shutil.which(command[0]) is None:
-        return None
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.partition("\n")[0] or None
 
 
 def nvcc_version() -> str | None:

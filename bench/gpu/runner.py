@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,10 +71,11 @@ class Journal:
     """The facts, one JSON line each, on the disk as soon as they are known; of two lines of a fact the later counts.
 
     clean: takes this machine's folders out of a text; the file is made to be committed.
+    commit: of the source, in each line, as a file may hold facts of several.
     """
 
-    def __init__(self, path: Path, known: Mapping[str, dict], clean: Callable[[str], str] = str):
-        self.path, self.clean, self.started = path, clean, time.monotonic()
+    def __init__(self, path: Path, known: Mapping[str, dict], clean: Callable[[str], str] = str, commit: str = ""):
+        self.path, self.clean, self.commit, self.started = path, clean, commit, time.monotonic()
         self.facts = dict(known)
         fresh = path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in self.facts.values()), encoding="utf-8")
@@ -81,7 +83,8 @@ class Journal:
 
     def write(self, name: str, status: str, **found) -> None:
         """``status``: ok, failed, skipped (cannot run here) or no time."""
-        line = {"fact": name, "status": status, "at": round(time.monotonic() - self.started, 1), **found}
+        at = round(time.monotonic() - self.started, 1)
+        line = {"fact": name, "status": status, "at": at, "commit": self.commit, **found}
         text = self.clean(json.dumps(line))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -259,6 +262,17 @@ class Job:
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+
+def printed(*command: str) -> str | None:
+    """The first line that a command prints, or None."""
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.partition("\n")[0] or None
+
+
+def commit() -> str:
+    return printed("git", "describe", "--always", "--dirty") or "unknown"
 
 
 def last_line(output: str) -> str:

@@ -50,6 +50,10 @@ CLAIMS = (
         lambda run: (run["logprob_difference"] <= 1e-4, f"{run['logprob_difference']:.1e}"),
     ),
     Claim(
+        "Log-probs of bf16 heads err by at most 3e-5 against float64", ("loss/exact bf16",),
+        lambda run: (run["logprob"] < 3.5e-5, f"{run['logprob']:.1e}"),
+    ),
+    Claim(
         "Greedy decoding gives what `generate` gives, token for token.", ("rollout/exact",),
         lambda run: (not any("greedy" in failure for failure in run["failures"]), "Llama and Qwen2, six prompts"),
     ),
@@ -123,7 +127,7 @@ def measured(line: Mapping) -> bool:
 
 
 def figures(line: Mapping) -> dict:
-    return {name: value for name, value in line.items() if name not in ("fact", "status", "at", "seconds")}
+    return {name: value for name, value in line.items() if name not in ("fact", "status", "at", "seconds", "commit")}
 
 
 def cell(text: str) -> str:

@@ -14,7 +14,6 @@ from tests.ops.cross_compile import CHIPS, LEAST, SHARED_BYTES, kernels
 from toolx_kernels.ops import attention_triton, tiles
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("cross-compiled")
 
 
 def compile_for(*arguments) -> list[dict]:

@@ -1,5 +1,7 @@
 """linear_logprob against the float64 definition."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -272,3 +274,21 @@ def test_bad_input_is_named_before_any_sweep(change, message, monkeypatch):
     with pytest.raises(InputError, match=message) as caught:
         linear_logprob(**(arguments | change))
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("below", [30.0, 3e4, math.inf])
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(below):
+    """A log-prob far below 0 is rounded more coarsely than the log-sum-exp, and -inf is no number to work with."""
+    hidden, weight, targets = (make_head(12, 24, 60)[name] for name in ("hidden", "weight", "targets"))
+    bias = torch.zeros(60, device=DEVICE)
+    bias[targets[:4]] = -below
+    grads = {}
+    for name, dtype, compute in (
+        ("ours", torch.float32, linear_logprob),
+        ("torch's", torch.float32, reference.linear_logprob),
+        ("true", torch.float64, reference.linear_logprob),
+    ):
+        leaves = {"hidden": hidden.to(dtype).requires_grad_(), "weight": weight.to(dtype).requires_grad_()}
+        logprobs = compute(**leaves, targets=targets, bias=bias.to(dtype)).logprobs
+        grads[name] = dict(zip(leaves, torch.autograd.grad(logprobs.sum(), leaves.values()), strict=True))
+    assert_as_good(grads["ours"], grads["torch's"], grads["true"], 1e-6)

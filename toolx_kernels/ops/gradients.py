@@ -150,8 +150,8 @@ def recompute_gradients(
     target_logit = reducer(shard)(sweep.target_logits(head), "sum")
     at_target = grad_logprobs + logprobs.exp() * (alpha + beta * logprobs.clamp(min=sweep_torch.LOG_OF_NOTHING))
     # lse is rounded as a number of 30 or so is, and all probabilities that the sweep makes of it are off by one factor.
-    # Where the target's is near 1 the others' must fit what it leaves: log-probs, which are small, know that factor.
-    unrounded = (logprobs - (target_logit - lse)).exp()
+    # Where the target's is near 1 the others' must fit what it leaves: its log-prob, which is small, knows that factor.
+    unrounded = torch.where(logprobs > -1, (logprobs - (target_logit - lse)).exp(), 1)
     alpha, beta = alpha * unrounded, beta * unrounded
     if head.softcap:
         at_target *= 1 - (target_logit / (head.scale * head.softcap)).square()

@@ -61,7 +61,8 @@ def default_workspace_bytes(device: torch.device, card: Card | None = None) -> i
 def workspace_bytes(
     device: torch.device, n_rows: int, vocab_size: int, workspace_mib: int | None = None, card: Card | None = None
 ) -> int:
-    """The bound of what a sweep holds beside its results; at most a quarter of fp32 logits, if that is over 1 MiB."""
+    """The bound of what a sweep holds beside its results, of which an fp32 sum of the weight's gradient is one; at most
+    a quarter of fp32 logits, if that is over 1 MiB."""
     given = default_workspace_bytes(device, card) if workspace_mib is None else workspace_mib << 20
     return min(given, max(n_rows * vocab_size, SMALLEST_WORKSPACE_BYTES))
 
@@ -196,8 +197,8 @@ class TritonTile(NamedTuple):
     stages: int
 
 
-# Compiled without register spills and within the shared memory of each chip (tests/ops/test_cross_compile.py);
-# keyed by (chip, bytes an element).
+# Compiled without register spills and within the shared memory of each chip (tests/ops/test_cross_compile.py, all of
+# them by make soak); keyed by (chip, bytes an element).
 TRITON_TILES = {
     (80, 2): TritonTile(128, 128, 64, 8, 3),
     (86, 2): TritonTile(128, 128, 32, 8, 3),

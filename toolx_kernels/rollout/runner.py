@@ -299,23 +299,25 @@ def capture_cuda_graph(
     """
     stream.wait_stream(torch.cuda.current_stream())
     waiting = torch.cuda.get_sync_debug_mode()
-    with torch.cuda.stream(stream):
-        # One eager pass leaves nothing to a capture that it may not do: Triton compiles and loads the kernels of these
-        # sizes, cuBLAS loads its own and makes the workspace of this stream. A second would find all of it done.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(buffer)
-        finally:
-            torch.cuda.set_sync_debug_mode(waiting)
-        graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which empties the caches of device and pinned memory every time. Other threads may
-        # go on calling CUDA.
-        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-        try:
-            result = step(buffer)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            # One eager pass leaves nothing to a capture that it may not do: Triton compiles and loads the kernels of
+            # these sizes, cuBLAS loads its own and makes the workspace of this stream. A second would find all done.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step(buffer)
+            finally:
+                torch.cuda.set_sync_debug_mode(waiting)
+            graph = torch.cuda.CUDAGraph()
+            # Not by torch.cuda.graph, which empties the caches of device and pinned memory every time. Other threads
+            # may go on calling CUDA.
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+            try:
+                result = step(buffer)
+            finally:
+                graph.capture_end()
+    finally:  # or what failed would go on beside the eager step that follows
+        torch.cuda.current_stream().wait_stream(stream)
 
     def replay(flat: Tensor) -> Tensor:
         buffer.copy_(flat, non_blocking=True)
