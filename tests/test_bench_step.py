@@ -133,6 +133,7 @@ class Dies(Stepper):
         os._exit(9)
 
 
+@pytest.mark.soak
 def test_each_trainer_runs_in_a_process_of_its_own_and_who_cannot_is_named():
     benchmark = PlainBenchmark()
     kinds = (Toolx, Dies, *([TRL] if find_spec("trl") else []))

@@ -12,7 +12,7 @@ class Supported(NamedTuple):
 
 
 SUPPORTED = {
-    "Python": Supported("3.10", ("3.11", "3.12")),
+    "Python": Supported("3.10", ("3.11",)),
     "torch": Supported("2.11", ("2.11", "2.13")),
     "triton": Supported("3.6", ("3.6", "3.9")),
     "transformers": Supported("5.17", ("5.17",)),

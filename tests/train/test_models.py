@@ -78,6 +78,11 @@ def test_smollm2_ends_its_turns(smollm2):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert tokenizer.convert_ids_to_tokens([0, 2]) == ["<|endoftext|>", "<|im_end|>"]
     assert stop_token_ids(model, tokenizer) == (2,)
+
+
+@pytest.mark.soak
+def test_smollm2_answers_and_stops(smollm2):
+    model, tokenizer = smollm2
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
