@@ -48,3 +48,15 @@ def test_the_fingerprint_sees_every_bit():
     odd.data[4] += 1e-3
     assert fingerprint(model)._replace(sums=()) == before._replace(sums=())
     assert fingerprint(model).sums != before.sums
+
+
+def test_a_hook_in_the_place_of_another_is_seen():
+    """By its number: its address may be that of the one before it."""
+    model = small_model("llama")
+    seen = set()
+    for _ in range(20):
+        handle = model.lm_head.register_forward_hook(lambda *_: None)
+        assert fingerprint(model).hooks == (handle.id,)
+        seen.add(fingerprint(model).hooks)
+        handle.remove()
+    assert len(seen) == 20 and fingerprint(model).hooks == ()

@@ -19,7 +19,7 @@ class Fingerprint(NamedTuple):
     """Changes when a weight does, or a setting of a module."""
 
     settings: tuple  # of each module: what it computes by besides its tensors
-    hooks: tuple  # of all modules
+    hooks: tuple  # of all modules, by the numbers that torch gives them, each once in a process
     places: tuple  # (address, dtype) of each tensor
     versions: tuple
     sums: tuple  # of each tensor's bits
@@ -35,7 +35,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     tensors = list({id(tensor): tensor.detach() for tensor in held if tensor is not None}.values())
     return Fingerprint(
         settings=tuple(map(_settings, modules)),
-        hooks=tuple(id(hook) for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks),
+        hooks=tuple(number for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for number in hooks),
         places=tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors),
         versions=tuple(tensor._version for tensor in tensors),
         sums=tuple(bit_sums(tensors).tolist()),
