@@ -51,7 +51,7 @@ test: setup
 # random moments and compared with an undisturbed one, a line a kill. ARGS="--seed 1" is for the latter.
 soak: setup
 	$(PY) -m pytest -m soak
-	OMP_NUM_THREADS=1 $(PY) -m tests.train.killing --kills 50 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.train.run.killing --kills 50 $(ARGS)
 
 # Both packages drag in dozens of dependencies that are not used here.
 models: setup
@@ -64,9 +64,9 @@ bench: models
 	@$(PIP) pytest-benchmark cut-cross-entropy liger-kernel trl
 	@mkdir -p build
 	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
-	$(PY) -m bench.report build/bench.json
-	$(PY) -m bench.report_rollout build/bench.json
-	$(PY) -m bench.report_step build/bench.json
+	$(PY) -m bench.loss.report build/bench.json
+	$(PY) -m bench.rollout.report build/bench.json
+	$(PY) -m bench.step.report build/bench.json
 
 # For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
 # transformers and pytest. ARGS="--minutes 20" gives a slow card more time; README.md has the other flags.

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import plain_benchmark
-from bench.measure import machine
+from bench.loss.measure import machine
 
 
 def pytest_addoption(parser, pluginmanager):

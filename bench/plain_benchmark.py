@@ -14,7 +14,7 @@ from statistics import median
 
 import pytest
 
-from bench.measure import machine
+from bench.loss.measure import machine
 
 RECORDS = pytest.StashKey[list]()
 

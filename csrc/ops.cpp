@@ -1,4 +1,4 @@
-// The compiled kernels behind the op names that toolx_kernels/_library.py defines.
+// The compiled kernels behind the op names that toolx_kernels/ops/library.py defines.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
-        from tests import interpreted_bf16, interpreted_once
+        from tests.without_gpu import interpreted_bf16, interpreted_once
 
         interpreted_bf16.install()
         interpreted_once.install()

@@ -20,11 +20,11 @@ CAN_COMPILE = shutil.which(COMPILER) and Path(sysconfig.get_path("include"), "Py
 PROBE = """
 import json, importlib.resources, sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-from toolx_kernels import _library
+from toolx_kernels.ops import library
 print(json.dumps({
-    "file": _library.__file__,
-    "error": _library.compiled_error,
-    "kv_write": _library.backends()["kv_write"]["CPU"],
+    "file": library.__file__,
+    "error": library.compiled_error,
+    "kv_write": library.backends()["kv_write"]["CPU"],
     "configs": [f.name for f in importlib.resources.files("toolx_kernels").joinpath("configs").iterdir()],
 }))
 """

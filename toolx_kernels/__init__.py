@@ -8,36 +8,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from toolx_kernels.engine import RolloutEngine as RolloutEngine
+    from toolx_kernels.engine import SamplingParams as SamplingParams
     from toolx_kernels.errors import InputError as InputError
     from toolx_kernels.ops.advantages import group_advantages as group_advantages
-    from toolx_kernels.ops.attention import kv_write as kv_write
-    from toolx_kernels.ops.attention import paged_attention as paged_attention
-    from toolx_kernels.ops.linear_grpo import linear_grpo_loss as linear_grpo_loss
-    from toolx_kernels.ops.linear_logprob import linear_logprob as linear_logprob
-    from toolx_kernels.ops.sampling import sample as sample
+    from toolx_kernels.ops.attention.paged import kv_write as kv_write
+    from toolx_kernels.ops.attention.paged import paged_attention as paged_attention
+    from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss as linear_grpo_loss
+    from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob as linear_logprob
+    from toolx_kernels.ops.lm_head.sampling import sample as sample
     from toolx_kernels.reference import GRPOLossConfig as GRPOLossConfig
     from toolx_kernels.reference import GRPOOutput as GRPOOutput
     from toolx_kernels.reference import Sample as Sample
     from toolx_kernels.reference import TokenStats as TokenStats
-    from toolx_kernels.rollout import RolloutEngine as RolloutEngine
-    from toolx_kernels.rollout import SamplingParams as SamplingParams
     from toolx_kernels.train.config import ToolExpanderConfig as ToolExpanderConfig
     from toolx_kernels.train.trainer import ToolExpanderTrainer as ToolExpanderTrainer
 
 _HOME = {
     "InputError": "errors",
     "group_advantages": "ops.advantages",
-    "kv_write": "ops.attention",
-    "paged_attention": "ops.attention",
-    "linear_grpo_loss": "ops.linear_grpo",
-    "linear_logprob": "ops.linear_logprob",
-    "sample": "ops.sampling",
+    "kv_write": "ops.attention.paged",
+    "paged_attention": "ops.attention.paged",
+    "linear_grpo_loss": "ops.lm_head.linear_grpo",
+    "linear_logprob": "ops.lm_head.linear_logprob",
+    "sample": "ops.lm_head.sampling",
     "GRPOLossConfig": "reference",
     "GRPOOutput": "reference",
     "Sample": "reference",
     "TokenStats": "reference",
-    "RolloutEngine": "rollout",
-    "SamplingParams": "rollout",
+    "RolloutEngine": "engine",
+    "SamplingParams": "engine",
     "ToolExpanderConfig": "train.config",
     "ToolExpanderTrainer": "train.trainer",
 }

@@ -13,7 +13,7 @@ from bench.gpu.runner import Command, last_line
 
 # The tests use them, the package does not: where one is absent, the tests that need it are left out and named.
 TEST_PACKAGES = ("build", "datasets", "hypothesis", "ruff", "scipy", "torchao", "trl", "wheel")
-EVERY_OP = "tests/test_every_op.py"
+EVERY_OP = "tests/ops/test_every_op.py"
 # racecheck reports hazards inside NVIDIA's own matrix kernels and needs minutes for each of them.
 LIBRARY_KERNELS = "kns=gemm,kns=cublas,kns=cutlass,kns=nvjet"
 LISTED_FAILURES = 40

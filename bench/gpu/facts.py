@@ -11,10 +11,11 @@ import torch
 from bench.gpu import commands, loss, rollout, training
 from bench.gpu.machine import nvcc_version
 from bench.gpu.runner import Bench, Command, Fact
-from bench.providers import Toolx
-from toolx_kernels import _library, doctor
-from toolx_kernels.ops import tiles
-from toolx_kernels.ops.tiles import TritonTile
+from bench.loss.providers import Toolx
+from toolx_kernels.cli import doctor
+from toolx_kernels.ops import library
+from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head.tiles import TritonTile
 
 
 def facts(bench: Bench) -> Sequence[Fact | Command]:
@@ -70,7 +71,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
     return [fact for fact in found if not (toy and re.search(SAME_AT_TOY_SIZE, fact.name))]
 
 
-ABOUT_NO_GPU = ("--ignore=tests/ops/test_cross_compile.py", "--ignore=tests/ops/test_jit_path.py")
+ABOUT_NO_GPU = ("--ignore=tests/without_gpu/test_cross_compile.py", "--ignore=tests/without_gpu/test_jit_path.py")
 SAME_AT_TOY_SIZE = r"D=1536|D=4096|N=2048|1\.5b|3b$"  # as another fact
 
 
@@ -84,10 +85,10 @@ CANDIDATES = (
 def compiled_part(bench: Bench) -> dict:
     """The backend of every op; with nvcc at hand the CUDA kernels must be in use."""
     words = next(part for part in doctor.report().split("\n\n") if part.startswith("Compiled part: "))
-    in_use = any(each["CUDA"] == _library.COMPILED["CUDA"] for each in _library.backends().values())
+    in_use = any(each["CUDA"] == library.COMPILED["CUDA"] for each in library.backends().values())
     wrong = bench.device.type == "cuda" and nvcc_version() and not in_use
     return {
         "words": words.partition("\n")[0].removeprefix("Compiled part: "),
-        "backends": {op: each["CUDA"] for op, each in sorted(_library.backends().items())},
+        "backends": {op: each["CUDA"] for op, each in sorted(library.backends().items())},
         "failures": [f"the compiled CUDA kernels are not in use: {words}"] if wrong else [],
     }

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import measure
 from bench.gpu.machine import median_seconds
 from bench.gpu.runner import Bench, Fact
-from bench.measure import Case
+from bench.loss import measure
+from bench.loss.measure import Case
+from bench.loss.providers import PEERS, Floor, LiveFloor, PlainTorch, Provider, Toolx, make_problem
 from bench.plain_benchmark import PlainBenchmark
-from bench.providers import PEERS, Floor, LiveFloor, PlainTorch, Provider, Toolx, make_problem
 from toolx_kernels import linear_grpo_loss, linear_logprob, reference
-from toolx_kernels.ops import tiles
-from toolx_kernels.ops.head import Head
-from toolx_kernels.ops.tiles import TritonTile
+from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head.head import Head
+from toolx_kernels.ops.lm_head.tiles import TritonTile
 from toolx_kernels.reference import GRPOLossConfig
 
 VOCAB = 151_936  # Qwen2.5's
@@ -228,7 +228,7 @@ def tile(shape: TritonTile, d: int = 896) -> Fact:
     """The sweep of one chunk with one tile, over a plain GEMM of the same shape; its sums against plain torch's."""
 
     def find(bench: Bench) -> dict:
-        from toolx_kernels.ops import sweep_triton
+        from toolx_kernels.ops.lm_head import sweep_triton
 
         chip = torch.cuda.get_device_capability()
         n, vocab, device = 2816, VOCAB, bench.device

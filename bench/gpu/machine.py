@@ -57,7 +57,7 @@ def machine(bench: Bench) -> dict:
 
 
 def version(package: str) -> str:
-    """Not bench.measure's, which imports the package."""
+    """Not bench.loss.measure's, which imports the package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
-from bench import measure, measure_rollout
 from bench.gpu.loss import profiled
 from bench.gpu.runner import Bench, Fact
+from bench.loss import measure
 from bench.plain_benchmark import PlainBenchmark
-from bench.rollout_providers import PEERS, Sampler, ToolxCompiled
-from bench.rollout_work import Case, make_prompts, model_of
+from bench.rollout import measure as measure_rollout
+from bench.rollout.cases import Case, make_prompts, model_of
+from bench.rollout.providers import PEERS, Sampler, ToolxCompiled
 from toolx_kernels import RolloutEngine, SamplingParams, linear_logprob
 
 QWEN_05B = Case("qwen2.5-0.5b-shape", 32, 1000, 10, 256, limit_s=30.0)

@@ -19,15 +19,15 @@ import torch
 
 from bench.gpu.loss import profiled
 from bench.gpu.runner import Bench, Fact
-from bench.measure import resident_bytes
-from bench.rollout_work import model_of
-from bench.step_providers import Toolx
-from bench.step_work import SETTINGS, Case, Count, make_rows
-from toolx_kernels import cli
+from bench.loss.measure import resident_bytes
+from bench.rollout.cases import model_of
+from bench.step.cases import SETTINGS, Case, Count, make_rows
+from bench.step.providers import Toolx
+from toolx_kernels.cli import main as cli
+from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall.render import render_prompt
-from toolx_kernels.train.plan import plan_of
-from toolx_kernels.train.tiny import tiny_tokenizer
-from toolx_kernels.train.work import Work
+from toolx_kernels.train.memory.planner import plan_of
+from toolx_kernels.train.memory.work import Work
 
 SAMPLED = 4096  # entries of each parameter that are looked at for having moved
 PLAN_TOLERANCE = 0.1  # of the measured peak

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from toolx_kernels.train.checkpoint import write_atomically
-from toolx_kernels.train.run_folder import RunFolder
+from toolx_kernels.train.run.checkpoint import write_atomically
+from toolx_kernels.train.run.folder import RunFolder
 
 PATHS = ("checkpoint", "output_dir", "model", "dataset", "eval_dataset", "demonstration_dataset")
 

@@ -16,9 +16,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from toolx_kernels.cli import parse_train
-from toolx_kernels.train.checkpoint import write_atomically
-from toolx_kernels.train.data import load_demonstrations, load_rows
+from toolx_kernels.cli.main import parse_train
 from toolx_kernels.train.hard_sampling import (
     Demonstrations,
     HardSamples,
@@ -27,6 +25,8 @@ from toolx_kernels.train.hard_sampling import (
     probe,
 )
 from toolx_kernels.train.rounds import PROBE_STREAM, VERIFY_STREAM
+from toolx_kernels.train.rows import load_demonstrations, load_rows
+from toolx_kernels.train.run.checkpoint import write_atomically
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 

@@ -13,10 +13,10 @@ import json
 import sys
 from tempfile import TemporaryDirectory
 
-from toolx_kernels.cli import parse_train
-from toolx_kernels.train.data import load_rows
+from toolx_kernels.cli.main import parse_train
 from toolx_kernels.train.hard_sampling import probe
 from toolx_kernels.train.rounds import PROBE_STREAM
+from toolx_kernels.train.rows import load_rows
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 

@@ -224,7 +224,7 @@ void run(const Call& call, const Tensor& query, ScalarType dtype, std::vector<Bl
 
 namespace toolx {
 
-// See toolx_kernels/ops/attention.py. Scores, weights and sums are fp32; the result is rounded once.
+// See toolx_kernels/ops/attention/paged.py. Scores, weights and sums are fp32; the result is rounded once.
 // `max_queries` only helps kernels that cannot look at the bounds.
 Tensor paged_attention_cpu(
     Tensor query,

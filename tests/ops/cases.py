@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolx_kernels import reference
-from toolx_kernels.ops import head, linear_grpo, linear_logprob, live_rows, sweep_torch, tiles
+from toolx_kernels.ops.lm_head import head, linear_grpo, linear_logprob, live_rows, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
@@ -22,7 +22,7 @@ LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 try:
-    from toolx_kernels.ops import sweep_triton
+    from toolx_kernels.ops.lm_head import sweep_triton
 except ImportError:
     sweep_triton = None
 needs_triton = pytest.mark.skipif(sweep_triton is None, reason="triton is not installed")

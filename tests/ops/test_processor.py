@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.ops.attention_cases import assert_as_good_as_torch, make_grouped
-from toolx_kernels import _library
-from toolx_kernels.ops import processor, sampling, sweep_torch
+from tests.ops.attention.cases import assert_as_good_as_torch, make_grouped
+from toolx_kernels.ops import library, processor
+from toolx_kernels.ops.lm_head import sampling, sweep_torch
 
 INSTRUCTION_SETS = [
     "default",
@@ -13,7 +13,7 @@ INSTRUCTION_SETS = [
     pytest.param("avx512", marks=pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs AVX-512")),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_compiled = pytest.mark.skipif(_library.compiled_error is not None, reason="needs the compiled part")
+needs_compiled = pytest.mark.skipif(library.compiled_error is not None, reason="needs the compiled part")
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,20 @@ from collections import Counter
 
 import pytest
 
+from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall import (
     CATEGORIES,
     DemonstrationIndex,
     Row,
     bfcl_match,
-    builtin,
     parse_calls,
     read_bfcl,
     read_dataset,
     render_completion,
     render_text,
 )
+from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.match import call_key
-from toolx_kernels.train.tiny import tiny_tokenizer
 
 VALUE_TOOL = {"type": "object", "properties": {"value": {"type": "string"}}}
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import DemonstrationIndex, builtin
+from toolx_kernels.toolcall import DemonstrationIndex
+from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.train.groups import GroupPlan
 from toolx_kernels.train.hard_sampling import (
     FewShot,
     HardSamples,
@@ -19,7 +21,6 @@ from toolx_kernels.train.hard_sampling import (
     probe,
     waves,
 )
-from toolx_kernels.train.rollouts import GroupPlan
 
 
 def raw(rows):

@@ -5,8 +5,8 @@ import torch
 
 from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.groups import GroupPlan, Rollout, ScoredGroup
 from toolx_kernels.train.policies import ClippedLoss, DifficultyWeighted, DynamicSampling, EpochOrder, GroupRelative
-from toolx_kernels.train.rollouts import GroupPlan, Rollout, ScoredGroup
 
 
 def scored(rewards, correct=None):

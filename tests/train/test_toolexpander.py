@@ -11,24 +11,19 @@ import pytest
 import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
-from toolx_kernels import cli
+from toolx_kernels.cli import main as cli
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import (
-    builtin,
-    distinct_examples,
-    is_answer_correct,
-    parse_sections,
-    render_self_exemplified,
-)
+from toolx_kernels.evaluate import evaluate as cli_evaluate
+from toolx_kernels.toolcall import distinct_examples, is_answer_correct, parse_sections, render_self_exemplified
+from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
-from toolx_kernels.train import evaluate as cli_evaluate
 from toolx_kernels.train.cold_start import supervised
-from toolx_kernels.train.collector import Collector
+from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.hard_sampling import probe
-from toolx_kernels.train.learner import Learner
 from toolx_kernels.train.policies import ClippedLoss, EpochOrder, GroupRelative
 from toolx_kernels.train.trainer import ToolExpanderTrainer
+from toolx_kernels.train.update.learner import Learner
 
 
 def table(folder):
@@ -369,7 +364,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
 
 def test_a_large_probe_is_sampled_in_parts_with_the_same_result(tmp_path, monkeypatch):
     make_trainer(tmp_path / "whole", max_steps=3).train()
-    monkeypatch.setattr("toolx_kernels.train.collector.MAX_ROLLOUTS", 5)
+    monkeypatch.setattr("toolx_kernels.train.collect.MAX_ROLLOUTS", 5)
     make_trainer(tmp_path / "parts", max_steps=3).train()
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert table(tmp_path / "parts") == table(tmp_path / "whole")

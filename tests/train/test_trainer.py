@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
-from toolx_kernels.rollout import RolloutEngine
-from toolx_kernels.toolcall import builtin
-from toolx_kernels.train.batch import PackedGroup
+from toolx_kernels.models.load import load_model
+from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.models import load_model
 from toolx_kernels.train.trainer import ToolExpanderTrainer
+from toolx_kernels.train.update.batch import PackedGroup
 
 SMALL = dict(
     num_generations=4, prompts_per_step=4, max_completion_length=12, temperature=1.0, learning_rate=3e-3,

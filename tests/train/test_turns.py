@@ -3,14 +3,14 @@
 import pytest
 
 from tests.train.test_trainer import SMALL, even_is_good, metrics
-from toolx_kernels import cli
+from toolx_kernels.cli import main as cli
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import builtin_turns
+from toolx_kernels.toolcall.datasets import builtin_turns
 from toolx_kernels.train.cold_start import built_in_cold_start, supervised
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.data import load_rows
-from toolx_kernels.train.learner import Learner
+from toolx_kernels.train.rows import load_rows
 from toolx_kernels.train.trainer import ToolExpanderTrainer
+from toolx_kernels.train.update.learner import Learner
 
 TURNS = SMALL | dict(
     dataset="builtin-turns", max_completion_length=96, max_tool_calling_iterations=1, cold_start_steps=120,

@@ -1,3 +1,5 @@
-"""The ops: one file each, from public function down to kernel. ``reference.py`` holds their definitions."""
+"""The ops, by subject: the LM head, attention, and what needs neither. ``reference.py`` holds their definitions."""
 
-from toolx_kernels.ops import advantages, attention, linear_grpo, sampling  # noqa: F401 (defines every op)
+from toolx_kernels.ops import advantages  # noqa: F401 (defines every op)
+from toolx_kernels.ops.attention import paged  # noqa: F401
+from toolx_kernels.ops.lm_head import linear_grpo, sampling  # noqa: F401

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from toolx_kernels import _library
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops import library
 from toolx_kernels.reference import compute_dtype
 
 try:
@@ -166,7 +166,7 @@ def _advantages_triton(
     return out
 
 
-_library.define(
+library.define(
     "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps, float min_std, "
     "bool check_finite=True) -> Tensor",
     default=_advantages,

@@ -1,6 +1,0 @@
-"""Sampling groups of completions: types, page pool, engine."""
-
-from toolx_kernels.rollout.engine import RolloutEngine
-from toolx_kernels.rollout.types import Completion, Group, SamplingParams
-
-__all__ = ["Completion", "Group", "RolloutEngine", "SamplingParams"]

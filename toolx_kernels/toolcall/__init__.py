@@ -1,16 +1,16 @@
 """Tool calling without tensors: rows and readers, prompts, parsing and matching of calls, rewards, demonstrations."""
 
-from toolx_kernels.toolcall.bfcl import CATEGORIES, read_bfcl
+from toolx_kernels.toolcall.datasets.bfcl import CATEGORIES, read_bfcl
+from toolx_kernels.toolcall.datasets.read import read_dataset, read_hub, read_jsonl, rows_from
+from toolx_kernels.toolcall.datasets.report import DatasetReport, dataset_report
+from toolx_kernels.toolcall.datasets.seal_tools import read_seal_tools
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.match import bfcl_match, exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
-from toolx_kernels.toolcall.readers import read_dataset, read_hub, read_jsonl, rows_from
 from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
-from toolx_kernels.toolcall.report import DatasetReport, dataset_report
-from toolx_kernels.toolcall.reward_functions import RewardFunctions, Rewards
+from toolx_kernels.toolcall.reward_runner import RewardFunctions, Rewards
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row, check_row, check_rows, with_calls
-from toolx_kernels.toolcall.seal_tools import read_seal_tools
 from toolx_kernels.toolcall.self_exemplify import (
     SelfExemplifyingReward,
     answer_of,

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from toolx_kernels.toolcall.languages import TYPES, read_literal, split_type
+from toolx_kernels.toolcall.literals import TYPES, read_literal, split_type
 
 _PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
 _IGNORED = re.compile(r"[ ,./\-_*^]")

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from toolx_kernels.engine.types import SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.reference import GRPOLossConfig
-from toolx_kernels.rollout.types import SamplingParams
 
 
 def setting(default, help: str):

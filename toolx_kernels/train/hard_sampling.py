@@ -18,7 +18,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.rollouts import GroupPlan
+from toolx_kernels.train.groups import GroupPlan
 
 Demonstrations = tuple[Row, ...]
 # Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them correct?

@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from toolx_kernels.train.memory import PeakMemory
+from toolx_kernels.train.memory.plan import PeakMemory
 
 
 class Phases(PeakMemory):

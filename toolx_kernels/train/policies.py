@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.ops.advantages import group_advantages
-from toolx_kernels.ops.linear_grpo import linear_grpo_loss
+from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.reference import GRPOLossConfig, GRPOOutput
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.rollouts import ScoredGroup
+from toolx_kernels.train.groups import ScoredGroup
 
 # ---- which prompts a step learns from
 

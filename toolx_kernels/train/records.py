@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.rollouts import ScoredGroup
+from toolx_kernels.train.groups import ScoredGroup
 
 
 def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from toolx_kernels.train.collector import Collector
+from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.hard_sampling import HardSamplePolicy, HardSamples, PlainGRPO, Probe, probe
 from toolx_kernels.train.policies import PromptSampler
-from toolx_kernels.train.rollouts import ScoredGroup
 
 # Probes and verifications draw from other random streams than training steps.
 PROBE_STREAM = 1 << 31

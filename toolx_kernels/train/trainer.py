@@ -24,27 +24,26 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
-from toolx_kernels.rollout import RolloutEngine
-from toolx_kernels.toolcall.builtin import Example
-from toolx_kernels.toolcall.builtin_turns import Episode
+from toolx_kernels.evaluate.evaluate import Judge, evaluate
+from toolx_kernels.evaluate.scores import Scores
+from toolx_kernels.models.adapters import add_adapter, has_adapter
+from toolx_kernels.models.load import load_model, stop_token_ids
+from toolx_kernels.rollout.tool_loop import ToolLoop
+from toolx_kernels.toolcall.datasets.builtin import Example
+from toolx_kernels.toolcall.datasets.builtin_turns import Episode
+from toolx_kernels.toolcall.datasets.read import rows_from
+from toolx_kernels.toolcall.datasets.report import dataset_report
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
-from toolx_kernels.toolcall.readers import rows_from
-from toolx_kernels.toolcall.report import dataset_report
-from toolx_kernels.toolcall.reward_functions import RewardFunctions
+from toolx_kernels.toolcall.reward_runner import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.accounts import Accounts, describe_timing
-from toolx_kernels.train.adapters import add_adapter, has_adapter
-from toolx_kernels.train.checkpoint import resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.cold_start import cold_start_examples, supervised
-from toolx_kernels.train.collector import Collector
+from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.curves import draw_curves
-from toolx_kernels.train.data import Prompts, digest, shared_rows
-from toolx_kernels.train.evaluate import Judge, evaluate
-from toolx_kernels.train.frozen import FrozenModel, FrozenSampler
+from toolx_kernels.train.groups import Sampler, SingleTurn
 from toolx_kernels.train.hard_sampling import (
     Attempt,
     HardSamplePolicy,
@@ -52,8 +51,7 @@ from toolx_kernels.train.hard_sampling import (
     Probe,
     chosen_hard_sample_policy,
 )
-from toolx_kernels.train.learner import DivergedError, Learner
-from toolx_kernels.train.models import load_model, stop_token_ids
+from toolx_kernels.train.memory.work import Work
 from toolx_kernels.train.policies import (
     AdvantageShaper,
     ClippedLoss,
@@ -63,15 +61,17 @@ from toolx_kernels.train.policies import (
     chosen_prompt_sampler,
 )
 from toolx_kernels.train.records import rollout_lines, step_values
-from toolx_kernels.train.rollouts import Sampler, SingleTurn
+from toolx_kernels.train.reporter import Accounts, describe_timing
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
-from toolx_kernels.train.run_folder import CURVES, TRACE, RunFolder, binding_settings, check_same_settings
-from toolx_kernels.train.run_state import RunState, check_reference
-from toolx_kernels.train.schedule import ExponentialDecay
-from toolx_kernels.train.scores import Scores
-from toolx_kernels.train.stopping import Stop
-from toolx_kernels.train.tool_loop import ToolLoop
-from toolx_kernels.train.work import Work
+from toolx_kernels.train.rows import Prompts, digest, shared_rows
+from toolx_kernels.train.run.checkpoint import resumable_checkpoint, save_checkpoint
+from toolx_kernels.train.run.curves import draw_curves
+from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder, binding_settings, check_same_settings
+from toolx_kernels.train.run.state import RunState, check_reference
+from toolx_kernels.train.run.stopping import Stop
+from toolx_kernels.train.update.learner import DivergedError, Learner
+from toolx_kernels.train.update.reference_model import FrozenModel, FrozenSampler
+from toolx_kernels.train.update.schedule import ExponentialDecay
 
 
 class ToolExpanderTrainer:
@@ -120,7 +120,7 @@ class ToolExpanderTrainer:
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
         if train_dataset is None or eval_dataset is None:
-            raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.data.load_rows.")
+            raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.rows.load_rows.")
         self.rows: list[Row] = rows_from(train_dataset)
         self.eval_rows: list[Row] = rows_from(eval_dataset)
         own = SelfExemplifyingReward(distinct=args.distinct_examples) if args.self_exemplify else no_think_reward

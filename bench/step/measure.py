@@ -1,0 +1,210 @@
+"""How a case of whole steps is measured: each trainer in a process of its own, all of them taking turns.
+
+A process loads the model, builds its trainer and waits; then it takes one step when it is told to, measures it, and
+waits again. So a round meets every trainer alike, and the peak of a process is that of one trainer alone. The first
+step warms up: optimizer states and caches come into being in it. A case in which the trainers did not do the same work
+is no measurement but an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench.loss.measure import MIB, package_version, resident_bytes, why_absent
+from bench.loss.providers import Absent
+from bench.step.cases import SETTINGS, Case, Count, Settings, make_rows
+from bench.step.providers import Stepper, Toolx
+from toolx_kernels.models.load import load_model
+from toolx_kernels.toolcall.render import render_prompt
+
+START_S = 300.0  # to import, to load the model and to build the trainer
+
+
+def work(pipe: Connection, kind: type[Stepper], case: Case, settings: Settings, device: str) -> None:
+    """What a trainer's process does. Sends ("ready", None) before each step, which begins when something comes back,
+    ("step", its record) after it, ("done", updates) at the end, or ("failed", (why, the traceback))."""
+    try:
+        model, tokenizer = load_model(case.model, case.dtype, device)
+        rows = make_rows(case, tokenizer)
+        count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
+        count.watch(model)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = kind(model, tokenizer, case, settings, rows, count.reward, Path(folder))
+
+            def begin() -> None:
+                pipe.send(("ready", None))
+                pipe.recv()
+                reset_peak(model.device)
+                trainer.own_peak()
+                count.begin()
+
+            def end() -> None:
+                synchronize(model.device)
+                record = count.end()
+                pipe.send(("step", record | {"peak": max(peak(model.device), trainer.own_peak())}))
+
+            trainer.run(begin, end)
+            pipe.send(("done", trainer.updates()))
+    except Exception as error:  # a peer may fail in any way of its own, and is then named with it
+        pipe.send(("failed", (why_absent(kind.package, error), traceback.format_exc())))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """Bytes in use at most since ``reset_peak``: all of the process, or all that torch took of the GPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
+
+
+class Worker:
+    """A trainer's process, seen from outside."""
+
+    def __init__(self, kind: type[Stepper], case: Case, settings: Settings, device: str):
+        self.kind, self.case, self.records, self.updates = kind, case, [], None
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, kind, case, settings, device), daemon=True)
+        self.process.start()
+        other.close()
+
+    def expect(self, wanted: Sequence[str], limit_s: float):
+        """The next message, if it is one of these. Raises Absent for a peer's failure, RuntimeError for ours."""
+        try:
+            if not self.pipe.poll(limit_s):
+                raise Absent(f"no answer within {limit_s:.0f} s")
+            what, content = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            what, content = "failed", (f"its process ended with status {self.process.exitcode}",) * 2
+        if what == "failed":
+            why, details = content
+            raise RuntimeError(details) if issubclass(self.kind, Toolx) else Absent(why)
+        if what not in wanted:
+            raise RuntimeError(f"{self.kind.name} took another number of steps than {self.case.steps}")
+        return what, content
+
+    def step(self) -> None:
+        self.pipe.send("go")
+        self.records.append(self.expect(["step"], self.case.limit_s)[1])
+        what, content = self.expect(["done" if len(self.records) == self.case.steps else "ready"], START_S)
+        if what == "done":
+            self.updates = content
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def measure(
+    benchmark, case: Case, kinds: Sequence[type[Stepper]], device: torch.device, settings: Settings = SETTINGS
+) -> list[dict]:
+    """Times ``kinds``, of which ours comes first; a record each, which for one that cannot run has ``absent``, the
+    reason, instead.
+
+    ``benchmark`` is pytest-benchmark's fixture. It times our steps; the others' run in the set-up of its rounds.
+    """
+    workers: dict[str, Worker] = {}
+    records = {}
+
+    def attempt(name: str, call) -> None:
+        try:
+            call()
+        except Absent as reason:
+            records[name] = {"provider": name, "absent": str(reason)}
+            workers.pop(name).close()
+
+    def take_steps(names: Sequence[str]) -> None:
+        for name in names:
+            attempt(name, workers[name].step)
+
+    try:
+        for kind in kinds:
+            workers[kind.name] = worker = Worker(kind, case, settings, str(device))
+            attempt(kind.name, lambda worker=worker: worker.expect(["ready"], START_S))
+        take_steps(list(workers))
+
+        def others():
+            take_steps([name for name in workers if name != Toolx.name])
+            return ([Toolx.name],), {}
+
+        benchmark.pedantic(take_steps, setup=others, rounds=case.rounds, iterations=1)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    for name, worker in workers.items():
+        check_work(worker, case, settings)
+        records[name] = {"provider": name} | figures(worker.records)
+    ordered = [records[kind.name] for kind in kinds]
+    benchmark.extra_info |= {
+        "step_case": asdict(case) | {"threads": torch.get_num_threads()},
+        "step": ordered,
+        "versions": {name: package_version(name) for name in ("transformers", "trl", "accelerate")},
+    }
+    return ordered
+
+
+def check_work(worker: Worker, case: Case, settings: Settings) -> None:
+    """Raises RuntimeError where a trainer did not do the case's work."""
+    rewards = [float(place % 2 * (place // case.n >= case.dead_groups)) for place in range(case.rows)]
+    for record in worker.records:
+        lengths = record["lengths"]
+        if len(lengths) != case.rows or record["rewards"] != rewards:
+            raise RuntimeError(f"{worker.kind.name} rewarded {len(lengths)} completions instead of {case.rows}")
+        if not case.stop and set(lengths) != {case.new} or max(lengths) > case.new:
+            raise RuntimeError(f"{worker.kind.name} sampled {sorted(set(lengths))} tokens instead of {case.new}")
+    if len(worker.updates) != case.steps:
+        raise RuntimeError(f"{worker.kind.name} updated {len(worker.updates)} times instead of {case.steps}")
+    for update in worker.updates:
+        if update["learning_rate"] != settings.learning_rate:
+            raise RuntimeError(f"{worker.kind.name} updated at {update['learning_rate']}, not {settings.learning_rate}")
+        if not 0 < update["grad_norm"] < math.inf:
+            raise RuntimeError(f"{worker.kind.name} had a gradient of norm {update['grad_norm']}")
+
+
+def figures(records: Sequence[dict]) -> dict:
+    """Medians of the timed steps; the peak over all steps but the first, and over all."""
+    timed = records[1:]
+    middle = {name: median(record[name] for record in timed) for name in ("step_s", "rollout_s")}
+    trained, unshared, shared, written = (
+        sum(sum(record[name]) if name == "lengths" else record[name] for record in timed)
+        for name in ("trained_tokens", "unshared_tokens", "shared_tokens", "lengths")
+    )
+    rewards = [reward for record in timed for reward in record["rewards"]]
+    return {
+        "step_s": round(middle["step_s"], 4),
+        "rollout_s": round(middle["rollout_s"], 4),
+        "update_s": round(median(record["step_s"] - record["rollout_s"] for record in timed), 4),
+        "tokens_per_s": round(written / sum(record["step_s"] for record in timed), 2),
+        "mean_tokens": round(written / len(rewards), 2),
+        "mean_reward": round(sum(rewards) / len(rewards), 4),
+        "peak_mib": round(max(record["peak"] for record in records) / MIB, 1),
+        "trained_tokens": round(trained / len(timed)),
+        "sharing": round(unshared / trained, 4),
+        "sharing_possible": round(unshared / shared, 4),
+        "rounds_s": [round(record["step_s"], 4) for record in timed],
+    }

@@ -1,0 +1,290 @@
+"""The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolx_kernels.cli import main as cli
+from toolx_kernels.engine import RolloutEngine
+from toolx_kernels.errors import InputError
+from toolx_kernels.train.config import ToolExpanderConfig
+
+TINY = [
+    "--train_rows", "16", "--eval_rows", "8", "--prompts-per-step", "8", "--num_generations", "2", "--max_steps", "1",
+    "--max_completion_length", "16", "--cold_start_steps", "2", "--cold_start_batch_size", "4", "--probe_rollouts", "1",
+]  # fmt: skip
+
+
+ROW = {"prompt": "p", "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}], "answer": []}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def toolx(*argv):
+    try:
+        return cli.main([str(word) for word in argv])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert toolx("train", *TINY, "--output_dir", folder) == 0
+    return folder
+
+
+def test_train_writes_its_results_and_says_where(run_folder, tmp_path, capsys):
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "again") == 0
+    out = capsys.readouterr().out
+    assert "held out from training" in out and "again/summary.json" in out
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["eval_rows"] == 8
+
+
+def test_eval_scores_a_run_folder(run_folder, tmp_path, capsys):
+    scores = tmp_path / "scores"
+    code = toolx("eval", "--model", run_folder, "--eval_rows", 8, "--max_completion_length", 16, "--output", scores)
+    assert code == 0
+    out = capsys.readouterr().out
+    printed = next(line.split() for line in out.splitlines() if line.startswith("builtin "))
+    written = json.loads((scores / "scores.json").read_text())["scores"]["builtin"]
+    assert written["parts"].keys() == {"easy", "hard", "parallel", "convention"} and written["n"] == 8
+    assert printed[1:3] == ["8", str(written["right"])]
+    assert float(printed[3]) == pytest.approx(written["accuracy"], abs=1e-4)
+    assert len((scores / "answers.jsonl").read_text().splitlines()) == 8 and "builtin" in out
+    assert toolx("eval", "--model", run_folder, "--output", scores) == 2, "results are not overwritten"
+
+
+def test_eval_of_several_datasets_with_samples(run_folder, tmp_path, capsys):
+    others, scores = tmp_path / "others.jsonl", tmp_path / "scores"
+    long = {**ROW, "prompt": "x " * 5000, "id": "long"}
+    others.write_text(
+        lines(*[{**ROW, "prompt": f"say {word}", "category": "talk"} for word in "one two".split()], long)
+    )
+    flags = ["--model", run_folder, "--dataset", "builtin", others, "--eval_rows", 4, "--max_completion_length", 8]
+    flags += ["--num_generations", 3, "--temperature", 0.9, "--k", 1, 3, "--seed", 5]
+    assert toolx("eval", *flags, "--output", scores) == 0
+    out = capsys.readouterr().out
+    assert "pass@3" in out and "1 of 3 prompts do not fit the model's context and count as wrong: long." in out
+    assert "temperature 0.9, seed 5" in out
+    written = json.loads((scores / "scores.json").read_text())
+    of_others = written["scores"][str(others)]
+    assert (of_others["n"], of_others["samples"], of_others["parts"]["talk"]["n"]) == (3, 3, 2)
+    assert of_others["too_long"] == ["long"] and written["settings"]["seed"] == 5
+    assert of_others["pass_at"]["1"]["value"] == pytest.approx(of_others["accuracy"])
+    assert toolx("eval", *flags, "--output", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "answers.jsonl").read_text() == (scores / "answers.jsonl").read_text()
+
+
+def test_an_interrupted_eval_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RolloutEngine, "generate", interrupted)
+    assert toolx("eval", "--model", run_folder, "--eval_rows", 4, "--output", tmp_path / "scores") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_anywhere_is_one_sentence(run_folder, monkeypatch, capsys):
+    def fails(error):
+        monkeypatch.setattr(RolloutEngine, "generate", lambda *_, **__: (_ for _ in ()).throw(error))
+
+    fails(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"))
+    assert toolx("eval", "--model", run_folder, "--eval_rows", 4) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("toolx eval: memory ran out (CUDA error: out of memory): toolx plan")
+    fails(RuntimeError("device-side assert"))
+    with pytest.raises(RuntimeError, match="device-side"):
+        toolx("eval", "--model", run_folder, "--eval_rows", 4)
+
+
+def test_the_recipe_is_the_tiny_models_whatever_its_seed():
+    assert cli.parse_train(["--model", "tiny:3"]) == replace(cli.parse_train([]), model="tiny:3")
+
+
+def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
+    tool = {"name": "find_hotel", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    rows = [
+        {
+            "prompt": f"find the hotel in {city}",
+            "tools": [tool],
+            "answer": [{"name": "find_hotel", "arguments": {"city": city}}],
+        }
+        for city in "Rome Oslo Bern Lima Kiev Riga Doha Baku Cork Pisa Nara Mali".split()
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--prompts-per-step", 4, "--num_generations", 2, "--max_steps", 1, "--max_completion_length", 8]
+    arguments += ["--cold_start_steps", 2, "--cold_start_batch_size", 4, "--probe_rollouts", 1]
+    assert toolx("train", "--dataset", path, *arguments, "--output_dir", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_rows"] + summary["eval_rows"] == 12 and summary["eval_rows"] > 0
+    for split, count in (("all", 12), ("held-out", summary["eval_rows"])):
+        scores = tmp_path / split
+        arguments = ["--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8, "--output", scores]
+        assert toolx("eval", *arguments, "--split", split) == 0
+        assert json.loads((scores / "scores.json").read_text())["scores"][str(path)]["n"] == count
+
+
+def test_doctor_speaks(capsys):
+    assert toolx("doctor") == 0
+    out = capsys.readouterr().out
+    assert "kv_write" in out and "linear_logprob" in out and "paged_attention" in out
+
+
+def test_help_names_every_setting(capsys):
+    assert toolx("train", "--help") == 0
+    out = capsys.readouterr().out
+    for name in ToolExpanderConfig.__dataclass_fields__:
+        assert f"--{name}" in out
+    assert toolx("--help") == 0 and toolx() == 2
+
+
+def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"learning_rate": 3e-4, "epsilon": 0.1, "epsilon_high": None, "overwrite": True}))
+    args = cli.parse_train(["--config", str(path), "--epsilon", "0.15"])
+    assert (args.learning_rate, args.epsilon, args.epsilon_high, args.overwrite) == (3e-4, 0.15, None, True)
+    assert cli.parse_train(["--config", str(path), "--epsilon-high=0.3"]).epsilon_high == 0.3
+    builtin = cli.parse_train([])
+    assert builtin.learning_rate > 1e-5 and builtin.cold_start_steps > 0
+    assert args.cold_start_steps == builtin.cold_start_steps, "the tiny model's recipe lies under a user's file"
+    assert cli.parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
+    path.write_text("learning_rate: 5e-4")  # text to YAML 1.1
+    assert cli.parse_train(["--config", str(path)]).learning_rate == 5e-4
+    twice = cli.parse_train(["--config", "replace", "--config", str(path)])
+    assert (twice.beta, twice.learning_rate) == (1e-3, 5e-4)
+
+
+def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
+    written = yaml.safe_load((run_folder / "config.yaml").read_text())
+    again = cli.parse_train(["--config", str(run_folder / "config.yaml")])
+    assert {name: getattr(again, name) for name in written} == written
+
+
+BAD_FLAGS = [
+    (["train", "--nope", "3"], "--nope"),
+    (["train", "--learning_rate", "fast"], "learning_rate"),
+    (["train", "--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
+    (["train", "--num_generations", "1"], "num_generations=1"),
+    (["train", "--max_steps", "0"], "max_steps=0"),
+    (["train", "--hard_sampling", "some"], "hard_sampling"),
+    (["train", "--resume", "--overwrite"], "resume and overwrite"),
+    (["train", "--config", "no-such-recipe"], "no-such-recipe"),
+    (["train", "--device", "tpu9"], "tpu9"),
+    (["train", "--device", "meta"], "meta"),
+    (["train", "--top_p", "0"], "top_p=0.0"),
+    (["train", "--adam_beta2", "1"], "adam_beta2=1.0"),
+    (["train", "--seed", "99999999999999999999"], "seed=99999999999999999999"),
+    (["train", "--learning_rate", "inf"], "learning_rate=inf"),
+    (["train", "--conf", "builtin"], "--conf"),
+    (["train", "--model", "no/such-model"], "no/such-model"),
+    (["train", "--model", "./no-such-folder"], "./no-such-folder"),
+    (["train", "--model", "missing.gguf"], "missing.gguf"),
+    (["train", "--dataset", "bfcl:cooking"], "cooking"),
+    (["train", "--dataset", "missing.jsonl"], "missing.jsonl"),
+    (["train", "--dataset", "no/such-dataset"], "no/such-dataset"),
+    (["eval", "--model", "no/such-model"], "no/such-model"),
+    (["eval"], "There is no run in runs/train"),
+    (["eval", "--model", "tiny", "--dataset", "bfcl:cooking"], "cooking"),
+    (["eval", "--model", "tiny", "--eval_rows", "0"], "--eval_rows 0"),
+    (["eval", "--model", "tiny", "--max_completion_length", "0"], "--max_completion_length 0"),
+    (["eval", "--model", "tiny", "--eval_fraction", "1"], "--eval_fraction 1.0"),
+    (["eval", "--model", "tiny", "--num_generations", "4"], "num_generations=4 greedy"),
+    (["eval", "--model", "tiny", "--num_generations", "4", "--temperature", "1", "--k", "5"], "pass@5"),
+    (["eval", "--model", "tiny", "--temperature", "-1"], "temperature=-1.0"),
+    (["eval", "--model", "tiny", "--seed", "-1"], "seed=-1"),
+    (["eval", "--model", "tiny", "--dataset", "builtin", "builtin"], "--dataset names builtin twice"),
+    (["eval", "--model", "tiny", "--output", "{file}"], "is a file"),
+    (["eval", "--model", "tiny", "--output", "{folder}"], "holds files already"),
+    (["fly"], "'fly'"),
+]
+
+
+@pytest.mark.parametrize("argv, named", BAD_FLAGS, ids=[" ".join(argv) for argv, _ in BAD_FLAGS])
+def test_bad_flags(argv, named, tmp_path, capsys, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert toolx(*(word.format(file=file, folder=tmp_path) for word in argv)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert named in error
+    assert list(here.iterdir()) == [], "nothing may be written"
+
+
+BAD_FILES = {
+    "empty": ("", "holds no rows"),
+    "no prompt": (lines(ROW, {k: v for k, v in ROW.items() if k != "prompt"}), "'prompt'"),
+    "no tools": (lines({k: v for k, v in ROW.items() if k != "tools"}), "'tools'"),
+    "tools that are no schemas": (lines(ROW | {"tools": [{"name": "f", "parameters": {"type": "banana"}}]}), "banana"),
+    "not JSON": (lines(ROW) + "{oops\n", "rows.jsonl"),
+    "a prompt beyond the context": (lines(*[ROW | {"prompt": f"{i} " + "x " * 3000} for i in range(30)]), "context"),
+    "too few to split": (lines(ROW), "eval_fraction"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, named = BAD_FILES[name]
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert toolx("train", "--dataset", "rows.jsonl") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("toolx train: ") and named in error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "file" / "run") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_resume_needs_no_other_flag(run_folder, tmp_path):
+    assert toolx("train", *TINY, "--output_dir", tmp_path / "run") == 0
+    assert toolx("train", "--resume", "--max_steps", 2, "--output_dir", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run_folder, capsys):
+    assert toolx("train", *TINY, "--output_dir", run_folder) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1", "learning_rat"),
+        ("1: 2\nx: 3", "1 is not a setting"),
+        ("- a", "one setting per line"),
+        ("a: [", "YAML"),
+        ("learning_rate: null", "learning_rate=None must be a number"),
+        ("hard_sampling: null", "hard_sampling=None is unknown"),
+        ("num_generations: 2.5", "num_generations=2.5 must be a whole number"),
+        ("overwrite: 1", "overwrite=1 must be true or false"),
+        ("epsilon: [0.2]", "must be a number"),
+    ],
+)
+def test_bad_config_files(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        cli.parse_train(["--config", str(path)])
+
+
+def test_eval_looks_for_the_run_of_a_folder_only(tmp_path, monkeypatch):
+    """A config.yaml that happens to lie where the command is given is nobody's."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("self_exemplify: true")
+    assert cli.settings_of_run("tiny") == {}
+    Path("run/checkpoint-3").mkdir(parents=True)
+    Path("run/config.yaml").write_text("max_completion_length: 512")
+    assert cli.settings_of_run("run") == cli.settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}

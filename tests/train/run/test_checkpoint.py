@@ -1,0 +1,537 @@
+"""Checkpoints: exact, whole or not there, refused in one sentence, and enough to go on from as if nothing had been."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import tempfile
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.ops.cases import DEVICE
+from tests.small_models import small_model
+from tests.train.run.killing import outcome
+from tests.train.test_trainer import even_is_good, make_trainer
+from toolx_kernels.errors import InputError
+from toolx_kernels.models.load import load_model
+from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.run import checkpoint as module
+from toolx_kernels.train.run.checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_weights,
+    resumable_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from toolx_kernels.train.run.folder import LOGS, MAY_DIFFER, RunFolder
+from toolx_kernels.train.run.stopping import Stop, Stopped
+
+TOKENIZER = tiny_tokenizer()
+
+
+class Moments:
+    """An optimizer's state: whatever tensors it was given."""
+
+    def __init__(self, seed=0, size=3000):
+        g = torch.Generator().manual_seed(seed)
+        self.tensors = {
+            "a|exp_avg": torch.randn(size, generator=g).to(DEVICE),
+            "a|codes": torch.randint(256, (size,), generator=g).to(DEVICE, torch.uint8),
+            "b|step": torch.tensor(7.0 + seed),
+            "b|exp_avg": torch.randn(5, 3, generator=g).to(DEVICE, torch.bfloat16),
+        }
+
+    def state_tensors(self):
+        return self.tensors
+
+    def load_state_tensors(self, tensors):
+        self.tensors = {name: tensor.to(self.tensors[name].device, copy=True) for name, tensor in tensors.items()}
+
+
+def bits(model, moments):
+    named = {**model.state_dict(), **{f"optimizer {name}": tensor for name, tensor in moments.tensors.items()}}
+    return {name: tensor.cpu().clone() for name, tensor in named.items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def save(run, step, model=None, moments=None, keep=9, keep_first=False, **state):
+    model = model or small_model("llama", seed=step).to(DEVICE)
+    moments = moments or Moments(step)
+    save_checkpoint(run, step, model, TOKENIZER, moments, state, keep=keep, keep_first=keep_first)
+    return model, moments
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints of steps 2 and 4."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (2, 4):
+        save(folder, step, table=[{"id": "a"}], loss=0.1 * step)
+    return folder
+
+
+# ---- what is saved comes back
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tied, dtype):
+    model, moments = save(tmp_path, 3, small_model("llama", tied=tied).to(DEVICE, dtype), x=[0.1, None], y="ä")
+    other, others = small_model("llama", tied=tied, seed=1).to(DEVICE, dtype), Moments(1)
+    before = bits(other, others)
+    read = resumable_checkpoint(tmp_path, other)
+    assert same(bits(other, others), before), "reading changes nothing"
+    read.copy_into(other, others)
+    assert same(bits(other, others), bits(model, moments)) and not same(before, bits(model, moments))
+    assert (read.path, read.state) == (tmp_path / "checkpoint-3", {"x": [0.1, None], "y": "ä"})
+
+
+def test_what_is_loaded_outlives_its_checkpoint(run):
+    model, moments = small_model("llama").to(DEVICE), Moments()
+    resumable_checkpoint(run, model).copy_into(model, moments)
+    expected = bits(model, moments)
+    for path in run.rglob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert same(bits(model, moments), expected)
+
+
+def test_a_later_save_of_a_step_replaces_its_state_alone(run, monkeypatch):
+    """As after a probe, which changes no weights."""
+    weights = run / "checkpoint-4" / "model.safetensors"
+    before = weights.stat().st_ino, weights.stat().st_mtime_ns
+    model, moments = save(run, 4, table=[{"id": "b"}])
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == before
+    assert resumable_checkpoint(run, model).state == {"table": [{"id": "b"}]}
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(run, 4, table=[])
+    assert resumable_checkpoint(run, model).state == {"table": [{"id": "b"}]}
+    assert not list(run.rglob("*.part"))
+
+
+# ---- what is damaged, or does not belong, is refused
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_file_is_refused_and_the_checkpoint_that_would_serve_is_named(run, damage):
+    model, moments = small_model("llama").to(DEVICE), Moments()
+    before, files = bits(model, moments), sorted(path.name for path in (run / "checkpoint-4").iterdir())
+    assert {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "config.json"} <= set(files)
+    for name in files:
+        whole = (run / "checkpoint-4" / name).read_bytes()
+        damage(run / "checkpoint-4" / name)
+        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.*: remove it, .*goes on from checkpoint-2") as e:
+            resumable_checkpoint(run, model)
+        assert str(e.value).count(". ") == 0 and "\n" not in str(e.value)
+        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.* needs it as the model before RL"):
+            load_weights(run / "checkpoint-4", model)
+        (run / "checkpoint-4" / name).write_bytes(whole)
+    assert same(bits(model, moments), before)
+    damage(run / "checkpoint-4" / files[0])
+    damage(run / "checkpoint-2" / files[-1])
+    with pytest.raises(InputError, match="checkpoint-4 .*no older one is whole: start anew"):
+        resumable_checkpoint(run, model)
+
+
+def test_another_format_names_both(run, monkeypatch):
+    model = small_model("llama")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "FORMAT", 7)
+        with pytest.raises(InputError, match="checkpoint-4 has format 1, and .* reads format 7: resume with"):
+            resumable_checkpoint(run, model)
+    (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
+    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 1"):
+        resumable_checkpoint(run, model)
+
+
+def test_another_model_is_refused(run):
+    for other, said in [
+        (small_model("qwen2"), "its model_type is llama, this model's is qwen2"),
+        (small_model("llama", tied=False), "its tie_word_embeddings is True, this model's is False"),
+    ]:
+        before = bits(other, Moments())
+        with pytest.raises(InputError, match=f"checkpoint-4 is a checkpoint of another model: {said}"):
+            resumable_checkpoint(run, other)
+        assert same(bits(other, Moments()), before)
+    torch.nn.Module.register_parameter(model := small_model("llama"), "extra", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(InputError, match=r"another model: extra, here \(2,\), is missing there"):
+        resumable_checkpoint(run, model)
+
+
+def test_a_damaged_checkpoint_is_no_model_either(run):
+    truncate(run / "checkpoint-4" / "model.safetensors")
+    with pytest.raises(InputError, match="run"):
+        load_model(str(run))
+
+
+def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
+    """Through the YAML of a run folder and the JSON of a checkpoint; lists too."""
+    others = {
+        int: 77, float: 0.25, bool: True, "model": "other", "dataset": "seal-tools:x", "dtype": "bfloat16",
+        "reward_weights": [1.0, 0.5], "lora_target_modules": ["q_proj", "v_proj"], 
+        "hard_sampling": "add", "demonstrations": "better", "verification": "bold", "prompt_sampling": "dynamic",
+        "loss_type": "dapo", "scale_rewards": "none", "advantage_shaping": "difficulty", "old_logprobs": "sampler",
+        "importance_sampling_level": "sequence", "importance_sampling_mode": "token_mask", "optim": "adamw_8bit",
+        "lr_decay_per": "step", "distinct_examples": False, "eval_on_start": False, "eval_dataset": "builtin",
+        "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0,
+    }  # fmt: skip
+    defaults = ToolExpanderConfig(output_dir=str(tmp_path / "run"))
+    RunFolder(tmp_path / "run").start(defaults)
+    for field in fields(ToolExpanderConfig):
+        value, before = others.get(field.name, others.get(type(field.default))), field.default
+        if field.name in (*MAY_DIFFER, "resume"):
+            continue
+        assert value != before, f"give {field.name} another value"
+        changed = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, **{field.name: value})
+        with pytest.raises(InputError) as error:
+            RunFolder(tmp_path / "run").check(changed)
+        assert f"was run with {field.name}={before!r}, not {value!r}: resume with the same" in str(error.value)
+    two = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, seed=3, reward_weights=[2])
+    with pytest.raises(InputError, match=r"seed=0, not 3, and reward_weights=None, not \[2.0\]: resume"):
+        RunFolder(tmp_path / "run").check(two)
+    more = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, max_steps=9, save_total_limit=1)
+    RunFolder(tmp_path / "run").check(more)
+
+
+def test_settings_of_other_versions_count_as_their_defaults(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start(ToolExpanderConfig(output_dir=str(run.path)))
+    settings = run.config()
+    del settings["optim"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
+    run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True))
+    with pytest.raises(InputError, match="optim='adamw', not 'adamw_8bit'"):
+        run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True, optim="adamw_8bit"))
+    (run.path / "config.yaml").write_text(yaml.safe_dump(settings | {"momentum": 0.5}))
+    with pytest.raises(InputError, match="momentum=0.5, which is no setting here"):
+        run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True))
+
+
+# ---- a disk that is full, a folder that must not be written to or is gone
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(run, monkeypatch):
+    model, moments = small_model("llama").to(DEVICE), Moments()
+    needed = sum(p.numel() for p in model.parameters()) * 4 + 3000 * 5 + 4 + 30
+    before = contents(run)
+    usage = shutil.disk_usage(run)
+
+    def free(bytes_):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=bytes_))
+
+    free(needed - 1)
+    said = rf"run/checkpoint-6, which needs {needed:,} bytes, could not be written \({needed - 1:,} bytes are free\)"
+    with pytest.raises(InputError, match=said + ".*--resume goes on from checkpoint-4"):
+        save(run, 6, model, moments)
+    assert contents(run) == before
+    free(needed)
+    save(run, 6, model, moments)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@contextmanager
+def largest_file(size):
+    """The operating system refuses to write more than ``size`` bytes to a file, within."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer", "optimizer"])
+def test_a_write_that_fails_halfway_leaves_nothing(run, what):
+    sizes = {path.stem: path.stat().st_size for path in (run / "checkpoint-4").iterdir()}
+    limit, moments = sizes[what] - 1, Moments()
+    if what == "tokenizer":
+        assert limit < sizes["model"], "so the model is made smaller below"
+    model = small_model("llama").to(DEVICE)
+    if what == "optimizer":
+        moments = Moments(size=sizes["model"])
+        limit = sizes["model"] + 1000
+    if what == "tokenizer":
+        model.resize_token_embeddings(4)
+        model.model.layers = model.model.layers[:0]
+        model.config.num_hidden_layers = 0
+    before = contents(run)
+    with largest_file(limit), pytest.raises(InputError, match=r"checkpoint-6, which needs [\d,]+ bytes.*too large"):
+        save(run, 6, model, moments)
+    assert contents(run) == before and not list(run.glob(".*"))
+    assert resumable_checkpoint(run, small_model("llama")).path.name == "checkpoint-4"
+    save(run, 6, model, moments)
+
+
+def test_a_disk_that_fills_up_at_any_sync_leaves_nothing(run, monkeypatch):
+    """Some file systems notice only then."""
+    before, fsync, failed = contents(run), os.fsync, 0
+    while True:
+        left = failed + 1
+
+        def full(descriptor):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise OSError(28, "No space left on device")
+            fsync(descriptor)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            try:
+                save(run, 6)
+            except InputError as error:
+                assert "(No space left on device)" in str(error)
+            else:
+                break
+        if (run / "checkpoint-6").exists():  # it was whole by then
+            assert resumable_checkpoint(run, small_model("llama")).path.name == "checkpoint-6"
+            shutil.rmtree(run / "checkpoint-6")
+        assert contents(run) == before
+        failed += 1
+    assert failed == len(list((run / "checkpoint-6").iterdir())) + 2, "each file, their folder and the run's"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    run.log("data", 0, {})
+    with largest_file(30), pytest.raises(InputError, match="metrics.jsonl could not be written .File too large.: mend"):
+        run.log("step", 1, {})
+    with largest_file(30), pytest.raises(InputError, match="hard_samples.jsonl could not be written"):
+        run.write_hard_samples([{"id": "x" * 100}])
+    assert not (tmp_path / "hard_samples.jsonl").exists() and not list(tmp_path.glob("*.part"))
+    run.forget_after({"metrics.jsonl": 1, "rollouts.jsonl": 0})
+    assert [line["event"] for line in run.metrics()] == ["data"]
+
+
+def test_a_folder_that_must_not_be_written_to(run):
+    """As another user than root, who may do anything."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "run").mkdir(mode=0o755)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            else:
+                (folder / "run").chmod(0o555)
+            with pytest.raises(InputError, match=r"output_dir=.*run: .*run must not be written to"):
+                RunFolder(folder / "run").check(ToolExpanderConfig())
+            with pytest.raises(InputError, match="checkpoint-1, .* could not be written .Permission denied"):
+                save(folder / "run", 1, small_model("llama"))
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    shutil.rmtree(folder)
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
+    gone = RunFolder(tmp_path / "run")
+    for write in (
+        lambda: save(gone.path, 2), lambda: gone.log("step", 1, {}), lambda: gone.write_hard_samples([]),
+        lambda: gone.write_summary({}), lambda: gone.log_rollout(step=1),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="run is gone, deleted or moved while the run wrote to it: put it back"):
+            write()
+    assert not gone.path.exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file, so choose a folder"):
+        RunFolder(tmp_path / "file" / "run").check(ToolExpanderConfig())
+
+
+def test_a_run_whose_folder_is_deleted_says_so(tmp_path):
+    def deletes(prompts, completions, completion_ids, **columns):
+        shutil.rmtree(tmp_path / "run")
+        return [1.0] * len(completions)
+
+    with pytest.raises(InputError, match="run is gone"):
+        make_trainer(tmp_path / "run", deletes, cold_start_steps=0, eval_on_start=False).train()
+    assert not (tmp_path / "run").exists()
+
+
+# ---- how many are kept, and what killed runs leave
+
+
+def test_the_number_kept_holds_whatever_was_interrupted(run, monkeypatch):
+    for step in (6, 8):
+        save(run, step, keep=9)
+    (run / ".checkpoint-10.part").mkdir()
+    (run / ".checkpoint-10.part" / "config.json").write_text("{")
+    (run / ".checkpoint-1.old").mkdir()
+    (run / "checkpoint-8" / "state.json.part").write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            module.remove(run / "checkpoint-2")
+    assert "checkpoint-2" not in [path.name for path in checkpoints(run)], "half of one is none"
+    save(run, 10, keep=2)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-10", "checkpoint-8"]
+    assert not list(run.rglob("*.part"))
+    save(run, 12, keep=1, keep_first=True)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-8", "checkpoint-12"]
+    assert latest_checkpoint(run).name == "checkpoint-12"
+
+
+def test_a_start_sweeps_but_leaves_what_is_not_ours(tmp_path):
+    config = ToolExpanderConfig(output_dir=str(tmp_path))
+    RunFolder(tmp_path).start(config)
+    for name in ("config.yaml.part", "summary.json.part", "film.mkv.part"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".checkpoint-3.part").mkdir()
+    RunFolder(tmp_path).start(ToolExpanderConfig(output_dir=str(tmp_path), resume=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "film.mkv.part"]
+
+
+def test_a_log_with_fewer_lines_than_the_checkpoint_counts_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in range(3):
+        run.log("step", step, {})
+        run.log_rollout(step=step)
+    for name, cut in (("rollouts.jsonl", 4), ("metrics.jsonl", 1)):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-cut])
+        before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+        with pytest.raises(InputError, match=f"{name} has 2 whole lines, and the checkpoint counts 3: put back"):
+            run.forget_after({"metrics.jsonl": 3, "rollouts.jsonl": 3 if name == "rollouts.jsonl" else 2})
+        assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
+    run.forget_after({"metrics.jsonl": 2, "rollouts.jsonl": 1})
+    assert [line["step"] for line in run.metrics()] == [0, 1]
+    (tmp_path / "rollouts.jsonl").unlink()
+    with pytest.raises(InputError, match="rollouts.jsonl has 0 whole lines, and the checkpoint counts 1"):
+        run.forget_after({"metrics.jsonl": 1, "rollouts.jsonl": 1})
+
+
+def test_an_adapter_goes_on_with_its_own_base_alone(tmp_path):
+    pytest.importorskip("peft")
+    settings = dict(use_peft=True, lora_r=2, cold_start_steps=0, eval_on_start=False)
+    make_trainer(tmp_path / "run", max_steps=1, **settings).train()
+    trainer = make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings)
+    with torch.no_grad():
+        next(iter(trainer.model.parameters())).view(-1)[7] += 1e-3
+    with pytest.raises(InputError, match="checkpoint of another model: its sum of its base's weights is"):
+        trainer.train()
+    make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings).train()
+
+
+def test_logs_are_cut_at_lines_and_not_at_other_separators(tmp_path):
+    run = RunFolder(tmp_path)
+    for number in range(3):
+        run.log_rollout(step=number, completion="a\u2028b\x85c\x0cd\re")
+    kept = run.lines()
+    whole = (tmp_path / LOGS[1]).read_bytes()
+    run.log_rollout(step=3)
+    with open(tmp_path / LOGS[1], "a") as file:
+        file.write('{"step": 4, "torn')
+    run.forget_after(kept)
+    assert (tmp_path / LOGS[1]).read_bytes() == whole
+
+
+def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
+    write_atomically(tmp_path / "file", "old")
+    with largest_file(10), pytest.raises(OSError):
+        write_atomically(tmp_path / "file", "new" * 10)
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- ten steps are five and five
+
+
+TEN = dict(
+    prompts_per_step=3, num_generations=3, max_completion_length=6, probe_rollouts=2, cold_start_steps=1,
+    num_train_epochs=3, max_steps=10, save_steps=4,
+)  # fmt: skip
+FORMS = {
+    "within a round, decay per step": (5, dict(lr_decay_per="step", eval_steps=5)),
+    "before a probe, decay per round": (8, dict(eval_steps=4)),
+    "add": (5, dict(hard_sampling="add", lr_decay_per="epoch")),
+    "dynamic": (5, dict(prompt_sampling="dynamic", num_train_epochs=8)),
+    "better demonstrations": (4, dict(demonstrations="better", demonstration_tries=2)),
+}
+
+
+def first_is_small(prompts, completions, completion_ids, **columns):
+    """Leaves some groups without a gradient, so that dynamic sampling has something to drop."""
+    return [float(ids[0] % 4 == 0) for ids in completion_ids]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ten_steps_are_five_and_five(tmp_path, form):
+    cut, settings = FORMS[form]
+    reward = first_is_small if form == "dynamic" else even_is_good
+    summary = make_trainer(tmp_path / "whole", reward, **TEN | settings).train()
+    stop, step, handlers = Stop(), 0, signal.getsignal(signal.SIGTERM)
+    halves = make_trainer(tmp_path / "run", reward, **TEN | settings)
+    taken = halves._step
+
+    def stopping(round_index):
+        nonlocal step
+        step += 1
+        if step == cut:
+            assert signal.getsignal(signal.SIGTERM) is handlers, "a trainer installs nothing"
+            stop.handle(signal.SIGTERM, None)
+        return taken(round_index)
+
+    halves._step = stopping
+    with pytest.raises(Stopped):
+        halves.train(stop)
+    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{cut}"
+    again = make_trainer(tmp_path / "run", reward, resume=True, **TEN | settings).train()
+    assert summary["steps"] == again["steps"] == (10 if form != "dynamic" else summary["steps"]) >= 7
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    of_machine = ("wall_seconds", "peak_memory_bytes", "phases", "memory", "checkpoint")
+    assert {k: v for k, v in again.items() if k not in of_machine} == {
+        k: v for k, v in summary.items() if k not in of_machine
+    }
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    if form == "dynamic":
+        assert any(line["dropped"] for line in metrics if line["event"] == "step")
+
+
+def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
+    """Copied from another run, say: its folder has the right config."""
+    make_trainer(tmp_path / "one", max_steps=1, cold_start_steps=0).train()
+    make_trainer(tmp_path / "two", max_steps=1, cold_start_steps=0, learning_rate=0.5).train()
+    shutil.rmtree(tmp_path / "one" / "checkpoint-1")
+    shutil.copytree(tmp_path / "two" / "checkpoint-1", tmp_path / "one" / "checkpoint-1")
+    trainer = make_trainer(tmp_path / "one", max_steps=2, cold_start_steps=0, resume=True)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(InputError, match="checkpoint-1 was run with learning_rate=0.5, not 0.003: resume"):
+        trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    trainer = make_trainer(tmp_path / "two", max_steps=2, cold_start_steps=0, learning_rate=0.5, resume=True)
+    trainer.data["rows to evaluate on"] = "other"
+    with pytest.raises(InputError, match="two was run on other rows to evaluate on: resume with the same"):
+        trainer.train()
+    assert trainer.state.step == 0 and not trainer.learner.updater.state_tensors()

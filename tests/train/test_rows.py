@@ -1,0 +1,99 @@
+"""Rows by name, their split, and their prompts."""
+
+from dataclasses import replace
+
+import pytest
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.toolcall import DemonstrationIndex
+from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.train.cold_start import cold_start_examples
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.rows import Prompts, load_demonstrations, load_eval_rows, load_rows, split_rows
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return builtin.train_rows(60, 0)
+
+
+def test_the_split_depends_on_content_alone(rows):
+    renamed = [replace(row, id=f"elsewhere:{n}") for n, row in enumerate(rows)]
+    assert [row.prompt for row in split_rows(renamed, 0.3)[1]] == [row.prompt for row in split_rows(rows, 0.3)[1]]
+    twice = split_rows([*rows, *renamed], 0.3)
+    assert not {row.user_text for row in twice[0]} & {row.user_text for row in twice[1]}
+    train, held_out = split_rows(rows, 0.3)
+    assert {row.id for row in train} | {row.id for row in held_out} == {row.id for row in rows}
+    assert not {row.id for row in train} & {row.id for row in held_out}
+    assert 5 < len(held_out) < 31
+    fewer_train, fewer_held_out = split_rows(rows[::2], 0.3)
+    assert {row.id for row in fewer_held_out} <= {row.id for row in held_out}
+    assert {row.id for row in split_rows(rows, 0.5)[1]} > {row.id for row in held_out}
+    with pytest.raises(InputError, match="A dataset of 1 rows leaves"):
+        split_rows(rows[:1], 0.2)
+
+
+def test_builtin_rows_follow_the_config():
+    train, held_out = load_rows(ToolExpanderConfig(dataset="builtin", train_rows=24, eval_rows=12, seed=3))
+    assert (len(train), len(held_out)) == (24, 12)
+    assert [row.prompt for row in train] == [row.prompt for row in builtin.train_rows(24, 3)]
+    other_train, same_held_out = load_rows(ToolExpanderConfig(dataset="builtin", train_rows=24, eval_rows=12, seed=4))
+    assert [row.prompt for row in other_train] != [row.prompt for row in train]
+    assert same_held_out == held_out, "runs with different seeds are scored on the same rows"
+
+
+def test_rows_of_one_id_in_two_datasets_keep_their_own_prompts(rows):
+    tokenizer = tiny_tokenizer()
+    prompts = Prompts(tokenizer, 1024)
+    other = replace(rows[1], id=rows[0].id)
+    for row in (rows[0], other, rows[0]):
+        assert prompts.ids(row) == render_prompt(tokenizer, row)
+    shown = prompts.ids(rows[0], rows[2:3])
+    assert shown == render_prompt(tokenizer, rows[0], rows[2:3]) != prompts.ids(rows[0])
+
+
+def test_completions_end_with_the_end_of_turn(rows):
+    tokenizer = tiny_tokenizer()
+    ids = Prompts(tokenizer, 1024).completion_ids(rows[0].answer)
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True).startswith("<tool_call>")
+
+
+def test_the_cold_start_of_other_datasets_shows_answers_and_some_demonstrations(rows):
+    config = ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.5)
+    stream = cold_start_examples(config, rows, DemonstrationIndex(rows))
+    epoch = [next(stream) for _ in rows]
+    assert sorted(e.row.id for e in epoch) == sorted(row.id for row in rows)
+    assert all(e.target == e.row.answer and e.row not in e.demonstrations for e in epoch)
+    assert 0 < sum(bool(e.demonstrations) for e in epoch) < len(epoch)
+    config = ToolExpanderConfig(dataset="mine.jsonl", cold_start_demonstrations=0.0)
+    never = cold_start_examples(config, rows, DemonstrationIndex(rows))
+    assert not any(next(never).demonstrations for _ in rows)
+
+
+def test_demonstrations_and_answers_stay_within_the_context(rows):
+    tokenizer = tiny_tokenizer()
+    row, demos = rows[0], rows[2:5]
+    raw, with_one = (len(render_prompt(tokenizer, row, shown)) for shown in ((), demos[:1]))
+    assert Prompts(tokenizer, 1024).fitting(row, demos) == demos
+    assert Prompts(tokenizer, with_one + 1).fitting(row, demos) == demos[:1]
+    room = with_one - raw
+    assert Prompts(tokenizer, with_one + room).fitting(row, demos, room=room) == demos[:1]
+    assert Prompts(tokenizer, with_one + room - 1).fitting(row, demos[:1], room=room) == []
+    long = replace(demos[0], id="long", prompt="find the hotel " * 200)
+    assert Prompts(tokenizer, with_one + 1).fitting(row, [long, demos[0]]) == demos[:1], "what is too long is skipped"
+    assert Prompts(tokenizer, with_one + 1).fitting(row, demos[:1], room=1000) == [], "capped by the raw prompt's"
+    prompts = Prompts(tokenizer, raw + 1)
+    prompts.check(rows[:1])
+    with pytest.raises(InputError, match=f"Row {row.id}: its prompt and answer have"):
+        prompts.check_answers(rows[:1])
+
+
+@pytest.mark.parametrize("dataset", ["builtin,x.jsonl", "x.jsonl, builtin-turns"])
+def test_made_up_tasks_stand_alone(dataset):
+    with pytest.raises(InputError, match="builtin.* is made up for each run: name it alone"):
+        load_eval_rows(dataset)
+    with pytest.raises(InputError, match="demonstration_dataset=builtin has the rows that builtin evaluates on"):
+        load_demonstrations("builtin")

@@ -1,0 +1,1 @@
+"""The command line: ``toolx``, also as ``python -m toolx_kernels.cli``."""

@@ -1,0 +1,7 @@
+"""``python -m toolx_kernels.cli``."""
+
+import sys
+
+from toolx_kernels.cli.main import main
+
+sys.exit(main())

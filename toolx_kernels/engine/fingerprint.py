@@ -1,0 +1,84 @@
+"""Whether a model computes what it computed before: its weights, bit by bit, and the settings of its modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
+MULTIPLIER = 2654435761
+
+
+class Fingerprint(NamedTuple):
+    """Changes when a weight does, or a setting of a module."""
+
+    settings: tuple  # of each module: what it computes by besides its tensors
+    hooks: tuple  # of all modules, by the numbers that torch gives them, each once in a process
+    places: tuple  # (address, dtype) of each tensor
+    versions: tuple
+    sums: tuple  # of each tensor's bits
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """Optimizers write without telling, so the bits of the weights are added up, weighted by their places.
+
+    270 MB take about 30 ms on two CPU cores; on a GPU they are read once, in one launch.
+    """
+    modules = list(model.modules())
+    held = (t for module in modules for t in (*module._parameters.values(), *module._buffers.values()))
+    tensors = list({id(tensor): tensor.detach() for tensor in held if tensor is not None}.values())
+    return Fingerprint(
+        settings=tuple(map(_settings, modules)),
+        hooks=tuple(number for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for number in hooks),
+        places=tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors),
+        versions=tuple(tensor._version for tensor in tensors),
+        sums=tuple(bit_sums(tensors).tolist()),
+    )
+
+
+_OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _settings(module: torch.nn.Module) -> tuple:
+    """Plain attributes, as a scale, or which adapter is on."""
+    found = []
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE:
+            if isinstance(value, _PLAIN):
+                found.append((name, value))
+            elif isinstance(value, list | tuple | dict):
+                parts = [*value, *value.values()] if isinstance(value, dict) else value
+                if all(isinstance(part, _PLAIN) for part in parts):
+                    found.append((name, repr(value)))
+    return tuple(found)
+
+
+def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors) int64: the ``bit_sum`` of each."""
+    if tensors[0].device.type == "cuda" and importlib.util.find_spec("triton"):
+        from toolx_kernels.engine import fingerprint_triton
+
+        return fingerprint_triton.bit_sums(tensors)
+    return torch.stack([bit_sum(tensor) for tensor in tensors])
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """() int64: the bits of a tensor, added up weighted by their places; sums wrap around."""
+    flat = tensor.contiguous().view(-1)
+    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word_bytes(flat)])
+    whole = len(words) // COLUMNS * COLUMNS
+    sums = words[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
+    sums[: len(words) - whole] += words[whole:]
+    return (sums * (torch.arange(COLUMNS, device=words.device) * MULTIPLIER + 1)).sum()
+
+
+def word_bytes(tensor: Tensor) -> int:
+    """The widest word, up to 8 bytes, of which a contiguous tensor is made."""
+    return math.gcd(tensor.nbytes, tensor.storage_offset() * tensor.itemsize, 8)

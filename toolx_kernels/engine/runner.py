@@ -1,0 +1,327 @@
+"""Runs the model on pages: prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
+
+A graph repeats what was captured, whatever has changed since. So all that a step reads comes in one buffer, in sizes
+rounded up to a few buckets, and a graph is kept under everything else that is baked into it. The rows that fill a
+bucket up write nothing, see one token of page 0, and nobody reads what they sample. A capture takes as long as ten
+replays or more, so sizes that do not come back run eagerly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+from toolx_kernels.engine.fingerprint import Fingerprint
+from toolx_kernels.engine.pages import PagePool, on_device, power_of_two
+from toolx_kernels.engine.scheduler import Chunk, DecodeInputs
+from toolx_kernels.engine.types import SamplingParams
+from toolx_kernels.models.bridge import PagedContext, head_of, run_body
+from toolx_kernels.ops.lm_head.sampling import sample
+
+# Tokens in one forward, which bounds the activations; by device. Of few tokens a GPU has computed a layer before the
+# host has launched the next.
+MAX_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
+MAX_GRAPHS = 64  # kept at a time
+CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
+ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
+LEAST_WIDTH = 64  # columns of a graph's block table
+SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
+
+
+class Sizes(NamedTuple):
+    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
+
+    rows: int
+    groups: int
+    width: int
+    siblings: int
+
+
+class Runner:
+    """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
+
+    Args:
+        capture: makes a replayable function of a step, the buffer that it reads, a memory pool for graphs and the
+            stream to capture on; None runs every step eagerly.
+        compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: PagePool, capture: Callable | None = None, compile: bool = False):
+        self.model, self.pool, self.capture = model, pool, capture
+        self._body = torch.compile(run_body, dynamic=True) if compile else run_body
+        self.device = pool.key_caches[0].device
+        self.prefill_tokens = MAX_PREFILL_TOKENS[self.device.type]
+        self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
+        self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
+        self._baked: tuple = ()
+        self._memory = None
+        self._packed_sizes: Sizes | None = None  # of the buffer that the steps' inputs are packed into
+        self._stream = torch.cuda.Stream(self.device) if capture and self.device.type == "cuda" else None
+
+    def start(self, params: SamplingParams, weights: Fingerprint) -> None:
+        """To be called before the steps of a call, whose parameters and weights do not change."""
+        self.params, self.head = params, head_of(self.model)
+        self._made_room = False
+        if self.capture is None:
+            self._captures = False
+            return
+        caches = tuple(cache.data_ptr() for cache in (*self.pool.key_caches, *self.pool.value_caches))
+        baked = (weights.settings, weights.places, caches)
+        if baked != self._baked:
+            self.graphs.clear()
+            self._baked = baked
+            # a pool that all graphs have left cannot be captured into again
+            self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        # Hooks are Python, which a graph does not repeat; and our attention hands float64 and larger heads on to plain
+        # torch, which waits for the device.
+        hooks = weights.hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        cache = self.pool.key_caches[0]
+        self._captures = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not hooks
+
+    # ---- prefill
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Writes the chunks' keys and values; returns the hidden state of each one's last token, (chunks, D)."""
+        last = []
+        for batch in _batches(chunks, self.prefill_tokens):
+            hidden = self._prefill(batch)
+            ends = np.cumsum([stop - start for _, start, stop in batch]) - 1
+            done = np.array([stop == len(chunk.tokens) for chunk, _, stop in batch])
+            last.append(hidden[self._tensor(ends[done])])
+        return torch.cat(last)
+
+    def halve_prefill(self) -> bool:
+        """Forwards of half as many tokens from now on; False if they cannot be shorter."""
+        if self.prefill_tokens <= LEAST_PREFILL_TOKENS:
+            return False
+        self.prefill_tokens //= 2
+        return True
+
+    def _prefill(self, batch: list[tuple[Chunk, int, int]]) -> Tensor:
+        lengths = [stop - start for _, start, stop in batch]
+        positions = np.concatenate([np.arange(start, stop) for _, start, stop in batch])
+        table = np.zeros((len(batch), max(len(chunk.pages) for chunk, _, _ in batch)), dtype=np.int64)
+        for row, (chunk, _, _) in enumerate(batch):
+            table[row, : len(chunk.pages)] = chunk.pages
+        size = self.pool.page_size
+        slots = table[np.repeat(np.arange(len(batch)), lengths), positions // size] * size + positions % size
+        context = PagedContext(
+            self.pool.key_caches,
+            self.pool.value_caches,
+            slots=self._tensor(slots),
+            block_table=self._tensor(table.astype(np.int32)),
+            seq_lens=self._tensor(np.array([stop for _, _, stop in batch], dtype=np.int32)),
+            cu_seqlens_q=self._tensor(np.cumsum([0, *lengths], dtype=np.int32)),
+            max_queries=max(lengths),
+        )
+        ids = np.concatenate([chunk.tokens[start:stop] for chunk, start, stop in batch])
+        return run_body(self.model, self._tensor(ids), self._tensor(positions), context)
+
+    # ---- decoding
+
+    def decode(self, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
+        n_rows, width = inputs.block_table.shape
+        exact = Sizes(n_rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
+        sizes = bucket(exact)
+        if not self._captures:
+            sizes = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
+        if sizes != self._packed_sizes:
+            self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            self._parts, self._packed_sizes = parts_of(self._packed.numpy(), sizes), sizes
+        pack(inputs, self._parts)  # the device has read what was in there: the result of every step is waited for
+        graph = self._graph(sizes, self._packed) if self._captures else None
+        if graph:
+            return _as_numpy(graph(self._packed), n_rows)
+        return _as_numpy(self._step(self._packed.to(self.device, non_blocking=True), sizes), n_rows)
+
+    def _graph(self, sizes: Sizes, flat: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The graph for steps of these sizes, captured with ``flat`` in the buffer; None: this one runs eagerly."""
+        key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
+        graph = self.graphs.pop(key, None)
+        if graph is None:
+            self._uses[key] += 1
+            if self._uses[key] < CAPTURED_AT_USE:
+                return None
+            if not self._made_room:  # within a capture the allocator cannot give back what it has cached
+                torch.cuda.empty_cache()
+                self._made_room = True
+            try:
+                step = partial(self._step, sizes=sizes)
+                graph = self.capture(step, flat.to(self.device, non_blocking=True), self._memory, self._stream)
+            except RuntimeError as error:
+                warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
+                self.capture, self._captures = None, False
+                return None
+            if len(self.graphs) == MAX_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+        self.graphs[key] = graph
+        return graph
+
+    def sample(self, hidden: Tensor, chunk_of: Sequence[int], streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (R) and statistics (R, 4) of rows that go on from ``hidden[chunk_of]``; hidden is (chunks, D)."""
+        of_row = hidden[self._tensor(np.array(chunk_of))]
+        return _as_numpy(self._sample(of_row, self._tensor(streams)), len(streams))
+
+    def _step(self, buffer: Tensor, sizes: Sizes) -> Tensor:
+        """(5, rows) float64: tokens and statistics. Nothing in here waits for the device or reads host memory."""
+        step = parts_of(buffer, sizes)
+        context = PagedContext(
+            self.pool.key_caches,
+            self.pool.value_caches,
+            slots=step.slots,
+            block_table=step.block_table,
+            seq_lens=step.seq_lens,
+            cu_seqlens_q=step.cu_rows,
+            cu_groups=step.cu_groups,
+            prefix_lens=step.prefix_lens,
+            max_queries=sizes.siblings,
+        )
+        return self._sample(self._body(self.model, step.ids, step.positions, context), step.streams)
+
+    def _sample(self, hidden: Tensor, streams: Tensor) -> Tensor:
+        p = self.params
+        drawn = sample(
+            hidden, streams=streams, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, **self.head
+        )
+        columns = (drawn.tokens, drawn.logprobs, drawn.lse, drawn.entropy, drawn.kept_mass)
+        return torch.stack([column.double() for column in columns])
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return on_device(array, self.device)
+
+
+def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chunk, int, int]]]:
+    """(chunk, start, stop) of at most ``n_tokens`` tokens together; a chunk may be cut anywhere."""
+    batch, room = [], n_tokens
+    for chunk in chunks:
+        start = chunk.start
+        while start < len(chunk.tokens):
+            stop = min(len(chunk.tokens), start + room)
+            batch.append((chunk, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], n_tokens
+    if batch:
+        yield batch
+
+
+def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, *stats = result.cpu().numpy()[:, :n_rows]  # as a whole, which needs no kernel that gathers it
+    return tokens.astype(np.int64), np.stack(stats).T
+
+
+# ---- the buffer of a step
+
+
+def bucket(exact: Sizes) -> Sizes:
+    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
+
+    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
+    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
+    """
+    rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
+    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
+    width = power_of_two(max(exact.width, LEAST_WIDTH))
+    siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
+    return Sizes(rows, groups, width, siblings)
+
+
+class Parts(NamedTuple):
+    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
+
+    ids: np.ndarray | Tensor  # (R) int64, as the next three
+    positions: np.ndarray | Tensor  # (R)
+    slots: np.ndarray | Tensor  # (R)
+    streams: np.ndarray | Tensor  # (R, 5)
+    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
+    prefix_lens: np.ndarray | Tensor  # (R)
+    cu_groups: np.ndarray | Tensor  # (G + 1)
+    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
+    block_table: np.ndarray | Tensor  # (R, W)
+
+
+def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
+    """The parts of a buffer of ``buffer_length(sizes)`` int64."""
+    rows, width = sizes.rows, sizes.width
+    wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)
+    bounds = np.cumsum([0, rows, rows, sizes.groups + 1, rows + 1, rows * width])
+    seq_lens, prefix_lens, cu_groups, cu_rows, table = (narrow[i:j] for i, j in itertools.pairwise(bounds))
+    return Parts(
+        *wide[: 3 * rows].reshape(3, rows), wide[3 * rows :].reshape(rows, 5),
+        seq_lens, prefix_lens, cu_groups, cu_rows, table.reshape(rows, width),
+    )  # fmt: skip
+
+
+def buffer_length(sizes: Sizes) -> int:
+    narrow = 3 * sizes.rows + sizes.groups + 2 + sizes.rows * sizes.width
+    return 8 * sizes.rows + math.ceil(narrow / 2)
+
+
+def pack(inputs: DecodeInputs, parts: Parts) -> None:
+    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
+    (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
+    parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
+    parts.slots[n_rows:] = -1  # writes nothing
+    parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
+    parts.ids[n_rows:], parts.positions[n_rows:], parts.prefix_lens[n_rows:] = 0, 0, 0
+    parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
+    parts.cu_groups[:n_bounds], parts.cu_groups[n_bounds:] = inputs.cu_groups, len(parts.ids)
+    parts.cu_rows[:] = np.arange(len(parts.cu_rows))
+    parts.block_table[:n_rows, :width], parts.block_table[n_rows:, 0] = inputs.block_table, 0
+
+
+# ---- graphs
+
+
+def capture_cuda_graph(
+    step: Callable[[Tensor], Tensor], buffer: Tensor, memory, stream: torch.cuda.Stream
+) -> Callable[[Tensor], Tensor]:
+    """A function that copies a pinned tensor over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
+
+    All graphs work in the same ``memory``, so a result must be read before any of them runs again; and all are
+    captured on the same ``stream``, for each of which cuBLAS keeps a workspace (32 MiB on Hopper). Raises RuntimeError,
+    before a capture begins, where the step waits for the device.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    waiting = torch.cuda.get_sync_debug_mode()
+    try:
+        with torch.cuda.stream(stream):
+            # One eager pass leaves nothing to a capture that it may not do: Triton compiles and loads the kernels of
+            # these sizes, cuBLAS loads its own and makes the workspace of this stream. A second would find all done.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step(buffer)
+            finally:
+                torch.cuda.set_sync_debug_mode(waiting)
+            graph = torch.cuda.CUDAGraph()
+            # Not by torch.cuda.graph, which empties the caches of device and pinned memory every time. Other threads
+            # may go on calling CUDA.
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+            try:
+                result = step(buffer)
+            finally:
+                graph.capture_end()
+    finally:  # or what failed would go on beside the eager step that follows
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(flat: Tensor) -> Tensor:
+        buffer.copy_(flat, non_blocking=True)
+        graph.replay()
+        return result
+
+    return replay

@@ -1,0 +1,128 @@
+"""The tiny model of the built-in task: a tokenizer made from the task's own text and a small Llama to go with it.
+
+Both are ordinary transformers objects; nothing else in the package treats them specially.
+"""
+
+import re
+import string
+from string import Formatter
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+
+# JSON and signature syntax that always comes in one piece; the tag and key fragments are Qwen's tool-call format.
+FRAGMENTS = (
+    '<tool_call>\n{"name": "', '", "arguments": {"', '": "', '": ', '", "', ', "',
+    '"}}\n</tool_call>', "}}\n</tool_call>", "Example:\n",
+    # the self-exemplifying form; its instructions are one piece, as nobody but a reader of English needs their words
+    INSTRUCTIONS, '<examples>\n[{"tools": ["', '"], "question": "', '", "answer": [{"name": "',
+    '"}}]},\n{"tools": ["', '}}]},\n{"tools": ["', '"}}]}]\n</examples>\n<think>\n', '}}]}]\n</examples>\n<think>\n',
+    '\n</think>\n<tool_call>\n{"name": "',
+    "(", ": string", ": integer", ": boolean", ": ", "|", ", ", ")\n", "_", "\n", "true", "false",
+)  # fmt: skip
+
+# Tools are listed as signatures, one a line, then the system text, then the turns.
+CHAT_TEMPLATE = """\
+{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
+{%- if tools or system %}{{ '<|system|>' }}
+{%- for tool in tools or [] %}
+{%- set function = tool.function or tool %}
+{%- set required = function.parameters.required or [] %}
+{{- function.name }}(
+{%- for name, schema in (function.parameters.properties or {}).items() %}
+{{- name }}{{ '' if name in required else '?' }}{{ ': ' }}
+{{- schema.enum | join('|') if schema.enum else schema.type }}
+{{- ', ' if not loop.last }}
+{%- endfor %}
+{{- ')\\n' }}
+{%- endfor %}
+{{- system }}
+{%- endif %}
+{%- for message in messages if message.role != 'system' %}
+{{- '<|' + message.role + '|>' }}{{ message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{%- set function = call.function or call %}
+{{- '' if loop.first and not message.content else '\\n' }}
+{{- '<tool_call>\\n{"name": "' + function.name + '", "arguments": ' }}
+{{- function.arguments | tojson }}{{ '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+def is_tiny(name: str) -> bool:
+    """Whether a model's name is ``tiny``, or ``tiny:<seed of its weights>``."""
+    return re.fullmatch(r"tiny(:\d+)?", name) is not None
+
+
+def _pieces() -> list[str]:
+    templates = (*builtin.MENTIONS, *builtin.OPENINGS, *builtin.DETERMINERS, *builtin.INTRODUCTIONS)
+    templates += (*builtin.SEPARATORS, *builtin.CALL_SEPARATORS)
+    literals = [literal for template in templates for literal, *_ in Formatter().parse(template)]
+    words = [*builtin.VERBS, *builtin.NOUNS, *builtin.PARAMETERS, "currency", *builtin.CURRENCIES]
+    words += [*builtin.BOOLEAN_WORDS.values(), *builtin.STRING_HEADS, *builtin.STRING_TAILS]
+    numbers = [str(i) for i in range(10, 100)]
+    pieces = dict.fromkeys([*FRAGMENTS, *literals, *words, *numbers, *string.digits, "."])
+    return [p for p in pieces if p]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the built-in task, the same on every call.
+
+    A unigram model whose pieces all score alike, so a text is cut into as few pieces as possible; anything that is not
+    made of pieces falls back to bytes, so every text can be encoded and decoded exactly. Numbers are cut as two leading
+    digits and the rest: the head of a value is then nearly unique within a prompt, which makes it easy to copy.
+    """
+    vocabulary = [PAD, END, *ROLES, *(f"<0x{b:02X}>" for b in range(256)), *_pieces()]
+    unigram = models.Unigram([(piece, -1.0) for piece in vocabulary], unk_id=0, byte_fallback=True)
+    tokenizer = Tokenizer(unigram)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?<!\d)\d\d"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+        padding_side="left",
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The shape of the tiny model, half a million parameters.
+
+    Two layers with two wide heads are what copying values from the prompt takes, and they learn it several times sooner
+    than more layers or more heads do; the wide initialisation and the small rotary base suit short prompts.
+    """
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.07,
+        rope_parameters={"rope_type": "default", "rope_theta": 200.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A fresh fp32 model whose random weights depend on `seed` alone; torch's global generator is left untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(tiny_config(tokenizer)).float()

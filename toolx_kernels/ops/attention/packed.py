@@ -1,0 +1,342 @@
+"""Attention of packed completions that share their prompt: one rule of who sees whom, and two ways to apply it.
+
+Dense: blocks of queries over just the keys they may see, under a mask, on any device and in any dtype. Flex: torch's
+block-sparse FlexAttention over the whole pack, on a GPU. Windows go by position, never by packed index.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from toolx_kernels.errors import first_line, out_of_memory
+from toolx_kernels.ops.attention.paged import masked_attention
+from toolx_kernels.ops.picks import Picks, take_rows
+
+FLEX_BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or leaves out
+FLEX_LEAST_TOKENS = 2 * FLEX_BLOCK  # of a pack; in fewer there is no block to leave out that is worth a compilation
+FLEX_LEAST_DIM = 16  # of a head, below which FlexAttention has no kernel
+PADDED_WORK = 1.5  # scores computed at most, as a multiple of those of the blocks, when blocks are padded to one size
+NO_WINDOW = 2**30  # positions
+MASK_ENTRIES = 2**24  # of the dense mask that are alive at a time while the block mask is made from it
+
+
+class Tokens(NamedTuple):
+    """What decides who sees whom, all of one shape, (N) for a pack."""
+
+    segment: Tensor  # a number of its own for each prompt and each completion of the pack
+    prompt: Tensor  # the number of the prompt that the token belongs to or follows
+    position: Tensor  # position id
+
+    def at(self, index: Tensor) -> Tokens:
+        return Tokens(self.segment[index], self.prompt[index], self.position[index])
+
+
+def sees(query: Tokens, key: Tokens, window: int | Tensor) -> Tensor:
+    """Whether a query sees a key: of its prompt or of its own segment, up to itself, within ``window`` positions."""
+    later_by = query.position - key.position
+    own = (key.segment == query.segment) | (key.segment == query.prompt)
+    return own & (later_by >= 0) & (later_by < window)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks of like size, padded to one: their queries, over all the keys that any of these may see.
+
+    Padding repeats a block's first query, whose result is not used, and its first key, which is masked there.
+    """
+
+    queries: Tensor  # (blocks, Q) packed indices
+    keys: Tensor  # (blocks, K) packed indices
+    filled: Tensor  # (blocks, K) False for padding
+    query_picks: Picks  # the same indices, one after the other
+    key_picks: Picks
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, filled: Tensor) -> Blocks:
+        return cls(queries, keys, filled, Picks(queries.flatten()), Picks(keys.flatten()))
+
+
+@dataclass(slots=True, init=False)
+class PackedContext:
+    """Training: packed tokens, each of which sees its prompt and its own completion up to itself.
+
+    ``lengths`` has for each group, in the order in which they are packed, the tokens of the prompt and those of each
+    completion behind it: ``[(3, [2, 4]), (5, [1])]`` is 3 + 2 + 4 + 5 + 1 tokens.
+    """
+
+    lengths: list[tuple[int, list[int]]]
+    tokens: Tokens
+    flex_masks: dict[int, BlockMask] = field(repr=False)  # by window
+    dense_masks: dict[int, list[Tensor]] = field(repr=False)
+    _blocks: list[Blocks] | None
+    _inverse: Tensor | None  # (N) place of each packed token among all blocks' queries
+
+    def __init__(self, lengths: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu"):
+        self.lengths = [(prompt, list(completions)) for prompt, completions in lengths]
+        segment, prompts, position = [], [], []
+        number = 0
+        for prompt, completions in self.lengths:
+            first = number
+            for start, length in [(0, prompt), *((prompt, length) for length in completions)]:
+                segment += [number] * length
+                prompts += [first] * length
+                position += range(start, start + length)
+                number += 1
+        self.tokens = Tokens(*(torch.tensor(column, device=device) for column in (segment, prompts, position)))
+        self.flex_masks, self.dense_masks = {}, {}
+        self._blocks = self._inverse = None
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        if _flex_applies(query):
+            try:
+                check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
+                return self.flex(query, key, value, scale, softcap, window)
+            except Exception as error:  # a compiler fails in every way there is
+                # activation checkpointing ends a layer that it computes again by an exception of its own
+                if out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":
+                    raise
+                _give_up_flex(error)
+        return self.dense(query, key, value, scale, softcap, window)
+
+    # ---- dense
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
+        """(N, H, Dh) from query (N, H, Dh), key and value (N, Hkv, Dh), block by block."""
+
+        def picked(packed: Tensor, picks: Picks) -> Tensor:  # (blocks, heads, Q or K, Dh)
+            return take_rows(packed, picks).unflatten(0, (len(blocks.queries), -1)).transpose(1, 2)
+
+        out = []
+        for blocks, visible in zip(self.blocks, self._visible(window), strict=True):
+            keys, values = picked(key, blocks.key_picks), picked(value, blocks.key_picks)
+            attended = masked_attention(picked(query, blocks.query_picks), keys, values, visible, scale, softcap)
+            out.append(attended.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out).index_select(0, self._inverse)
+
+    @property
+    def blocks(self) -> list[Blocks]:
+        if self._blocks is None:
+            device = self.tokens.position.device
+            buckets = like_sized(cut_into_blocks(self.lengths))
+            self._blocks = [Blocks.of(*(part.to(device) for part in _padded(bucket))) for bucket in buckets]
+            places, start = torch.empty(len(self.tokens.position), dtype=torch.int64), 0
+            for bucket in buckets:
+                widest = max(len(queries) for queries, _ in bucket)
+                for queries, _ in bucket:
+                    places[queries] = torch.arange(start, start + len(queries))
+                    start += widest
+            self._inverse = places.to(device)
+        return self._blocks
+
+    def _visible(self, window: int) -> list[Tensor]:
+        """(blocks, 1, Q, K) for each of ``blocks``."""
+        if window not in self.dense_masks:
+            self.dense_masks[window] = [
+                (self._sees(b.queries[:, :, None], b.keys[:, None, :], window) & b.filled[:, None, :])[:, None]
+                for b in self.blocks
+            ]
+        return self.dense_masks[window]
+
+    def _sees(self, queries: Tensor, keys: Tensor, window: int) -> Tensor:
+        return sees(self.tokens.at(queries), self.tokens.at(keys), window or NO_WINDOW)
+
+    # ---- flex
+
+    def flex(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
+        """As ``dense``."""
+        length = self.flex_mask(window).seq_lengths[0]
+
+        def padded(packed: Tensor) -> Tensor:  # (1, heads, length, Dh)
+            return F.pad(packed, (0, 0, 0, 0, 0, length - len(packed))).transpose(0, 1)[None]
+
+        score_mod = _cap(softcap, query.device) if softcap else None
+        heads = padded(query), padded(key), padded(value)
+        out = flex_kernel()(*heads, score_mod, self.flex_mask(window), scale, enable_gqa=True)
+        return out[0].transpose(0, 1)[: len(query)]
+
+    def flex_mask(self, window: int) -> BlockMask:
+        if window not in self.flex_masks:
+            self.flex_masks[window] = flex_mask(self.tokens, window)
+        return self.flex_masks[window]
+
+
+def cut_into_blocks(lengths: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[list[int], list[int]]]:
+    """Queries and keys, as packed indices, of blocks that together hold every token once as a query.
+
+    A prompt is a block. Of completions as many make a block as have half the prompt's tokens together: it computes
+    their queries over the prompt and over each other, hence at most half of it in vain, while the keys of the prompt
+    are copied twice per prompt length of queries.
+    """
+    blocks, start = [], 0
+    for prompt, completions in lengths:
+        keys = range(start, start + prompt)
+        blocks.append((list(keys), list(keys)))
+        start += prompt
+        run = []
+        for place, length in enumerate(completions, start=1):
+            run += range(start, start + length)
+            start += length
+            if run and (2 * len(run) >= prompt or place == len(completions)):
+                blocks.append((run, [*keys, *run]))
+                run = []
+    return blocks
+
+
+def like_sized(blocks: Sequence[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:
+    """The blocks in buckets that, padded to their largest, compute at most ``PADDED_WORK`` times the scores."""
+    buckets: list[list[tuple[list[int], list[int]]]] = []
+    work = widest = longest = 0
+    for queries, keys in sorted(blocks, key=lambda block: (len(block[0]) == len(block[1]), -len(block[1]), block[0])):
+        n, k = len(queries), len(keys)
+        padded = (len(buckets[-1]) + 1) * max(widest, n) * max(longest, k) if buckets else 0
+        if not buckets or padded > PADDED_WORK * (work + n * k):
+            buckets.append([])
+            work = widest = longest = 0
+        buckets[-1].append((queries, keys))
+        work, widest, longest = work + n * k, max(widest, n), max(longest, k)
+    return buckets
+
+
+def _padded(bucket: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    widest, longest = (max(len(block[side]) for block in bucket) for side in (0, 1))
+    queries = torch.tensor([queries + queries[:1] * (widest - len(queries)) for queries, _ in bucket])
+    keys = torch.tensor([keys + keys[:1] * (longest - len(keys)) for _, keys in bucket])
+    filled = torch.arange(longest) < torch.tensor([len(keys) for _, keys in bucket])[:, None]
+    return queries, keys, filled
+
+
+def flex_length(n_tokens: int) -> int:
+    """Tokens to which a pack is padded for FlexAttention: 1 or 1.5 times a power of two, in whole blocks.
+
+    So there are few lengths, should each be compiled; nothing is computed for blocks of padding.
+    """
+    power = max(FLEX_BLOCK, 1 << (n_tokens - 1).bit_length())
+    between = power // 4 * 3
+    return between if n_tokens <= between and between % FLEX_BLOCK == 0 else power
+
+
+def flex_mask(tokens: Tokens, window: int) -> BlockMask:
+    """``sees`` as FlexAttention takes it: for each block of queries those blocks of keys that it sees a part of, and
+    those that it sees in full. Padding sees nothing, and nothing sees it.
+
+    torch's ``create_block_mask`` computes the same from an (N, N) mask that is alive as a whole, several times over.
+    """
+    n_tokens, device = len(tokens.position), tokens.position.device
+    length = flex_length(n_tokens)
+    padded = Tokens(*(F.pad(column, (0, length - n_tokens), value=-1).int() for column in tokens))
+    segment, prompt, position = padded
+    reach = torch.tensor(window or NO_WINDOW, dtype=torch.int32, device=device)  # a number would be compiled in
+
+    def mask_mod(_batch, _head, query, key):
+        queries = Tokens(segment[query], prompt[query], position[query])
+        keys = Tokens(segment[key], prompt[key], position[key])
+        return sees(queries, keys, reach) & (segment[query] >= 0)
+
+    everything, counts = torch.arange(length, device=device), []
+    for queries in everything.split(max(1, MASK_ENTRIES // (length * FLEX_BLOCK)) * FLEX_BLOCK):
+        visible = mask_mod(None, None, queries[:, None], everything)
+        counts.append(visible.view(-1, FLEX_BLOCK, length // FLEX_BLOCK, FLEX_BLOCK).sum((1, 3)))
+    pairs = torch.cat(counts)[None, None]  # (1, 1, blocks of queries, blocks of keys)
+    full = pairs == FLEX_BLOCK**2
+    return BlockMask.from_kv_blocks(
+        *_in_front((pairs > 0) & ~full),
+        *_in_front(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(length, length),
+    )
+
+
+def _in_front(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and their indices in front of the others', both int32."""
+    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _cap(softcap: float, device: torch.device) -> Callable:
+    bound = torch.tensor(softcap, device=device)  # a number would be compiled in
+
+    def score_mod(score, _batch, _head, _query, _key):
+        return bound * torch.tanh(score / bound)
+
+    return score_mod
+
+
+# ---- FlexAttention where it can be had
+
+_flex_gone = False  # for the rest of the process, once it has failed
+
+
+def flex_kernel() -> Callable:
+    """FlexAttention, compiled. Uncompiled it is the definition, and computes all scores."""
+    return _compiled_flex
+
+
+@cache
+def _compile() -> Callable:
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def _compiled_flex(*arguments, **options) -> Tensor:
+    # A float that differs between two models would otherwise become a dynamic one, which no kernel takes; and lengths
+    # are compiled in by some versions. Beyond the limit torch raises, because of fullgraph.
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=64):
+        return _compile()(*arguments, **options)
+
+
+def _flex_applies(query: Tensor) -> bool:
+    n_tokens, _, dim = query.shape
+    fits = query.dtype != torch.float64 and n_tokens >= FLEX_LEAST_TOKENS and dim >= FLEX_LEAST_DIM
+    return query.is_cuda and fits and not _flex_gone
+
+
+def _give_up_flex(error: Exception) -> None:
+    global _flex_gone
+    _flex_gone = True
+    warnings.warn(
+        f"Attention of packed completions computes dense blocks from here on, which is slower: {first_line(error)}",
+        stacklevel=2,
+    )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@cache
+def check_flex(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, scale: float, softcap: float
+) -> None:
+    """Runs FlexAttention forward and backward on two small packs and compares it with the dense blocks.
+
+    A backward pass that does not compile is so found before a training step depends on it; the second length makes
+    torch compile for any. What is saved for these backward passes is hidden from activation checkpointing, which would
+    count it among the layer's own.
+
+    Raises:
+        RuntimeError: the results differ. Whatever the compiler raises is passed on.
+    """
+    for scaled in (1, 3):
+        context = PackedContext([(100 * scaled, [60, 60]), (20, [7 * scaled])], device)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(len(context.tokens.position), n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+        *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        results = []
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            for attend in (context.flex, context.dense):
+                out = attend(*inputs, scale, softcap, 0)
+                results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+        for ours, dense in zip(*results, strict=True):
+            error = float((ours.float() - dense.float()).norm() / dense.float().norm())
+            if not error < 0.02:
+                raise RuntimeError(f"FlexAttention's results are off by {error:.2g}")

@@ -1,0 +1,194 @@
+"""Log-probability of each target token straight from hidden states and the LM-head weight.
+
+The vocabulary is swept in tiles, so no ``[N, V]`` tensor exists at any time; the backward pass sweeps it a second time.
+With ``z`` the scaled logits, ``p = softmax(z)`` and the entropy ``H``, the gradient of a loss with respect to z is
+
+    dz = g_logp (1[target] - p) + g_lse p - g_H p (log p + H)
+
+Rows whose upstream gradients are zero are left out of the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolx_kernels.ops import library
+from toolx_kernels.ops.lm_head import head as heads
+from toolx_kernels.ops.lm_head import sweep_torch, tiles
+from toolx_kernels.ops.lm_head.gradients import recompute_gradients
+from toolx_kernels.ops.lm_head.head import (
+    Head,
+    VocabShard,
+    as_given,
+    blocks,
+    check_first_derivative,
+    check_head,
+    check_values,
+    make_head,
+    reducer,
+    row_temperatures,
+    vocab_size_of,
+)
+from toolx_kernels.reference import TokenStats, compute_dtype
+
+
+def linear_logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N) int64
+    *,
+    temperature: float | Tensor = 1.0,  # or (N)
+    bias: Tensor | None = None,  # (V)
+    softcap: float | None = None,
+    entropy: bool = False,
+    lora_a: Tensor | None = None,  # (R, D)
+    lora_b: Tensor | None = None,  # (V, R)
+    lora_scaling: float = 1.0,
+    shard: VocabShard | None = None,
+) -> TokenStats:
+    """Log-probabilities of ``targets`` under ``softmax(softcap(hidden @ weight.T + bias) / temperature)``.
+
+    Args:
+        hidden: (N, D) in fp32, bf16, fp16 or float64; row n predicts ``targets[n]``.
+        weight: (V, D), the LM head as ``nn.Linear`` stores it.
+        temperature: a number, or one per row; positive. No gradient flows into it.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before the temperature (Gemma).
+        entropy: also return the entropy of every row, in nats.
+        lora_a, lora_b: an adapter on the head, ``lora_scaling * (hidden @ lora_a.T) @ lora_b.T`` added to the logits
+            without merging it into the weight (arXiv 2106.09685).
+        shard: which part of the vocabulary ``weight`` holds, for tensor parallelism.
+
+    Returns:
+        ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and each differentiable in
+        hidden, weight, bias and the adapter. ``lse`` is that of the scaled logits.
+
+    Raises:
+        InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
+            positive. On a GPU the check of values waits for the device.
+    """
+    check_head(hidden, weight, targets, bias, lora_a, lora_b, softcap, shard)
+    logprobs, lse, entropies = torch.ops.toolx.linear_logprob(
+        hidden, weight, targets, row_temperatures(temperature, hidden, targets), bias, lora_a, lora_b, lora_scaling,
+        softcap or 0.0, -1 if shard is None else shard.key, entropy,
+    )  # fmt: skip
+    return TokenStats(logprobs, lse, entropies if entropy else None)
+
+
+def statistics(
+    head: Head, *, entropy: bool, shard: int, workspace_mib: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N) each: log-prob, log-sum-exp and entropy (empty unless asked for); logits of any size, 2 NDV."""
+    n_rows, dim = head.hidden.shape
+    plan = tiles.forward_plan(
+        n_rows, vocab_size_of(head.weight, shard), dim, head.hidden.device, workspace_mib=workspace_mib
+    )
+    parts = []
+    for rows in blocks(n_rows, plan.rows):
+        chunk = head.rows(rows)
+        sweep = heads.sweeps(chunk)
+        target_logits = sweep.target_logits(chunk)
+        parts.append((target_logits, *sweep.online_sums(chunk, target_logits, plan, entropy=entropy)))
+    if not parts:
+        empty = head.scale.new_empty(0)
+        return empty, empty, empty
+    target, top, total, moment = (torch.cat(part) for part in zip(*parts, strict=True))
+    if shard >= 0:
+        all_reduce = reducer(shard)
+        whole_top = all_reduce(top.clone(), "max")
+        shift = (top - whole_top).clamp_(min=sweep_torch.LOG_OF_NOTHING)
+        rescale = shift.exp()
+        target, total, moment = all_reduce(
+            torch.stack([target, rescale * total, rescale * (moment + shift * total)]), "sum"
+        )
+        top = whole_top
+    log_total = total.log()
+    lse = top + log_total
+    return target - top - log_total, lse, log_total - moment / total if entropy else lse.new_empty(0)
+
+
+@as_given
+def _forward(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard, entropy):
+    check_values(targets, temperature, vocab_size_of(weight, shard))
+    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    return statistics(head, entropy=entropy, shard=shard)
+
+
+@as_given
+def _backward(
+    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
+):  # fmt: skip
+    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    live = (grad_logprobs != 0) | (grad_lse != 0)
+    if entropy.numel():
+        live |= grad_entropy != 0
+    rows = live.nonzero().squeeze(1)
+    spread = None
+    if len(rows) < len(targets):
+        head, spread = head.rows(rows), (rows, len(targets))
+        logprobs, lse, grad_logprobs, grad_lse = (x[rows] for x in (logprobs, lse, grad_logprobs, grad_lse))
+        if entropy.numel():
+            entropy, grad_entropy = entropy[rows], grad_entropy[rows]
+    return recompute_gradients(
+        head, (lora_a, lora_scaling), logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
+        workspace_mib, spread,
+    )  # fmt: skip
+
+
+def _fake_forward(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard, entropy):
+    stats = [hidden.new_empty(targets.shape, dtype=compute_dtype(hidden)) for _ in range(3)]
+    return stats[0], stats[1], stats[2] if entropy else stats[2].new_empty(0)
+
+
+def fake_gradients(hidden, weight, bias, lora_a, lora_b, needs):
+    return tuple(
+        like.new_empty(like.shape) if need else hidden.new_empty(0)
+        for like, need in zip((hidden, weight, bias, lora_a, lora_b), needs, strict=True)
+    )
+
+
+def _fake_backward(
+    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
+):  # fmt: skip
+    return fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
+    check_first_derivative(grad_logprobs)
+    *tensors, logprobs, lse, entropy = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    needs = [needed[0], needed[1], needed[4], needed[5], needed[6]]
+    grads = torch.ops.toolx.linear_logprob_backward(
+        *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, logprobs, lse, entropy, grad_logprobs, grad_lse,
+        grad_entropy, needs,
+    )  # fmt: skip
+    hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return hidden, weight, None, None, bias, lora_a, lora_b, None, None, None, None
+
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float lora_scaling, float softcap, int shard"
+)
+library.define(
+    f"linear_logprob({HEAD_SCHEMA}, bool entropy) -> (Tensor, Tensor, Tensor)",
+    default=_forward,
+    fake=_fake_forward,
+    triton=_forward,
+)
+library.define(
+    f"linear_logprob_backward({HEAD_SCHEMA}, Tensor logprobs, Tensor lse, Tensor entropy, Tensor grad_logprobs, "
+    "Tensor grad_lse, Tensor grad_entropy, bool[] needs, int? workspace_mib=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    default=_backward,
+    fake=_fake_backward,
+    triton=_backward,
+)
+torch.library.register_autograd("toolx::linear_logprob", _differentiate, setup_context=_save, lib=library.library)

@@ -1,0 +1,198 @@
+"""From a sweep's partial sums to everything the objective says of a row: one small step between the big GEMMs.
+
+With d = z - anchor and s = sum of exp(d): lse = anchor + log s, entropy = log s - (sum of exp(d) d) / s. The objective
+(``losses``) turns them into the row's loss and into its two coefficients, d loss / d logprob and d loss / d entropy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from toolx_kernels.ops.lm_head import objective as losses
+from toolx_kernels.ops.lm_head.head import Head, pick
+from toolx_kernels.ops.lm_head.objective import Objective, dual, in_torch, policy_objective
+from toolx_kernels.reference import GRPOLossConfig
+
+try:
+    import triton
+    import triton.language as tl
+
+    from toolx_kernels.ops.lm_head.sweep_triton import per_row_kernel
+except ImportError:  # a CPU build of torch brings no triton
+    triton = None
+
+
+class RowVectors(NamedTuple):
+    """What the objective knows of each row beside its log-prob."""
+
+    advantages: Tensor  # (n)
+    weights: Tensor  # (n) share of the loss
+    old: Tensor | None  # (n)
+    ref: Tensor | None  # (n)
+    sampler: Tensor | None  # (n)
+
+    def rows(self, index: slice | Tensor) -> RowVectors:
+        return RowVectors(*(pick(vector, index) for vector in self))
+
+
+class RowStatistics(NamedTuple):
+    logprobs: Tensor  # (n)
+    entropy: Tensor  # (n)
+    total: Tensor  # (n) sum of exp(z - anchor)
+
+
+class Factors(NamedTuple):
+    """What turns a row's exponentials E into the gradient of its logits. All (n).
+
+    factor: of the row. at_target: the gradient at the target, which E lacks. placed: what E must hold there for
+    ``factor * E`` to be it. alpha, beta: of ``reweigh``, which comes first if there is an entropy bonus or a softcap;
+    then they hold all of the factor, and what is left of it, 1, rounds no hidden state.
+    """
+
+    factor: Tensor
+    at_target: Tensor
+    placed: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+@dual
+def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap, HAS_ENTROPY, HAS_SOFTCAP):
+    """The :class:`Factors` of a row whose loss has the derivatives c and e in log-prob and entropy.
+
+    With p = exp(logprob): d loss / d z = c (1[target] - p) - e p (log p + entropy), per token of the vocabulary.
+    """
+    p = tl.exp(logprobs)
+    at_target = c * (1.0 - p)
+    alpha, beta = -c, 0.0 * c
+    if HAS_ENTROPY:
+        at_target = at_target - e * p * (tl.where(p > 0.0, logprobs, 0.0) + entropy)
+        alpha, beta = alpha - e * (entropy - log_total), -e
+    dead = (c == 0.0) & (beta == 0.0)  # also where the log-prob is not a number
+    factor = scale * tl.exp(-log_total)
+    if HAS_SOFTCAP:
+        ratio = target_logit / (scale * softcap)
+        at_target = at_target * (1.0 - ratio * ratio)
+    if HAS_ENTROPY or HAS_SOFTCAP:
+        alpha, beta = alpha * factor, beta * factor
+        factor = 1.0 + 0.0 * c
+    else:
+        factor = -c * factor
+    at_target = at_target * scale
+    at_target = tl.where(dead, 0.0, at_target)
+    factor = tl.where(dead, 0.0, factor)
+    return factor, at_target, tl.where(factor == 0.0, 0.0, at_target / factor), alpha, beta
+
+
+def row_statistics(total: Tensor, moment: Tensor, anchor: Tensor, target_logits: Tensor) -> RowStatistics:
+    """From the sums (n) over the whole vocabulary."""
+    log_total = total.log()
+    return RowStatistics(target_logits - anchor - log_total, log_total - moment / total, total)
+
+
+def statistics_and_objective(
+    partials: tuple[Tensor, Tensor],  # (tiles, n) each: partial sums of exp(d) and of exp(d) d
+    anchor: Tensor,  # (n)
+    target_logits: Tensor,  # (n)
+    head: Head,  # n rows
+    vectors: RowVectors,
+    config: GRPOLossConfig,
+    lengths: Tensor,  # (b) int64 rows of each completion
+    *,
+    fused: bool,
+) -> tuple[RowStatistics, Objective, Factors]:
+    """All in one kernel where ``fused``, which only a token-by-token objective allows."""
+    if fused:
+        return _fused(partials, anchor, target_logits, head, vectors, config)
+    found = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
+    objective = policy_objective(
+        found.logprobs, found.entropy, vectors.advantages, vectors.weights, old_logprobs=vectors.old,
+        ref_logprobs=vectors.ref, sampler_logprobs=vectors.sampler, lengths=lengths, config=config,
+    )  # fmt: skip
+    e = objective.entropy_coefficients
+    factors = in_torch.factors_of(
+        found.logprobs, found.entropy, found.total.log(), objective.coefficients, objective.coefficients if e is None
+        else e, target_logits, head.scale, head.softcap, e is not None, bool(head.softcap),
+    )  # fmt: skip
+    return found, objective, Factors(*factors)
+
+
+if triton is not None:
+
+    @per_row_kernel
+    def statistics_kernel(
+        total_ptr, moment_ptr,  # (n_tiles, N)
+        anchor_ptr, target_ptr, scale_ptr, advantage_ptr, share_ptr, old_ptr, ref_ptr, sampler_ptr,  # (N)
+        out_ptr,  # (16, N)
+        N, n_tiles, softcap,
+        CONFIG: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr,
+        HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    ):  # fmt: skip
+        """Adds the tiles' sums in order and applies the objective; one program for BLOCK_N rows."""
+        offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_t = tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_n = offs_n < N
+        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for t in range(0, n_tiles, BLOCK_T):
+            mask = (offs_t < n_tiles - t)[:, None] & mask_n[None, :]
+            place = (t + offs_t)[:, None] * N + offs_n[None, :]
+            total += tl.sum(tl.load(total_ptr + place, mask=mask, other=0.0), 0)
+            moment += tl.sum(tl.load(moment_ptr + place, mask=mask, other=0.0), 0)
+        row = tl.where(mask_n, offs_n, 0)
+        total = tl.where(mask_n, total, 1.0)
+        log_total = tl.log(total)
+        target_logit = tl.load(target_ptr + row)
+        logprobs = target_logit - tl.load(anchor_ptr + row) - log_total
+        entropy = log_total - moment / total
+        loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite = losses.token_objective(
+            logprobs, entropy, tl.load(advantage_ptr + row), tl.load(share_ptr + row),
+            tl.load(old_ptr + row), tl.load(ref_ptr + row), tl.load(sampler_ptr + row),
+            CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER,
+        )  # fmt: skip
+        factor, at_target, placed, alpha, beta = factors_of(
+            logprobs, entropy, log_total, coefficient, entropy_coefficient, target_logit, tl.load(scale_ptr + row),
+            softcap, HAS_ENTROPY, HAS_SOFTCAP,
+        )  # fmt: skip
+        outs = out_ptr + offs_n
+        plane = N.to(tl.int64)
+        tl.store(outs, logprobs, mask=mask_n)
+        tl.store(outs + plane, entropy, mask=mask_n)
+        tl.store(outs + 2 * plane, total, mask=mask_n)
+        tl.store(outs + 3 * plane, loss, mask=mask_n)
+        tl.store(outs + 4 * plane, coefficient, mask=mask_n)
+        tl.store(outs + 5 * plane, entropy_coefficient, mask=mask_n)
+        tl.store(outs + 6 * plane, ratio, mask=mask_n)
+        tl.store(outs + 7 * plane, clip_low.to(tl.float32), mask=mask_n)
+        tl.store(outs + 8 * plane, clip_high.to(tl.float32), mask=mask_n)
+        tl.store(outs + 9 * plane, kl, mask=mask_n)
+        tl.store(outs + 10 * plane, finite.to(tl.float32), mask=mask_n)
+        tl.store(outs + 11 * plane, factor, mask=mask_n)
+        tl.store(outs + 12 * plane, at_target, mask=mask_n)
+        tl.store(outs + 13 * plane, placed, mask=mask_n)
+        tl.store(outs + 14 * plane, alpha, mask=mask_n)
+        tl.store(outs + 15 * plane, beta, mask=mask_n)
+
+
+def _fused(
+    partials: tuple[Tensor, Tensor], anchor: Tensor, target_logits: Tensor, head: Head, vectors: RowVectors,
+    config: GRPOLossConfig,
+) -> tuple[RowStatistics, Objective, Factors]:  # fmt: skip
+    n_tiles, n_rows = partials[0].shape
+    out = anchor.new_empty(16, n_rows)
+    old, ref, sampler = (anchor if x is None else x for x in (vectors.old, vectors.ref, vectors.sampler))
+    statistics_kernel[(triton.cdiv(n_rows, 16),)](
+        *partials, anchor, target_logits, head.scale, vectors.advantages, vectors.weights, old, ref, sampler, out,
+        n_rows, n_tiles, float(head.softcap),
+        CONFIG=config, HAS_OLD=vectors.old is not None, HAS_REF=vectors.ref is not None,
+        HAS_SAMPLER=vectors.sampler is not None, HAS_ENTROPY=bool(config.entropy_coef),
+        HAS_SOFTCAP=bool(head.softcap), BLOCK_N=16, BLOCK_T=64,
+    )  # fmt: skip
+    logprobs, entropy, total, loss, coefficients, entropy_coefficients, ratio, low, high, kl, finite, *factors = out
+    objective = Objective(
+        loss, coefficients, entropy_coefficients if config.entropy_coef else None, ratio, low, high,
+        None if vectors.ref is None else kl, finite,
+    )  # fmt: skip
+    return RowStatistics(logprobs, entropy, total), objective, Factors(*factors)

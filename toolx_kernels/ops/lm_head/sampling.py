@@ -1,0 +1,228 @@
+"""Sampling the next token from hidden states and the LM head, with what the loss later needs to know of it.
+
+    z = softcap(h W^T + bias) / T        token = argmax_v z_v + Gumbel noise(stream, v)
+
+Without filters one sweep over the vocabulary does it all, and no logits (R, V) exist: the largest ``z + noise`` runs
+along with the sums of exponentials. With top-k, top-p or min-p the logits of so many rows at a time are held as fit
+a bounded workspace.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from toolx_kernels import reference
+from toolx_kernels.errors import InputError
+from toolx_kernels.ops import library
+from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head.head import as_given, blocks, check_devices, check_head, pick
+from toolx_kernels.ops.lm_head.sweep_torch import LOG_OF_NOTHING
+from toolx_kernels.reference import Sample, compute_dtype
+
+TORCH_COLUMNS = 2048  # vocabulary tile of the sweep in plain torch; a multiple of 4, as a block of random words
+TOP_P_CANDIDATES = 512
+FILTER_BYTES = 64  # of workspace a logit, measured: itself, sorted, its index, probabilities, their sums and masks
+
+
+def sample(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    streams: Tensor,  # (R, 5) int64: seed, step, row id, rollout index, position
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    bias: Tensor | None = None,  # (V)
+    softcap: float | None = None,
+) -> Sample:
+    """One token per row, its log-prob, lse, entropy and the probability mass that the filters kept.
+
+    Randomness is counter-based (``reference.gumbel_noise``): a token is a function of its stream and its
+    distribution alone, whatever else is in the batch. Temperature 0 is greedy, with log-probs at temperature 1; of
+    equal candidates the lowest id wins. Filters are those of ``reference.filter_logits``: top-k, then top-p, then
+    min-p, each on what the former left.
+
+    Logits are summed up in fp32 from inputs in bf16, fp16 or fp32, and in float64 from float64; the compiled CPU part
+    gives a row the same bits whatever rows are beside it. A logit of -inf excludes its token. A row with a NaN or
+    +inf among its logits, or with nothing but -inf, gets NaN for its log-prob, and its token, meaningless, is still
+    a valid id.
+
+    Raises InputError for shapes, dtypes and devices that do not fit together, and for settings out of range.
+    """
+    if streams.ndim != 2 or streams.shape[1] != 5 or streams.dtype != torch.int64 or len(streams) != len(hidden):
+        raise InputError(
+            f"streams {tuple(streams.shape)} of {streams.dtype} must be int64 (R, 5), one row for each of the "
+            f"{len(hidden)} rows of hidden."
+        )
+    check_devices(hidden.device, streams=streams)
+    check_head(hidden, weight, streams[:, 0], bias, None, None, softcap, None)
+    if len(weight) == 0:
+        raise InputError("weight has no rows: there must be a token to sample.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature} must be 0, for greedy, or positive and finite.")
+    if top_k < 0:
+        raise InputError(f"top_k={top_k} must be 0, for no such filter, or positive.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p} must lie in (0, 1], where 1 is no such filter.")
+    if not 0 <= min_p <= 1:
+        raise InputError(f"min_p={min_p} must lie in [0, 1], where 0 is no such filter.")
+    outputs = torch.ops.toolx.sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, softcap or 0.0)
+    return Sample(*outputs)
+
+
+@as_given
+def _sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, softcap) -> tuple[Tensor, ...]:
+    dtype, vocab_size = compute_dtype(hidden), len(weight)
+    weight = weight if weight.stride(1) == 1 or hidden.device.type != "cpu" else weight.contiguous()
+    hidden = hidden.to(dtype).contiguous() if hidden.device.type == "cpu" else hidden
+    streams = streams.contiguous() if temperature else None
+    head = weight, temperature or 1.0, None if bias is None else bias.to(dtype).contiguous(), softcap
+    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    stats = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
+    kept_mass = torch.ones_like(stats[0])
+    if 0 < top_k < vocab_size or top_p < 1 or min_p > 0:
+        _draw_filtered(hidden, streams, head, (top_k, top_p, min_p), tokens, stats, kept_mass)
+    else:
+        _sweep(hidden, streams, head, tokens, stats)
+    return tokens, *(row.clone() for row in stats), kept_mass  # an operator's results share no memory
+
+
+def kernels(dtype: torch.dtype):
+    """What has the functions sample_sweep and add_gumbel for sums in this dtype."""
+    return torch.ops.toolx if dtype == torch.float32 else sys.modules[__name__]
+
+
+def _sweep(hidden, streams, head, tokens, stats, logits=None) -> None:
+    weight, temperature, bias, softcap = head
+    kernels(stats.dtype).sample_sweep(hidden, weight, streams, temperature, bias, softcap, tokens, stats, logits)
+
+
+def _draw_filtered(hidden, streams, head, filters, tokens, stats, kept_mass) -> None:
+    """Writes what sample returns, rows after rows in a bounded workspace."""
+    vocab_size, on_cpu = len(head[0]), hidden.device.type == "cpu"
+    budget = tiles.default_workspace_bytes(hidden.device)
+    rows_at_once = max(1, budget * 4 // (FILTER_BYTES * vocab_size * stats.itemsize))
+    for rows in blocks(len(hidden), rows_at_once):
+        n = rows.stop - rows.start
+        # torch adds up a lone row in an order that changes from run to run on a GPU: it goes along twice
+        logits = stats.new_zeros(max(n, 1 if on_cpu else 2), vocab_size)
+        part = stats.new_empty(3, n)
+        _sweep(hidden[rows], None, head, tokens[rows], part, logits[:n])
+        kept = filter_logits(logits, *filters)[:n]
+        kept_mass[rows] = (kept.logsumexp(-1) - part[1]).exp()
+        if streams is not None:
+            kept = kept.clone() if kept.data_ptr() == logits.data_ptr() else kept
+            kernels(stats.dtype).add_gumbel(kept, streams[rows])
+        chosen = kept.argmax(-1)
+        part[0] = logits[:n].gather(-1, chosen[:, None]).squeeze(-1) - part[1]
+        tokens[rows], stats[:, rows] = chosen, part
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """``reference.filter_logits``. On a CPU, where sorting the vocabulary would take most of the time, top-p looks at
+    the largest logits alone if in all rows they hold enough of the probability."""
+    if top_p < 1 and logits.device.type == "cpu":
+        logits = reference.filter_logits(logits, top_k, 1.0, 0.0)
+        top_k = 0
+        largest = logits.topk(min(TOP_P_CANDIDATES, logits.shape[1])).values
+        probs = (largest - logits.logsumexp(-1, keepdim=True)).exp()
+        inside = (probs.cumsum(-1) - probs) < top_p
+        if probs.isfinite().all() and not inside[:, -1].any():
+            inside[:, 0] = True
+            bound = largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+            logits = logits.masked_fill(logits < bound, -torch.inf)
+            top_p = 1.0
+    return reference.filter_logits(logits, top_k, top_p, min_p)
+
+
+def sample_sweep(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    streams: Tensor | None,  # (R, 5) int64, or None for no noise
+    temperature: float,
+    bias: Tensor | None,  # (V)
+    softcap: float,
+    tokens: Tensor,  # (R) int64, written
+    stats: Tensor,  # (3, R) written: the token's log-prob, lse and entropy
+    logits: Tensor | None,  # (R, V) written, where it is given
+) -> None:
+    """The token with the largest ``z + noise`` and what is known of its distribution; stats and logits in the dtype
+    of the sums."""
+    top = torch.full_like(stats[0], torch.finfo(stats.dtype).min)
+    total, moment = torch.zeros_like(stats[:2])
+    best = torch.full_like(top, -torch.inf)
+    chosen = torch.full_like(top, -torch.inf)
+    tokens.zero_()
+    for columns in blocks(len(weight), TORCH_COLUMNS):
+        z = reference.linear_logits(hidden, weight[columns], temperature, pick(bias, columns), softcap)
+        if logits is not None:
+            logits[:, columns] = z
+        score = z
+        if streams is not None:
+            score = z + reference.gumbel_noise(streams, z.shape[1], columns.start).to(z.dtype)
+        at = score.argmax(1, keepdim=True)
+        value = score.gather(1, at).squeeze(1)
+        better = value > best
+        best = torch.where(better, value, best)
+        chosen = torch.where(better, z.gather(1, at).squeeze(1), chosen)
+        tokens.copy_(torch.where(better, at.squeeze(1) + columns.start, tokens))
+        new_top = torch.maximum(top, z.amax(1))
+        shift = (top - new_top).clamp_(min=LOG_OF_NOTHING)
+        d = (z - new_top[:, None]).clamp_(min=LOG_OF_NOTHING)
+        exp = d.exp()
+        moment = shift.exp() * (moment + shift * total) + torch.linalg.vecdot(exp, d)
+        total = shift.exp() * total + exp.sum(1)
+        top = new_top
+    log_total = total.log()
+    stats[0] = chosen - top - log_total
+    stats[1] = top + log_total
+    stats[2] = log_total - moment / total
+
+
+def add_gumbel(logits: Tensor, streams: Tensor) -> None:
+    """Adds the noise of streams (R, 5) to logits (R, V) in place."""
+    for columns in blocks(logits.shape[1], TORCH_COLUMNS):
+        logits[:, columns] += reference.gumbel_noise(streams, columns.stop - columns.start, columns.start)
+
+
+def _on_gpu(name: str):
+    """The function of sampling_triton, imported where it is first called: triton may be absent."""
+
+    def launch(*arguments) -> None:
+        from toolx_kernels.ops.lm_head import sampling_triton
+
+        getattr(sampling_triton, name)(*arguments)
+
+    return launch
+
+
+def _fake(hidden, weight, streams, *_):
+    stats = [hidden.new_empty(hidden.shape[:1], dtype=compute_dtype(hidden)) for _ in range(4)]
+    return streams.new_empty(hidden.shape[:1]), *stats
+
+
+library.define(
+    "sample(Tensor hidden, Tensor weight, Tensor streams, float temperature, int top_k, float top_p, float min_p, "
+    "Tensor? bias, float softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    default=_sample,
+    fake=_fake,
+    triton=_sample,
+)
+library.define(
+    "sample_sweep(Tensor hidden, Tensor weight, Tensor? streams, float temperature, Tensor? bias, float softcap, "
+    "Tensor(a!) tokens, Tensor(b!) stats, Tensor(c!)? logits) -> ()",
+    default=sample_sweep,
+    fake=lambda *_: None,
+    triton=_on_gpu("sample_sweep"),
+)
+library.define(
+    "add_gumbel(Tensor(a!) logits, Tensor streams) -> ()",
+    default=add_gumbel,
+    fake=lambda logits, streams: None,
+    triton=_on_gpu("add_gumbel"),
+)

@@ -1,0 +1,186 @@
+"""One sweep over the vocabulary for the loss and its gradients; ``linear_grpo`` has the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolx_kernels.ops.lm_head import head as heads
+from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head.gradients import Gradients
+from toolx_kernels.ops.lm_head.head import Head, blocks, reducer, vocab_size_of
+from toolx_kernels.ops.lm_head.objective import Objective, needs_whole_batch, needs_whole_sequences
+from toolx_kernels.ops.lm_head.per_row import Factors, RowStatistics, RowVectors, statistics_and_objective
+from toolx_kernels.reference import GRPOLossConfig
+
+LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
+
+
+class Batch(NamedTuple):
+    """The rows that are computed, n of N, and what belongs to them."""
+
+    head: Head
+    lora: tuple[Tensor | None, float]  # lora_a and its scaling
+    vectors: RowVectors
+    lengths: Tensor  # (B) int64, their rows by completion, in order
+    bounds: list[int]  # (B + 1) rows before each completion, on the host
+    rows: Tensor  # (n) int64, where they lie among the N
+
+
+class PerRow(NamedTuple):
+    logprobs: Tensor  # (n)
+    entropy: Tensor  # (n)
+    lse: Tensor | None  # (n) of two sweeps, whose gradients may come later
+
+
+class OnItsWay:
+    """A value that is copied to the host, which meanwhile goes on and waits only where it reads."""
+
+    def __init__(self, value: Tensor):
+        self._value, self._copied = value, None
+        if value.device.type != "cpu":
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.current_stream(value.device).record_event()
+
+    def read(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value
+
+
+def single_sweep(
+    batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int,
+    finish: Callable[[PerRow, Objective, tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """What ``finish`` makes of the rows, their objective, and the gradients of (hidden, weight, bias, lora_a, lora_b),
+    hidden's with ``n_rows`` rows; None where the vocabulary must be swept twice.
+
+    A GPU decides that before the last chunk's GEMMs, and is asked after ``finish``: it has work until it has answered.
+    """
+    head = batch.head
+    device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
+    plan = tiles.single_sweep_plan(
+        len(head.hidden), vocab_size, head.hidden.shape[1], device, head.weight_dtype, config.workspace_mib,
+        n_tokens=n_rows, trains_weight=needs[1],
+    )  # fmt: skip
+    if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
+        return None
+    chunks = _chunks(batch, plan.rows, config)
+    if chunks is None:
+        return None
+    grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
+    sweep, all_reduce = heads.sweeps(head), reducer(shard)
+    space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
+    fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
+    target_logits = all_reduce(sweep.target_logits(head), "sum")
+    anchors = _anchors(target_logits, batch.vectors)
+    drops = device.type == "cpu" or batch.vectors.old is not None  # on-policy, no row loses its gradient
+    parts = []
+    for rows, lengths in chunks:
+        chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
+        exponentials = space[: len(chunk.hidden)]
+        sums = sweep.exponentials(chunk, target_logits[rows], anchor, exponentials, plan)
+        if shard >= 0:
+            sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
+        found, objective, factors = statistics_and_objective(
+            sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
+        )
+        parts.append((found, objective))
+        if device.type == "cpu" and not _anchored(found.total):
+            return None
+        if rows.stop == len(head.hidden):
+            anchored = OnItsWay(_anchored(torch.cat([found.total for found, _ in parts])))
+        dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, drops=drops)
+        # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
+        drops = drops and (dropped or device.type == "cpu")
+    del space, exponentials
+    found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
+    objective = Objective(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
+    )
+    spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
+    per_row = PerRow(found.logprobs, found.entropy, None)
+    results = finish(per_row, objective, grads.results(spread, shard))
+    return results if anchored.read() else None
+
+
+def _anchored(total: Tensor) -> Tensor:
+    """() bool: whether every anchor was near enough to its log-sum-exp, which must be a number."""
+    return (total.log().abs() < LARGEST_LOG_SUM).all()
+
+
+def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
+    """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
+    does not fit."""
+    lengths, bounds = batch.lengths, batch.bounds
+    if not needs_whole_sequences(config):
+        return [(rows, lengths[:0]) for rows in blocks(bounds[-1], size)]
+    chunks, first, start = [], 0, 0
+    for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if high - low > size:
+            return None
+        if high - start > size:
+            chunks.append((slice(start, low), lengths[first:b]))
+            first, start = b, low
+    return [*chunks, (slice(start, bounds[-1]), lengths[first:])] if bounds[-1] > start else chunks
+
+
+def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
+    """A guess at each row's log-sum-exp: what an earlier log-prob of the target implies, or the target's own logit
+    (targets are sampled, so it is rarely more than a few nats below)."""
+    earlier = vectors.old if vectors.old is not None else vectors.sampler
+    if earlier is None:
+        return target_logits
+    return target_logits - torch.where((earlier > -LARGEST_LOG_SUM) & (earlier <= 0), earlier, 0)
+
+
+def _add_gradients(
+    grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
+    rows: slice, plan: tiles.Plan, *, drops: bool,
+) -> bool:  # fmt: skip
+    """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
+    dropped, if ``drops``, that the objective gives no gradient."""
+    sweep = heads.sweeps(chunk)
+    c, e = objective.coefficients, objective.entropy_coefficients
+    index = torch.arange(rows.start, rows.stop, device=c.device)
+    order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep) if drops else None
+    if order is not None:
+        chunk, index, anchor = chunk.rows(order), index[order], anchor[order]
+        exponentials = exponentials[: len(order)]
+        factors = Factors(*(part[order] for part in factors))
+    if len(index) == 0:
+        return True
+    if e is not None or chunk.softcap:
+        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
+    columns = blocks(len(chunk.weight), plan.columns)
+    for total, weight in ((grads.hidden, chunk.weight), (grads.features, chunk.lora_b)):
+        if total is not None:
+            part = torch.empty(len(index), total.shape[1], dtype=total.dtype, device=total.device)
+            for block in columns:
+                grads.multiply(part, exponentials[:, block], weight[block], fresh=block.start == 0)
+            sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
+    sweep.place_targets(chunk, exponentials, factors.placed)
+    grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
+    return order is not None
+
+
+def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
+    """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
+
+    A few dead rows cost less than moving others into their places. A GPU is waited for once, to count.
+    """
+    order = torch.arange(len(live), device=live.device)
+    n_live = live.sum()
+    n_kept, n_holes = torch.stack([n_live, (~live & (order < n_live)).sum()]).tolist()
+    if 8 * n_kept > 7 * len(live):
+        return None
+    order = order[:n_kept]
+    holes = (~live[:n_kept]).nonzero_static(size=n_holes).squeeze(1)
+    movers = live.nonzero_static(size=n_kept).squeeze(1)[n_kept - n_holes :]
+    sweep.move_rows(exponentials, movers, holes)
+    order[holes] = movers
+    return order

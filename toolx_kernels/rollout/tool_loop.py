@@ -1,0 +1,287 @@
+"""Rollouts of several turns: the model calls tools, reads what they answer, and goes on.
+
+    all episodes: one engine call a turn -> parse the calls -> run them, in parallel -> append what came back -> again
+
+An episode is one completion that grows: the tokens of each turn as they were sampled, and between two turns the tokens
+with which the chat template shows tool results, which are context and never trained. The whole is bounded by
+``max_new_tokens`` as TRL's is by ``max_completion_length``, tool results included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.parse import parse_calls
+from toolx_kernels.toolcall.render import render_text, shows_tools
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.tools import Session, Toolbox, error_text
+from toolx_kernels.train.groups import Rollout
+from toolx_kernels.train.rows import Prompts
+
+MALFORMED = error_text("malformed tool call")
+_TURN, _RESULT = "what the assistant wrote", "what the tool returned"
+
+
+@dataclass(slots=True, eq=False)
+class _Episode:
+    """One rollout on its way."""
+
+    place: int  # of its prompt in the call
+    row_id: int
+    index: int  # of the rollout
+    prompt: Sequence[int]
+    session: Session
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # of the turns
+    messages: list[dict] = field(default_factory=list)
+    finish_reason: str = ""
+    calls: list[dict] | None = None  # of the turn that ended last; None: malformed
+
+    def write(self, completion: Completion, text: str) -> None:
+        """Takes in a turn of the model's."""
+        self.ids += completion.ids
+        self.logprobs += completion.logprobs
+        self.entropies += completion.entropies
+        self.mask += [True] * len(completion.ids)
+        self.texts.append(text)
+        self.messages.append({"role": "assistant", "content": text})
+
+    def read(self, messages: list[dict], ids: list[int]) -> None:
+        """Takes in what tools returned, and its tokens."""
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.entropies += [0.0] * len(ids)
+        self.mask += [False] * len(ids)
+        self.messages += messages
+
+    def rollout(self) -> Rollout:
+        mask = None if all(self.mask) else self.mask
+        text = "\n".join(self.texts)
+        return Rollout(self.ids, self.logprobs, self.entropies, mask, text, self.messages, self.finish_reason)
+
+
+class ToolLoop:
+    """Samples episodes in which tools are called, from prompts whose rows ``offer`` has prepared.
+
+    Args:
+        engine, tokenizer, prompts: of the model; ``prompts`` knows its context.
+        tools, environment_factory: see ``Toolbox``; the names and habits are TRL's.
+        max_turns: turns of the model in one episode; the calls of the last one are not run. (TRL's
+            ``max_tool_calling_iterations`` counts the rounds of calls in between: one less.)
+        tool_timeout: seconds that one call may take.
+
+    An episode ends with a turn without calls ("stop"), a turn that is cut off, or results that leave no room for a
+    further token, which are then left out ("length"), or at the turn limit ("turns"). Calls that are malformed, unknown
+    or wrong, fail or take too long come back to the model as ``{"error": "..."}``.
+
+    Raises:
+        InputError: ``max_turns`` below 1, tools that do not fit (see ``Toolbox``), or a chat template that leaves out
+            what the assistant said.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        *,
+        tools: Sequence[Callable] = (),
+        environment_factory: Callable[[], Any] | None = None,
+        max_turns: int,
+        tool_timeout: float,
+    ):
+        if max_turns < 1:
+            raise InputError(f"max_turns={max_turns} must be at least 1: an episode has a turn of the model.")
+        _after_turn(tokenizer, [])
+        self.engine, self.tokenizer, self.context, self.max_turns = engine, tokenizer, prompts.context, max_turns
+        self.toolbox = Toolbox(tools, environment_factory, timeout=tool_timeout)
+
+    def offer(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the schemas of our tools and what ``reset`` says, for making prompts; see ``Toolbox.offer``."""
+        return self.toolbox.offer(rows)
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        row_ids: Sequence[int],
+        step: int = 0,
+        first_rollout: int | Sequence[int] = 0,
+        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+    ) -> list[list[Rollout]]:
+        """``n`` episodes of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``.
+
+        A token is a function of (seed, step, row id, rollout index, position), whatever else is sampled with it.
+
+        ``on_rollout(place, rollout index, rollout)`` hears of each episode that ends by itself; True cancels the rest
+        of its group ("cancelled"): in the first turn at once, later at the end of their turn.
+        """
+        sessions = iter(self.toolbox.open([row for row in rows for _ in range(n)]))
+        firsts = [first_rollout] * len(prompts) if isinstance(first_rollout, int) else first_rollout
+        groups = [
+            [_Episode(place, row_id, first + i, prompt, next(sessions)) for i in range(n)]
+            for place, (prompt, row_id, first) in enumerate(zip(prompts, row_ids, firsts, strict=True))
+        ]
+        solved: set[int] = set()  # places whose group is not needed any more
+
+        def end(episode: _Episode, reason: str) -> bool:
+            episode.finish_reason = reason
+            if on_rollout is not None and on_rollout(episode.place, episode.index, episode.rollout()):
+                solved.add(episode.place)
+            return episode.place in solved
+
+        def going_on() -> list[_Episode]:
+            return [e for group in groups for e in group if not e.finish_reason and e.place not in solved]
+
+        turn = groups  # the episodes of an entry have their tokens in common
+        while turn:
+            self._write(turn, params, step, end)
+            self._use_tools(going_on(), params, end)
+            turn = [[episode] for episode in going_on()]
+        for episode in (e for group in groups for e in group):
+            episode.finish_reason = episode.finish_reason or "cancelled"
+        return [[episode.rollout() for episode in group] for group in groups]
+
+    def _write(self, turn: list[list[_Episode]], params: SamplingParams, step: int, end: Callable) -> None:
+        """One turn of the model's in all episodes of ``turn``."""
+
+        def ended(place: int, index: int, completion: Completion) -> bool:
+            episode = turn[place][index - turn[place][0].index]
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            episode.write(completion, text)
+            episode.calls = parse_calls(text)
+            if completion.finish_reason == "length":
+                return end(episode, "length")
+            if episode.calls == []:
+                return end(episode, "stop")
+            return len(episode.texts) == self.max_turns and end(episode, "turns")
+
+        leaders = [episodes[0] for episodes in turn]
+        sampled = self.engine.generate(
+            [[*leader.prompt, *leader.ids] for leader in leaders],
+            len(turn[0]),
+            params,
+            row_ids=[leader.row_id for leader in leaders],
+            step=step,
+            first_rollout=[leader.index for leader in leaders],
+            limits=[params.max_new_tokens - len(leader.ids) for leader in leaders],
+            on_completion=ended,
+        )
+        for episodes, group in zip(turn, sampled, strict=True):
+            for episode, completion in zip(episodes, group.completions, strict=True):
+                if completion.finish_reason == "cancelled":
+                    episode.write(completion, self.tokenizer.decode(completion.ids, skip_special_tokens=True))
+
+    def _use_tools(self, episodes: list[_Episode], params: SamplingParams, end: Callable) -> None:
+        """Runs the calls of all episodes and appends what they return."""
+        results = self.toolbox.answer([(episode.session, episode.calls or []) for episode in episodes])
+        for episode, texts in zip(episodes, results, strict=True):
+            names = [call["name"] for call in episode.calls or []]
+            messages = [
+                {"role": "tool", "name": name, "content": text}
+                for name, text in zip(names or ["unknown"], texts or [MALFORMED], strict=True)
+            ]
+            ids = tool_turn_ids(self.tokenizer, messages, params.stop_token_ids)
+            length = len(episode.ids) + len(ids)
+            if length < params.max_new_tokens and len(episode.prompt) + length < self.context:
+                episode.read(messages, ids)
+            else:
+                end(episode, "length")
+
+
+def tool_turn_ids(
+    tokenizer: PreTrainedTokenizerBase, results: Sequence[dict], stop_token_ids: Sequence[int]
+) -> list[int]:
+    """The tokens from the end of an assistant's turn to the beginning of its next one, with tool messages in between.
+
+    They are those with which the chat template shows ``results`` (``{"role": "tool", "name", "content"}``), followed by
+    the header of the next turn. A template that shows no tools, or takes no tool messages, gets Qwen's form, a user
+    message with a ``<tool_response>`` block for each result. The token that ended the turn, one of ``stop_token_ids``,
+    is not among them: the model wrote it.
+    """
+    own_role, end = _conventions(tokenizer, tokenizer.chat_template, tuple(stop_token_ids))
+    shown = list(results) if own_role else [_as_user(results)]
+    tail = _after_turn(tokenizer, shown)
+    if not end:
+        return tokenizer(tail, add_special_tokens=False)["input_ids"]
+    # with the token before it, as what stands first in a text may be cut differently
+    return tokenizer(tail[tail.index(end) :], add_special_tokens=False)["input_ids"][1:]
+
+
+def supervised_episode(
+    tokenizer: PreTrainedTokenizerBase, row: Row, turns: Sequence[dict]
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a whole episode to imitate, and which of them the model is to write.
+
+    ``turns`` are chat messages as in ``Rollout.messages``: turns of the assistant, each but the last followed by the
+    tool messages that answer it. Each ends with the end-of-turn token.
+
+    Raises:
+        InputError: the messages are not of this form; names ``row``.
+    """
+    roles = [message["role"] for message in turns]
+    if not re.fullmatch("assistant( (tool )+assistant)*", " ".join(roles)):
+        raise InputError(
+            f"The turns to imitate for row {row.id!r} have the roles {', '.join(roles) or 'of nobody'}: begin and end "
+            "with the assistant, and let tool messages answer each of its other turns."
+        )
+    ids: list[int] = []
+    mask: list[bool] = []
+    end = tokenizer.eos_token_id
+    for role, messages in groupby(turns, key=lambda message: message["role"]):
+        if role == "assistant":
+            (message,) = messages
+            new = [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], end]
+        else:
+            new = tool_turn_ids(tokenizer, list(messages), [end])
+        ids += new
+        mask += [role == "assistant"] * len(new)
+    return ids, mask
+
+
+@lru_cache(maxsize=16)
+def _conventions(
+    tokenizer: PreTrainedTokenizerBase, _template: str, stop_token_ids: tuple[int, ...]
+) -> tuple[bool, str]:
+    """Whether the template has a form of its own for tool results, and the text of the token that ends its turns, ""
+    where there is none."""
+    try:
+        result = {"role": "tool", "name": "tool", "content": _RESULT}
+        own_role = shows_tools(tokenizer) and _RESULT in _after_turn(tokenizer, [result])
+    except InputError:
+        own_role = False
+    tail = _after_turn(tokenizer, [])
+    ends = filter(None, map(tokenizer.decode, stop_token_ids))
+    return own_role, min((end for end in ends if end in tail), key=tail.index, default="")
+
+
+def _after_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> str:
+    """What the template writes after the assistant's text when ``messages`` follow and the assistant is next."""
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}, *messages]
+    _, shown, after = render_text(tokenizer, Row("", conversation, [], [])).partition(_TURN)
+    if not shown:
+        raise InputError(
+            "The chat template does not show what the assistant says, so no turn can follow: give the tokenizer a "
+            "template for text conversations."
+        )
+    return after
+
+
+def _as_user(results: Sequence[dict]) -> dict:
+    blocks = (f"<tool_response>\n{result['content']}\n</tool_response>" for result in results)
+    return {"role": "user", "content": "\n".join(blocks)}

@@ -1,0 +1,144 @@
+"""What a run samples: groups to learn from, probes, evaluations; and how many tokens that took."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from toolx_kernels.engine import SamplingParams
+from toolx_kernels.evaluate.evaluate import Judge
+from toolx_kernels.toolcall.reward_runner import RewardFunctions
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.groups import GroupPlan, Rollout, Sampler, ScoredGroup
+from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
+from toolx_kernels.train.phases import Phases
+from toolx_kernels.train.rows import Prompts
+from toolx_kernels.train.update.learner import DivergedError
+
+MAX_ROLLOUTS = 2048  # of a probe that are sampled together
+
+
+class Collector:
+    """Samples prompts of the training rows with ``sampler`` and judges what comes.
+
+    ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify", "measure" (the last probe);
+    ``unrewarded`` the rollouts to which no reward function applied, which earn 0.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Prompts,
+        sampler: Sampler,
+        judge: Judge,
+        rewards: RewardFunctions,
+        args: ToolExpanderConfig,
+        stop_token_ids: tuple[int, ...],
+        phases: Phases,
+    ):
+        self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
+        self.rewards, self.phases = rewards, phases
+        self.params = args.sampling(stop_token_ids)
+        self.tokens: Counter[str] = Counter()
+        self.unrewarded = 0
+
+    def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
+        """Samples and scores the groups of a step; all their prompts go to the engine together."""
+        size = self.args.num_generations
+        asked = [(plan, place, shown) for plan in plans for place, shown in enumerate(plan.shown)]
+        # one stream of random numbers for each prompt of a row in a step
+        prompts_of_row: Counter[int] = Counter()
+        streams = []
+        for plan, _, _ in asked:
+            streams.append(plan.row + prompts_of_row[plan.row] * len(self.rows))
+            prompts_of_row[plan.row] += 1
+        sampled = self._sample(
+            [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.sampler, "step", streams, step
+        )
+        of_plan: dict[int, ScoredGroup] = {}
+        for (plan, place, shown), rollouts in zip(asked, sampled, strict=True):
+            if place == 0:
+                of_plan[id(plan)] = ScoredGroup(plan, self.prompts.ids(self.rows[plan.row], plan.learned), [], [])
+            group = of_plan[id(plan)]
+            group.rollouts += rollouts
+            group.sampled_here += [shown == plan.learned] * len(rollouts)
+        groups = list(of_plan.values())
+        self._score(groups)
+        return groups
+
+    def attempt(self, stream: int, purpose: str, sampler: Sampler | None = None) -> Attempt:
+        """Rolls prompts out until they have a correct rollout, for ``probe``; a row leaves its wave at once then."""
+
+        def attempt(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
+            solved: list[bool] = []
+            size = max(1, MAX_ROLLOUTS // n)
+            with tqdm(total=len(asked), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
+                # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
+                for start in range(0, len(asked), size):
+                    part = asked[start : start + size]
+                    solved += self._solved(part, n, sampler or self.sampler, purpose, stream, first)
+                    bar.update(len(part))
+            return solved
+
+        return attempt
+
+    def _solved(
+        self,
+        asked: list[tuple[int, Demonstrations]],
+        n: int,
+        sampler: Sampler,
+        purpose: str,
+        stream: int,
+        first_rollout: int,
+    ) -> list[bool]:
+        solved = [False] * len(asked)
+
+        def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
+            solved[place] |= self.judge(rollout.judged, self.rows[asked[place][0]])
+            return solved[place]
+
+        streams = [row for row, _ in asked]
+        self._sample(asked, n, self.params, sampler, purpose, streams, stream, first_rollout, ends_its_group)
+        return solved
+
+    def _sample(
+        self,
+        asked: Sequence[tuple[int, Demonstrations]],
+        n: int,
+        params: SamplingParams,
+        sampler: Sampler,
+        purpose: str,
+        streams: Sequence[int],
+        step: int,
+        first_rollout: int = 0,
+        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+    ) -> list[list[Rollout]]:
+        rows = [self.rows[row] for row, _ in asked]
+        prompts = [self.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
+        with self.phases.phase("rollout" if purpose == "step" else "probe"):
+            groups = sampler.sample(
+                rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
+            )
+        for row, rollouts in zip(rows, groups, strict=True):
+            for rollout in rollouts:
+                if not math.isfinite(sum(rollout.logprobs) + sum(rollout.entropies)):
+                    raise DivergedError(f"the model's log-probs on row {row.id} are not finite")
+                self.tokens[purpose] += rollout.written
+        return groups
+
+    def _score(self, groups: Sequence[ScoredGroup]) -> None:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
+        with self.phases.phase("reward"):
+            scores = self.rewards(rows, rollouts)
+        self.unrewarded += scores.unrewarded
+        total = iter(scores.total)
+        parts = {name: iter(values) for name, values in scores.parts.items()}
+        for group in groups:
+            group.rewards = [next(total) for _ in group.rollouts]
+            group.parts = {name: [next(values) for _ in group.rollouts] for name, values in parts.items()}
+            group.correct = [self.judge(rollout.judged, self.rows[group.plan.row]) for rollout in group.rollouts]

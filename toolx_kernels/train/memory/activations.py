@@ -1,0 +1,280 @@
+"""What a decoder holds during forward and backward, found by running it on torch's meta device.
+
+Tensors of the meta device have shapes and storages but no memory, so a pass through a model of any size costs the
+time of its Python. What autograd saves is then what transformers' layers really save, RMSNorm's copies in fp32 and an
+architecture's extra norms included; no formula has to follow them. Attention alone is stood in for: which kernel
+torch takes depends on the device, and the meta device has none of them.
+
+Layers are alike, so two depths are traced and the rest is extrapolated.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.models.adapters import check_targets
+from toolx_kernels.models.bridge import AttentionContext, checkpointed, toolx_attention
+from toolx_kernels.ops.attention.packed import flex_length
+from toolx_kernels.train.update.batch import PackedGroup, pack
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of ``config`` on the meta device, in evaluation mode, with tied weights tied.
+
+    Raises:
+        InputError: transformers knows no causal LM of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # models are made by code of every kind
+        raise InputError(
+            f"No language model can be made of a {config.model_type} config ({first_line(error)}): use a Llama, Qwen2, "
+            "Qwen3 or Gemma 3 style model."
+        ) from error
+
+
+class Adapted(nn.Module):
+    """A linear layer with a LoRA adapter in fp32, as peft computes it; only its shapes matter here."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32)
+        self.up = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        return (out + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0).to(out.dtype)
+
+
+def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
+    """Freezes ``model`` and gives each linear layer but the head, or those that ``targets`` name, an adapter.
+
+    Raises:
+        InputError: a target is the head, is no linear layer or is none of the model's modules.
+    """
+    check_targets(model, targets)
+    head = model.get_output_embeddings()
+    model.requires_grad_(False)
+    linear = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    chosen = [
+        (name, module)
+        for name, module in linear
+        if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+    for name, module in chosen:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapted(module, rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that one pass holds beside weights and their gradients.
+
+    saved     after the forward: what the backward needs
+    training  the most at once in forward and backward, ``saved`` included
+    """
+
+    saved: int
+    training: int
+
+    def per_layer(self, deeper: Activations, n_more: int) -> Activations:
+        """With ``n_more`` more layers, of which ``deeper`` has one."""
+        return Activations(
+            self.saved + n_more * (deeper.saved - self.saved),
+            self.training + n_more * (deeper.training - self.training),
+        )
+
+
+def training_activations(
+    model: PreTrainedModel, groups: Sequence[PackedGroup], *, flex: bool, checkpointing: bool
+) -> Activations:
+    """Of a forward and backward over ``groups`` in the decoder of ``model``, which is on the meta device.
+
+    Args:
+        flex: attention is block-sparse over the whole pack (a GPU's), not dense over blocks of it (a CPU's).
+        checkpointing: each layer is computed again in the backward.
+    """
+    embeds = any(p.requires_grad for p in model.get_input_embeddings().parameters())
+
+    def pass_over() -> Activations:
+        context = pack(groups, "meta").context
+        positions = context.tokens.position[None]
+        again = checkpointed(model) if checkpointing else nullcontext()
+        with LiveBytes(model) as live, toolx_attention(model), again:
+            hidden = torch.empty(
+                *positions.shape, _width(model), dtype=model.dtype, device="meta", requires_grad=embeds
+            )
+            out = model.get_decoder()(
+                inputs_embeds=hidden,
+                position_ids=positions,
+                use_cache=False,
+                toolx=Flex() if flex else Dense(context),
+            ).last_hidden_state
+            saved = live.now
+            out.backward(torch.empty_like(out))
+            return Activations(saved, live.peak)
+
+    return _extrapolated(model, pass_over)
+
+
+def inference_activations(model: PreTrainedModel, n_tokens: int) -> int:
+    """The most bytes at once in a forward over ``n_tokens`` that nobody differentiates, such as a prefill."""
+
+    def pass_over() -> Activations:
+        with LiveBytes(model) as live, toolx_attention(model), torch.no_grad():
+            hidden = torch.empty(1, n_tokens, _width(model), dtype=model.dtype, device="meta")
+            positions = torch.empty(1, n_tokens, dtype=torch.long, device="meta")
+            model.get_decoder()(inputs_embeds=hidden, position_ids=positions, use_cache=False, toolx=Paged())
+            return Activations(0, live.peak)
+
+    return _extrapolated(model, pass_over).training
+
+
+def _width(model: PreTrainedModel) -> int:
+    return model.get_decoder().config.hidden_size
+
+
+def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) -> Activations:
+    decoder = model.get_decoder()
+    layers, config = decoder.layers, decoder.config
+    named = getattr(config, "layer_types", None)
+    kinds = list(named or ["alike"] * len(layers))
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # each kind brings a mask and rotary tables
+    others = [place for place in range(len(layers)) if place not in first]
+
+    def traced() -> Activations:
+        try:
+            return pass_over()
+        except Exception as error:  # and run by code that may look at numbers, which the meta device has none of
+            raise InputError(
+                f"A {config.model_type} model cannot be planned for ({first_line(error)}): a run with it tells in its "
+                "summary.json what it took."
+            ) from error
+
+    if len(others) <= 2:
+        return traced()
+
+    def of(places: list[int]) -> Activations:
+        decoder.layers = nn.ModuleList(layers[place] for place in sorted(places))
+        if named:
+            config.layer_types = [kinds[place] for place in sorted(places)]
+        return traced()
+
+    try:
+        return of([*first, others[0]]).per_layer(of([*first, *others[:2]]), len(others) - 1)
+    finally:
+        decoder.layers = layers
+        if named:
+            config.layer_types = named
+
+
+class LiveBytes(TorchDispatchMode):
+    """``now``: bytes of the storages that came into being inside and are still there; ``peak``: the most of them.
+
+    Gradients of ``model``'s parameters go as soon as they are complete: they are counted elsewhere.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, object] = {}  # by address: a weak reference, or what was there before and stays
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            self._known.setdefault(storage._cdata, storage)
+        out = function(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if (address := storage._cdata) not in self._known:
+                n_bytes = storage.nbytes()
+                self.now += n_bytes
+                self.peak = max(self.peak, self.now)
+                self._known[address] = weakref.ref(storage, partial(self._gone, address, n_bytes))
+        return out
+
+    def _gone(self, address: int, n_bytes: int, _) -> None:
+        self.now -= n_bytes
+        del self._known[address]
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Kernel(torch.autograd.Function):
+    """The memory of a fused attention kernel: it saves its arguments, its result and one fp32 number per query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        out = torch.empty_like(query)
+        log_sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, mask, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class KernelOnly(TorchFunctionMode):
+    """torch's attention on a CPU as a kernel: a boolean mask becomes numbers, once for every call."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            mask = kwargs["attn_mask"]
+            return Kernel.apply(*args, mask.to(args[0].dtype) if mask.dtype == torch.bool else mask)
+        return function(*args, **(kwargs or {}))
+
+
+class Paged:
+    """The attention context of a kernel that needs no mask as large as the scores."""
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        return Kernel.apply(query, key, value, None)
+
+
+class Flex:
+    """As ``PackedContext.flex``, which pads the pack."""
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        more = flex_length(len(query)) - len(query)
+        padded = (pad(packed, (0, 0, 0, 0, 0, more)) for packed in (query, key, value))
+        return Kernel.apply(*padded, None)[: len(query)]
+
+
+class Dense:
+    """Another context's attention with ``Kernel`` for torch's; switched on for each call, as backward calls again."""
+
+    def __init__(self, context: AttentionContext):
+        self.context = context
+
+    def attend(self, *arguments):
+        with KernelOnly():
+            return self.context.attend(*arguments)

@@ -1,0 +1,168 @@
+"""Rows for training and for evaluation, by name, and their prompts as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets import builtin, builtin_turns
+from toolx_kernels.toolcall.datasets.read import read_dataset
+from toolx_kernels.toolcall.render import render_completion, render_prompt
+from toolx_kernels.toolcall.rows import Row, with_calls
+from toolx_kernels.train.config import ToolExpanderConfig
+
+MADE_UP = {"builtin": builtin, "builtin-turns": builtin_turns}  # tasks that need no data, by name
+MADE_UP_TRAIN_ROWS = 640
+MADE_UP_EVAL_ROWS = 480
+
+
+def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows as the config names them.
+
+    A built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
+    ``eval_dataset`` is given.
+    """
+    if made_up := MADE_UP.get(config.dataset):
+        train = made_up.train_rows(config.train_rows or MADE_UP_TRAIN_ROWS, config.seed)
+    else:
+        train = _read(config.dataset)
+    if config.calls is not None:
+        train = with_calls(train, config.calls)
+    if config.eval_dataset is not None:
+        held_out = load_eval_rows(config.eval_dataset)
+    elif made_up:
+        held_out = load_eval_rows(config.dataset, config.eval_rows)
+    else:
+        train, held_out = split_rows(train, config.eval_fraction)
+    return some_rows(train, config.train_rows, config.seed), some_rows(held_out, config.eval_rows)
+
+
+def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
+    """All rows of a dataset; of a built-in task ``count`` held-out ones, always the same."""
+    if made_up := MADE_UP.get(dataset):
+        return made_up.heldout_rows(count or MADE_UP_EVAL_ROWS, seed=0)
+    return some_rows(_read(dataset), count)
+
+
+def load_demonstrations(dataset: str | None) -> list[Row]:
+    """More rows to demonstrate with, as ``demonstration_dataset`` names them."""
+    if dataset in MADE_UP:
+        raise InputError(f"demonstration_dataset={dataset} has the rows that {dataset} evaluates on: name a file.")
+    return read_dataset(dataset) if dataset else []
+
+
+def _read(dataset: str) -> list[Row]:
+    for name in dataset.split(","):
+        if name.strip() in MADE_UP:
+            raise InputError(f"{name.strip()} in {dataset!r} is made up for each run: name it alone.")
+    return read_dataset(dataset)
+
+
+def _content(row: Row) -> str:
+    return json.dumps([row.messages, row.tools, row.answer], sort_keys=True)
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Tells these rows, in this order, from any others."""
+    state = hashlib.sha256()
+    for row in rows:
+        state.update(f"{row.id}\n{_content(row)}\n".encode())
+    return state.hexdigest()
+
+
+def shared_rows(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Those of ``rows`` whose content one of ``others`` has too."""
+    contents = {_content(row) for row in others}
+    return [row for row in rows if _content(row) in contents]
+
+
+def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a row's content alone decides.
+
+    So the split outlives changes to the rest of the dataset, wherever it lies, and equal rows are on one side.
+    """
+
+    def place(row: Row) -> float:
+        return int.from_bytes(hashlib.sha256(_content(row).encode()).digest()[:8], "big") / 2**64
+
+    held_out = [row for row in rows if place(row) < fraction]
+    train = [row for row in rows if place(row) >= fraction]
+    if not train or not held_out:
+        raise InputError(
+            f"A dataset of {len(rows)} rows leaves {len(train)} to train on and {len(held_out)} to evaluate on at "
+            f"eval_fraction={fraction}: give more rows, another fraction, or an eval_dataset."
+        )
+    return train, held_out
+
+
+def some_rows(rows: list[Row], count: int | None, seed: int = 0) -> list[Row]:
+    """``count`` of the rows, drawn once, in their order."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(f"rows {seed}").sample(range(len(rows)), count))]
+
+
+class Prompts:
+    """Token ids of rows, with or without demonstrations, within a model's context."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str = ""):
+        self.tokenizer, self.context, self.instructions = tokenizer, context, instructions
+        # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address;
+        # as 4-byte numbers, since a large dataset has tens of millions of tokens
+        self._cache: dict[int, tuple[Row, array]] = {}
+
+    def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
+        """The prompt that a rollout begins with; raw ones are kept."""
+        if demonstrations:
+            return self.render(row, demonstrations)
+        if id(row) not in self._cache:
+            self._cache[id(row)] = row, array("i", self.render(row))
+        return self._cache[id(row)][1].tolist()
+
+    def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
+        """The same, made anew; with other instructions than those of all prompts."""
+        instructions = self.instructions if instructions is None else instructions
+        return render_prompt(self.tokenizer, row, demonstrations, instructions)
+
+    def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
+        """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or
+        as many as the raw prompt leaves."""
+        room = min(room, self.context - len(self.ids(row)))
+        shown: list[Row] = []
+        for demonstration in demonstrations:
+            if len(self.ids(row, [*shown, demonstration])) + room <= self.context:
+                shown.append(demonstration)
+        return shown
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raises InputError for the first row whose raw prompt leaves no room for an answer."""
+        for row in rows:
+            if (length := len(self.ids(row))) >= self.context:
+                raise InputError(
+                    f"Row {row.id}: its prompt has {length} tokens and the model's context is {self.context}: remove "
+                    "the row or shorten its tools."
+                )
+
+    def check_answers(self, rows: Sequence[Row]) -> None:
+        """Raises InputError for the first row whose prompt and answer do not fit together."""
+        for row in rows:
+            length = len(self.ids(row)) + len(self.completion_ids(row.answer))
+            if length > self.context:
+                raise InputError(
+                    f"Row {row.id}: its prompt and answer have {length} tokens and the model's context is "
+                    f"{self.context}: remove the row, or do without a cold start."
+                )
+
+    def completion_ids(self, calls: Sequence[dict]) -> list[int]:
+        """The canonical answer as token ids, with the end-of-turn token."""
+        return self.turn_ids(render_completion(calls))
+
+    def turn_ids(self, text: str) -> list[int]:
+        """An assistant's turn as token ids, with the token that ends it."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]

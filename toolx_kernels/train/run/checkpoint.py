@@ -1,0 +1,367 @@
+"""Checkpoints: a folder ``checkpoint-<step>`` that ``from_pretrained`` opens and from which a run goes on exactly.
+
+model.safetensors, config.json, tokenizer files    as transformers writes them (of an adapter: as peft does)
+optimizer.safetensors                              the optimizer's state, by parameter name
+state.json                                         format version, size and CRC of every other file, the model's shape
+                                                   and where the run stands; its own CRC
+
+A checkpoint is written beside its place, synced to disk and renamed, so that it is whole or not there. What is read
+is checked to the last byte before anything takes it up. The sums find accidents, not forgeries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolx_kernels.engine.fingerprint import bit_sum
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
+
+FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
+STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
+
+
+class DamagedError(InputError):
+    """A file of a checkpoint is not what was written."""
+
+
+class OptimizerState(Protocol):
+    """What a checkpoint needs of an ``Updater``.
+
+    ``load_state_tensors`` copies what it is given: that may be backed by the checkpoint's file.
+    """
+
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole; reading it has changed nothing.
+
+    state        the run's, as it was given to ``save_checkpoint``
+    weights      by the names of ``weights_of``
+    optimizer    as ``OptimizerState.state_tensors`` gave it
+    """
+
+    path: Path
+    state: dict
+    weights: Mapping[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    def copy_into(self, model: PreTrainedModel, optimizer: OptimizerState) -> None:
+        _copy(self.weights, model)
+        optimizer.load_state_tensors(self.optimizer)
+
+
+# ---- which there are
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes it as if at once: what is left of an interrupted removal is not taken for a checkpoint."""
+    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def sweep(run: Path) -> None:
+    """Removes what a killed process left half-written or half-removed."""
+    for path in run.glob(".checkpoint-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in run.glob(f"checkpoint-*/{STATE_FILE}.part"):
+        path.unlink()
+
+
+# ---- writing
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds either what it held or ``text``, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: OptimizerState,
+    state: dict,
+    *,
+    keep: int,
+    keep_first: bool,
+) -> Path:
+    """Writes ``run/checkpoint-<step>`` and removes older ones beyond ``keep`` (but not the first if ``keep_first``).
+
+    Weights and optimizer change with the step alone, so they are written once a step; a checkpoint that is there
+    already gets the new ``state`` and stays as it is otherwise.
+
+    Raises:
+        InputError: the run folder is gone, or the checkpoint cannot be written (no space, no permission); the older
+            checkpoints are all there then, and nothing of the new one.
+    """
+    if not run.is_dir():
+        raise gone(run)
+    final = run / f"checkpoint-{step}"
+    tensors = optimizer.state_tensors()
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    needed += sum({tensor.data_ptr(): tensor.nbytes for tensor in weights_of(model).values()}.values())
+    try:
+        sweep(run)
+        if final.exists():
+            write_atomically(final / STATE_FILE, _signed(_record(final) | {"state": state}))
+            _sync(final)
+        else:
+            free = shutil.disk_usage(run).free
+            if free < needed:
+                raise OSError(f"{free:,} bytes are free")
+            _write(final, model, tokenizer, tensors, state)
+    except Exception as error:
+        # safetensors and tokenizers name the operating system's errors in the text alone; the latter in an Exception
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        if not run.is_dir():
+            raise gone(run) from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        older = latest_checkpoint(run)
+        raise InputError(
+            f"{final}, which needs {needed:,} bytes, could not be written ({why}); what was saved before is untouched: "
+            f"mend that, and --resume goes on from {older.name if older else 'the start'}."
+        ) from None
+    for path in checkpoints(run)[1 if keep_first else 0 : -keep]:
+        remove(path)
+    return final
+
+
+def _write(
+    final: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: dict[str, Tensor],
+    state: dict,
+) -> None:
+    beside = final.with_name(f".{final.name}.part")
+    beside.mkdir()  # without its parents: a run folder that is gone is not made again
+    try:
+        _write_weights(beside, model)
+        tokenizer.save_pretrained(beside)
+        save_file(optimizer, beside / OPTIMIZER_FILE)
+        files = {path.name: [path.stat().st_size, _crc(path)] for path in sorted(beside.iterdir())}
+        record = {"format": FORMAT, "files": files, "model_shape": model_shape(model), "state": state}
+        (beside / STATE_FILE).write_text(_signed(record), encoding="utf-8")
+        for path in (*beside.iterdir(), beside):
+            _sync(path)
+        beside.rename(final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def gone(run: Path) -> InputError:
+    return InputError(
+        f"{run} is gone, deleted or moved while the run wrote to it: put it back and pass --resume, or start anew."
+    )
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the names in the folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading
+
+
+def resumable_checkpoint(run: Path, model: PreTrainedModel) -> Checkpoint | None:
+    """The run's last checkpoint, read; None when there is none yet.
+
+    Raises:
+        InputError: it is damaged, of another format or of another model; names the older one that would serve.
+    """
+    *older, last = checkpoints(run) or [None]
+    if last is None:
+        return None
+    try:
+        return _read(last, model)
+    except DamagedError as error:
+        whole = next((path for path in reversed(older) if _is_whole(path)), None)
+        remedy = f"remove it, and --resume goes on from {whole.name}" if whole else "no older one is whole: start anew"
+        raise InputError(f"{error}: {remedy}.") from None
+
+
+def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Puts the weights of the model before RL into ``model``, in place.
+
+    Raises:
+        InputError: the checkpoint is damaged, of another format or of another model.
+    """
+    try:
+        weights = _read(checkpoint, model).weights
+    except DamagedError as error:
+        raise InputError(f"{error}: this run needs it as the model before RL, so put it back or start anew.") from None
+    _copy(weights, model)
+
+
+def check_whole(checkpoint: Path) -> dict:
+    """The content of ``state.json``, when every file of the checkpoint is what was written.
+
+    Raises:
+        DamagedError: one is not, and which.
+        InputError: the checkpoint is of another format.
+    """
+    record = _record(checkpoint)
+    for name, (size, crc) in record["files"].items():
+        path = checkpoint / name
+        try:
+            found = path.stat().st_size
+            same = found == size and _crc(path) == crc
+        except OSError as error:
+            raise DamagedError(f"{checkpoint} lacks a readable {name} ({error.strerror})") from None
+        if not same:
+            how = f"has {found:,} bytes instead of {size:,}" if found != size else "is not what was written"
+            raise DamagedError(f"{checkpoint} is damaged, its {name} {how}")
+    return record
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        check_whole(checkpoint)
+    except InputError:
+        return False
+    return True
+
+
+def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
+    record = check_whole(checkpoint)
+    there, here = record["model_shape"], model_shape(model)
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise InputError(
+                f"{checkpoint} is a checkpoint of another model: its {key} is {there.get(key)}, this model's is "
+                f"{value}; resume with the model that the run was started with."
+            )
+    try:
+        weights = _read_weights(checkpoint, model)
+        optimizer = load_file(checkpoint / OPTIMIZER_FILE)
+    except LOADING_ERRORS as error:
+        raise DamagedError(f"{checkpoint} cannot be loaded ({first_line(error)})") from None
+    for name, tensor in weights_of(model).items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            found = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+            raise InputError(
+                f"{checkpoint} is a checkpoint of another model: {name}, here {tuple(tensor.shape)}, {found} there; "
+                "resume with the model that the run was started with."
+            )
+    return Checkpoint(checkpoint, record["state"], weights, optimizer)
+
+
+def _record(checkpoint: Path) -> dict:
+    """What state.json holds, unharmed."""
+    try:
+        record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        version = record.get("format", 0)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{checkpoint} holds no readable {STATE_FILE} ({first_line(error)})") from None
+    if version != FORMAT:
+        raise InputError(
+            f"{checkpoint} has format {version}, and this version of toolx_kernels reads format {FORMAT}: resume with "
+            "the version that wrote it, or start another run folder."
+        )
+    if record.pop("crc", None) != _crc_of(record):
+        raise DamagedError(f"{checkpoint} is damaged, its {STATE_FILE} is not what was written")
+    return record
+
+
+def _signed(record: dict) -> str:
+    """A record as JSON, with its own CRC."""
+    return json.dumps(record | {"crc": _crc_of(record)}, allow_nan=False)
+
+
+def _crc_of(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+# ---- the model
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds, by name: all of them, or the adapter's of a model that has one."""
+    return adapter_tensors(model) if has_adapter(model) else model.state_dict()
+
+
+def _write_weights(folder: Path, model: PreTrainedModel) -> None:
+    if has_adapter(model):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def _read_weights(checkpoint: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    if has_adapter(model):
+        return load_file(checkpoint / WEIGHTS_FILE)
+    return type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+
+
+def _copy(weights: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, tensor in weights_of(model).items():
+            tensor.copy_(weights[name])
+
+
+def model_shape(model: PreTrainedModel) -> dict:
+    config = model.get_decoder().config
+    names = (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "tie_word_embeddings",
+    )  # fmt: skip
+    shape = {name: getattr(config, name, None) for name in names}
+    if has_adapter(model):  # which is one of these very weights
+        frozen = [bit_sum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name]
+        shape["sum of its base's weights"] = int(torch.stack(frozen).sum())
+    return shape

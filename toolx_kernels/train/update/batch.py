@@ -1,0 +1,125 @@
+"""Packing groups of completions into one sequence, each prompt once, and running the model over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from toolx_kernels.models.bridge import run_body
+from toolx_kernels.ops.attention.packed import PackedContext
+from toolx_kernels.ops.picks import Picks, take_rows
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGroup:
+    """A prompt with the completions that follow it, as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``.
+
+    ``masks`` has one entry per completion: True for each token that counts, or None where all of them do. The others,
+    of tool outputs, are context for what comes after them and no targets.
+    """
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    masks: Sequence[Sequence[bool] | None] | None = None
+
+    def part(self, completions: slice) -> PackedGroup:
+        """The prompt with some of its completions."""
+        masks = None if self.masks is None else self.masks[completions]
+        return PackedGroup(self.prompt, self.completions[completions], masks)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that pass through the model: the last one of a completion predicts nothing that is trained."""
+        return len(self.prompt) + sum(len(ids) - 1 for ids in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Groups laid end to end. Two groups ``([1, 7], [[5, 2]])`` and ``([3], [[4, 6, 2], [8]])`` pack to
+
+    input_ids    1 7 5 | 3 4 6        the prompt once, then each completion without its last token
+    positions    0 1 2 | 0 1 2        restarting behind the prompt for every completion
+    source       1 2   | 3 4 5  3     whose hidden state predicts the N completion tokens
+    targets      5 2   | 4 6 2  8
+    cu_seqlens   0 2 5 6
+    mask         None: all targets count
+    """
+
+    input_ids: Tensor  # (packed) int64
+    context: PackedContext
+    source: Tensor  # (N) int64, indexes the packed tokens
+    targets: Tensor  # (N) int64
+    cu_seqlens: Tensor  # (B + 1) int32
+    mask: Tensor | None = None  # (N) bool: the targets that the loss takes in
+
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
+        packed = run_body(model, self.input_ids, self.context.tokens.position, self.context)
+        return take_rows(packed, Picks(self.source))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of completions of one group: ``groups[group].part(completions)``."""
+
+    group: int
+    completions: slice
+
+
+def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> PackedBatch:
+    """One batch of all groups; completions keep their order, group by group."""
+    ids, source, targets, mask, bounds, lengths = [], [], [], [], [0], []
+    for group in groups:
+        masks = group.masks or [None] * len(group.completions)
+        ids += group.prompt
+        last_of_prompt = len(ids) - 1
+        for completion, counts in zip(group.completions, masks, strict=True):
+            inner = completion[:-1]
+            source += [last_of_prompt, *range(len(ids), len(ids) + len(inner))]
+            ids += inner
+            targets += completion
+            mask += [True] * len(completion) if counts is None else counts
+            bounds.append(len(targets))
+        lengths.append((len(group.prompt), [len(completion) - 1 for completion in group.completions]))
+    return PackedBatch(
+        torch.tensor(ids, device=device),
+        PackedContext(lengths, device),
+        torch.tensor(source, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(bounds, dtype=torch.int32, device=device),
+        None if all(mask) else torch.tensor(mask, device=device),
+    )
+
+
+def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[Part]]:
+    """Cuts the groups, in their order, into micro-batches of at most ``token_budget`` tokens.
+
+    A group that fits into one micro-batch is never cut. A larger one is cut into as few runs of completions as can be,
+    each behind a copy of the prompt; other groups may share the micro-batches of its first and its last run. A
+    completion that exceeds the budget together with its prompt goes alone.
+    """
+    batches: list[list[Part]] = []
+    room = 0
+
+    def add(part: Part, tokens: int) -> None:
+        nonlocal room
+        if not batches or tokens > room:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(part)
+        room -= tokens
+
+    for index, group in enumerate(groups):
+        start, tokens = 0, len(group.prompt)
+        for place, completion in enumerate(group.completions):
+            more = len(completion) - 1
+            if place > start and tokens + more > token_budget:
+                add(Part(index, slice(start, place)), tokens)
+                start, tokens = place, len(group.prompt)
+            tokens += more
+        add(Part(index, slice(start, len(group.completions))), tokens)
+    return batches
