@@ -9,7 +9,7 @@ import torch
 
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
-from toolx_kernels.reference import LOSS_TYPES, GRPOLossConfig
+from toolx_kernels.loss_config import LOSS_TYPES, GRPOLossConfig
 
 LENGTHS = [3, 0, 4, 2, 3]
 MASKED = 5

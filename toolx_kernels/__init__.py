@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from toolx_kernels.engine import RolloutEngine as RolloutEngine
     from toolx_kernels.engine import SamplingParams as SamplingParams
     from toolx_kernels.errors import InputError as InputError
+    from toolx_kernels.loss_config import GRPOLossConfig as GRPOLossConfig
     from toolx_kernels.ops.advantages import group_advantages as group_advantages
     from toolx_kernels.ops.attention.paged import kv_write as kv_write
     from toolx_kernels.ops.attention.paged import paged_attention as paged_attention
     from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss as linear_grpo_loss
     from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob as linear_logprob
     from toolx_kernels.ops.lm_head.sampling import sample as sample
-    from toolx_kernels.reference import GRPOLossConfig as GRPOLossConfig
     from toolx_kernels.reference import GRPOOutput as GRPOOutput
     from toolx_kernels.reference import Sample as Sample
     from toolx_kernels.reference import TokenStats as TokenStats

@@ -1,6 +1,12 @@
 """The one exception that means "the user can fix this", and how to tell the errors of others."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from safetensors import SafetensorError
+
+T = TypeVar("T")
+
 
 # what transformers, safetensors and torch raise over files that are damaged or of another model
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -18,13 +24,29 @@ class InputError(ValueError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory could not be had: few of those that do have a type of their own."""
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, which is not loaded here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it is not loaded here
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> T:
+    """What ``work()`` returns. Whenever it runs out of memory it is done again if ``give_back(reason)`` could give some
+    back; otherwise that error is raised. The tensors of the failed attempt are free when ``give_back`` is called."""
+    while True:
+        try:
+            return work()
+        except MEMORY_ERRORS as error:
+            if not out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # whose frames hold these tensors
+        if not give_back(first_line(failure)):
+            raise failure
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough to be quoted in a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class DivergedError(InputError):
+    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""

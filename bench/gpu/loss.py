@@ -18,10 +18,10 @@ from bench.loss.measure import Case
 from bench.loss.providers import PEERS, Floor, LiveFloor, PlainTorch, Provider, Toolx, make_problem
 from bench.plain_benchmark import PlainBenchmark
 from toolx_kernels import linear_grpo_loss, linear_logprob, reference
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.head import Head
 from toolx_kernels.ops.lm_head.tiles import TritonTile
-from toolx_kernels.reference import GRPOLossConfig
 
 VOCAB = 151_936  # Qwen2.5's
 # Largest error of a log-prob; relative (Frobenius) error of a gradient. 16-bit gradients are rounded once on their way

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from toolx_kernels.train.run.checkpoint import write_atomically
+from toolx_kernels.files import write_atomically
 from toolx_kernels.train.run.folder import RunFolder
 
 PATHS = ("checkpoint", "output_dir", "model", "dataset", "eval_dataset", "demonstration_dataset")

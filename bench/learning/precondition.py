@@ -16,17 +16,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from toolx_kernels.cli.main import parse_train
-from toolx_kernels.train.hard_sampling import (
-    Demonstrations,
-    HardSamples,
-    RandomDemonstrations,
-    VerifiedDemonstrations,
-    probe,
-)
+from toolx_kernels.cli.train import parse_train
+from toolx_kernels.files import write_atomically
+from toolx_kernels.train.demonstrators import RandomDemonstrations, VerifiedDemonstrations
+from toolx_kernels.train.hard_sampling import Demonstrations, HardSamples, probe
 from toolx_kernels.train.rounds import PROBE_STREAM, VERIFY_STREAM
 from toolx_kernels.train.rows import load_demonstrations, load_rows
-from toolx_kernels.train.run.checkpoint import write_atomically
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 

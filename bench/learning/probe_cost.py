@@ -13,7 +13,7 @@ import json
 import sys
 from tempfile import TemporaryDirectory
 
-from toolx_kernels.cli.main import parse_train
+from toolx_kernels.cli.train import parse_train
 from toolx_kernels.train.hard_sampling import probe
 from toolx_kernels.train.rounds import PROBE_STREAM
 from toolx_kernels.train.rows import load_rows

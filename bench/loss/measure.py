@@ -24,6 +24,7 @@ import torch
 
 from bench.loss.providers import PEERS, Absent, Floor, LiveFloor, Problem, Provider, Toolx, make_problem
 from toolx_kernels import reference
+from toolx_kernels.loss_config import GRPOLossConfig
 
 MIB = 2**20
 SLOW = 4  # times our time
@@ -56,7 +57,7 @@ def errors(provider: Provider, dtype: torch.dtype, device: torch.device) -> dict
     hidden, weight = (t.detach().double().requires_grad_() for t in (p.hidden, p.weight))
     truth = reference.linear_grpo_loss(
         hidden, weight, p.targets, cu_seqlens=p.cu_seqlens, advantages=p.advantages.double(),
-        config=reference.GRPOLossConfig(compute_all_logprobs=True),
+        config=GRPOLossConfig(compute_all_logprobs=True),
     )  # fmt: skip
     truth.loss.backward()
     provider.stage("both", p)()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from toolx_kernels import paged_attention
-from toolx_kernels.ops.attention.paged import _paged_attention
+from toolx_kernels.ops.attention.paged_torch import paged_attention as in_torch
 
 HEADS, KV_HEADS, DIM, PAGE = 9, 3, 64, 16
 PREFIX = 496
@@ -47,7 +47,7 @@ CASES = {
 
 def plain_torch(*tensors_and_scale, max_queries, cu_groups=None, prefix_lens=None):
     *tensors, scale = tensors_and_scale
-    return _paged_attention(*tensors, cu_groups, prefix_lens, max_queries, scale, 0.0, 0)
+    return in_torch(*tensors, cu_groups, prefix_lens, max_queries, scale, 0.0, 0)
 
 
 @pytest.mark.parametrize("provider", [paged_attention, plain_torch], ids=["toolx", "plain torch"])

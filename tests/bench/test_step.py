@@ -21,8 +21,8 @@ from bench.step.test_step import cases, scaled
 from tests.ops.cases import DEVICE
 from toolx_kernels.models.load import load_model
 from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.render import render_prompt
-from toolx_kernels.train.groups import Rollout
 
 TINY = Case("tiny", 2, 120, 4, 6)
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")

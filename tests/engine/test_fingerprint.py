@@ -5,9 +5,10 @@ import torch
 
 from tests.ops.cases import DEVICE
 from tests.small_models import small_model
-from toolx_kernels.engine.fingerprint import COLUMNS, bit_sum, fingerprint
+from toolx_kernels.engine.bit_sum import COLUMNS, bit_sum
+from toolx_kernels.engine.fingerprint import fingerprint
 
-fingerprint_triton = pytest.importorskip("toolx_kernels.engine.fingerprint_triton")
+bit_sum_triton = pytest.importorskip("toolx_kernels.engine.bit_sum_triton")
 
 
 def bits(*shape, dtype=torch.int64):
@@ -16,7 +17,7 @@ def bits(*shape, dtype=torch.int64):
 
 
 def test_the_sums_are_those_of_torch():
-    part = fingerprint_triton.ROWS * COLUMNS
+    part = bit_sum_triton.ROWS * COLUMNS
     tensors = [
         bits(1), bits(COLUMNS), bits(part - 1), bits(part), bits(part + 1), bits(3, part),
         bits(40, dtype=torch.bfloat16), bits(40, dtype=torch.bfloat16)[4:], bits(0), bits(1)[0],
@@ -25,18 +26,18 @@ def test_the_sums_are_those_of_torch():
         bits(8, 16).T,
     ]  # fmt: skip
     for chosen in (tensors, tensors[:1], tensors[10:11]):
-        assert fingerprint_triton.bit_sums(chosen).tolist() == [bit_sum(tensor).item() for tensor in chosen]
+        assert bit_sum_triton.bit_sums(chosen).tolist() == [bit_sum(tensor).item() for tensor in chosen]
 
 
 def test_a_table_serves_until_a_tensor_moves():
     tensors = [bits(100), bits(7)]
-    before = fingerprint_triton.bit_sums(tensors)
-    made = fingerprint_triton._parts.cache_info().misses
+    before = bit_sum_triton.bit_sums(tensors)
+    made = bit_sum_triton._parts.cache_info().misses
     tensors[0][99] += 1
-    after = fingerprint_triton.bit_sums(tensors)
-    assert fingerprint_triton._parts.cache_info().misses == made
+    after = bit_sum_triton.bit_sums(tensors)
+    assert bit_sum_triton._parts.cache_info().misses == made
     assert (after != before).tolist() == [True, False]
-    assert fingerprint_triton.bit_sums([tensors[0].clone(), tensors[1]]).tolist() == after.tolist()
+    assert bit_sum_triton.bit_sums([tensors[0].clone(), tensors[1]]).tolist() == after.tolist()
 
 
 def test_the_fingerprint_sees_every_bit():

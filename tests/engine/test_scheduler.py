@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolx_kernels.engine.graphs import Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.engine.pages import PagePool
-from toolx_kernels.engine.runner import Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.engine.scheduler import DecodeInputs, Row, Scheduler
 from toolx_kernels.engine.types import SamplingParams
 

@@ -12,24 +12,15 @@ from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.evaluate import check_sampling, evaluate
 from toolx_kernels.evaluate.intervals import wilson
-from toolx_kernels.evaluate.scores import (
-    Answer,
-    Scores,
-    check_new,
-    describe,
-    new_folder,
-    notes,
-    pass_at_k,
-    table,
-    write_scores,
-)
+from toolx_kernels.evaluate.scores import Answer, Scores, describe, notes, pass_at_k, table, write_scores
 from toolx_kernels.evaluate.tables import markdown
+from toolx_kernels.files import check_new, new_folder
 from toolx_kernels.models.load import load_model
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.toolcall import read_bfcl
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.groups import SingleTurn
-from toolx_kernels.train.rows import Prompts
 
 SINGLE_TURN = {
     "simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200, "live_simple": 258,

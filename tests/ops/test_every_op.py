@@ -17,7 +17,7 @@ from toolx_kernels import (
     reference,
     sample,
 )
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.loss_config import GRPOLossConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, V = 37, 72, 1003

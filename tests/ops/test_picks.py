@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.ops.cases import DEVICE
 from tests.small_models import VOCAB, small_model
-from toolx_kernels.ops.picks import Picks, embed, sum_rows, take_rows
+from toolx_kernels.models.embedding import embed
+from toolx_kernels.ops.picks import Picks, sum_rows, take_rows
 
 IDS = torch.tensor([[5, 0, 7, 5, 5, 130, 0, 7, 64]], device=DEVICE)  # 0 is the padding of the small models
 

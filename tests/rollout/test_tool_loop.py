@@ -15,10 +15,10 @@ from toolx_kernels.models.bridge import head_of, toolx_attention
 from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.rollout import tool_loop
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.tool_loop import MALFORMED, ToolLoop, supervised_episode, tool_turn_ids
 from toolx_kernels.toolcall.render import render_prompt, render_text
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.rows import Prompts
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 TOKENIZER = tiny_tokenizer()

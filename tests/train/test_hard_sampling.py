@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import DemonstrationIndex
 from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.train.demonstrators import FewShot, PlainGRPO, RandomDemonstrations, VerifiedDemonstrations
 from toolx_kernels.train.groups import GroupPlan
-from toolx_kernels.train.hard_sampling import (
-    FewShot,
-    HardSamples,
-    PlainGRPO,
-    Probe,
-    RandomDemonstrations,
-    VerifiedDemonstrations,
-    probe,
-    waves,
-)
+from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe, waves
 
 
 def raw(rows):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from toolx_kernels.ops.advantages import group_advantages
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan, Rollout, ScoredGroup
+from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.policies import ClippedLoss, DifficultyWeighted, DynamicSampling, EpochOrder, GroupRelative
 
 

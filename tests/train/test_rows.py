@@ -6,12 +6,13 @@ import pytest
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall import DemonstrationIndex
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.cold_start import cold_start_examples
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.rows import Prompts, load_demonstrations, load_eval_rows, load_rows, split_rows
+from toolx_kernels.train.rows import load_demonstrations, load_eval_rows, load_rows, split_rows
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from toolx_kernels.engine import fingerprint, fingerprint_triton
+from toolx_kernels.engine import bit_sum, bit_sum_triton
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import advantages
 from toolx_kernels.ops.attention import paged_triton
 from toolx_kernels.ops.lm_head import live_rows, per_row, sampling_triton, scaling, sweep_triton, tiles
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.ops.triton_common import OF_HEAD
 
 CHIPS = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
@@ -36,7 +37,7 @@ INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "stre
 INT64 |= {"parts_ptr", "sums_ptr", "facts_ptr", "rows_ptr"}
 INT32 = {"cu_ptr", "block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
-NARROW = sweep_triton.OF_HEAD | {  # of half precision where the head and the cache are
+NARROW = OF_HEAD | {  # of half precision where the head and the cache are
     "gradient_ptr", "query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr",
 }  # fmt: skip
 FLOATS = {"softcap", "eps", "min_std", "scale"}
@@ -47,7 +48,7 @@ def kernels() -> dict:
     """Every Triton kernel, by name."""
     kernel = type(sweep_triton.sweep_kernel)
     modules = (
-        sweep_triton, per_row, live_rows, scaling, advantages, paged_triton, sampling_triton, fingerprint_triton
+        sweep_triton, per_row, live_rows, scaling, advantages, paged_triton, sampling_triton, bit_sum_triton
     )  # fmt: skip
     return {
         name: value
@@ -152,9 +153,9 @@ def cases_without_tiles():
     write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
     yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
     yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
-    columns = triton.next_power_of_2(fingerprint.COLUMNS)
-    words = {"BLOCK_R": fingerprint_triton.ROWS_AT_ONCE, "BLOCK_C": columns, "ROWS": fingerprint_triton.ROWS}
-    constants = {**words, "COLUMNS": fingerprint.COLUMNS, "MULTIPLIER": fingerprint.MULTIPLIER}
+    columns = triton.next_power_of_2(bit_sum.COLUMNS)
+    words = {"BLOCK_R": bit_sum_triton.ROWS_AT_ONCE, "BLOCK_C": columns, "ROWS": bit_sum_triton.ROWS}
+    constants = {**words, "COLUMNS": bit_sum.COLUMNS, "MULTIPLIER": bit_sum.MULTIPLIER}
     yield "bit_sum", "bit_sum_kernel", constants, "fp32", (4, 3)
     yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 

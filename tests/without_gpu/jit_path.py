@@ -35,10 +35,10 @@ from tests.ops import cases
 from tests.ops.attention import cases as attention_cases
 from tests.without_gpu import interpreted_bf16
 from toolx_kernels import linear_grpo_loss, linear_logprob
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import advantages
 from toolx_kernels.ops.attention import paged_triton
 from toolx_kernels.ops.lm_head import sampling, sampling_triton, scaling
-from toolx_kernels.reference import GRPOLossConfig
 
 PROCESSORS = 132  # of an H100
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -11,7 +11,7 @@ from tests.without_gpu.pretended_gpu import CUDA, Graph, Stream, log, on_cpu, va
 from toolx_kernels import RolloutEngine, SamplingParams, ToolExpanderConfig, linear_grpo_loss
 from toolx_kernels.engine.runner import MAX_PREFILL_TOKENS, Runner
 from toolx_kernels.models.bridge import check_supported, checkpointed, head_of, toolx_attention
-from toolx_kernels.ops.attention import packed
+from toolx_kernels.ops.attention import packed_flex
 from toolx_kernels.train.update.adamw import make_updater
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
@@ -132,7 +132,7 @@ def test_graphs_follow_a_pool_that_moves_share_a_stream_and_compile_nothing_anew
 
 
 def test_checking_a_model_compiles_no_flex_attention(monkeypatch):
-    monkeypatch.setattr(packed, "flex_kernel", lambda: pytest.fail("it is compiled"))
+    monkeypatch.setattr(packed_flex, "kernel", lambda: pytest.fail("it is compiled"))
     check_supported(to_gpu(small_model("llama")))
 
 

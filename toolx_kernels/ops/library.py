@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-from toolx_kernels import reference
-
 DEVICES = ("CPU", "CUDA")
 COMPILED = {"CPU": "compiled C++", "CUDA": "compiled CUDA"}
 FROM_PYTHON = {"CPU": "torch, written for the CPU", "CUDA": "Triton"}
@@ -77,17 +75,3 @@ def _backend(name: str, device: str) -> str:
 
 def _has_kernel(name: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"toolx::{name}", device)
-
-
-def _kv_write_triton(*arguments) -> None:
-    from toolx_kernels.ops.attention.paged_triton import kv_write  # the ops import this file
-
-    kv_write(*arguments)
-
-
-define(
-    "kv_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
-    default=reference.kv_write,
-    fake=lambda key, value, key_cache, value_cache, slots: None,
-    triton=_kv_write_triton,
-)

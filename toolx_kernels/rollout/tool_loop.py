@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.parse import parse_calls
 from toolx_kernels.toolcall.render import render_text, shows_tools
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.tools import Session, Toolbox, error_text
-from toolx_kernels.train.groups import Rollout
-from toolx_kernels.train.rows import Prompts
 
 MALFORMED = error_text("malformed tool call")
 _TURN, _RESULT = "what the assistant wrote", "what the tool returned"

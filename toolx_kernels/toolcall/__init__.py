@@ -1,11 +1,12 @@
 """Tool calling without tensors: rows and readers, prompts, parsing and matching of calls, rewards, demonstrations."""
 
+from toolx_kernels.toolcall.bfcl_match import bfcl_match
 from toolx_kernels.toolcall.datasets.bfcl import CATEGORIES, read_bfcl
 from toolx_kernels.toolcall.datasets.read import read_dataset, read_hub, read_jsonl, rows_from
 from toolx_kernels.toolcall.datasets.report import DatasetReport, dataset_report
 from toolx_kernels.toolcall.datasets.seal_tools import read_seal_tools
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
-from toolx_kernels.toolcall.match import bfcl_match, exact_match
+from toolx_kernels.toolcall.match import exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
 from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
 from toolx_kernels.toolcall.reward_runner import RewardFunctions, Rewards

@@ -8,7 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from toolx_kernels.toolcall.match import bfcl_match, call_key
+from toolx_kernels.toolcall.bfcl_match import bfcl_match
+from toolx_kernels.toolcall.match import call_key
 from toolx_kernels.toolcall.rows import Row
 
 

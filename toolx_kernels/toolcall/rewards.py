@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from toolx_kernels.toolcall.match import bfcl_match, exact_match
+from toolx_kernels.toolcall.bfcl_match import bfcl_match
+from toolx_kernels.toolcall.match import exact_match
 from toolx_kernels.toolcall.parse import only_calls, parse_calls
 from toolx_kernels.toolcall.rows import Row
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.tool_loop import supervised_episode
 from toolx_kernels.toolcall.datasets import builtin, builtin_turns
 from toolx_kernels.toolcall.datasets.builtin import Example
@@ -14,7 +15,6 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.rows import Prompts
 from toolx_kernels.train.update.batch import PackedGroup
 
 OWN_EXAMPLES = 4  # more than three are rewarded

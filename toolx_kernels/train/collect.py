@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from toolx_kernels.engine import SamplingParams
+from toolx_kernels.errors import DivergedError
 from toolx_kernels.evaluate.evaluate import Judge
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.rollout import Rollout, Sampler
 from toolx_kernels.toolcall.reward_runner import RewardFunctions
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan, Rollout, Sampler, ScoredGroup
+from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
-from toolx_kernels.train.rows import Prompts
-from toolx_kernels.train.update.learner import DivergedError
 
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from toolx_kernels.engine.types import SamplingParams
 from toolx_kernels.errors import InputError
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.loss_config import GRPOLossConfig
 
 
 def setting(default, help: str):

@@ -8,17 +8,12 @@ rows are probed; a hard row gets demonstrations for that round, and is raw again
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan
 
 Demonstrations = tuple[Row, ...]
 # Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them correct?
@@ -178,127 +173,4 @@ class HardSamples:
 # ---- which demonstrations
 
 
-class Demonstrator(Protocol):
-    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        """Enters demonstrations for the hard rows into the table; those that get none stay raw."""
-
-
-@dataclass(slots=True)
-class RandomDemonstrations:
-    """Drawn anew for each round; never verified.
-
-    ``fitting`` cuts the demonstrations of a row down to what the model's context holds.
-    """
-
-    index: DemonstrationIndex
-    seed: int
-    per_tool: int
-    limit: int
-    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
-
-    @classmethod
-    def of(
-        cls, args: ToolExpanderConfig, index: DemonstrationIndex, fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
-    ) -> RandomDemonstrations:
-        return cls(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
-
-    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        for row in hard:
-            table.show(row, *self.draw(table.rows[row], round_index, 0), None, 1)
-
-    def draw(self, row: Row, round_index: int, attempt: int) -> tuple[Demonstrations, int]:
-        """Demonstrations for a row, and how many more there would be if the context held them."""
-        rng = random.Random(f"{self.seed} {round_index} {row.id} {attempt}")
-        chosen = self.index.choose(row, rng, per_tool=self.per_tool, limit=self.limit)
-        shown = tuple(self.fitting(row, chosen))
-        return shown, len(chosen) - len(shown)
-
-
-@dataclass(slots=True)
-class VerifiedDemonstrations:
-    """ "Better" demonstrations: drawn again until they make a model answer correctly, at most ``tries`` times.
-
-    A row for which none does stays raw. Verified demonstrations are kept as long as the row stays hard. Whose answers
-    count is up to ``attempt``: the model before RL (cautious) or the present one (bold).
-    """
-
-    random: RandomDemonstrations
-    tries: int
-    rollouts: int
-    attempt: Callable[[int], Attempt]  # of a draw's number, which gives it random streams of its own
-
-    def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        left = [row for row in hard if not table.states[row].demonstrations]
-        left = [row for row in left if self.random.index.possible(table.rows[row])]
-        for number in range(self.tries):
-            drawn = {row: self.random.draw(table.rows[row], round_index, number) for row in left}
-            asked = [(row, shown) for row, (shown, _) in drawn.items() if shown]
-            failed = set(probe(asked, self.rollouts, self.attempt(number)).hard)
-            for row, (shown, cut) in drawn.items():
-                verified = bool(shown) and row not in failed
-                table.show(row, shown if verified else (), cut, verified, number + 1)
-            left = [row for row in left if not table.states[row].verified]
-
-
 # ---- what is rolled out
-
-
-class HardSamplePolicy(Protocol):
-    """What happens to rows without a correct rollout."""
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        """Prepares the rows that a probe has just found hard."""
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        """The groups that a step samples for the row."""
-
-
-class PlainGRPO:
-    """Every row stays as it is."""
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        pass
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        return [GroupPlan(row)]
-
-
-@dataclass(slots=True)
-class FewShot:
-    """Hard rows are sampled with demonstrations in their prompt.
-
-    replace  instead of the raw prompt
-    add      besides the raw prompt, as a group of its own
-    distill  besides the raw prompt, in one group with it, and the loss scores all of it on the raw prompt: the
-             demonstrations' help goes into the weights instead of into the use of demonstrations. Beyond the paper.
-    """
-
-    form: str
-    demonstrator: Demonstrator
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        self.demonstrator.choose(table, hard, round_index)
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        shown = table.demonstrations(row)
-        if not shown:
-            return [GroupPlan(row)]
-        if self.form == "distill":
-            return [GroupPlan(row, ((), shown))]
-        replaced = GroupPlan(row, (shown,), shown)
-        return [replaced] if self.form == "replace" else [GroupPlan(row), replaced]
-
-
-def chosen_hard_sample_policy(
-    args: ToolExpanderConfig,
-    index: DemonstrationIndex,
-    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]],
-    verification: Callable[[int], Attempt],
-) -> HardSamplePolicy:
-    if args.hard_sampling == "none":
-        return PlainGRPO()
-    drawn = RandomDemonstrations.of(args, index, fitting)
-    if args.demonstrations == "random":
-        return FewShot(args.hard_sampling, drawn)
-    verified = VerifiedDemonstrations(drawn, args.demonstration_tries, args.verify_rollouts, verification)
-    return FewShot(args.hard_sampling, verified)

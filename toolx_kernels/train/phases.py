@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from toolx_kernels.train.memory.plan import PeakMemory
 
+class Phases:
+    """Seconds and peak memory of a run under the name of what is going on: "rollout", "forward", ...
 
-class Phases(PeakMemory):
-    """Adds up seconds, and keeps the most memory, under the name of what is going on: "rollout", "forward", ...
+    A phase inside another one is no part of it: its seconds are taken from it, and its peak is not its own. So the
+    seconds of all phases add up to the time spent in any. On a GPU a phase ends when its kernels have, which costs one
+    wait for the device at each change.
 
-    A phase inside another one takes its seconds from it, so those of all phases add up to the time spent in any. On a
-    GPU a phase ends when its kernels have, which costs one wait for the device at each change.
+    seconds   by phase
+    peaks     bytes by phase: on a GPU of torch's tensors; on a CPU the resident memory of the process, or, where the
+              kernel does not let its high-water mark be lowered, the largest since the process began
     """
 
     def __init__(self, device: torch.device):
-        super().__init__(device)
+        self.device = device
         self.seconds: Counter[str] = Counter()
+        self.peaks: dict[str, int] = {}
+        self._running: list[str] = []
         self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
 
     def since(self, before: Counter[str]) -> dict[str, float]:
         """The seconds that came since ``seconds`` was ``before``."""
         return {name: spent - before[name] for name, spent in self.seconds.items() if spent > before[name]}
 
     def _switch(self) -> None:
-        """Books time and peak so far for the phase that ends or is interrupted."""
+        """Books time and peak so far for the phase that ends or is interrupted, and begins anew."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            name = self._running[-1]
+            self.seconds[name] += now - self._since
+            self.peaks[name] = max(self.peaks.get(name, 0), self._peak())
         self._since = now
-        super()._switch()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:  # not Linux, or a container that does not allow it
+                pass
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
-from toolx_kernels.reference import GRPOLossConfig, GRPOOutput
+from toolx_kernels.reference import GRPOOutput
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.demonstrators import HardSamplePolicy, PlainGRPO
 from toolx_kernels.train.groups import ScoredGroup
-from toolx_kernels.train.hard_sampling import HardSamplePolicy, HardSamples, PlainGRPO, Probe, probe
+from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe
 from toolx_kernels.train.policies import PromptSampler
 
 # Probes and verifications draw from other random streams than training steps.

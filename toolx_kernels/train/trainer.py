@@ -25,11 +25,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.evaluate.evaluate import Judge, evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.adapters import add_adapter, has_adapter
 from toolx_kernels.models.load import load_model, stop_token_ids
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.rollout import Sampler
+from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
 from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
@@ -43,14 +46,8 @@ from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, SelfExemplifying
 from toolx_kernels.train.cold_start import cold_start_examples, supervised
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import Sampler, SingleTurn
-from toolx_kernels.train.hard_sampling import (
-    Attempt,
-    HardSamplePolicy,
-    HardSamples,
-    Probe,
-    chosen_hard_sample_policy,
-)
+from toolx_kernels.train.demonstrators import HardSamplePolicy, chosen_hard_sample_policy
+from toolx_kernels.train.hard_sampling import Attempt, HardSamples, Probe
 from toolx_kernels.train.memory.work import Work
 from toolx_kernels.train.policies import (
     AdvantageShaper,
@@ -63,13 +60,13 @@ from toolx_kernels.train.policies import (
 from toolx_kernels.train.records import rollout_lines, step_values
 from toolx_kernels.train.reporter import Accounts, describe_timing
 from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
-from toolx_kernels.train.rows import Prompts, digest, shared_rows
+from toolx_kernels.train.rows import digest, shared_rows
 from toolx_kernels.train.run.checkpoint import resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.run.curves import draw_curves
 from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run.state import RunState, check_reference
 from toolx_kernels.train.run.stopping import Stop
-from toolx_kernels.train.update.learner import DivergedError, Learner
+from toolx_kernels.train.update.learner import Learner
 from toolx_kernels.train.update.reference_model import FrozenModel, FrozenSampler
 from toolx_kernels.train.update.schedule import ExponentialDecay
 

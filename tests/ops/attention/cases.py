@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.cases import DEVICE, assert_as_good
 from toolx_kernels import paged_attention, reference
-from toolx_kernels.ops.attention.paged import _paged_attention as plain_torch
+from toolx_kernels.ops.attention.paged_torch import paged_attention as plain_torch
 
 SCALE = 0.3
 # What 16 bits leave to chance: both results are rounded, to different neighbours.

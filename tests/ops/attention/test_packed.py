@@ -9,17 +9,9 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.cases import DEVICE
-from toolx_kernels.ops.attention import packed
-from toolx_kernels.ops.attention.packed import (
-    FLEX_BLOCK,
-    PADDED_WORK,
-    PackedContext,
-    check_flex,
-    cut_into_blocks,
-    flex_length,
-    flex_mask,
-    like_sized,
-)
+from toolx_kernels.ops.attention import packed_flex
+from toolx_kernels.ops.attention.packed import PADDED_WORK, PackedContext, check_flex, cut_into_blocks, like_sized
+from toolx_kernels.ops.attention.packed_flex import FLEX_BLOCK, block_mask, padded_length
 
 SCALE = 0.4
 LENGTHS = [(37, [6, 0, 12, 4]), (1, [3]), (5, [9, 9]), (130, [2, 300, 8])]  # N = 526, in 6 blocks of 128
@@ -129,14 +121,14 @@ def test_every_pair_of_the_block_mask_is_a_visible_one(window):
 
 def test_a_block_mask_made_in_pieces_is_the_same(monkeypatch):
     tokens = PackedContext(LENGTHS, DEVICE).tokens
-    whole = flex_mask(tokens, 9)
-    monkeypatch.setattr(packed, "MASK_ENTRIES", 1)  # one row of blocks at a time
-    pieces = flex_mask(tokens, 9)
+    whole = block_mask(tokens, 9)
+    monkeypatch.setattr(packed_flex, "MASK_ENTRIES", 1)  # one row of blocks at a time
+    pieces = block_mask(tokens, 9)
     assert whole.kv_num_blocks.equal(pieces.kv_num_blocks) and whole.kv_indices.equal(pieces.kv_indices)
 
 
 def test_lengths_of_flex_are_few_and_whole_blocks():
-    lengths = [flex_length(n) for n in range(1, 5000)]
+    lengths = [padded_length(n) for n in range(1, 5000)]
     assert all(n <= length and length % FLEX_BLOCK == 0 for n, length in enumerate(lengths, start=1))
     assert sorted(set(lengths)) == [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
 
@@ -146,8 +138,8 @@ def flex(monkeypatch):
     """FlexAttention as a GPU would be given it; on a CPU uncompiled, which torch refuses to differentiate there."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(packed, "flex_kernel", lambda: torch_flex.flex_attention)
-    monkeypatch.setattr(packed, "_flex_gone", False)
+        monkeypatch.setattr(packed_flex, "kernel", lambda: torch_flex.flex_attention)
+    monkeypatch.setattr(packed_flex, "_gone", False)
     check_flex.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
@@ -167,7 +159,7 @@ def test_flex_computes_the_attention_of_the_whole(flex, window, softcap, heads):
 
 
 def test_attention_takes_flex_where_it_applies(flex, monkeypatch, recwarn):
-    monkeypatch.setattr(packed, "_flex_applies", lambda query: not packed._flex_gone)
+    monkeypatch.setattr(packed_flex, "applies", lambda query: not packed_flex._gone)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, _ = inputs_of(context, dtype=torch.float32)
     out = context.attend(0, *inputs, SCALE, 0.0, 7)
@@ -178,7 +170,7 @@ def test_attention_takes_flex_where_it_applies(flex, monkeypatch, recwarn):
 
 def test_flex_under_activation_checkpointing(flex, monkeypatch, recwarn):
     """The first call checks flex, backward pass and all, inside the layer that is computed again."""
-    monkeypatch.setattr(packed, "_flex_applies", lambda query: not packed._flex_gone)
+    monkeypatch.setattr(packed_flex, "applies", lambda query: not packed_flex._gone)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, upstream = inputs_of(context, dtype=torch.float32)
 
@@ -201,8 +193,8 @@ def wrong(query, key, value, *_, **__):
 
 @pytest.mark.parametrize("kernel, reason", [(fail, "no kernel for this card$"), (wrong, "results are off by")])
 def test_where_flex_fails_dense_blocks_take_over_with_one_warning(flex, monkeypatch, kernel, reason):
-    monkeypatch.setattr(packed, "_flex_applies", lambda query: not packed._flex_gone)
-    monkeypatch.setattr(packed, "flex_kernel", lambda: kernel)
+    monkeypatch.setattr(packed_flex, "applies", lambda query: not packed_flex._gone)
+    monkeypatch.setattr(packed_flex, "kernel", lambda: kernel)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, _ = inputs_of(context, dtype=torch.float32)
     with pytest.warns(UserWarning, match=reason) as seen:
@@ -215,13 +207,13 @@ def test_running_out_of_memory_is_not_a_failing_flex(flex, monkeypatch):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(packed, "_flex_applies", lambda query: True)
-    monkeypatch.setattr(packed, "flex_kernel", lambda: exhausted)
+    monkeypatch.setattr(packed_flex, "applies", lambda query: True)
+    monkeypatch.setattr(packed_flex, "kernel", lambda: exhausted)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, _ = inputs_of(context, dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
         context.attend(0, *inputs, SCALE, 0.0, 0)
-    assert not packed._flex_gone
+    assert not packed_flex._gone
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has dense blocks only")
@@ -230,7 +222,7 @@ def test_a_gpu_repeats_flex_to_the_bit(flex, dtype):
     context = PackedContext(LENGTHS, DEVICE)
     inputs, upstream = inputs_of(context, dim=64, dtype=dtype)
     first, again = (with_gradients(context.attend(0, *inputs, SCALE, 0.0, 9), inputs, upstream) for _ in range(2))
-    assert not packed._flex_gone and context.flex_masks
+    assert not packed_flex._gone and context.flex_masks
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
@@ -239,7 +231,7 @@ def test_packs_below_two_blocks_take_dense_ones_and_compile_nothing():
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     for n_tokens, flex in ((6, False), (2 * FLEX_BLOCK - 1, False), (2 * FLEX_BLOCK, True)):
         on_gpu.shape = (n_tokens, 4, 64)
-        assert packed._flex_applies(on_gpu) == flex
+        assert packed_flex.applies(on_gpu) == flex
 
 
 def test_a_cpu_and_float64_take_dense_blocks():

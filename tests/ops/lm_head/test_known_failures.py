@@ -31,12 +31,12 @@ from tests.ops.cases import (
     without_logprobs,
 )
 from toolx_kernels import reference
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import gradients as module
 from toolx_kernels.ops.lm_head import per_row, sweep_torch, tiles
 from toolx_kernels.ops.lm_head.head import make_head as head_of
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
-from toolx_kernels.reference import GRPOLossConfig
 
 ON_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 ON_PATHS = pytest.mark.parametrize("path", PATHS)

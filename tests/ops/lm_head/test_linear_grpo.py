@@ -36,10 +36,10 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import gradients, linear_grpo, live_rows, per_row, sweep_torch, tiles
 from toolx_kernels.ops.lm_head import head as heads
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
-from toolx_kernels.reference import GRPOLossConfig
 
 WAYS = {
     "one chunk": {"single"},

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.ops.cases import DEVICE, needs_triton
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import live_rows
-from toolx_kernels.reference import GRPOLossConfig
 
 LENGTHS = (5, 0, 1300, 9, 600, 1)
 N, VOCAB = sum(LENGTHS), 50

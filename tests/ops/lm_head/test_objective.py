@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolx_kernels import reference
+from toolx_kernels.loss_config import CLIPPED_LOSS_TYPES, LOSS_TYPES, GRPOLossConfig
 from toolx_kernels.ops.lm_head import objective
 from toolx_kernels.ops.lm_head.objective import policy_objective, token_weights
-from toolx_kernels.reference import LOSS_TYPES, GRPOLossConfig
 
 LENGTHS = [3, 0, 2, 1]
 N = sum(LENGTHS)
@@ -133,7 +133,7 @@ def test_any_numbers_agree_with_the_definition(level, mode, kl, old, ref, sample
     loss_type, level = level
     if loss_type == "vespo":
         mode = mode.replace("sequence", "token")
-    if "delta" in more and loss_type not in reference.CLIPPED_LOSS_TYPES:
+    if "delta" in more and loss_type not in CLIPPED_LOSS_TYPES:
         more = {}
     if kl and ref is None:
         kl = {}
@@ -199,8 +199,8 @@ def test_without_triton_the_torch_form_is_there():
     program = """
 import sys, torch
 sys.modules["triton"] = None
-from toolx_kernels.ops import losses
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.ops.lm_head import objective as losses
+from toolx_kernels.loss_config import GRPOLossConfig
 x = torch.tensor([-1.0, -2.0, -3.0])
 out = objective.policy_objective(
     x, None, torch.ones(3), torch.ones(3), old_logprobs=x - 1, ref_logprobs=None, sampler_logprobs=None,
@@ -304,7 +304,7 @@ def test_triton_computes_what_torch_does(loss_type):
     rows[2, ::5] = 0
     rows[4, 1], rows[4, 5], rows[5, 2], rows[6, 3] = 200.0, torch.nan, -torch.inf, 1e30
     rows = rows.to(device)
-    more = {"delta": 2.5} if loss_type in reference.CLIPPED_LOSS_TYPES else {}
+    more = {"delta": 2.5} if loss_type in CLIPPED_LOSS_TYPES else {}
     for i, kl in enumerate(KL):
         config = config_of(loss_type, ("token_truncate", "token_mask")[i % 2], entropy_coef=0.1 * (i % 3), **more, **kl)
         for flags in ((True, bool(kl), True), (i % 2 == 0, True, i % 2 == 1)):

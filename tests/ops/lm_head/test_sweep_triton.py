@@ -24,12 +24,13 @@ from tests.ops.cases import (
     without_logprobs,
 )
 from toolx_kernels import reference
+from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.ops import triton_common
 from toolx_kernels.ops.lm_head import objective as losses
 from toolx_kernels.ops.lm_head import per_row, sweep_torch, tiles
 from toolx_kernels.ops.lm_head.head import make_head as head_of
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
-from toolx_kernels.reference import GRPOLossConfig
 
 pytestmark = needs_triton
 
@@ -343,4 +344,4 @@ def test_rows_that_are_not_finite_touch_no_gradient(path, monkeypatch):
 
 def test_interpreted_kernels_are_what_runs_here():
     """Where there is no GPU; otherwise this file would say nothing of the kernels."""
-    assert sweep_triton.INTERPRETED is not torch.cuda.is_available()
+    assert triton_common.INTERPRETED is not torch.cuda.is_available()

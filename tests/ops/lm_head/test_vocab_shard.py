@@ -27,10 +27,10 @@ from tests.ops.cases import (
 
 from tests.ops.cases import BACKENDS  # isort: skip
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.lm_head.head import VocabShard
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
 
 VOCAB = 213
 CUTS = {"two equal halves": (107, 106), "a sliver": (5, 208), "three": (64, 1, 148)}

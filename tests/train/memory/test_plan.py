@@ -16,16 +16,18 @@ from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import checkpointed, toolx_attention
 from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.memory import activations
 from toolx_kernels.train.memory import planner as plan_module
 from toolx_kernels.train.memory.activations import Activations, LiveBytes, meta_model, training_activations
-from toolx_kernels.train.memory.plan import GIB, OVERHEAD, Bytes, PeakMemory
+from toolx_kernels.train.memory.plan import GIB, OVERHEAD, Bytes
 from toolx_kernels.train.memory.planner import Planner, micro_batch, plan_of, step_prompts
 from toolx_kernels.train.memory.work import Work
-from toolx_kernels.train.rows import Prompts, load_rows
+from toolx_kernels.train.phases import Phases
+from toolx_kernels.train.rows import load_rows
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 QWEN2 = dict(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768)
@@ -431,7 +433,7 @@ def touch(mib: int) -> None:
 
 
 def test_peak_memory_by_phase_beside_the_plan():
-    seen = PeakMemory(torch.device("cpu"))
+    seen = Phases(torch.device("cpu"))
     with seen.phase("rollout"):
         pass
     with seen.phase("forward"):

@@ -19,18 +19,12 @@ from tests.small_models import small_model
 from tests.train.run.killing import outcome
 from tests.train.test_trainer import even_is_good, make_trainer
 from toolx_kernels.errors import InputError
-from toolx_kernels.models.load import load_model
+from toolx_kernels.files import write_atomically
+from toolx_kernels.models.load import checkpoints, latest_checkpoint, load_model
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run import checkpoint as module
-from toolx_kernels.train.run.checkpoint import (
-    checkpoints,
-    latest_checkpoint,
-    load_weights,
-    resumable_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from toolx_kernels.train.run.checkpoint import load_weights, resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.run.folder import LOGS, MAY_DIFFER, RunFolder
 from toolx_kernels.train.run.stopping import Stop, Stopped
 

@@ -13,10 +13,10 @@ import pytest
 from tests.train.run.killing import SETTINGS, outcome
 from tests.train.test_trainer import SMALL, even_is_good
 from toolx_kernels.cli import main as cli
+from toolx_kernels.models.load import latest_checkpoint
 from toolx_kernels.train import trainer
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.run import checkpoint
-from toolx_kernels.train.run.checkpoint import latest_checkpoint
 from toolx_kernels.train.run.stopping import Stop, Stopped, stop_on_signals
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 

@@ -16,21 +16,21 @@ from tests.train.test_trainer import SMALL, assert_same_weights, even_is_good, m
 from tests.train.test_trainer import weights as saved_weights
 from toolx_kernels import ToolExpanderConfig
 from toolx_kernels.errors import InputError
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.models.adapters import add_adapter
 from toolx_kernels.models.bridge import head_of, toolx_attention
-from toolx_kernels.models.load import load_model
+from toolx_kernels.models.config import config_of
+from toolx_kernels.models.load import latest_checkpoint, load_model
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
-from toolx_kernels.reference import GRPOLossConfig
 from toolx_kernels.reference import linear_grpo_loss as naive_loss
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.train import reporter as accounts_module
-from toolx_kernels.train.groups import GroupPlan, Rollout, ScoredGroup
+from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.memory import flops as flops_module
-from toolx_kernels.train.memory.at_hand import config_of
 from toolx_kernels.train.memory.flops import Flops
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import ClippedLoss
-from toolx_kernels.train.run.checkpoint import latest_checkpoint
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.batch import pack
 from toolx_kernels.train.update.learner import Learner, packed

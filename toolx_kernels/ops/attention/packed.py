@@ -6,46 +6,23 @@ block-sparse FlexAttention over the whole pack, on a GPU. Windows go by position
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from toolx_kernels.errors import first_line, out_of_memory
-from toolx_kernels.ops.attention.paged import masked_attention
+from toolx_kernels.errors import out_of_memory
+from toolx_kernels.ops.attention import packed_flex
+from toolx_kernels.ops.attention.paged_torch import masked_attention
+from toolx_kernels.ops.attention.visibility import NO_WINDOW, Tokens, sees
 from toolx_kernels.ops.picks import Picks, take_rows
 
-FLEX_BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or leaves out
-FLEX_LEAST_TOKENS = 2 * FLEX_BLOCK  # of a pack; in fewer there is no block to leave out that is worth a compilation
-FLEX_LEAST_DIM = 16  # of a head, below which FlexAttention has no kernel
 PADDED_WORK = 1.5  # scores computed at most, as a multiple of those of the blocks, when blocks are padded to one size
-NO_WINDOW = 2**30  # positions
-MASK_ENTRIES = 2**24  # of the dense mask that are alive at a time while the block mask is made from it
-
-
-class Tokens(NamedTuple):
-    """What decides who sees whom, all of one shape, (N) for a pack."""
-
-    segment: Tensor  # a number of its own for each prompt and each completion of the pack
-    prompt: Tensor  # the number of the prompt that the token belongs to or follows
-    position: Tensor  # position id
-
-    def at(self, index: Tensor) -> Tokens:
-        return Tokens(self.segment[index], self.prompt[index], self.position[index])
-
-
-def sees(query: Tokens, key: Tokens, window: int | Tensor) -> Tensor:
-    """Whether a query sees a key: of its prompt or of its own segment, up to itself, within ``window`` positions."""
-    later_by = query.position - key.position
-    own = (key.segment == query.segment) | (key.segment == query.prompt)
-    return own & (later_by >= 0) & (later_by < window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +74,7 @@ class PackedContext:
         self._blocks = self._inverse = None
 
     def attend(self, layer, query, key, value, scale, softcap, window):
-        if _flex_applies(query):
+        if packed_flex.applies(query):
             try:
                 check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
                 return self.flex(query, key, value, scale, softcap, window)
@@ -105,7 +82,7 @@ class PackedContext:
                 # activation checkpointing ends a layer that it computes again by an exception of its own
                 if out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":
                     raise
-                _give_up_flex(error)
+                packed_flex.give_up(error)
         return self.dense(query, key, value, scale, softcap, window)
 
     # ---- dense
@@ -159,14 +136,14 @@ class PackedContext:
         def padded(packed: Tensor) -> Tensor:  # (1, heads, length, Dh)
             return F.pad(packed, (0, 0, 0, 0, 0, length - len(packed))).transpose(0, 1)[None]
 
-        score_mod = _cap(softcap, query.device) if softcap else None
+        score_mod = packed_flex.score_cap(softcap, query.device) if softcap else None
         heads = padded(query), padded(key), padded(value)
-        out = flex_kernel()(*heads, score_mod, self.flex_mask(window), scale, enable_gqa=True)
+        out = packed_flex.kernel()(*heads, score_mod, self.flex_mask(window), scale, enable_gqa=True)
         return out[0].transpose(0, 1)[: len(query)]
 
     def flex_mask(self, window: int) -> BlockMask:
         if window not in self.flex_masks:
-            self.flex_masks[window] = flex_mask(self.tokens, window)
+            self.flex_masks[window] = packed_flex.block_mask(self.tokens, window)
         return self.flex_masks[window]
 
 
@@ -215,97 +192,7 @@ def _padded(bucket: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tens
     return queries, keys, filled
 
 
-def flex_length(n_tokens: int) -> int:
-    """Tokens to which a pack is padded for FlexAttention: 1 or 1.5 times a power of two, in whole blocks.
-
-    So there are few lengths, should each be compiled; nothing is computed for blocks of padding.
-    """
-    power = max(FLEX_BLOCK, 1 << (n_tokens - 1).bit_length())
-    between = power // 4 * 3
-    return between if n_tokens <= between and between % FLEX_BLOCK == 0 else power
-
-
-def flex_mask(tokens: Tokens, window: int) -> BlockMask:
-    """``sees`` as FlexAttention takes it: for each block of queries those blocks of keys that it sees a part of, and
-    those that it sees in full. Padding sees nothing, and nothing sees it.
-
-    torch's ``create_block_mask`` computes the same from an (N, N) mask that is alive as a whole, several times over.
-    """
-    n_tokens, device = len(tokens.position), tokens.position.device
-    length = flex_length(n_tokens)
-    padded = Tokens(*(F.pad(column, (0, length - n_tokens), value=-1).int() for column in tokens))
-    segment, prompt, position = padded
-    reach = torch.tensor(window or NO_WINDOW, dtype=torch.int32, device=device)  # a number would be compiled in
-
-    def mask_mod(_batch, _head, query, key):
-        queries = Tokens(segment[query], prompt[query], position[query])
-        keys = Tokens(segment[key], prompt[key], position[key])
-        return sees(queries, keys, reach) & (segment[query] >= 0)
-
-    everything, counts = torch.arange(length, device=device), []
-    for queries in everything.split(max(1, MASK_ENTRIES // (length * FLEX_BLOCK)) * FLEX_BLOCK):
-        visible = mask_mod(None, None, queries[:, None], everything)
-        counts.append(visible.view(-1, FLEX_BLOCK, length // FLEX_BLOCK, FLEX_BLOCK).sum((1, 3)))
-    pairs = torch.cat(counts)[None, None]  # (1, 1, blocks of queries, blocks of keys)
-    full = pairs == FLEX_BLOCK**2
-    return BlockMask.from_kv_blocks(
-        *_in_front((pairs > 0) & ~full),
-        *_in_front(full),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(length, length),
-    )
-
-
-def _in_front(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and their indices in front of the others', both int32."""
-    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
-
-
-def _cap(softcap: float, device: torch.device) -> Callable:
-    bound = torch.tensor(softcap, device=device)  # a number would be compiled in
-
-    def score_mod(score, _batch, _head, _query, _key):
-        return bound * torch.tanh(score / bound)
-
-    return score_mod
-
-
 # ---- FlexAttention where it can be had
-
-_flex_gone = False  # for the rest of the process, once it has failed
-
-
-def flex_kernel() -> Callable:
-    """FlexAttention, compiled. Uncompiled it is the definition, and computes all scores."""
-    return _compiled_flex
-
-
-@cache
-def _compile() -> Callable:
-    return torch.compile(flex_attention, fullgraph=True)
-
-
-def _compiled_flex(*arguments, **options) -> Tensor:
-    # A float that differs between two models would otherwise become a dynamic one, which no kernel takes; and lengths
-    # are compiled in by some versions. Beyond the limit torch raises, because of fullgraph.
-    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=64):
-        return _compile()(*arguments, **options)
-
-
-def _flex_applies(query: Tensor) -> bool:
-    n_tokens, _, dim = query.shape
-    fits = query.dtype != torch.float64 and n_tokens >= FLEX_LEAST_TOKENS and dim >= FLEX_LEAST_DIM
-    return query.is_cuda and fits and not _flex_gone
-
-
-def _give_up_flex(error: Exception) -> None:
-    global _flex_gone
-    _flex_gone = True
-    warnings.warn(
-        f"Attention of packed completions computes dense blocks from here on, which is slower: {first_line(error)}",
-        stacklevel=2,
-    )
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from toolx_kernels import reference
 from toolx_kernels.ops import library
+from toolx_kernels.ops.attention import paged_torch
 
 
 def kv_write(
@@ -59,77 +62,11 @@ def paged_attention(
         bounds = cu_seqlens_q if cu_groups is None else cu_seqlens_q[cu_groups.long()]
         max_queries = int(bounds.diff().max()) if len(bounds) > 1 else 0
     # kernels accumulate in fp32
-    function = _paged_attention if query.dtype == torch.float64 else torch.ops.toolx.paged_attention
+    function = paged_torch.paged_attention if query.dtype == torch.float64 else torch.ops.toolx.paged_attention
     return function(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
         scale, softcap, window,
     )  # fmt: skip
-
-
-def masked_attention(
-    query: Tensor,  # (R, H, Q, Dh)
-    key: Tensor,  # (R, Hkv, T, Dh)
-    value: Tensor,  # (R, Hkv, T, Dh)
-    visible: Tensor,  # (R, 1, Q, T) bool
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Dense attention under a boolean mask, differentiable, (R, H, Q, Dh)."""
-    group = query.shape[1] // key.shape[1]
-    if group > 1:  # the heads that share a key become more queries of it, so that no key is copied
-        query = query.unflatten(1, (-1, group)).flatten(2, 3)
-        visible = visible.repeat(1, 1, group, 1)
-    if softcap:
-        scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-        out = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    else:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
-    return out.unflatten(2, (group, -1)).flatten(1, 2) if group > 1 else out
-
-
-def _paged_attention(
-    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-    scale, softcap, window,
-):  # fmt: skip
-    """In plain torch, which makes no use of shared prefixes."""
-    query_lens = cu_seqlens_q.diff()
-    seq_lens = torch.where(query_lens > 0, seq_lens, 0)  # of rows without queries nothing is read
-    n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0
-    widest = int(query_lens.max()) if n_rows else 0
-    if widest == 0:
-        return torch.empty_like(query)
-    page_size = key_cache.shape[1]
-    steps = torch.arange(longest, device=query.device)
-    filled = steps < seq_lens[:, None]  # (R, T)
-    pages = block_table[:, : -(-longest // page_size)].long().repeat_interleave(page_size, dim=1)[:, :longest]
-    slots = pages * page_size + steps % page_size
-    # Past a row's end its first token stands in, and any token in a row of which nothing is read: hidden by the mask,
-    # but never NaN as unwritten memory may be.
-    stand_in = torch.where(filled[:, :1], slots[:, :1], slots[filled][0])
-    slots = torch.where(filled, slots, stand_in).flatten()
-
-    def gather(cache: Tensor) -> Tensor:  # (R, Hkv, T, Dh)
-        return cache.flatten(0, 1).index_select(0, slots).unflatten(0, filled.shape).transpose(1, 2)
-
-    one_each = len(query) == n_rows and widest == 1
-    if one_each:
-        padded = query[:, :, None]
-    else:
-        offset = torch.arange(widest, device=query.device)
-        index = (cu_seqlens_q[:-1, None] + offset).clamp(max=len(query) - 1)
-        padded = query[index.long()].transpose(1, 2)  # (R, H, Q, Dh)
-    position = (seq_lens - query_lens)[:, None] + torch.arange(widest, device=query.device)  # (R, Q)
-    visible = steps <= position[..., None]
-    if window:
-        visible &= steps > position[..., None] - window
-    # Padding queries see everything. They could be dropped as NaN, but on AMX oneDNN's bf16 products let a row of NaN
-    # spoil its neighbours (github.com/uxlfoundation/oneDNN/issues/5717, mended in August 2026).
-    visible = (visible & filled[:, None, :]) | (position >= seq_lens[:, None])[..., None]
-    out = masked_attention(padded, gather(key_cache), gather(value_cache), visible[:, None], scale, softcap)
-    if one_each:
-        return out[:, :, 0]
-    used = offset < query_lens[:, None]
-    return out.transpose(1, 2)[used]
 
 
 def _on_cuda(query, key_cache, *others):
@@ -143,11 +80,46 @@ def _on_cuda(query, key_cache, *others):
     return attend(query, key_cache, *others)
 
 
+def _kv_write_triton(*arguments) -> None:
+    from toolx_kernels.ops.attention.paged_triton import kv_write  # triton may be absent
+
+    kv_write(*arguments)
+
+
+library.define(
+    "kv_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
+    default=reference.kv_write,
+    fake=lambda key, value, key_cache, value_cache, slots: None,
+    triton=_kv_write_triton,
+)
 library.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
     "int window) -> Tensor",
-    default=_paged_attention,
+    default=paged_torch.paged_attention,
     fake=lambda query, *_: query.new_empty(query.shape),
     triton=_on_cuda,
 )
+
+
+@dataclass(slots=True)
+class PagedContext:
+    """Rollout: writes the new tokens to their slots, then attends over each row's pages."""
+
+    key_caches: list[Tensor]  # per layer (pages, page_size, Hkv, Dh)
+    value_caches: list[Tensor]
+    slots: Tensor  # (N) int64
+    block_table: Tensor  # (R, pages per row) int32
+    seq_lens: Tensor  # (R) int32, the new tokens included
+    cu_seqlens_q: Tensor  # (R + 1) int32
+    max_queries: int  # of one row, or of one group where there are groups
+    cu_groups: Tensor | None = None  # (G + 1) int32: bounds of the rows that share a prefix
+    prefix_lens: Tensor | None = None  # (R) int32
+
+    def attend(self, layer, query, key, value, scale, softcap, window):
+        caches = self.key_caches[layer], self.value_caches[layer]
+        kv_write(key, value, *caches, self.slots)
+        return paged_attention(
+            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window,
+            cu_groups=self.cu_groups, prefix_lens=self.prefix_lens, max_queries=self.max_queries,
+        )  # fmt: skip

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.attention import paged
-from toolx_kernels.ops.lm_head.sweep_triton import INTERPRETED, LOG2_E, _capped
+from toolx_kernels.ops.attention import paged_torch
+from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped
 
 EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
 LARGEST_HEAD = 256
@@ -260,7 +260,7 @@ def paged_attention(
 ):  # fmt: skip
     """See ``paged.paged_attention``; rows without keys get zeros."""
     if query.dtype == torch.float64 or query.shape[-1] > LARGEST_HEAD:
-        return paged._paged_attention(
+        return paged_torch.paged_attention(
             query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
             scale, softcap, window,
         )  # fmt: skip

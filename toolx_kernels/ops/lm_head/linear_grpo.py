@@ -27,28 +27,26 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import library
 from toolx_kernels.ops.advantages import check_rewards, group_advantages
 from toolx_kernels.ops.lm_head import live_rows
-from toolx_kernels.ops.lm_head.gradients import recompute_gradients
-from toolx_kernels.ops.lm_head.head import (
-    VocabShard,
-    as_given,
+from toolx_kernels.ops.lm_head.checks import (
     check_devices,
     check_first_derivative,
     check_head,
     check_values,
-    make_head,
-    pick,
     row_temperatures,
-    vocab_size_of,
 )
-from toolx_kernels.ops.lm_head.linear_logprob import HEAD_SCHEMA, fake_gradients, statistics
-from toolx_kernels.ops.lm_head.objective import Objective, policy_objective
-from toolx_kernels.ops.lm_head.per_row import RowVectors
+from toolx_kernels.ops.lm_head.head import as_given, make_head, pick
+from toolx_kernels.ops.lm_head.linear_logprob import HEAD_SCHEMA, fake_gradients
+from toolx_kernels.ops.lm_head.objective import Objective
+from toolx_kernels.ops.lm_head.per_row import Batch, PerRow, RowVectors
 from toolx_kernels.ops.lm_head.scaling import scaled
-from toolx_kernels.ops.lm_head.single_sweep import Batch, PerRow, single_sweep
-from toolx_kernels.reference import GRPOLossConfig, GRPOOutput, compute_dtype
+from toolx_kernels.ops.lm_head.single_sweep import single_sweep
+from toolx_kernels.ops.lm_head.two_sweeps import _two_sweeps
+from toolx_kernels.ops.lm_head.vocab_shard import VocabShard, vocab_size_of
+from toolx_kernels.reference import GRPOOutput, compute_dtype
 
 STATS = ("live_tokens", "nonfinite", "entropy", "ratio", "clip_low", "clip_high", "kl")
 
@@ -276,28 +274,6 @@ def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
     means = torch.where(finite, torch.stack([x.to(per_row.logprobs.dtype) for x in logged]), 0).sum(1) / count
     live = torch.full_like(count, len(finite))
     return torch.cat([torch.stack([live, live - count]), means])
-
-
-def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int):
-    """(per row, objective, gradients): log-probs first, then the gradients by computing the logits again."""
-    head, vectors = batch.head, batch.vectors
-    logprobs, lse, entropy = statistics(head, entropy=True, shard=shard, workspace_mib=config.workspace_mib)
-    objective = policy_objective(
-        logprobs, entropy, vectors.advantages, vectors.weights, old_logprobs=vectors.old,
-        ref_logprobs=vectors.ref, sampler_logprobs=vectors.sampler, lengths=batch.lengths, config=config,
-    )  # fmt: skip
-    grads = tuple(head.hidden.new_empty(0) for _ in needs)
-    if any(needs):
-        e = objective.entropy_coefficients
-        live = objective.coefficients != 0
-        kept = (live if e is None else live | (e != 0)).nonzero().squeeze(1)
-        grads = recompute_gradients(
-            head.rows(kept), batch.lora, logprobs[kept], lse[kept],
-            entropy.new_empty(0) if e is None else entropy[kept], objective.coefficients[kept],
-            torch.zeros_like(lse[kept]), lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard,
-            config.workspace_mib, (batch.rows[kept], n_rows),
-        )  # fmt: skip
-    return PerRow(logprobs, entropy, lse), objective, grads
 
 
 def _fake(

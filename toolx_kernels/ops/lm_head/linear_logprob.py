@@ -14,22 +14,10 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.ops import library
-from toolx_kernels.ops.lm_head import head as heads
-from toolx_kernels.ops.lm_head import sweep_torch, tiles
-from toolx_kernels.ops.lm_head.gradients import recompute_gradients
-from toolx_kernels.ops.lm_head.head import (
-    Head,
-    VocabShard,
-    as_given,
-    blocks,
-    check_first_derivative,
-    check_head,
-    check_values,
-    make_head,
-    reducer,
-    row_temperatures,
-    vocab_size_of,
-)
+from toolx_kernels.ops.lm_head.checks import check_first_derivative, check_head, check_values, row_temperatures
+from toolx_kernels.ops.lm_head.head import as_given, make_head
+from toolx_kernels.ops.lm_head.two_sweeps import recompute_gradients, statistics
+from toolx_kernels.ops.lm_head.vocab_shard import VocabShard, vocab_size_of
 from toolx_kernels.reference import TokenStats, compute_dtype
 
 
@@ -73,38 +61,6 @@ def linear_logprob(
         softcap or 0.0, -1 if shard is None else shard.key, entropy,
     )  # fmt: skip
     return TokenStats(logprobs, lse, entropies if entropy else None)
-
-
-def statistics(
-    head: Head, *, entropy: bool, shard: int, workspace_mib: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N) each: log-prob, log-sum-exp and entropy (empty unless asked for); logits of any size, 2 NDV."""
-    n_rows, dim = head.hidden.shape
-    plan = tiles.forward_plan(
-        n_rows, vocab_size_of(head.weight, shard), dim, head.hidden.device, workspace_mib=workspace_mib
-    )
-    parts = []
-    for rows in blocks(n_rows, plan.rows):
-        chunk = head.rows(rows)
-        sweep = heads.sweeps(chunk)
-        target_logits = sweep.target_logits(chunk)
-        parts.append((target_logits, *sweep.online_sums(chunk, target_logits, plan, entropy=entropy)))
-    if not parts:
-        empty = head.scale.new_empty(0)
-        return empty, empty, empty
-    target, top, total, moment = (torch.cat(part) for part in zip(*parts, strict=True))
-    if shard >= 0:
-        all_reduce = reducer(shard)
-        whole_top = all_reduce(top.clone(), "max")
-        shift = (top - whole_top).clamp_(min=sweep_torch.LOG_OF_NOTHING)
-        rescale = shift.exp()
-        target, total, moment = all_reduce(
-            torch.stack([target, rescale * total, rescale * (moment + shift * total)]), "sum"
-        )
-        top = whole_top
-    log_total = total.log()
-    lse = top + log_total
-    return target - top - log_total, lse, log_total - moment / total if entropy else lse.new_empty(0)
 
 
 @as_given

@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolx_kernels.ops.lm_head.head import wrong_rows
+from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.ops.lm_head.checks import wrong_rows
 from toolx_kernels.ops.lm_head.objective import is_finite, token_weights
-from toolx_kernels.reference import GRPOLossConfig
 
 try:
     import triton
     import triton.language as tl
 
-    from toolx_kernels.ops.lm_head.sweep_triton import per_row_kernel
+    from toolx_kernels.ops.triton_common import per_row_kernel
 except ImportError:  # a CPU build of torch brings no triton
     triton = None
 

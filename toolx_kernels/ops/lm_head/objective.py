@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolx_kernels.reference import LOG_RATIO_BOUND, VESPO_LOG_BOUNDS, GRPOLossConfig
+from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.reference import LOG_RATIO_BOUND, VESPO_LOG_BOUNDS
 
 try:
     import triton

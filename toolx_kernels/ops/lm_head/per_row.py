@@ -10,16 +10,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import objective as losses
 from toolx_kernels.ops.lm_head.head import Head, pick
-from toolx_kernels.ops.lm_head.objective import Objective, dual, in_torch, policy_objective
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.ops.lm_head.objective import (
+    Objective,
+    dual,
+    in_torch,
+    policy_objective,
+)
 
 try:
     import triton
     import triton.language as tl
 
-    from toolx_kernels.ops.lm_head.sweep_triton import per_row_kernel
+    from toolx_kernels.ops.triton_common import per_row_kernel
 except ImportError:  # a CPU build of torch brings no triton
     triton = None
 
@@ -196,3 +201,20 @@ def _fused(
         None if vectors.ref is None else kl, finite,
     )  # fmt: skip
     return RowStatistics(logprobs, entropy, total), objective, Factors(*factors)
+
+
+class Batch(NamedTuple):
+    """The rows that are computed, n of N, and what belongs to them."""
+
+    head: Head
+    lora: tuple[Tensor | None, float]  # lora_a and its scaling
+    vectors: RowVectors
+    lengths: Tensor  # (B) int64, their rows by completion, in order
+    bounds: list[int]  # (B + 1) rows before each completion, on the host
+    rows: Tensor  # (n) int64, where they lie among the N
+
+
+class PerRow(NamedTuple):
+    logprobs: Tensor  # (n)
+    entropy: Tensor  # (n)
+    lse: Tensor | None  # (n) of two sweeps, whose gradients may come later

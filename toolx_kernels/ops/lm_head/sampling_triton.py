@@ -13,14 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toolx_kernels.ops.lm_head import tiles
-from toolx_kernels.ops.lm_head.sweep_triton import (
-    DOT_DTYPES,
-    INTERPRETED,
-    LOG2_E,
-    _capped,
-    per_row_kernel,
-    product_tile,
-)
+from toolx_kernels.ops.lm_head.sweep_triton import DOT_DTYPES
+from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
 
 
 @triton.jit

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import head as heads
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
-from toolx_kernels.ops.lm_head.head import Head, blocks, reducer, vocab_size_of
+from toolx_kernels.ops.lm_head.head import Head, blocks
 from toolx_kernels.ops.lm_head.objective import Objective, needs_whole_batch, needs_whole_sequences
-from toolx_kernels.ops.lm_head.per_row import Factors, RowStatistics, RowVectors, statistics_and_objective
-from toolx_kernels.reference import GRPOLossConfig
+from toolx_kernels.ops.lm_head.per_row import (
+    Batch,
+    Factors,
+    PerRow,
+    RowStatistics,
+    RowVectors,
+    statistics_and_objective,
+)
+from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
 LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
-
-
-class Batch(NamedTuple):
-    """The rows that are computed, n of N, and what belongs to them."""
-
-    head: Head
-    lora: tuple[Tensor | None, float]  # lora_a and its scaling
-    vectors: RowVectors
-    lengths: Tensor  # (B) int64, their rows by completion, in order
-    bounds: list[int]  # (B + 1) rows before each completion, on the host
-    rows: Tensor  # (n) int64, where they lie among the N
-
-
-class PerRow(NamedTuple):
-    logprobs: Tensor  # (n)
-    entropy: Tensor  # (n)
-    lse: Tensor | None  # (n) of two sweeps, whose gradients may come later
 
 
 class OnItsWay:

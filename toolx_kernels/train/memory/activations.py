@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.models.adapters import check_targets
 from toolx_kernels.models.bridge import AttentionContext, checkpointed, toolx_attention
-from toolx_kernels.ops.attention.packed import flex_length
+from toolx_kernels.ops.attention.packed_flex import flex_length
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 

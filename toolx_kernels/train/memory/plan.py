@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from toolx_kernels.evaluate.tables import NOTHING, aligned
 
@@ -65,11 +60,11 @@ class Plan:
         return self.needed <= self.memory
 
     def _seen(self, phase: Bytes) -> int:
-        """What ``PeakMemory`` sees of a phase."""
+        """What ``Phases`` sees of a phase."""
         return phase.device if self.device == "cuda" else phase.device + phase.host + OVERHEAD["cpu"]
 
     def beside(self, measured: Mapping[str, int]) -> dict[str, dict[str, float]]:
-        """Planned and measured bytes, and their ratio, by phase and of all; ``measured`` as ``PeakMemory.peaks``."""
+        """Planned and measured bytes, and their ratio, by phase and of all; ``measured`` as ``Phases.peaks``."""
         both = {name: (self._seen(phase), measured[name]) for name, phase in self.phases.items() if name in measured}
         if both:
             both["peak"] = tuple(map(max, zip(*both.values(), strict=True)))
@@ -113,48 +108,3 @@ class Plan:
             f"with shared prompts, {apart} without.",
         ]
         return "\n".join(lines)
-
-
-class PeakMemory:
-    """The most memory in use in each phase of a run, as bytes by name in ``peaks``.
-
-    On a GPU these are torch's tensors; on a CPU the resident memory of the process, or, where the kernel does not let
-    its high-water mark be lowered, the largest since the process began. A phase inside another one is none of it.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.peaks: dict[str, int] = {}
-        self._running: list[str] = []
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._switch()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._switch()
-            self._running.pop()
-
-    def _switch(self) -> None:
-        """Books the peak so far for the phase that ends or is interrupted, and begins anew."""
-        if self._running:
-            name = self._running[-1]
-            self.peaks[name] = max(self.peaks.get(name, 0), self._peak())
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:  # not Linux, or a container that does not allow it
-                pass
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-        except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024

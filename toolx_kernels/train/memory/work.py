@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.hard_sampling import RandomDemonstrations
-from toolx_kernels.train.rows import MADE_UP, MADE_UP_EVAL_ROWS, MADE_UP_TRAIN_ROWS, Prompts
+from toolx_kernels.train.demonstrators import RandomDemonstrations
+from toolx_kernels.train.rows import MADE_UP, MADE_UP_EVAL_ROWS, MADE_UP_TRAIN_ROWS
 
 MOST_SHOWN = 256  # rows whose prompts are looked at with demonstrations
 

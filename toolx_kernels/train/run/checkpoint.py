@@ -12,8 +12,6 @@ is checked to the last byte before anything takes it up. The sums find accidents
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -26,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolx_kernels.engine.fingerprint import bit_sum
+from toolx_kernels.engine.bit_sum import bit_sum
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.files import _crc, _sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
+from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
 FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
@@ -71,18 +71,6 @@ class Checkpoint:
 # ---- which there are
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    found = [
-        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    return next(reversed(checkpoints(run)), None)
-
-
 def remove(checkpoint: Path) -> None:
     """Removes it as if at once: what is left of an interrupted removal is not taken for a checkpoint."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.old")
@@ -99,20 +87,6 @@ def sweep(run: Path) -> None:
 
 
 # ---- writing
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds either what it held or ``text``, whatever happens meanwhile."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(
@@ -196,15 +170,6 @@ def gone(run: Path) -> InputError:
     return InputError(
         f"{run} is gone, deleted or moved while the run wrote to it: put it back and pass --resume, or start anew."
     )
-
-
-def _sync(path: Path) -> None:
-    """Waits until the file, or the names in the folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading
@@ -317,14 +282,6 @@ def _signed(record: dict) -> str:
 
 def _crc_of(record: dict) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 # ---- the model

@@ -13,15 +13,10 @@ from pathlib import Path
 import yaml
 
 from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.files import write_atomically
+from toolx_kernels.models.load import checkpoints, latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.run.checkpoint import (
-    checkpoints,
-    gone,
-    latest_checkpoint,
-    remove,
-    sweep,
-    write_atomically,
-)
+from toolx_kernels.train.run.checkpoint import gone, remove, sweep
 
 CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
+from toolx_kernels.errors import MEMORY_ERRORS, DivergedError, InputError, first_line, out_of_memory
 from toolx_kernels.models.bridge import checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.reference import compute_dtype
@@ -26,10 +26,6 @@ from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, Part, mic
 from toolx_kernels.train.update.reference_model import FrozenModel
 
 Told = TypeVar("Told")
-
-
-class DivergedError(InputError):
-    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.models.adapters import freeze_adapter, has_adapter, reference_adapter
-from toolx_kernels.train.groups import Sampler
+from toolx_kernels.rollout.rollout import Sampler
 from toolx_kernels.train.run.checkpoint import load_weights
 
 

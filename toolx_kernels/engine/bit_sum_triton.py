@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolx_kernels.engine.fingerprint import COLUMNS, MULTIPLIER, bit_sum, word_bytes
+from toolx_kernels.engine.bit_sum import COLUMNS, MULTIPLIER, bit_sum, word_bytes
 
 ROWS = 16  # of COLUMNS words that one program adds up
 ROWS_AT_ONCE = 4

@@ -1,0 +1,38 @@
+"""``toolx compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from toolx_kernels.cli.parser import _Parser
+from toolx_kernels.errors import InputError  # noqa: E402
+
+
+def compare(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="toolx compare", allow_abbrev=False,
+        description="Runs side by side: curves in one picture, final figures with 95 %% intervals in tables. Runs "
+        "whose settings differ only in the seed are one arm; differences are to the first arm, paired by seed.",
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", help="run folders of toolx train")
+    parser.add_argument(
+        "--names", nargs="+",
+        help="one for each arm in order, or one for each run, where runs of the same name are one arm",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", default="runs/comparison",
+        help="the folder for comparison.png, .md and .json, which are replaced there (default: runs/comparison)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: name a folder.")
+
+    from toolx_kernels.compare.report import describe, write_comparison
+    from toolx_kernels.compare.runs import arms_of, read_run
+
+    arms = arms_of([read_run(Path(run)) for run in args.runs], args.names)
+    write_comparison(output, arms)
+    print(describe(arms))
+    print(f"See {output}/comparison.md, which shows comparison.png, and comparison.json.")
+    return 0

@@ -1,0 +1,125 @@
+"""``toolx eval``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from toolx_kernels.cli.parser import _Parser
+from toolx_kernels.errors import InputError  # noqa: E402
+
+MAX_COMPLETION_LENGTH = 256  # of toolx eval
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="toolx eval", allow_abbrev=False,
+        description="Accuracy per category with 95 %% intervals; of several samples a row also pass@k.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", default="runs/train", help="as for toolx train, or a run folder (default: runs/train)"
+    )
+    parser.add_argument(
+        "--dataset", nargs="+", default=["builtin"],
+        help="one or several of: builtin, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, "
+        "2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
+    )  # fmt: skip
+    parser.add_argument("--eval_rows", "--eval-rows", type=int, help="so many rows a dataset, drawn with a fixed seed")
+    parser.add_argument(
+        "--split", choices=("all", "held-out"), default="all",
+        help="held-out: only the part that toolx train --dataset of the same name does not train on",
+    )  # fmt: skip
+    parser.add_argument("--eval_fraction", "--eval-fraction", type=float, default=0.2, help="as in toolx train")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--num_generations", "--num-generations", type=int, default=1, help="completions per row")
+    parser.add_argument("--k", type=int, nargs="+", default=[], help="report pass@k for these k")
+    parser.add_argument(
+        "--max_completion_length", "--max-completion-length", type=int,
+        help=f"tokens (default: {MAX_COMPLETION_LENGTH}, or what the model's run had, if that is more)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--self_exemplify", "--self-exemplify", action="store_true",
+        help="the model writes examples and thinks first; a run that was trained so is known by its folder",
+    )  # fmt: skip
+    parser.add_argument("--output", help="a new folder for scores.json, scores.md and answers.jsonl")
+    args = parser.parse_args(argv)
+    for flag in ("eval_rows", "max_completion_length"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
+    if not 0 < args.eval_fraction < 1:
+        raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
+    if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
+        raise InputError(f"--dataset names {twice[0]} twice: name it once.")
+    if args.model == parser.get_default("model") and not Path(args.model).exists():
+        raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
+
+    from transformers.utils import logging
+
+    from toolx_kernels.engine import RolloutEngine, SamplingParams
+    from toolx_kernels.evaluate.evaluate import check_sampling
+    from toolx_kernels.evaluate.evaluate import evaluate as score
+    from toolx_kernels.evaluate.scores import describe, write_scores
+    from toolx_kernels.files import check_new, new_folder
+    from toolx_kernels.models.load import load_model, stop_token_ids
+    from toolx_kernels.rollout.prompts import Prompts
+    from toolx_kernels.rollout.single_turn import SingleTurn
+    from toolx_kernels.rollout.tool_loop import ToolLoop
+    from toolx_kernels.toolcall.datasets.builtin_turns import MAX_TURNS, Registry
+    from toolx_kernels.toolcall.rewards import is_correct
+    from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
+    from toolx_kernels.train.rows import MADE_UP, load_eval_rows, some_rows, split_rows
+
+    check_sampling(args.temperature, args.num_generations, args.k)
+    if args.output:
+        check_new(Path(args.output))
+    trained = settings_of_run(args.model)
+    length = args.max_completion_length or max(trained.get("max_completion_length", 0), MAX_COMPLETION_LENGTH)
+    sampling = SamplingParams(length, temperature=args.temperature)
+
+    def rows_of(dataset: str):
+        if args.split == "held-out" and dataset not in MADE_UP:
+            return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
+        return load_eval_rows(dataset, args.eval_rows)
+
+    rows = {dataset: rows_of(dataset) for dataset in args.dataset}
+    logging.disable_progress_bar()  # ours is enough
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
+    own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
+    context = model.get_decoder().config.max_position_embeddings
+    prompts = Prompts(tokenizer, context, INSTRUCTIONS if own_examples else "")
+    engine = RolloutEngine(model, seed=args.seed)
+    in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
+
+    def sampler_of(dataset: str):
+        return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, tokenizer)
+
+    with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
+        scores = {
+            dataset: score(
+                sampler_of(dataset), prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset,
+                judge=is_answer_correct if own_examples else is_correct,
+            )
+            for dataset, of_dataset in rows.items()
+        }  # fmt: skip
+        print(describe(scores))
+        how = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}"
+        print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
+        if folder:
+            settings = {name: value for name, value in vars(args).items() if name != "output"}
+            settings |= {"self_exemplify": own_examples, "max_completion_length": length}
+            write_scores(folder, scores, settings)
+    return 0
+
+
+def settings_of_run(model: str) -> dict:
+    """The settings of the run whose folder, or a checkpoint of which, ``model`` is; empty when it is none."""
+    from toolx_kernels.train.run.folder import CONFIG, RunFolder
+
+    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    return next((RunFolder(folder).config() for folder in folders if (folder / CONFIG).is_file()), {})

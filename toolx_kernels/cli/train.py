@@ -1,0 +1,117 @@
+"""``toolx train``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+from toolx_kernels.cli.parser import _OneSentence
+from toolx_kernels.errors import InputError, first_line  # noqa: E402
+
+
+def train(argv: list[str]) -> int:
+    args = parse_train(argv)
+    from transformers.utils import logging
+
+    from toolx_kernels.toolcall.datasets import builtin_turns
+    from toolx_kernels.train.cold_start import built_in_cold_start
+    from toolx_kernels.train.rows import load_demonstrations, load_rows
+    from toolx_kernels.train.run.folder import RunFolder
+    from toolx_kernels.train.run.stopping import Stopped, stop_on_signals
+    from toolx_kernels.train.trainer import ToolExpanderTrainer
+
+    logging.disable_progress_bar()  # ours is enough
+    RunFolder(args.output_dir).check(args)
+    try:
+        with stop_on_signals() as stop:
+            rows, eval_rows = load_rows(args)
+            summary = ToolExpanderTrainer(
+                args.model,
+                args=args,
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                cold_start=built_in_cold_start(args),
+                demonstrations=load_demonstrations(args.demonstration_dataset),
+                environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
+            ).train(stop)
+    except Stopped as stopped:
+        saved = RunFolder(args.output_dir).latest_checkpoint()
+        how = f"--resume goes on from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
+        print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
+        return 128 + stopped.signal
+    before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
+    seen = summary["eval_rows_seen"]
+    hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
+    print(
+        f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} "
+        f"{f'({seen} of them shown in training)' if seen else 'held out from training'}: "
+        f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
+        f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
+    )
+    return 0
+
+
+def parse_train(argv: list[str]):
+    """The run's config: defaults, then the recipe of the tiny model, then ``--config``'s YAML, then flags.
+
+    With ``--resume`` the settings that the run was started with stand in for recipe and YAML.
+    """
+    from transformers import HfArgumentParser
+
+    from toolx_kernels.models.tiny import is_tiny
+    from toolx_kernels.train.config import ToolExpanderConfig
+    from toolx_kernels.train.run.folder import CONFIG, RunFolder
+
+    class Parser(_OneSentence, HfArgumentParser):
+        pass
+
+    parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
+    parser.add_argument(
+        "--config", nargs="+", action="extend",
+        help="YAML files, or names of those in toolx_kernels/configs; of two values the later file's counts; the tiny "
+        "model starts from builtin",
+    )  # fmt: skip
+    for action in parser._actions:  # only what was typed
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    flags = vars(parser.parse_args(argv))
+    settings = {}
+    for config in flags.pop("config", ()):
+        settings |= read_config(config)
+    settings |= flags
+    names = list(ToolExpanderConfig.__dataclass_fields__)
+    if unknown := [name for name in settings if name not in names]:
+        raise InputError(f"--config: {unknown[0]!r} is not a setting: see toolx train --help.")
+    run = Path(str(settings.get("output_dir") or ToolExpanderConfig().output_dir))
+    if settings.get("resume") and (run / CONFIG).exists():
+        started = RunFolder(run).config()
+        settings = {**{name: started[name] for name in names if name in started}, **settings, "output_dir": str(run)}
+    settings = {"model": "tiny", "dataset": "builtin"} | {
+        k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
+    }
+    if is_tiny(settings["model"]):
+        recipe = settings["dataset"] if settings["dataset"] in ("builtin", "builtin-turns") else "builtin"
+        settings = read_config(recipe) | settings
+    return ToolExpanderConfig(**settings)
+
+
+def read_config(name: str) -> dict:
+    """The settings of a YAML file, or of the recipe of that name in ``toolx_kernels/configs``."""
+    import yaml
+
+    recipes = files("toolx_kernels") / "configs"
+    path = Path(name) if Path(name).is_file() else recipes / f"{name}.yaml"
+    if not path.is_file():
+        shipped = sorted(
+            recipe.name.removesuffix(".yaml") for recipe in recipes.iterdir() if recipe.name.endswith(".yaml")
+        )
+        raise InputError(f"--config {name}: there is no such file, and the recipes are {', '.join(shipped)}.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--config {name} is not YAML: {first_line(error)}.") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {name} must hold one setting per line, as 'learning_rate: 0.0005'.")
+    return settings

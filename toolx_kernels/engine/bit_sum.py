@@ -1,0 +1,28 @@
+"""The sum of a tensor's bits, weighted by their places: what a fingerprint is made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
+
+
+MULTIPLIER = 2654435761
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """() int64: the bits of a tensor, added up weighted by their places; sums wrap around."""
+    flat = tensor.contiguous().view(-1)
+    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word_bytes(flat)])
+    whole = len(words) // COLUMNS * COLUMNS
+    sums = words[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
+    sums[: len(words) - whole] += words[whole:]
+    return (sums * (torch.arange(COLUMNS, device=words.device) * MULTIPLIER + 1)).sum()
+
+
+def word_bytes(tensor: Tensor) -> int:
+    """The widest word, up to 8 bytes, of which a contiguous tensor is made."""
+    return math.gcd(tensor.nbytes, tensor.storage_offset() * tensor.itemsize, 8)

@@ -1,0 +1,65 @@
+"""Files that are there whole or not at all, and new folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from toolx_kernels.errors import InputError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds either what it held or ``text``, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the names in the folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that takes the name ``path`` when the block ends well, and is gone when it does not."""
+    beside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def check_new(path: Path) -> None:
+    """Raises InputError where results cannot become a folder ``path`` without touching others."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--output {path} is a file: name a new folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"--output {path} holds files already: name a new folder, or remove it first.")

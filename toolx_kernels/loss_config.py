@@ -1,0 +1,199 @@
+"""Configuration of the GRPO loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from functools import cache
+
+from toolx_kernels.errors import InputError
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+CHOICES = {
+    "loss_type": LOSS_TYPES,
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_gradient": ("own", "straight_through", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GRPOLossConfig:
+    """The policy-gradient objective, in TRL's names. r is the ratio exp(logp - old), A the advantage.
+
+    loss_type: the objective of a token, and how token losses become one number. B counts fully masked completions
+        too; ``denominator`` replaces what the sum is divided by (for ``grpo`` and ``sapo``: B).
+
+        - ``grpo``: ``-min(r A, clip(r) A)``; the mean over completions of the mean over their tokens
+          (arXiv 2402.03300, eq. 3). With ``importance_sampling_level="sequence"`` it is GSPO (arXiv 2507.18071).
+        - ``bnpo``: the same, summed and divided by the tokens of this call.
+        - ``dr_grpo``: summed and divided by ``B * max_completion_length`` (arXiv 2503.20783).
+        - ``dapo``: summed and divided by the tokens of the whole accumulated batch, which the caller passes as
+          ``denominator`` (arXiv 2503.14476); without it, by the tokens of this call.
+        - ``luspo``: summed and divided by B, so that no completion's tokens weigh less because it is long; meant
+          for the sequence level (arXiv 2602.05261).
+        - ``cispo``: ``-min(r, epsilon_high) A logp``, the weight held constant (arXiv 2506.13585); summed as ``dapo``.
+        - ``sapo``: ``-4 / t * sigmoid(t (r - 1)) A``, t the temperature of A's sign (arXiv 2511.20347); as ``grpo``.
+        - ``vespo``: ``-phi(w) A logp``, phi held constant, ``phi(w) = exp(lambda) w^k exp(-lambda w)`` with k and
+          lambda of A's sign and w the completion's product of ratios, those against the sampler included
+          (arXiv 2602.10693); summed as ``dapo``.
+    epsilon, epsilon_high: the ratio is clipped to ``[1 - epsilon, 1 + epsilon_high]``; None means ``epsilon``. For
+        ``cispo`` the cap is ``epsilon_high`` itself (5.0, say), without a 1.
+    delta: upper bound of the ratio where A < 0, which the clip leaves open. This *is* dual clip (arXiv 1912.09729;
+        verl's ``clip_ratio_c``): above ``1 + epsilon_high``, ``-min(min(r, delta) A, clip(r) A)`` is
+        ``|A| min(delta, max(r, clip(r)))`` for A < 0. Only for the clipped types.
+    beta: weight of the KL estimate against ``ref_logprobs``; 0 for none.
+    kl_estimator: with g = ref - logp, ``k1`` is -g, ``k2`` g^2 / 2 and ``k3`` exp(g) - g - 1 (Schulman, 2020).
+    kl_gradient: ``own``: beta * KL is in the loss, with the estimator's gradient (k1's is noise of mean zero unless
+        bias-corrected). ``straight_through``: the estimator's value with k2's gradient, on-policy that of the reverse
+        KL (verl's "k1+", "k3+"). ``none``: A - beta * KL takes the place of A, token by token.
+    use_bias_correction_kl: a KL in the loss is multiplied by the ratio, which makes the gradient that of the reverse
+        KL off-policy too (DeepSeek-V3.2, arXiv 2512.02556).
+    entropy_coef: each token's loss gets ``-entropy_coef * entropy``, with its gradient and its token's weight.
+    top_entropy_quantile: only this share of a call's unmasked tokens, those of highest entropy, keeps its policy term
+        and entropy bonus; the KL stays on all (arXiv 2506.01939). 1 is all, 0 the single highest.
+    temperature: logits are divided by it, as they were when the tokens were sampled.
+    importance_sampling_level: ``sequence`` uses one ratio per completion, exp(mean of the log-ratios).
+    importance_sampling_mode, importance_sampling_cap: where ``sampler_logprobs`` are given, the policy term is
+        weighted by v = exp(old - sampler), of each token or of the completion's sum: ``*_truncate`` takes min(v, cap),
+        ``*_mask`` v where v <= cap and else 0. TRL's ``vllm_importance_sampling_mode`` and ``_clip_max``.
+    scale_rewards: the denominator of the advantages, see :func:`group_advantages`.
+    max_completion_length: only ``dr_grpo`` uses it.
+    compute_all_logprobs: also compute rows whose gradient is known to be zero (equal-reward groups), so that
+        ``.logprobs`` and ``.entropy`` hold no NaN on unmasked rows.
+    recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
+        fp32 gradient of the whole weight (``ops/tiles.py``).
+    workspace_mib: bound of what a sweep holds beside its results; None is 64 on a CPU and 3 % of a GPU's memory, from
+        512 to 2048. It is never more than a quarter of fp32 logits. On a GPU it may also take the memory of an fp32
+        sum of the weight's gradient, where all rows then fit at once and that sum is not needed.
+
+    ``key`` is the config as a string of JSON, from which :meth:`from_key` rebuilds it.
+
+    Raises InputError for a value, or a combination of values, that cannot work.
+    """
+
+    loss_type: str = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_gradient: str = "own"
+    use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    temperature: float = 1.0
+    importance_sampling_level: str = "token"
+    importance_sampling_mode: str = "token_truncate"
+    importance_sampling_cap: float = 2.0
+    scale_rewards: str = "group"
+    max_completion_length: int | None = None
+    compute_all_logprobs: bool = False
+    recompute: bool = False
+    workspace_mib: int | None = None
+    key: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self):
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.loss_type == "gspo":
+            raise InputError(
+                "loss_type='gspo' is loss_type='grpo' with importance_sampling_level='sequence': set these two."
+            )
+        for name, value in values.items():
+            if name in CHOICES:
+                if value not in CHOICES[name]:
+                    raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+            elif name in ("use_bias_correction_kl", "compute_all_logprobs", "recompute"):
+                if not isinstance(value, bool):
+                    raise InputError(f"{name}={value!r} must be True or False.")
+            elif name in ("epsilon_high", "delta", "max_completion_length", "workspace_mib") and value is None:
+                continue
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{name}={value!r} must be a Python number.")
+        self._check_numbers()
+        self._check_combinations()
+        object.__setattr__(self, "key", json.dumps(values))
+
+    def _check_numbers(self):
+        for name in ("epsilon", "epsilon_high", "beta", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise InputError(f"{name}={value} must not be negative.")
+            if value == math.inf and name != "epsilon_high":
+                raise InputError(f"{name}={value} must be finite.")
+        for name in (
+            "temperature", "importance_sampling_cap", "sapo_temperature_neg", "sapo_temperature_pos",
+            "vespo_lambda_pos", "vespo_lambda_neg",
+        ):  # fmt: skip
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name}={value} must be positive and finite.")
+        if not self.epsilon < 1:
+            raise InputError(f"epsilon={self.epsilon} must be below 1: the lower clip is 1 - epsilon.")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise InputError(f"top_entropy_quantile={self.top_entropy_quantile} must lie in [0, 1].")
+        if self.workspace_mib is not None and not (isinstance(self.workspace_mib, int) and self.workspace_mib >= 1):
+            raise InputError(f"workspace_mib={self.workspace_mib} must be a whole number of MiB, at least 1.")
+        if self.max_completion_length is not None and not self.max_completion_length > 0:
+            raise InputError(f"max_completion_length={self.max_completion_length} must be positive.")
+
+    def _check_combinations(self):
+        if self.delta is not None and self.loss_type not in CLIPPED_LOSS_TYPES:
+            raise InputError(f"delta={self.delta} bounds a clipped ratio, which loss_type={self.loss_type!r} has not.")
+        if self.delta is not None and not self.delta > 1 + self.clip_high:
+            raise InputError(f"delta={self.delta} must exceed 1 + epsilon_high = {1 + self.clip_high}.")
+        if self.loss_type == "dr_grpo" and not self.max_completion_length:
+            raise InputError("loss_type='dr_grpo' divides by max_completion_length: set it.")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise InputError(
+                "loss_type='cispo' caps the ratio at epsilon_high itself, not at 1 more: set it, say to 5."
+            )
+        if self.loss_type == "vespo" and self.importance_sampling_level == "sequence":
+            raise InputError(
+                "loss_type='vespo' weighs whole completions by itself: leave importance_sampling_level at 'token'."
+            )
+        if self.loss_type == "vespo" and self.importance_sampling_mode.startswith("sequence"):
+            raise InputError(
+                f"loss_type='vespo' needs importance_sampling_mode 'token_truncate' or 'token_mask', "
+                f"not {self.importance_sampling_mode!r}."
+            )
+        if self.use_bias_correction_kl and self.kl_gradient == "none":
+            raise InputError(
+                "use_bias_correction_kl=True corrects a KL that is in the loss, and kl_gradient='none' moves it into "
+                "the advantage: leave one of them out."
+            )
+
+    @property
+    def clip_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.beta != 0 and self.kl_gradient != "none"
+
+    @property
+    def kl_in_advantage(self) -> bool:
+        return self.beta != 0 and self.kl_gradient == "none"
+
+    @property
+    def computes_every_row(self) -> bool:
+        """Whether unmasked tokens are computed also where the advantage is zero."""
+        return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1 or self.compute_all_logprobs)
+
+    @classmethod
+    @cache
+    def from_key(cls, key: str) -> GRPOLossConfig:
+        """The config whose ``key`` this is."""
+        return cls(**json.loads(key))

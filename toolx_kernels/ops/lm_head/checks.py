@@ -1,0 +1,101 @@
+"""Checks of what users pass to the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
+from toolx_kernels.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(N), from a number or one per row."""
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise InputError(f"temperature={temperature} must be positive.")
+        return torch.full(targets.shape, temperature, dtype=compute_dtype(hidden), device=hidden.device)
+    if temperature.shape != targets.shape:
+        raise InputError(
+            f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
+        )
+    check_devices(hidden.device, temperature=temperature)
+    return temperature
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, softcap: float | None, shard: VocabShard | None,
+) -> None:  # fmt: skip
+    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64, bias (V), lora_a (R, D) and
+    lora_b (V, R) fit together."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[1] == 0:
+        raise InputError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
+        )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{name} is {tensor.dtype}: it must be fp32, bf16, fp16 or float64.")
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: float64 goes with float64 only.")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise InputError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
+            f"{len(hidden)} rows of hidden."
+        )
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
+    if (lora_a is None) != (lora_b is None):
+        raise InputError("Give both lora_a (R, D) and lora_b (V, R), or neither.")
+    if lora_a is not None:
+        expected = (lora_a.shape[0], hidden.shape[1]), (weight.shape[0], lora_a.shape[0])
+        if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+            raise InputError(
+                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be (R, {hidden.shape[1]}) and "
+                f"({weight.shape[0]}, R) with one R."
+            )
+    check_devices(hidden.device, weight=weight, targets=targets, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
+        raise InputError(
+            f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "
+            f"shard.vocab_size={shard.vocab_size}."
+        )
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise InputError(f"{name} is on {tensor.device} and hidden on {device}: move it with .to({str(device)!r}).")
+
+
+def wrong_rows(targets: Tensor, temperature: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(N) bool each: the target is outside the vocabulary; the temperature is not positive."""
+    return (targets < 0) | (targets >= vocab_size), ~((temperature > 0) & temperature.isfinite())
+
+
+def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None) -> None:
+    """Raises InputError for a target outside the vocabulary or a temperature that is not positive, on live rows. Where
+    all is well a GPU is waited for once."""
+    outside, frozen = wrong_rows(targets, temperature, vocab_size)
+    if live is not None:
+        outside, frozen = outside & live, frozen & live
+    if not (outside | frozen).any():
+        return
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise InputError(
+            f"targets[{row}] = {int(targets[row])} is outside the vocabulary of {vocab_size}: mask such rows."
+        )
+    row = int(frozen.nonzero()[0])
+    raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive and finite.")
+
+
+def check_first_derivative(upstream: Tensor) -> None:
+    """Raises InputError where a graph of the gradient itself is asked for: it would silently lack this op."""
+    if torch.is_grad_enabled() and type(upstream) is Tensor and not torch.compiler.is_compiling():
+        raise InputError("the fused loss has no second derivative: leave create_graph=True out.")

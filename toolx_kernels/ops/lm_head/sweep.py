@@ -1,0 +1,18 @@
+"""The sweep over the LM head: torch or Triton."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from toolx_kernels.ops.lm_head.head import Head
+
+
+def sweeps(head: Head) -> ModuleType:
+    """The implementation of the sweeps for these tensors."""
+    if head.hidden.device.type == "cuda" and head.dtype == torch.float32:
+        from toolx_kernels.ops.lm_head import sweep_triton as module
+    else:
+        from toolx_kernels.ops.lm_head import sweep_torch as module
+    return module

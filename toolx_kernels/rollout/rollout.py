@@ -1,0 +1,60 @@
+"""A rollout, and who makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from toolx_kernels.engine import SamplingParams
+from toolx_kernels.toolcall.rewards import completion_turns
+from toolx_kernels.toolcall.rows import Row
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One completion of a row's prompt, as the trainer sees it.
+
+    >>> Rollout([5, 9], [-0.1, -0.7], [0.4, 0.9], None, "hi", [{"role": "assistant", "content": "hi"}], "stop")
+    ... # doctest: +SKIP
+    """
+
+    ids: list[int]  # all completion tokens; of several turns also the tokens of tool outputs between them
+    logprobs: list[float]  # the sampler's, one per id; 0.0 at tool outputs
+    entropies: list[float]  # one per id; 0.0 at tool outputs
+    mask: list[bool] | None  # which ids the model wrote; None: all of them
+    text: str  # what the model wrote, turns joined by newlines, special tokens skipped
+    messages: list[dict]  # the completion as chat messages: assistant turns and tool messages in order
+    finish_reason: str  # "stop", "length", "cancelled" (of the engine); "turns" when the turn limit ended it
+
+    @property
+    def written(self) -> int:
+        """How many tokens the model wrote."""
+        return len(self.ids) if self.mask is None else sum(self.mask)
+
+    @property
+    def judged(self) -> str | list[str]:
+        """Its text, or those of its turns where there are several."""
+        turns = completion_turns(self.messages)
+        return turns if len(turns) > 1 else self.text
+
+
+class Sampler(Protocol):
+    """How completions of prompts come about: in one turn (``SingleTurn``) or with tools in between (``ToolLoop``)."""
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        row_ids: Sequence[int],
+        step: int = 0,
+        first_rollout: int | Sequence[int] = 0,
+        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+    ) -> list[list[Rollout]]:
+        """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``.
+
+        ``on_rollout(place, rollout, what)`` hears of each that ends by itself; True cancels the rest of its group.
+        """

@@ -1,0 +1,136 @@
+"""ToolACE's rows."""
+
+import ast
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.rows import short
+from toolx_kernels.toolcall.schema import json_schema
+
+_log = logging.getLogger(__name__)
+
+
+def from_toolace(raws: list, where: str) -> list[dict]:
+    """The system text holds the tools as a JSON list; the assistant's first reply is `[name(arg=value, ...), ...]`, or
+    prose when no call is right."""
+    rows, skipped = [], Counter()
+    for n, raw in enumerate(raws):
+        system, turns = _toolace_fields(raw, f"{where}:{n}")
+        roles = [turn["from"] for turn in turns]
+        if roles.count("user") != 1 or roles[:2] != ["user", "assistant"]:
+            skipped["more than one user turn"] += 1
+            continue
+        tools = _toolace_tools(system)
+        if tools is None:
+            skipped["no list of tools in the system text"] += 1
+            continue
+        answer = _toolace_calls(turns[1]["value"], [tool["name"] for tool in tools])
+        if answer is None:
+            skipped["calls that cannot be read"] += 1
+            continue
+        row_id = raw.get("id", f"{where}:{n}")
+        rows.append({"id": row_id, "prompt": turns[0]["value"], "tools": tools, "answer": answer})
+    if skipped:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+        _log.warning("%s: %d of %d rows left out: %s", where, skipped.total(), len(raws), reasons)
+    return rows
+
+
+def _toolace_fields(raw: Any, place: str) -> tuple[str, list]:
+    """System text and turns of a row, checked."""
+    system, turns = (raw.get("system"), raw.get("conversations")) if isinstance(raw, Mapping) else (None, None)
+    if not isinstance(system, str) or not isinstance(turns, list):
+        raise InputError(
+            f"{place}: a row in ToolACE's format has a text 'system' and a list 'conversations', not {short(raw)}"
+        )
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            raise InputError(
+                f"{place}: a turn of field 'conversations' must have a 'from' and a 'value' that are strings, not"
+                f" {short(turn)}"
+            )
+    return system, turns
+
+
+def _toolace_tools(system: str) -> list[dict] | None:
+    decoder, start = json.JSONDecoder(), system.find("[{")
+    while start >= 0:
+        try:
+            tools, _ = decoder.raw_decode(system, start)
+        except (ValueError, RecursionError):
+            start = system.find("[{", start + 1)
+            continue
+        if all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
+            return [
+                {
+                    "name": tool["name"],
+                    "description": tool.get("description") or "",
+                    "parameters": json_schema(parameters) if isinstance(parameters, dict) else parameters,
+                }
+                for tool in tools
+                for parameters in [tool.get("parameters") or {"type": "object", "properties": {}}]
+            ]
+        start = system.find("[{", start + 1)
+    return None
+
+
+def _toolace_calls(text: str, names: list[str]) -> list[dict] | None:
+    """Calls with Python literals as keyword arguments. Tool names may hold spaces and dots, so the names that the row
+    offers are looked for, and only the argument list is read as Python."""
+    rest = text.strip()
+    if not rest.startswith("["):
+        return []
+    calls, rest = [], rest[1:].lstrip()
+    while True:
+        name = max((name for name in names if rest.startswith(name + "(")), key=len, default=None)
+        if name is None:
+            return None
+        arguments, rest = _keywords(rest[len(name) :])
+        if arguments is None:
+            return None
+        calls.append({"name": name, "arguments": arguments})
+        if rest == "]":
+            return calls
+        if not rest.startswith(","):
+            return None
+        rest = rest[1:].lstrip()
+
+
+def _keywords(text: str) -> tuple[dict | None, str]:
+    """The keyword arguments in the parenthesis that opens `text`, and what follows it."""
+    end = text.find(")")
+    while end >= 0:
+        try:
+            call = ast.parse("f" + text[: end + 1], mode="eval").body
+            break
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            end = text.find(")", end + 1)
+    else:
+        return None, ""
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        return None, ""
+    try:
+        return {keyword.arg: _literal(keyword.value) for keyword in call.keywords}, text[end + 1 :].lstrip()
+    except ValueError:
+        return None, ""
+
+
+class _Constants(ast.NodeTransformer):
+    """JSON's names of constants, which some rows mix into the Python, as constants."""
+
+    values = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self.values[node.id]) if node.id in self.values else node
+
+
+def _literal(node: ast.expr) -> Any:
+    """The JSON value of a Python literal; ValueError for anything else. Nothing is evaluated."""
+    try:
+        return json.loads(json.dumps(ast.literal_eval(_Constants().visit(node)), allow_nan=False))
+    except (TypeError, RecursionError) as error:
+        raise ValueError("not a JSON value") from error
