@@ -30,12 +30,12 @@ def main(*flags: str) -> None:
     waves = collector.tokens["probe"]
 
     prompts = [trainer.prompts.ids(row) for row in rows]
-    whole = trainer.sampler.sample(
+    whole = trainer.rollouter.roll_out(
         rows, prompts, args.probe_rollouts, collector.params, row_ids=range(len(rows)), step=PROBE_STREAM
     )
     sequential, hard = 0, []
     for place, rollouts in enumerate(whole):
-        right = [trainer.judge(rollout.judged, rows[place]) for rollout in rollouts]
+        right = [trainer.judge(rollout.answer_text, rows[place]) for rollout in rollouts]
         until = right.index(True) + 1 if any(right) else len(right)
         sequential += sum(rollout.written for rollout in rollouts[:until])
         hard += [] if any(right) else [place]

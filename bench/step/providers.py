@@ -61,7 +61,7 @@ class Stepper:
 
 
 class InOrder:
-    """A PromptSampler that takes the rows as they come."""
+    """A PromptOrder that takes the rows as they come."""
 
     max_batches = 1
 
@@ -87,7 +87,7 @@ class Toolx(Stepper):
         )  # fmt: skip
         self.args = args
         self.trainer = ToolExpanderTrainer(
-            model, reward, args, rows, rows[:1], tokenizer, prompt_sampler=InOrder(case.prompts)
+            model, reward, args, rows, rows[:1], tokenizer, prompt_order=InOrder(case.prompts)
         )
         self.trainer.run.start(args)
         if not case.stop:

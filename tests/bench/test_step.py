@@ -63,7 +63,7 @@ class Given:
     def __init__(self, completions):
         self.completions = completions
 
-    def sample(self, rows, prompts, n, params, **others):
+    def roll_out(self, rows, prompts, n, params, **others):
         zeros = [0.0] * 100
         made = [Rollout(ids, zeros[: len(ids)], zeros[: len(ids)], None, "", [], "stop") for ids in self.completions]
         return [made[at * n : (at + 1) * n] for at in range(len(prompts))]
@@ -84,7 +84,7 @@ def moved(kind, case, completions, settings, folder):
             "logprobs": None,
         }
     else:
-        stepper.trainer.collector.sampler = Given(completions)
+        stepper.trainer.collector.rollouter = Given(completions)
     stepper.run(count.begin, count.end)
     (record,), (update,) = count.steps, stepper.updates()
     after = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])

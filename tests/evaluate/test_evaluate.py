@@ -138,13 +138,13 @@ def even(text, of_row):
 
 
 def test_greedy_answers_are_the_models_and_judged(tiny):
-    sampler, prompts = tiny
+    rollouter, prompts = tiny
     rows = builtin.heldout_rows(8, 0)
     params = SamplingParams(max_new_tokens=6, temperature=0.0)
-    scores = evaluate(sampler, prompts, rows, params, judge=even)
+    scores = evaluate(rollouter, prompts, rows, params, judge=even)
     texts = [of_row[0].text for of_row in scores.answers]
-    groups = sampler.engine.generate([prompts.ids(of_row) for of_row in rows], 1, params)
-    assert texts == [sampler.tokenizer.decode(group.completions[0].ids) for group in groups] and len(set(texts)) > 1
+    groups = rollouter.engine.generate([prompts.ids(of_row) for of_row in rows], 1, params)
+    assert texts == [rollouter.tokenizer.decode(group.completions[0].ids) for group in groups] and len(set(texts)) > 1
     right = [even(text, None) for text in texts]
     assert [of_row[0].right for of_row in scores.answers] == right and 0 < sum(right) < 8
     assert scores.cut_off == sum(of_row[0].tokens == 6 for of_row in scores.answers) > 0
@@ -153,41 +153,41 @@ def test_greedy_answers_are_the_models_and_judged(tiny):
 
 
 def test_answers_are_judged_for_their_own_rows(tiny):
-    sampler, prompts = tiny
+    rollouter, prompts = tiny
     rows, seen = builtin.heldout_rows(4, 0), []
 
     def judge(text, of_row):
         seen.append(of_row.id)
         return of_row.id == rows[2].id
 
-    scores = evaluate(sampler, prompts, rows, SamplingParams(4), n=3, ks=(1, 3), judge=judge)
+    scores = evaluate(rollouter, prompts, rows, SamplingParams(4), n=3, ks=(1, 3), judge=judge)
     assert seen == [of_row.id for of_row in rows for _ in range(3)]
     assert scores.total.right == 3 and scores.accuracy == scores.total.pass_at[3].value == 0.25
 
 
 def test_a_completion_that_ends_early_cancels_none_of_its_siblings(tiny):
-    sampler, prompts = tiny
+    rollouter, prompts = tiny
     stops = tuple(range(0, len(prompts.tokenizer), 5))  # every fifth token ends a completion
-    scores = evaluate(sampler, prompts, builtin.heldout_rows(4, 0), SamplingParams(12, stop_token_ids=stops), n=4)
+    scores = evaluate(rollouter, prompts, builtin.heldout_rows(4, 0), SamplingParams(12, stop_token_ids=stops), n=4)
     lengths = {answer.tokens for of_row in scores.answers for answer in of_row}
     assert len(lengths) > 2 and {a.finish_reason for of_row in scores.answers for a in of_row} <= {"stop", "length"}
 
 
 def test_a_prompt_beyond_the_context_is_wrong_and_leaves_the_others_as_they_are(tiny):
-    sampler, prompts = tiny
+    rollouter, prompts = tiny
     rows = builtin.heldout_rows(4, 0)
     params = SamplingParams(max_new_tokens=6, temperature=1.0)
-    whole = evaluate(sampler, prompts, rows, params, n=2, judge=lambda *_: True)
+    whole = evaluate(rollouter, prompts, rows, params, n=2, judge=lambda *_: True)
     long = Row("too long", "find the hotel " * 2000, rows[1].tools, [], {"tier": "long"})
     given = [rows[0], long, *rows[2:]]
-    scores = evaluate(sampler, prompts, given, params, n=2, ks=(2,), judge=lambda *_: True, progress="x")
+    scores = evaluate(rollouter, prompts, given, params, n=2, ks=(2,), judge=lambda *_: True, progress="x")
     assert [of_row.id for of_row in scores.too_long] == ["too long"] and scores.accuracy == 0.75
     assert scores.answers[1] == [Answer("", False, 0, "context")] * 2
     assert scores.parts["long"].pass_at[2].value == 0.0
     for place in (0, 2, 3):
         assert scores.answers[place] == whole.answers[place]
     assert whole.answers[0][0].text != whole.answers[0][1].text
-    alone = evaluate(sampler, prompts, [long], params, judge=lambda *_: True)
+    alone = evaluate(rollouter, prompts, [long], params, judge=lambda *_: True)
     assert alone.accuracy == 0 and math.isclose(alone.total.accuracy.low, 0)
 
 
@@ -205,6 +205,6 @@ def test_sampling_that_makes_no_sense_is_refused(arguments, message, tiny):
     with pytest.raises(InputError, match=message):
         check_sampling(*arguments)
     temperature, n, ks = arguments
-    sampler, prompts = tiny
+    rollouter, prompts = tiny
     with pytest.raises(InputError, match=message):
-        evaluate(sampler, prompts, [], SamplingParams(1, temperature=temperature), n=n, ks=ks)
+        evaluate(rollouter, prompts, [], SamplingParams(1, temperature=temperature), n=n, ks=ks)

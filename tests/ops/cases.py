@@ -177,7 +177,7 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
 
     def plan(n_rows, vocab, dim, device, dtype=torch.float32, workspace_mib=None):
         stored, multiplied = tiles.gemm_dtypes(device, dtype)
-        return tiles.Plan(rows, columns, stored, gemm_dtype or multiplied)
+        return tiles.SweepSize(rows, columns, stored, gemm_dtype or multiplied)
 
     def single(n_rows, *arguments, **_):
         if path == "one chunk":

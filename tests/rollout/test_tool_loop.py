@@ -72,7 +72,7 @@ def sample(script, *, rows=ROWS[:1], n=1, params=PARAMS, on_rollout=None, first_
     loop = ToolLoop(engine, TOKENIZER, Prompts(TOKENIZER, context), **options)
     rows = loop.offer(rows)
     prompts = [render_prompt(TOKENIZER, row) for row in rows]
-    rollouts = loop.sample(
+    rollouts = loop.roll_out(
         rows, prompts, n, params, row_ids=range(len(rows)), step=7, first_rollout=first_rollout, on_rollout=on_rollout
     )
     return rollouts, engine, prompts
@@ -375,7 +375,7 @@ def test_episodes_of_a_real_model_depend_on_their_streams_alone_and_train_as_sam
         )
         rows = loop.offer(rows)
         prompts = [render_prompt(TOKENIZER, row) for row in rows]
-        return prompts, loop.sample(rows, prompts, n, params, row_ids=row_ids, step=3, first_rollout=first_rollout)
+        return prompts, loop.roll_out(rows, prompts, n, params, row_ids=row_ids, step=3, first_rollout=first_rollout)
 
     prompts, expected = episodes(ROWS, [4, 5, 6])
     flat = [rollout for group in expected for rollout in group]

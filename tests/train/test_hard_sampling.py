@@ -290,5 +290,5 @@ def test_ten_thousand_rows_of_which_all_or_none_are_hard(solved):
     counters = table.counters(0)
     assert counters["hard"] == (0 if solved else 10_000) == len(fitted)
     assert counters["replaced"] + counters["without_demonstrations"] == counters["hard"]
-    assert sum(bool(of_row[0].learned) for of_row in groups) == counters["replaced"]
+    assert sum(bool(of_row[0].scored_with) for of_row in groups) == counters["replaced"]
     assert len(table.lines()) == 10_000

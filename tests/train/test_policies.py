@@ -16,15 +16,15 @@ def scored(rewards, correct=None):
     return ScoredGroup(GroupPlan(0), [3], rollouts, [True] * len(rewards), list(rewards), correct=correct)
 
 
-@pytest.mark.parametrize("sampler", [EpochOrder, DynamicSampling])
-def test_an_epoch_is_a_permutation_in_equal_batches(sampler):
-    order = sampler(count=11, size=3, seed=0)
+@pytest.mark.parametrize("order_of", [EpochOrder, DynamicSampling])
+def test_an_epoch_is_a_permutation_in_equal_batches(order_of):
+    order = order_of(count=11, size=3, seed=0)
     epochs = [[order.rows(3 * epoch + place) for place in range(3)] for epoch in range(4)]
     for epoch in epochs:
         flat = [row for batch in epoch for row in batch]
         assert len(set(flat)) == 9 and set(flat) <= set(range(11)) and all(len(batch) == 3 for batch in epoch)
     assert epochs[0] != epochs[1]
-    assert order.rows(5) == sampler(count=11, size=3, seed=0).rows(5) != sampler(count=11, size=3, seed=1).rows(5)
+    assert order.rows(5) == order_of(count=11, size=3, seed=0).rows(5) != order_of(count=11, size=3, seed=1).rows(5)
 
 
 def test_fewer_rows_than_a_batch_are_one_batch():

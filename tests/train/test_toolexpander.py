@@ -53,16 +53,16 @@ def test_every_form_learns_on_the_prompts_it_says(tmp_path, monkeypatch, form):
         raw, shown = {}, {}
         for group in groups:
             row, plan = trainer.rows[group.plan.row], group.plan
-            (shown if plan.learned else raw).setdefault(row.id, []).append(group)
-            assert group.prompt == trainer.prompts.ids(row, plan.learned)
-            assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.shown)
+            (shown if plan.scored_with else raw).setdefault(row.id, []).append(group)
+            assert group.prompt == trainer.prompts.ids(row, plan.scored_with)
+            assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.demonstrations)
             torch.testing.assert_close(torch.tensor(group.advantages), GroupRelative(min_std=0.1)([group]))
         for row_id in hard:
             n_raw, n_shown = len(raw.get(row_id, ())), len(shown.get(row_id, ()))
             if n_raw + n_shown:
                 assert (n_raw, n_shown) == {"replace": (0, 1), "add": (1, 1), "distill": (1, 0)}[form]
             for group in raw.get(row_id, ()) if form == "distill" else ():
-                assert len(group.plan.shown) == 2 and group.sampled_here == [True] * 4 + [False] * 4
+                assert len(group.plan.demonstrations) == 2 and group.on_policy_prompt == [True] * 4 + [False] * 4
     logged = metrics(tmp_path / form, ["step"])
     assert all(step["replaced"] > 0 and step["logp_difference"] < 1e-4 for step in logged)
     assert all(("distilled_gap" in step) == (form == "distill") for step in logged)
@@ -122,9 +122,9 @@ def test_tokens_are_counted_by_purpose_and_a_budget_ends_the_run(finished, tmp_p
 def test_better_demonstrations_are_verified_by_the_model_before_rl_or_by_the_present_one(tmp_path, monkeypatch):
     asked, attempt = [], Collector.attempt
 
-    def spy(self, stream, purpose, sampler=None):
-        asked.append((purpose, (sampler or self.sampler).engine.model))
-        return attempt(self, stream, purpose, sampler)
+    def spy(self, stream, purpose, rollouter=None):
+        asked.append((purpose, (rollouter or self.rollouter).engine.model))
+        return attempt(self, stream, purpose, rollouter)
 
     monkeypatch.setattr(Collector, "attempt", spy)
     for verification in ("cautious", "bold"):
@@ -211,8 +211,8 @@ def test_a_probe_interrupted_halfway_is_repeated_when_resumed(finished, tmp_path
     whole, _ = finished
     waves, attempt = [], Collector.attempt
 
-    def interrupted(self, stream, purpose, sampler=None):
-        inner = attempt(self, stream, purpose, sampler)
+    def interrupted(self, stream, purpose, rollouter=None):
+        inner = attempt(self, stream, purpose, rollouter)
 
         def wave(asked, n, first):
             waves.append(n)
@@ -266,7 +266,7 @@ def test_a_policy_of_ones_own(tmp_path):
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), max_steps=1, log_completions=16, **SMALL)
     trainer = ToolExpanderTrainer(
         "tiny", even_is_good, args, training_rows(), builtin.heldout_rows(6, 0, ("easy",)), policy_loss=Loss(),
-        advantage_shaper=Shaper(), prompt_sampler=Backwards(12, 4, 0),
+        advantage_shaper=Shaper(), prompt_order=Backwards(12, 4, 0),
     )  # fmt: skip
     trainer.train()
     logged = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
@@ -311,7 +311,7 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
             return render_self_exemplified(examples, "", [{"name": row.answer[0]["name"], "arguments": {}}])
         return render_self_exemplified(examples if place else examples[:2], "", row.answer)
 
-    sample = trainer.sampler.sample
+    sample = trainer.rollouter.roll_out
 
     def scripted(rows, prompts, n, params, **keywords):
         groups = sample(rows, prompts, n, params, **keywords)
@@ -320,7 +320,9 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
                 rollout.text = text_of(row, place)
         return groups
 
-    monkeypatch.setattr(type(trainer.sampler), "sample", lambda self, *args, **keywords: scripted(*args, **keywords))
+    monkeypatch.setattr(
+        type(trainer.rollouter), "roll_out", lambda self, *args, **keywords: scripted(*args, **keywords)
+    )
     steps = spied(monkeypatch)
     trainer.train()
     for group in steps[0]:
@@ -402,9 +404,9 @@ def test_eval_shows_a_self_exemplifying_run_its_own_prompts(tmp_path, monkeypatc
     make_trainer(tmp_path / "run", self_exemplify=True, max_steps=1).train()
     seen, evaluate = [], cli_evaluate.evaluate
 
-    def spy(sampler, prompts, *args, judge, **keywords):
+    def spy(rollouter, prompts, *args, judge, **keywords):
         seen.append((prompts.instructions, judge))
-        return evaluate(sampler, prompts, *args, judge=judge, **keywords)
+        return evaluate(rollouter, prompts, *args, judge=judge, **keywords)
 
     monkeypatch.setattr(cli_evaluate, "evaluate", spy)
     for model in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):

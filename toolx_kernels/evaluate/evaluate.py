@@ -10,7 +10,7 @@ from toolx_kernels.engine import SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import Sampler
+from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.rewards import is_correct
 from toolx_kernels.toolcall.rows import Row
 
@@ -18,7 +18,7 @@ Judge = Callable[[str | list[str], Row], bool]  # of a text, or of the turns' te
 
 
 def evaluate(
-    sampler: Sampler,
+    rollouter: Rollouter,
     prompts: Prompts,
     rows: Sequence[Row],
     params: SamplingParams,
@@ -46,14 +46,14 @@ def evaluate(
             bar.update()
             return False
 
-        groups = sampler.sample(
+        groups = rollouter.roll_out(
             [rows[place] for place in fitting], [ids[place] for place in fitting], n, params, row_ids=fitting,
             on_rollout=count,
         )  # fmt: skip
     answers = [[Answer("", False, 0, TOO_LONG)] * n for _ in rows]
     for place, rollouts in zip(fitting, groups, strict=True):
         answers[place] = [
-            Answer(r.text, bool(judge(r.judged, rows[place])), r.written, r.finish_reason) for r in rollouts
+            Answer(r.text, bool(judge(r.answer_text, rows[place])), r.written, r.finish_reason) for r in rollouts
         ]
     return Scores(rows, answers, ks)
 

@@ -33,16 +33,16 @@ class Rollout:
         return len(self.ids) if self.mask is None else sum(self.mask)
 
     @property
-    def judged(self) -> str | list[str]:
+    def answer_text(self) -> str | list[str]:
         """Its text, or those of its turns where there are several."""
         turns = completion_turns(self.messages)
         return turns if len(turns) > 1 else self.text
 
 
-class Sampler(Protocol):
+class Rollouter(Protocol):
     """How completions of prompts come about: in one turn (``SingleTurn``) or with tools in between (``ToolLoop``)."""
 
-    def sample(
+    def roll_out(
         self,
         rows: Sequence[Row],
         prompts: Sequence[list[int]],

@@ -17,7 +17,7 @@ class SingleTurn:
     engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
 
-    def sample(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
+    def roll_out(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
         def heard(place: int, rollout: int, completion: Completion) -> bool:
             return on_rollout(place, rollout, self._rollout(completion))
 

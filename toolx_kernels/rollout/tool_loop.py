@@ -112,7 +112,7 @@ class ToolLoop:
         """The rows with the schemas of our tools and what ``reset`` says, for making prompts; see ``Toolbox.offer``."""
         return self.toolbox.offer(rows)
 
-    def sample(
+    def roll_out(
         self,
         rows: Sequence[Row],
         prompts: Sequence[list[int]],

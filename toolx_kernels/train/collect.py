@@ -12,7 +12,7 @@ from toolx_kernels.engine import SamplingParams
 from toolx_kernels.errors import DivergedError
 from toolx_kernels.evaluate.evaluate import Judge
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import Rollout, Sampler
+from toolx_kernels.rollout.rollout import Rollout, Rollouter
 from toolx_kernels.toolcall.reward_runner import RewardFunctions
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -24,7 +24,7 @@ MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 
 
 class Collector:
-    """Samples prompts of the training rows with ``sampler`` and judges what comes.
+    """Samples prompts of the training rows with ``rollouter`` and judges what comes.
 
     ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify", "measure" (the last probe);
     ``unrewarded`` the rollouts to which no reward function applied, which earn 0.
@@ -34,14 +34,14 @@ class Collector:
         self,
         rows: Sequence[Row],
         prompts: Prompts,
-        sampler: Sampler,
+        rollouter: Rollouter,
         judge: Judge,
         rewards: RewardFunctions,
         args: ToolExpanderConfig,
         stop_token_ids: tuple[int, ...],
         phases: Phases,
     ):
-        self.rows, self.prompts, self.sampler, self.judge, self.args = rows, prompts, sampler, judge, args
+        self.rows, self.prompts, self.rollouter, self.judge, self.args = rows, prompts, rollouter, judge, args
         self.rewards, self.phases = rewards, phases
         self.params = args.sampling(stop_token_ids)
         self.tokens: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class Collector:
     def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
         """Samples and scores the groups of a step; all their prompts go to the engine together."""
         size = self.args.num_generations
-        asked = [(plan, place, shown) for plan in plans for place, shown in enumerate(plan.shown)]
+        asked = [(plan, place, shown) for plan in plans for place, shown in enumerate(plan.demonstrations)]
         # one stream of random numbers for each prompt of a row in a step
         prompts_of_row: Counter[int] = Counter()
         streams = []
@@ -58,20 +58,20 @@ class Collector:
             streams.append(plan.row + prompts_of_row[plan.row] * len(self.rows))
             prompts_of_row[plan.row] += 1
         sampled = self._sample(
-            [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.sampler, "step", streams, step
+            [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.rollouter, "step", streams, step
         )
         of_plan: dict[int, ScoredGroup] = {}
         for (plan, place, shown), rollouts in zip(asked, sampled, strict=True):
             if place == 0:
-                of_plan[id(plan)] = ScoredGroup(plan, self.prompts.ids(self.rows[plan.row], plan.learned), [], [])
+                of_plan[id(plan)] = ScoredGroup(plan, self.prompts.ids(self.rows[plan.row], plan.scored_with), [], [])
             group = of_plan[id(plan)]
             group.rollouts += rollouts
-            group.sampled_here += [shown == plan.learned] * len(rollouts)
+            group.on_policy_prompt += [shown == plan.scored_with] * len(rollouts)
         groups = list(of_plan.values())
         self._score(groups)
         return groups
 
-    def attempt(self, stream: int, purpose: str, sampler: Sampler | None = None) -> Attempt:
+    def attempt(self, stream: int, purpose: str, rollouter: Rollouter | None = None) -> Attempt:
         """Rolls prompts out until they have a correct rollout, for ``probe``; a row leaves its wave at once then."""
 
         def attempt(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
@@ -81,7 +81,7 @@ class Collector:
                 # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
                 for start in range(0, len(asked), size):
                     part = asked[start : start + size]
-                    solved += self._solved(part, n, sampler or self.sampler, purpose, stream, first)
+                    solved += self._solved(part, n, rollouter or self.rollouter, purpose, stream, first)
                     bar.update(len(part))
             return solved
 
@@ -91,7 +91,7 @@ class Collector:
         self,
         asked: list[tuple[int, Demonstrations]],
         n: int,
-        sampler: Sampler,
+        rollouter: Rollouter,
         purpose: str,
         stream: int,
         first_rollout: int,
@@ -99,11 +99,11 @@ class Collector:
         solved = [False] * len(asked)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.judge(rollout.judged, self.rows[asked[place][0]])
+            solved[place] |= self.judge(rollout.answer_text, self.rows[asked[place][0]])
             return solved[place]
 
         streams = [row for row, _ in asked]
-        self._sample(asked, n, self.params, sampler, purpose, streams, stream, first_rollout, ends_its_group)
+        self._sample(asked, n, self.params, rollouter, purpose, streams, stream, first_rollout, ends_its_group)
         return solved
 
     def _sample(
@@ -111,7 +111,7 @@ class Collector:
         asked: Sequence[tuple[int, Demonstrations]],
         n: int,
         params: SamplingParams,
-        sampler: Sampler,
+        rollouter: Rollouter,
         purpose: str,
         streams: Sequence[int],
         step: int,
@@ -121,7 +121,7 @@ class Collector:
         rows = [self.rows[row] for row, _ in asked]
         prompts = [self.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
         with self.phases.phase("rollout" if purpose == "step" else "probe"):
-            groups = sampler.sample(
+            groups = rollouter.roll_out(
                 rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
             )
         for row, rollouts in zip(rows, groups, strict=True):
@@ -142,4 +142,4 @@ class Collector:
         for group in groups:
             group.rewards = [next(total) for _ in group.rollouts]
             group.parts = {name: [next(values) for _ in group.rollouts] for name, values in parts.items()}
-            group.correct = [self.judge(rollout.judged, self.rows[group.plan.row]) for rollout in group.rollouts]
+            group.correct = [self.judge(rollout.answer_text, self.rows[group.plan.row]) for rollout in group.rollouts]

@@ -12,17 +12,17 @@ from toolx_kernels.toolcall.rows import Row
 class GroupPlan:
     """A group that a step is to sample: rollouts that are compared with each other.
 
-    row      index of the training row
-    shown    the demonstrations in the prompt of the first ``num_generations`` rollouts, of the next, ...
-    learned  the demonstrations in the prompt on which the loss scores all of them
+    row             index of the training row
+    demonstrations  those in the prompt of the first ``num_generations`` rollouts, of the next, ...
+    scored_with     the demonstrations in the prompt on which the loss scores all of them
 
-    >>> GroupPlan(7).shown  # raw
+    >>> GroupPlan(7).demonstrations  # raw
     ((),)
     """
 
     row: int
-    shown: tuple[tuple[Row, ...], ...] = ((),)
-    learned: tuple[Row, ...] = ()
+    demonstrations: tuple[tuple[Row, ...], ...] = ((),)
+    scored_with: tuple[Row, ...] = ()
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class ScoredGroup:
     plan: GroupPlan
     prompt: list[int]  # on which the loss scores the rollouts
     rollouts: list[Rollout]
-    sampled_here: list[bool]  # whether a rollout was sampled on ``prompt``
+    on_policy_prompt: list[bool]  # whether a rollout was sampled on ``prompt``
     rewards: list[float] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)  # of the rewards, by function
     correct: list[bool] = field(default_factory=list)

@@ -25,7 +25,7 @@ from toolx_kernels.train.groups import ScoredGroup
 # ---- which prompts a step learns from
 
 
-class PromptSampler(Protocol):
+class PromptOrder(Protocol):
     """Which training rows come next, and which of the groups sampled for a step it learns from."""
 
     max_batches: int  # of rows that one step may sample
@@ -72,9 +72,9 @@ class DynamicSampling(EpochOrder):
         return not group.equal_rewards
 
 
-def chosen_prompt_sampler(args: ToolExpanderConfig, count: int) -> PromptSampler:
-    sampler = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
-    return sampler(count, args.prompts_per_step, args.seed)
+def chosen_prompt_order(args: ToolExpanderConfig, count: int) -> PromptOrder:
+    order = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
+    return order(count, args.prompts_per_step, args.seed)
 
 
 # ---- from rewards to advantages

@@ -16,7 +16,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
-from toolx_kernels.train.memory.plan import Plan
+from toolx_kernels.train.memory.plan import MemoryPlan
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.work import Work
 from toolx_kernels.train.phases import Phases
@@ -82,7 +82,7 @@ class Accounts:
             yield
         profiler.export_chrome_trace(str(trace))
 
-    def plan(self, work: Work) -> Plan | None:
+    def plan(self, work: Work) -> MemoryPlan | None:
         """What the run's memory is to be, by its settings; None of a model that cannot be planned for."""
         device = self.model.device
         on_gpu = device.type == "cuda"
@@ -95,7 +95,7 @@ class Accounts:
         except InputError:
             return None
 
-    def summary(self, plan: Plan | None) -> dict:
+    def summary(self, plan: MemoryPlan | None) -> dict:
         """Of the whole run, for ``summary.json``."""
         peaks = self.phases.peaks
         return {

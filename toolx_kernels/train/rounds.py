@@ -7,7 +7,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.demonstrators import HardSamplePolicy, PlainGRPO
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe
-from toolx_kernels.train.policies import PromptSampler
+from toolx_kernels.train.policies import PromptOrder
 
 # Probes and verifications draw from other random streams than training steps.
 PROBE_STREAM = 1 << 31
@@ -24,7 +24,7 @@ class Rounds:
         self,
         table: HardSamples,
         policy: HardSamplePolicy,
-        prompts: PromptSampler,
+        prompts: PromptOrder,
         collector: Collector,
         args: ToolExpanderConfig,
     ):

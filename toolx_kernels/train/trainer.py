@@ -31,7 +31,7 @@ from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.adapters import add_adapter, has_adapter
 from toolx_kernels.models.load import load_model, stop_token_ids
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import Sampler
+from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
 from toolx_kernels.toolcall.datasets.builtin import Example
@@ -53,9 +53,9 @@ from toolx_kernels.train.policies import (
     AdvantageShaper,
     ClippedLoss,
     PolicyLoss,
-    PromptSampler,
+    PromptOrder,
     chosen_advantage_shaper,
-    chosen_prompt_sampler,
+    chosen_prompt_order,
 )
 from toolx_kernels.train.records import rollout_lines, step_values
 from toolx_kernels.train.reporter import Accounts, describe_timing
@@ -67,7 +67,7 @@ from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder, binding_set
 from toolx_kernels.train.run.state import RunState, check_reference
 from toolx_kernels.train.run.stopping import Stop
 from toolx_kernels.train.update.learner import Learner
-from toolx_kernels.train.update.reference_model import FrozenModel, FrozenSampler
+from toolx_kernels.train.update.reference_model import ReferenceModel, ReferenceRollouter
 from toolx_kernels.train.update.schedule import ExponentialDecay
 
 
@@ -88,7 +88,7 @@ class ToolExpanderTrainer:
         demonstrations: more rows that demonstrations are taken from, besides the training rows.
         tools, environment_factory: Python functions, or what makes an environment for each rollout, that the model may
             call in turns; TRL's names and habits, see ``Toolbox``. With either, rollouts have several turns.
-        hard_sample_policy, prompt_sampler, advantage_shaper, policy_loss: instead of what ``args`` choose; see the
+        hard_sample_policy, prompt_order, advantage_shaper, policy_loss: instead of what ``args`` choose; see the
             protocols in ``hard_sampling`` and ``policies``.
 
     Raises:
@@ -109,7 +109,7 @@ class ToolExpanderTrainer:
         tools: Sequence[Callable] = (),
         environment_factory: Callable[[], Any] | None = None,
         hard_sample_policy: HardSamplePolicy | None = None,
-        prompt_sampler: PromptSampler | None = None,
+        prompt_order: PromptOrder | None = None,
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
@@ -139,15 +139,15 @@ class ToolExpanderTrainer:
         context = model.get_decoder().config.max_position_embeddings
         self.prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
         self.engine = RolloutEngine(model, seed=args.seed, compile=args.torch_compile)
-        self.sampler: Sampler = SingleTurn(self.engine, self.tokenizer)
+        self.rollouter: Rollouter = SingleTurn(self.engine, self.tokenizer)
         if tools or environment_factory:
             if args.self_exemplify:
                 raise InputError(
                     "self_exemplify=True has one turn, with examples, thought and answer: leave tools and "
                     "environment_factory out, or self_exemplify."
                 )
-            self.sampler = self._tool_loop(tools, environment_factory)
-            self.rows, self.eval_rows = self.sampler.offer(self.rows), self.sampler.offer(self.eval_rows)
+            self.rollouter = self._tool_loop(tools, environment_factory)
+            self.rows, self.eval_rows = self.rollouter.offer(self.rows), self.rollouter.offer(self.eval_rows)
         self.prompts.check([*self.rows, *self.eval_rows])
         self.demonstrations = DemonstrationIndex.of(self.rows, demonstrations)
         self.eval_rows_seen = len(shared_rows(self.eval_rows, [*self.rows, *demonstrations]))
@@ -161,7 +161,7 @@ class ToolExpanderTrainer:
         self.schedule = self._new_schedule()
         self.stop_token_ids = stop_token_ids(model, self.tokenizer)
         self.collector = Collector(
-            self.rows, self.prompts, self.sampler, self.judge, rewards, args,
+            self.rows, self.prompts, self.rollouter, self.judge, rewards, args,
             self.stop_token_ids, self.phases,
         )  # fmt: skip
         self.table = HardSamples(self.rows, demonstrations)
@@ -173,12 +173,12 @@ class ToolExpanderTrainer:
         self.rounds = Rounds(
             self.table,
             hard_sample_policy or self._hard_sample_policy(),
-            prompt_sampler or chosen_prompt_sampler(args, len(self.rows)),
+            prompt_order or chosen_prompt_order(args, len(self.rows)),
             self.collector,
             args,
         )
         self.advantages = advantage_shaper or chosen_advantage_shaper(args)
-        self._cautious: Sampler | None = None  # of the model before RL
+        self._cautious: Rollouter | None = None  # of the model before RL
         self.state = RunState()
         self.stop = Stop()
 
@@ -237,7 +237,7 @@ class ToolExpanderTrainer:
                     bar.write(f"held-out accuracy before RL: {state.eval_before:.3f}")
                 self._save(started)
             if self.args.needs_reference:
-                self.learner.reference = FrozenModel(self.model, self.run.path / "checkpoint-0")
+                self.learner.reference = ReferenceModel(self.model, self.run.path / "checkpoint-0")
             entered = None
             while not self._finished():
                 if args.eval_steps and state.step % args.eval_steps == 0 and state.evaluated != state.step:
@@ -431,21 +431,21 @@ class ToolExpanderTrainer:
     def _verification(self, number: int) -> Attempt:
         """How draw ``number`` of demonstrations in this round is verified."""
         stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
-        sampler = None
+        rollouter = None
         if self.args.verification == "cautious":
-            sampler = self._cautious = self._cautious or self._frozen_sampler()
-        return self.collector.attempt(stream, "verify", sampler)
+            rollouter = self._cautious = self._cautious or self._reference_rollouter()
+        return self.collector.attempt(stream, "verify", rollouter)
 
-    def _frozen_sampler(self) -> FrozenSampler:
+    def _reference_rollouter(self) -> ReferenceRollouter:
         """As the trainer's own, of the model before RL."""
-        frozen, sampler = self.learner.reference, copy.copy(self.sampler)
-        sampler.engine = RolloutEngine(frozen.model, seed=self.args.seed, compile=self.args.torch_compile)
-        return FrozenSampler(frozen, sampler)
+        frozen, rollouter = self.learner.reference, copy.copy(self.rollouter)
+        rollouter.engine = RolloutEngine(frozen.model, seed=self.args.seed, compile=self.args.torch_compile)
+        return ReferenceRollouter(frozen, rollouter)
 
     def evaluate(self) -> Scores:
         """Greedy answers to the held-out rows, judged."""
         greedy = self.args.sampling(self.stop_token_ids, greedy=True)
-        return evaluate(self.sampler, self.prompts, self.eval_rows, greedy, judge=self.judge)
+        return evaluate(self.rollouter, self.prompts, self.eval_rows, greedy, judge=self.judge)
 
     def _log_probe(self, found: Probe, round_index: int, counters: dict) -> None:
         self.run.log(
@@ -474,13 +474,13 @@ class ToolExpanderTrainer:
 
     def _release_pools(self) -> bool:
         """Gives the memory of the KV pools back, for as long as nothing is sampled; whether there was any."""
-        return any([sampler.engine.release_pool() for sampler in (self.sampler, self._cautious) if sampler])
+        return any([rollouter.engine.release_pool() for rollouter in (self.rollouter, self._cautious) if rollouter])
 
     def _forget_prefixes(self) -> None:
         """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""
-        for sampler in (self.sampler, self._cautious):
-            if sampler:
-                sampler.engine.forget_prefixes()
+        for rollouter in (self.rollouter, self._cautious):
+            if rollouter:
+                rollouter.engine.forget_prefixes()
 
     def _save(self, started: float) -> Path:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):

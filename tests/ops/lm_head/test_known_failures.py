@@ -211,7 +211,7 @@ def launch_every_kernel(n, dim, vocab, rank=16, first_row=0):
         torch.empty(first_row + n, dim, **meta)[first_row:], torch.empty(vocab, dim, **meta), index, vector,
         torch.empty(vocab, **meta), torch.empty(rank, dim, **meta), torch.empty(vocab, rank, **meta), 0.5, 3.0, -1,
     )._replace(scale=vector)  # fmt: skip
-    plan = tiles.Plan(n, vocab, torch.float32, torch.float32)
+    plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     out = sweep_triton.workspace(n, vocab, vector, torch.float32)
     sweep_triton.target_logits(head)
     sweep_triton.online_sums(head, vector, plan, entropy=True)
@@ -297,7 +297,7 @@ def test_workspaces_of_more_than_2_to_the_31_elements(huge):
     head = head_of(
         case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE), None, None, None, 1.0, 0.0, -1
     )
-    plan = tiles.Plan(n, vocab, torch.float32, torch.float32)
+    plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     anchor = torch.zeros(n, device=DEVICE)
     alpha, beta = torch.linspace(1, 2, n, device=DEVICE), torch.linspace(-1, 1, n, device=DEVICE)
     expected = torch.empty(vocab, n, device=DEVICE).T
@@ -327,7 +327,7 @@ def test_inputs_of_more_than_2_to_the_31_elements(huge):
     hidden, weight = huge(n, dim, stride, torch.float16), huge(vocab, dim, stride, torch.float16)
     hidden.copy_(case["hidden"])
     weight.copy_(case["weight"])
-    ones, plan = torch.ones(n, device=DEVICE), tiles.Plan(n, vocab, torch.float32, torch.float32)
+    ones, plan = torch.ones(n, device=DEVICE), tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     far, near = (head_of(h, w, case["targets"], ones, None, None, None, 1.0, 0.0, -1) for h, w in (
         (hidden, weight), (case["hidden"], case["weight"])))  # fmt: skip
     for function, more in ((sweep_triton.target_logits, {}), (sweep_triton.online_sums, {"entropy": True})):

@@ -34,7 +34,7 @@ from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 
 pytestmark = needs_triton
 
-PLAN = tiles.Plan(1, 10**6, torch.float32, torch.float32)
+PLAN = tiles.SweepSize(1, 10**6, torch.float32, torch.float32)
 SHAPES = [(16, 32, 64), (37, 24, 213), (1, 7, 33), (65, 17, 130)]  # N, D, V
 NEAR = {"rtol": 2e-5, "atol": 2e-5}
 EVERY = pytest.mark.parametrize("extras", [(), EXTRAS, ("bias",)], ids="-".join)

@@ -34,7 +34,7 @@ from toolx_kernels.train.policies import ClippedLoss
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.batch import pack
 from toolx_kernels.train.update.learner import Learner, packed
-from toolx_kernels.train.update.reference_model import FrozenModel
+from toolx_kernels.train.update.reference_model import ReferenceModel
 
 # The models are in float64, but transformers' norms compute in fp32, which shows at 1e-8.
 RATE = 3e-2
@@ -257,7 +257,7 @@ def test_the_reference_is_asked_once_for_a_batch(monkeypatch):
     def improved(ask_again):
         trained = model()
         learner = learner_of(trained, num_iterations=3, beta=0.5)
-        learner.reference = FrozenModel.__new__(FrozenModel)
+        learner.reference = ReferenceModel.__new__(ReferenceModel)
         learner.reference._is_adapter = False
         learner.reference.model = small_model("llama", seed=1).double().to(DEVICE)
         asked, whole, update = [], learner._reference_logprobs, learner._update

@@ -130,7 +130,7 @@ def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
 
 def _add_gradients(
     grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
-    rows: slice, plan: tiles.Plan, *, drops: bool,
+    rows: slice, plan: tiles.SweepSize, *, drops: bool,
 ) -> bool:  # fmt: skip
     """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
     dropped, if ``drops``, that the objective gives no gradient."""

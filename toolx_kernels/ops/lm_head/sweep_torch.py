@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head.head import Head, blocks
-from toolx_kernels.ops.lm_head.tiles import Plan
+from toolx_kernels.ops.lm_head.tiles import SweepSize
 
 FUSES_OBJECTIVE = False  # into the kernel that adds partial sums
 LOG_OF_NOTHING = -1e4  # exp() of it is exactly zero, and it times zero is not NaN as -inf would be
@@ -81,7 +81,7 @@ def _target_logits(head: Head) -> Tensor:
     return torch.where(inside, z * head.scale, 0).to(head.dtype)
 
 
-def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(N) each: the largest logit m, sum of exp(z - m), and sum of exp(z - m) * (z - m) (zeros without entropy).
 
     Right for logits of any size, since the maximum runs along.
@@ -105,7 +105,9 @@ def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool)
     return top, total, moment
 
 
-def exponentials(head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def exponentials(
+    head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: SweepSize
+) -> tuple[Tensor, Tensor]:
     """Writes ``exp(z - anchor)`` into ``out`` (N, V), zero at the targets; sums of it and of it times (z - anchor).
 
     The sums include the targets; they are partial ones, (parts, N) each.
@@ -142,7 +144,7 @@ def place_targets(head: Head, out: Tensor, values: Tensor) -> None:
     out[row, local] = torch.where(inside, values.to(out.dtype), out[row, local])
 
 
-def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: Plan) -> None:
+def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: SweepSize) -> None:
     """``E * (alpha + beta * log E) * softcap's slope`` in place: what the entropy's gradient and a softcap add.
 
     alpha, beta: (N).
@@ -185,7 +187,7 @@ def workspace(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tens
 
 
 def logit_gradients(
-    head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: Plan
+    head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: SweepSize
 ) -> None:
     """Writes ``p (alpha + beta log p) slope / T``, and at the targets ``at_target``, into ``out`` (N, V).
 

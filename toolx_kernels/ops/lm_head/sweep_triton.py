@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.head import Head
-from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, Plan, TritonTile
+from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, SweepSize, TritonTile
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
 
 FUSES_OBJECTIVE = True
@@ -285,7 +285,7 @@ def target_logits(head: Head) -> Tensor:
     return out
 
 
-def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See sweep_torch.online_sums."""
     partials = _sweep(head, ONLINE, target_logits=target_logits, entropy=entropy)
     n_rows, n_tiles = len(head.hidden), partials.shape[1]
@@ -297,7 +297,9 @@ def online_sums(head: Head, target_logits: Tensor, plan: Plan, *, entropy: bool)
     return out[0], out[1], out[2]
 
 
-def exponentials(head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def exponentials(
+    head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: SweepSize
+) -> tuple[Tensor, Tensor]:
     """See sweep_torch.exponentials; the sums over the tiles are left to do: (tiles, N) each."""
     total, moment = _sweep(head, EXPONENTIALS, target_logits=target_logits, anchor=anchor, out=out, entropy=True)
     place_targets(head, out, torch.zeros_like(anchor))
@@ -305,14 +307,14 @@ def exponentials(head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor,
 
 
 def logit_gradients(
-    head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: Plan
+    head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: SweepSize
 ) -> None:
     """See sweep_torch.logit_gradients."""
     _sweep(head, GRADIENTS, anchor=lse, alpha=alpha, beta=beta, out=out, entropy=True)
     place_targets(head, out, at_target)
 
 
-def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: Plan) -> None:
+def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: SweepSize) -> None:
     """See sweep_torch.reweigh."""
     n_rows, vocab_size = out.shape
     reweigh_kernel[(n_rows * triton.cdiv(vocab_size, BLOCK_OF_ROW),)](

@@ -25,7 +25,7 @@ CPU_SWEEP_ROWS = 160  # with fewer rows in a chunk, passing over the weight cost
 GPU_SWEEP_ROWS = 768
 
 
-class Plan(NamedTuple):
+class SweepSize(NamedTuple):
     """rows: tokens whose exponentials or logit gradients are alive at a time. columns: width of a vocabulary tile.
 
     dtype: in which they are stored. gemm_dtype: in which the two gradient GEMMs multiply.
@@ -85,7 +85,7 @@ def gemm_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, 
 def single_sweep_plan(
     n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
     *, n_tokens: int | None = None, trains_weight: bool = True, card: Card | None = None,
-) -> Plan | None:  # fmt: skip
+) -> SweepSize | None:  # fmt: skip
     """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it.
 
     ``n_tokens``: of the call, to whose logits the workspace is held; of them ``n_rows`` are computed (default: all).
@@ -114,13 +114,13 @@ def single_sweep_plan(
         rows = _even(n_rows, rows, 32)
     else:
         rows = _in_waves(n_rows, rows, dim, (card or card_of(device)).processors)
-    return Plan(rows, columns, stored, gemm_dtype)
+    return SweepSize(rows, columns, stored, gemm_dtype)
 
 
 def recompute_plan(
     n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
     card: Card | None = None,
-) -> Plan:  # fmt: skip
+) -> SweepSize:  # fmt: skip
     """The plan of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
     its gradient, half for tiles of logits and their gradients."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
@@ -131,21 +131,21 @@ def recompute_plan(
     tile = min(budget // 2, CPU_TILE_BYTES if on_cpu else GPU_TILE_BYTES)
     alive = 4 * 4 if on_cpu else stored.itemsize  # tiles of z, factor and exp beside the result
     columns = min(columns, max(1, tile // alive))
-    return Plan(_between(1, tile // alive // columns, n_rows), columns, stored, gemm_dtype)
+    return SweepSize(_between(1, tile // alive // columns, n_rows), columns, stored, gemm_dtype)
 
 
 def forward_plan(
     n_rows: int, vocab_size: int, dim: int, device: torch.device, workspace_mib: int | None = None,
     card: Card | None = None,
-) -> Plan:  # fmt: skip
+) -> SweepSize:  # fmt: skip
     """The plan of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     if device.type != "cpu":
         partial = 3 * 4 * (vocab_size // 64 + 1)
-        return Plan(_between(1, budget // partial, n_rows), vocab_size, torch.float32, torch.float32)
+        return SweepSize(_between(1, budget // partial, n_rows), vocab_size, torch.float32, torch.float32)
     columns = _between(1, min(CPU_TILE_BYTES, budget // 4) // (8 * dim), min(vocab_size, 4096))
     rows = _between(1, min(CPU_TILE_BYTES, budget // 4) // (8 * columns), n_rows)
-    return Plan(rows, columns, torch.float32, torch.float32)
+    return SweepSize(rows, columns, torch.float32, torch.float32)
 
 
 def _between(low: int, value: int, high: int) -> int:

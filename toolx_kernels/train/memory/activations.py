@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.models.adapters import check_targets
 from toolx_kernels.models.bridge import AttentionContext, checkpointed, toolx_attention
-from toolx_kernels.ops.attention.packed_flex import flex_length
+from toolx_kernels.ops.attention.packed_flex import padded_length
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 
@@ -264,7 +264,7 @@ class Flex:
     """As ``PackedContext.flex``, which pads the pack."""
 
     def attend(self, layer, query, key, value, scale, softcap, window):
-        more = flex_length(len(query)) - len(query)
+        more = padded_length(len(query)) - len(query)
         padded = (pad(packed, (0, 0, 0, 0, 0, more)) for packed in (query, key, value))
         return Kernel.apply(*padded, None)[: len(query)]
 

@@ -25,7 +25,7 @@ class Bytes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """The memory of a run, in bytes.
 
     parts     what is there, by name; ``gradients`` only from the first backward of a step to its update

@@ -24,7 +24,7 @@ from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.hard_sampling import waves
 from toolx_kernels.train.memory.activations import adapt, inference_activations, meta_model, training_activations
-from toolx_kernels.train.memory.plan import Bytes, Plan
+from toolx_kernels.train.memory.plan import Bytes, MemoryPlan
 from toolx_kernels.train.memory.work import Work
 from toolx_kernels.train.update.adamw import CHUNK
 from toolx_kernels.train.update.batch import PackedGroup, micro_batches
@@ -40,7 +40,7 @@ def plan_of(
     device: str,
     memory: int,
     work: Work,
-) -> Plan:
+) -> MemoryPlan:
     """The plan of a run of ``args`` with a model of ``config``, of which no weight is read.
 
     Args:
@@ -77,7 +77,7 @@ class Planner:
         self.training = cache(self._training)
         self.inference = cache(self._inference)
 
-    def advice(self, args: ToolExpanderConfig) -> tuple[dict, Plan] | None:
+    def advice(self, args: ToolExpanderConfig) -> tuple[dict, MemoryPlan] | None:
         """The first change of settings with which the run fits, and the plan with it; None: none does.
 
         In this order: activation checkpointing, then smaller micro-batches too, with the optimizer that is asked for;
@@ -105,7 +105,7 @@ class Planner:
                     return {name: value for name, value in changed.to_dict().items() if value != asked[name]}, plan
         return None
 
-    def plan(self, args: ToolExpanderConfig) -> Plan:
+    def plan(self, args: ToolExpanderConfig) -> MemoryPlan:
         rank, targets = (args.lora_r, tuple(args.lora_target_modules or ())) if args.use_peft else (0, ())
         key = (args.dtype, rank, targets)
         model = self.shape(*key)
@@ -163,7 +163,7 @@ class Planner:
         parts |= {"activations": Bytes(saved), "fused loss": Bytes(loss), "rollout step": Bytes(max(sampling.values()))}
         if step:
             parts["optimizer step"] = Bytes(step)
-        return Plan(
+        return MemoryPlan(
             device=self.device,
             memory=self.memory,
             parameters=sum(p.numel() for p in self.shape(args.dtype, 0, ()).parameters()),

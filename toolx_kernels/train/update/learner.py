@@ -23,7 +23,7 @@ from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import PolicyLoss
 from toolx_kernels.train.update.adamw import make_updater
 from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, Part, micro_batches, pack
-from toolx_kernels.train.update.reference_model import FrozenModel
+from toolx_kernels.train.update.reference_model import ReferenceModel
 
 Told = TypeVar("Told")
 
@@ -64,7 +64,7 @@ class Learner:
         self.model, self.args, self.loss, self.phases, self.make_room = model, args, loss, phases, make_room
         self.short = False  # of memory, beside what rollouts keep
         self.token_budget = args.micro_batch_tokens
-        self.reference: FrozenModel | None = None
+        self.reference: ReferenceModel | None = None
         self.updater = make_updater(model, args, args.learning_rate)
 
     def begin(self, learning_rate: float) -> None:
@@ -197,7 +197,7 @@ class Learner:
         it is rounding (largest and mean), and on another one (``distill``; largest)."""
         differences: dict[bool, list[float]] = {True: [], False: []}
         for group, of_group in zip(groups, logprobs, strict=True):
-            for rollout, here, ours in zip(group.rollouts, group.sampled_here, of_group, strict=True):
+            for rollout, here, ours in zip(group.rollouts, group.on_policy_prompt, of_group, strict=True):
                 # the loss leaves NaN where it computed nothing
                 pairs = zip(ours, rollout.logprobs, strict=True)
                 differences[here] += [abs(logp - theirs) for logp, theirs in pairs if not math.isnan(logp)]

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.models.adapters import freeze_adapter, has_adapter, reference_adapter
-from toolx_kernels.rollout.rollout import Sampler
+from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.train.run.checkpoint import load_weights
 
 
-class FrozenModel:
+class ReferenceModel:
     """The model of ``checkpoint``: a copy of ``model`` or, where an adapter is trained, a second one on its weights.
 
     Raises:
@@ -43,16 +43,16 @@ class FrozenModel:
 
 
 @dataclass(slots=True)
-class FrozenSampler:
-    """Samples from a ``FrozenModel`` as ``sampler``, which is made for an engine of its own, does from any other."""
+class ReferenceRollouter:
+    """Runs ``rollouter``, which has its own engine, on the reference model."""
 
-    frozen: FrozenModel
-    sampler: Sampler
+    frozen: ReferenceModel
+    rollouter: Rollouter
 
     @property
     def engine(self) -> RolloutEngine:
-        return self.sampler.engine
+        return self.rollouter.engine
 
-    def sample(self, *args, **options):
+    def roll_out(self, *args, **options):
         with self.frozen.active():
-            return self.sampler.sample(*args, **options)
+            return self.rollouter.roll_out(*args, **options)
