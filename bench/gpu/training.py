@@ -190,7 +190,7 @@ def kernels(bench: Bench) -> dict:
 
         def step() -> None:
             count.begin()
-            trainer.records.append(trainer.trainer._step(0))
+            trainer.records.append(trainer.trainer.step())
             count.end()
 
         step()

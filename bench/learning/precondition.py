@@ -30,9 +30,9 @@ def main(output: str, *flags: str) -> None:
         args = parse_train([*flags, "--output_dir", f"{nowhere}/run"])
         more = load_demonstrations(args.demonstration_dataset)
         trainer = ToolExpanderTrainer(args.model, None, args, *load_rows(args), demonstrations=more)
-        rows, collector = trainer.rows, trainer.collector
+        rows, collector = trainer.task.rows, trainer.collector
         drawer = RandomDemonstrations(
-            trainer.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, trainer.fitting
+            trainer.task.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, trainer.fitting
         )
 
         def hard(shown: list[Demonstrations], stream: int) -> int:

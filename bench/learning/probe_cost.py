@@ -24,18 +24,18 @@ def main(*flags: str) -> None:
     with TemporaryDirectory() as nowhere:
         args = parse_train([*flags, "--output_dir", f"{nowhere}/run"])
         trainer = ToolExpanderTrainer(args.model, None, args, *load_rows(args))
-    rows, collector = trainer.rows, trainer.collector
+    rows, collector = trainer.task.rows, trainer.collector
     asked = [(row, ()) for row in range(len(rows))]
     found = probe(asked, args.probe_rollouts, collector.attempt(PROBE_STREAM, "probe"))
     waves = collector.tokens["probe"]
 
-    prompts = [trainer.prompts.ids(row) for row in rows]
+    prompts = [trainer.task.prompts.ids(row) for row in rows]
     whole = trainer.rollouter.roll_out(
         rows, prompts, args.probe_rollouts, collector.params, row_ids=range(len(rows)), step=PROBE_STREAM
     )
     sequential, hard = 0, []
     for place, rollouts in enumerate(whole):
-        right = [trainer.judge(rollout.answer_text, rows[place]) for rollout in rollouts]
+        right = [trainer.task.judge(rollout.answer_text, rows[place]) for rollout in rollouts]
         until = right.index(True) + 1 if any(right) else len(right)
         sequential += sum(rollout.written for rollout in rollouts[:until])
         hard += [] if any(right) else [place]

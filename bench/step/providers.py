@@ -97,7 +97,7 @@ class Toolx(Stepper):
     def run(self, begin, end):
         for _ in range(self.steps):
             begin()
-            record = self.trainer._step(0)
+            record = self.trainer.step()
             end()
             self.records.append(record)
 
@@ -105,7 +105,7 @@ class Toolx(Stepper):
         return [{name: record[name] for name in ("learning_rate", "grad_norm")} for record in self.records]
 
     def own_peak(self):
-        peaks = self.trainer.phases.peaks
+        peaks = self.trainer.reporter.phases.peaks
         highest = max(peaks.values(), default=0)
         peaks.clear()
         return highest

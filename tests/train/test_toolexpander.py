@@ -12,6 +12,7 @@ import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
 from toolx_kernels.cli import main as cli
+from toolx_kernels.cli.train import parse_train, read_config
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate import evaluate as cli_evaluate
 from toolx_kernels.toolcall import distinct_examples, is_answer_correct, parse_sections, render_self_exemplified
@@ -52,9 +53,9 @@ def test_every_form_learns_on_the_prompts_it_says(tmp_path, monkeypatch, form):
     for groups in steps[:2]:
         raw, shown = {}, {}
         for group in groups:
-            row, plan = trainer.rows[group.plan.row], group.plan
+            row, plan = trainer.task.rows[group.plan.row], group.plan
             (shown if plan.scored_with else raw).setdefault(row.id, []).append(group)
-            assert group.prompt == trainer.prompts.ids(row, plan.scored_with)
+            assert group.prompt == trainer.task.prompts.ids(row, plan.scored_with)
             assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.demonstrations)
             torch.testing.assert_close(torch.tensor(group.advantages), GroupRelative(min_std=0.1)([group]))
         for row_id in hard:
@@ -71,9 +72,9 @@ def test_every_form_learns_on_the_prompts_it_says(tmp_path, monkeypatch, form):
 def test_the_two_prompts_of_a_row_draw_different_random_numbers(tmp_path, monkeypatch):
     steps = spied(monkeypatch)
     trainer = make_trainer(tmp_path / "add", hard_sampling="add", max_steps=1, few_shots_per_tool=1)
-    monkeypatch.setattr(trainer.prompts, "fitting", lambda row, shown, room=1: ())
-    trainer.prompts.ids_of = trainer.prompts.ids
-    monkeypatch.setattr(trainer.prompts, "ids", lambda row, shown=(): trainer.prompts.ids_of(row))
+    monkeypatch.setattr(trainer.task.prompts, "fitting", lambda row, shown, room=1: ())
+    trainer.task.prompts.ids_of = trainer.task.prompts.ids
+    monkeypatch.setattr(trainer.task.prompts, "ids", lambda row, shown=(): trainer.task.prompts.ids_of(row))
     trainer.rounds.policy.demonstrator.fitting = lambda row, shown: shown
     trainer.train()
     by_row = {}
@@ -174,7 +175,7 @@ def test_dynamic_sampling_fills_a_step_up_with_the_next_prompts(tmp_path, monkey
         tmp_path / "dapo", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2
     )
     trainer.train()
-    even = {place for place, row in enumerate(trainer.rows) if int(row.id.rsplit("-", 1)[1]) % 2 == 0}
+    even = {place for place, row in enumerate(trainer.task.rows) if int(row.id.rsplit("-", 1)[1]) % 2 == 0}
     logged = metrics(tmp_path / "dapo", ["step"])
     assert 0 < len(even) < 12
     for groups, line in zip(steps, logged, strict=True):
@@ -270,7 +271,7 @@ def test_a_policy_of_ones_own(tmp_path):
     )  # fmt: skip
     trainer.train()
     logged = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    assert {line["row"] for line in logged} == {trainer.rows[place].id for place in (8, 9, 10, 11)}
+    assert {line["row"] for line in logged} == {trainer.task.rows[place].id for place in (8, 9, 10, 11)}
     assert all(line["advantage"] == pytest.approx(line["reward"] - 0.5) for line in logged)
     assert seen and len(set(seen)) == 1
 
@@ -298,8 +299,8 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
         output_dir=str(tmp_path / "run"), self_exemplify=True, **SMALL | {"cold_start_steps": 0, "max_steps": 1}
     )
     trainer = ToolExpanderTrainer("tiny", None, args, training_rows(), builtin.heldout_rows(6, 0, ("easy",)))
-    assert all(INSTRUCTIONS in trainer.tokenizer.decode(trainer.prompts.ids(row)) for row in trainer.rows)
-    rows = {row.id: row for row in trainer.rows}
+    assert all(INSTRUCTIONS in trainer.tokenizer.decode(trainer.task.prompts.ids(row)) for row in trainer.task.rows)
+    rows = {row.id: row for row in trainer.task.rows}
     others = [
         {"tools": row.tool_names, "question": row.user_text, "answer": row.answer} for row in list(rows.values())[:5]
     ]
@@ -333,7 +334,7 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
 
 def test_the_cold_start_can_teach_the_self_exemplifying_form(tmp_path):
     trainer = make_trainer(tmp_path / "run", dataset=None, cold_start_self_exemplify=0.5)
-    groups = [(example, supervised(trainer.prompts, example)[0]) for example in islice(trainer.cold_start, 24)]
+    groups = [(example, supervised(trainer.task.prompts, example)[0]) for example in islice(trainer.cold_start, 24)]
     written = [group for example, group in groups if example.examples]
     assert 4 < len(written) < 20
     for example, group in groups:
@@ -385,13 +386,13 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_are_the_papers_rows_and_run(name, tmp_path):
-    args = cli.parse_train(["--config", name])
+    args = parse_train(["--config", name])
     assert (
         args.hard_sampling, args.self_exemplify, args.beta, args.epsilon, args.epsilon_high, args.lr_decay
     ) == RECIPES[name]  # fmt: skip
     own = {"hard_sampling", "self_exemplify", "beta", "epsilon", "epsilon_high", "lr_decay"}
     own |= {"max_completion_length", "cold_start_self_exemplify"} if args.self_exemplify else set()
-    assert set(cli.read_config(name)) == own, "all other settings are equal"
+    assert set(read_config(name)) == own, "all other settings are equal"
     flags = [
         "--cold_start_steps", "2", "--max_steps", "1", "--train_rows", "8", "--eval_rows", "4", "--probe_rollouts", "1",
         "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "16",

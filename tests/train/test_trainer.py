@@ -214,17 +214,16 @@ def test_gradients_are_clipped(tmp_path):
     learner, seen = trainer.learner, []
     apply = learner.updater.apply
     learner.updater.apply = lambda norm, seed, _: seen.append((norm, seed)) or apply(norm, seed)
-    batch = [
-        PackedGroup(trainer.prompts.ids(trainer.rows[0]), [trainer.prompts.completion_ids(trainer.rows[0].answer)])
-    ]
+    prompts, row = trainer.task.prompts, trainer.task.rows[0]
+    batch = [PackedGroup(prompts.ids(row), [prompts.completion_ids(row.answer)])]
     assert learner.imitate(batch, 3)["grad_norm"] > 0.1
     assert seen == [(0.01, (0, 3))]
 
 
 def test_the_cold_start_of_given_rows_imitates_these(tmp_path):
     trainer = make_trainer(tmp_path / "run", dataset=None)
-    shown = [next(trainer.cold_start).row.id for _ in trainer.rows]
-    assert sorted(shown) == sorted(row.id for row in trainer.rows)
+    shown = [next(trainer.cold_start).row.id for _ in trainer.task.rows]
+    assert sorted(shown) == sorted(row.id for row in trainer.task.rows)
 
 
 def test_a_reference_that_is_gone_is_named_before_anything_is_lost(tmp_path):

@@ -55,7 +55,7 @@ def test_cold_start_episodes_supervise_the_models_turns_alone(tmp_path):
         cold_start=built_in_cold_start(args),
     )  # fmt: skip
     episode = next(example for example in trainer.cold_start if isinstance(example, builtin_turns.Episode))
-    group, _ = supervised(trainer.prompts, episode)
+    group, _ = supervised(trainer.task.prompts, episode)
     (ids,), (mask,) = group.completions, group.masks
     ours = trainer.tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts])
     theirs = trainer.tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if not counts])

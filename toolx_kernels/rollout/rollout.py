@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from toolx_kernels.engine import SamplingParams
+from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.toolcall.rewards import completion_turns
 from toolx_kernels.toolcall.rows import Row
 
@@ -41,6 +41,11 @@ class Rollout:
 
 class Rollouter(Protocol):
     """How completions of prompts come about: in one turn (``SingleTurn``) or with tools in between (``ToolLoop``)."""
+
+    engine: RolloutEngine
+
+    def offer(self, rows: list[Row]) -> list[Row]:
+        """The rows with what the rollouter offers the model besides their own tools."""
 
     def roll_out(
         self,

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import Completion, RolloutEngine
 from toolx_kernels.rollout.rollout import Rollout
+from toolx_kernels.toolcall.rows import Row
 
 
 @dataclass(slots=True)
@@ -16,6 +17,9 @@ class SingleTurn:
 
     engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
+
+    def offer(self, rows: list[Row]) -> list[Row]:
+        return rows
 
     def roll_out(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
         def heard(place: int, rollout: int, completion: Completion) -> bool:

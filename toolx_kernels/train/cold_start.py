@@ -1,8 +1,9 @@
-"""The supervised examples that a run may begin with, and their tokens."""
+"""The cold start: supervised steps that a run may begin with, their examples and tokens."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
@@ -15,10 +16,32 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.reporter import Reporter
 from toolx_kernels.train.update.batch import PackedGroup
+from toolx_kernels.train.update.learner import Learner
 
 OWN_EXAMPLES = 4  # more than three are rewarded
 BEFORE_TURNS = 9600  # examples in one turn, from which the tiny model learns to copy before it meets episodes
+
+
+def imitate(
+    learner: Learner,
+    prompts: Prompts,
+    examples: Iterator[Example | Episode],
+    args: ToolExpanderConfig,
+    report: Reporter,
+) -> None:
+    """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
+    learner.begin(args.cold_start_learning_rate)
+    for step in range(1, args.cold_start_steps + 1):
+        started, progress = time.perf_counter(), step / args.cold_start_steps
+        for parameters in learner.updater.optimizer.param_groups:
+            parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
+        taken = islice(examples, args.cold_start_batch_size)
+        batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)
+        metrics = learner.imitate(batch, step)
+        report.cold_start(step, time.perf_counter() - started, metrics | {"demonstrations_cut": sum(cuts)})
+    learner.begin(args.learning_rate)
 
 
 def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episode] | None:

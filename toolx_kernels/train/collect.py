@@ -1,30 +1,31 @@
-"""What a run samples: groups to learn from, probes, evaluations; and how many tokens that took."""
+"""Collector: rollouts of training rows, scored into groups or judged for a probe, and the tokens they took."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from toolx_kernels.engine import SamplingParams
-from toolx_kernels.errors import DivergedError
-from toolx_kernels.evaluate.evaluate import Judge
+from toolx_kernels.engine import RolloutEngine, SamplingParams
+from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollout, Rollouter
-from toolx_kernels.toolcall.reward_runner import RewardFunctions
-from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.rollout.single_turn import SingleTurn
+from toolx_kernels.rollout.tool_loop import ToolLoop
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
+from toolx_kernels.train.task import Task
 
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 
 
 class Collector:
-    """Samples prompts of the training rows with ``rollouter`` and judges what comes.
+    """Rolls out prompts of the training rows and judges the rollouts.
 
     ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify", "measure" (the last probe);
     ``unrewarded`` the rollouts to which no reward function applied, which earn 0.
@@ -32,20 +33,23 @@ class Collector:
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        prompts: Prompts,
+        task: Task,
         rollouter: Rollouter,
-        judge: Judge,
-        rewards: RewardFunctions,
         args: ToolExpanderConfig,
         stop_token_ids: tuple[int, ...],
         phases: Phases,
     ):
-        self.rows, self.prompts, self.rollouter, self.judge, self.args = rows, prompts, rollouter, judge, args
-        self.rewards, self.phases = rewards, phases
+        self.task, self.rollouter, self.args, self.phases = task, rollouter, args, phases
         self.params = args.sampling(stop_token_ids)
         self.tokens: Counter[str] = Counter()
         self.unrewarded = 0
+
+    def state_dict(self) -> dict:
+        return {"tokens": dict(self.tokens), "unrewarded": self.unrewarded}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.tokens.update(state["tokens"])
+        self.unrewarded = state["unrewarded"]
 
     def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
         """Samples and scores the groups of a step; all their prompts go to the engine together."""
@@ -55,7 +59,7 @@ class Collector:
         prompts_of_row: Counter[int] = Counter()
         streams = []
         for plan, _, _ in asked:
-            streams.append(plan.row + prompts_of_row[plan.row] * len(self.rows))
+            streams.append(plan.row + prompts_of_row[plan.row] * len(self.task.rows))
             prompts_of_row[plan.row] += 1
         sampled = self._sample(
             [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.rollouter, "step", streams, step
@@ -63,7 +67,9 @@ class Collector:
         of_plan: dict[int, ScoredGroup] = {}
         for (plan, place, shown), rollouts in zip(asked, sampled, strict=True):
             if place == 0:
-                of_plan[id(plan)] = ScoredGroup(plan, self.prompts.ids(self.rows[plan.row], plan.scored_with), [], [])
+                of_plan[id(plan)] = ScoredGroup(
+                    plan, self.task.prompts.ids(self.task.rows[plan.row], plan.scored_with), [], []
+                )
             group = of_plan[id(plan)]
             group.rollouts += rollouts
             group.on_policy_prompt += [shown == plan.scored_with] * len(rollouts)
@@ -99,7 +105,7 @@ class Collector:
         solved = [False] * len(asked)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.judge(rollout.answer_text, self.rows[asked[place][0]])
+            solved[place] |= self.task.judge(rollout.answer_text, self.task.rows[asked[place][0]])
             return solved[place]
 
         streams = [row for row, _ in asked]
@@ -118,8 +124,8 @@ class Collector:
         first_rollout: int = 0,
         on_rollout: Callable[[int, int, Rollout], bool] | None = None,
     ) -> list[list[Rollout]]:
-        rows = [self.rows[row] for row, _ in asked]
-        prompts = [self.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
+        rows = [self.task.rows[row] for row, _ in asked]
+        prompts = [self.task.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
         with self.phases.phase("rollout" if purpose == "step" else "probe"):
             groups = rollouter.roll_out(
                 rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
@@ -133,13 +139,41 @@ class Collector:
 
     def _score(self, groups: Sequence[ScoredGroup]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        rows = [self.rows[group.plan.row] for group in groups for _ in group.rollouts]
+        rows = [self.task.rows[group.plan.row] for group in groups for _ in group.rollouts]
         with self.phases.phase("reward"):
-            scores = self.rewards(rows, rollouts)
+            scores = self.task.rewards(rows, rollouts)
         self.unrewarded += scores.unrewarded
         total = iter(scores.total)
         parts = {name: iter(values) for name, values in scores.parts.items()}
         for group in groups:
             group.rewards = [next(total) for _ in group.rollouts]
             group.parts = {name: [next(values) for _ in group.rollouts] for name, values in parts.items()}
-            group.correct = [self.judge(rollout.answer_text, self.rows[group.plan.row]) for rollout in group.rollouts]
+            group.correct = [
+                self.task.judge(rollout.answer_text, self.task.rows[group.plan.row]) for rollout in group.rollouts
+            ]
+
+
+def chosen_rollouter(
+    args: ToolExpanderConfig,
+    engine: RolloutEngine,
+    prompts: Prompts,
+    tools: Sequence[Callable],
+    environment_factory: Callable[[], Any] | None,
+) -> Rollouter:
+    """Several turns where there are tools or an environment, else one."""
+    if not (tools or environment_factory):
+        return SingleTurn(engine, prompts.tokenizer)
+    if args.self_exemplify:
+        raise InputError(
+            "self_exemplify=True has one turn, with examples, thought and answer: leave tools and environment_factory "
+            "out, or self_exemplify."
+        )
+    return ToolLoop(
+        engine,
+        prompts.tokenizer,
+        prompts,
+        tools=tools,
+        environment_factory=environment_factory,
+        max_turns=args.max_tool_calling_iterations + 1,
+        tool_timeout=args.tool_timeout,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
@@ -79,6 +79,8 @@ class VerifiedDemonstrations:
 class HardSamplePolicy(Protocol):
     """What happens to rows without a correct rollout."""
 
+    needs_probe: bool  # whether it acts on what a probe finds; otherwise a probe only measures
+
     def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         """Prepares the rows that a probe has just found hard."""
 
@@ -88,6 +90,8 @@ class HardSamplePolicy(Protocol):
 
 class PlainGRPO:
     """Every row stays as it is."""
+
+    needs_probe = False
 
     def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         pass
@@ -108,6 +112,7 @@ class FewShot:
 
     form: str
     demonstrator: Demonstrator
+    needs_probe: ClassVar[bool] = True
 
     def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         self.demonstrator.choose(table, hard, round_index)

@@ -111,6 +111,13 @@ class DifficultyWeighted:
         return self.of(groups) * (4 * self.sigma * share * (1 - share))[_group_ids(groups)]
 
 
+def give_advantages(groups: Sequence[ScoredGroup], shaper: AdvantageShaper) -> None:
+    """Puts the advantages of its rollouts into each group."""
+    advantages = iter(shaper(groups).tolist() if groups else ())
+    for group in groups:
+        group.advantages = [next(advantages) for _ in group.rollouts]
+
+
 def chosen_advantage_shaper(args: ToolExpanderConfig) -> AdvantageShaper:
     relative = GroupRelative(args.scale_rewards, args.min_reward_std)
     return DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative

@@ -1,49 +1,176 @@
-"""What a run says of its cost: seconds by phase, the share of the device's arithmetic, memory planned and measured."""
+"""Reporter: all that a run says, on the screen and in its folder's metrics, rollouts, curves and summary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from itertools import islice
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from toolx_kernels.engine.pages import physical_memory
 from toolx_kernels.errors import InputError
+from toolx_kernels.evaluate.scores import Scores
+from toolx_kernels.toolcall.datasets.report import dataset_report
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
+from toolx_kernels.train.hard_sampling import HardSamples, Probe
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.work import Work
 from toolx_kernels.train.phases import Phases
+from toolx_kernels.train.run.curves import draw_curves
+from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder
+from toolx_kernels.train.task import Task
 
 BETWEEN = ("probe", "evaluation")  # phases that belong to no step
 
 
-class Accounts:
-    """Keeps the accounts of one run with ``model``; ``phases`` is what its parts book their time and memory with."""
+class Reporter:
+    """Keeps the accounts of one run of ``model``; ``phases`` is what its parts book their time and memory with.
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig):
-        self.model, self.args = model, args
+    eval_before, hard_before   accuracy and hard rows before RL; None until they are known
+    evaluated                  the last step that was evaluated
+    """
+
+    def __init__(self, run: RunFolder, model: PreTrainedModel, args: ToolExpanderConfig, task: Task):
+        self.run, self.model, self.args, self.task = run, model, args, task
         self.phases = Phases(model.device)
+        self.eval_before: float | None = None
+        self.hard_before: int | None = None
+        self.evaluated = 0
+        self._plan: MemoryPlan | None = None
         self._flops = Flops(model)
         self._gemm_speed: float | None = None  # measured at the first step
-        self._told = self.phases.seconds.copy()  # by the steps so far
+        self._reported = self.phases.seconds.copy()  # by the steps so far
+        self._earlier = 0.0  # seconds, before the run was resumed
+        self._started = time.perf_counter()
+        self._bar = tqdm(disable=True)
 
-    def resume(self, seconds: Mapping[str, float], peaks: Mapping[str, int]) -> None:
-        """Goes on from what ``phases`` had when the run was saved."""
-        self.phases.seconds.update(seconds)
-        self.phases.peaks.update(peaks)
-        self._told = self.phases.seconds.copy()
+    def state_dict(self) -> dict:
+        return {
+            "eval_before": self.eval_before,
+            "hard_before": self.hard_before,
+            "evaluated": self.evaluated,
+            "wall_seconds": time.perf_counter() - self._started,
+            "phases": dict(self.phases.seconds),
+            "peaks": dict(self.phases.peaks),
+            "lines": self.run.lines(),
+        }
 
-    def start_step(self) -> Callable[[Sequence[ScoredGroup], Sequence[ScoredGroup]], dict]:
-        """A step begins; what comes back is to be called at its end with the groups that it sampled and trained on.
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from a checkpoint; what was logged after it is dropped."""
+        self.run.forget_after(state["lines"])
+        self.eval_before, self.hard_before = state["eval_before"], state["hard_before"]
+        self.evaluated = state["evaluated"]
+        self._earlier = state["wall_seconds"]
+        self.phases.seconds.update(state["phases"])
+        self.phases.peaks.update(state["peaks"])
+        self._reported = self.phases.seconds.copy()
 
-        That gives the ``timing`` of the step's line in metrics.jsonl:
+    # ---- the run
+
+    @contextmanager
+    def running(self, steps: int, done: int) -> Iterator[None]:
+        """Shows a progress bar of ``steps`` steps, of which ``done`` are done."""
+        self._started = time.perf_counter() - self._earlier
+        with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) as self._bar:
+            yield
+
+    def doing(self, what: str) -> None:
+        """Says on the bar what is going on."""
+        self._bar.set_description(what)
+
+    def plan(self, work: Work) -> None:
+        """Plans the run's memory from its settings, unless the model cannot be planned for."""
+        device = self.model.device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()
+        args = replace(self.args, dtype=str(self.model.dtype).removeprefix("torch."))
+        try:
+            self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, work=work)
+        except InputError:
+            self._plan = None
+
+    def beginning(self) -> None:
+        """Reports dataset statistics, warnings and planned memory, before anything is spent on the run."""
+        task, report = self.task, dataset_report(self.task.rows, self.task.demonstrations)
+        for line in report.lines():
+            self._bar.write(line)
+        if task.eval_rows_seen:
+            self._bar.write(
+                f"rows to evaluate on that training or demonstrations show too: {task.eval_rows_seen} of "
+                f"{len(task.eval_rows)}"
+            )
+        self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen)
+        if self._plan:
+            self._bar.write(self._plan.sentence())
+            self.run.log("plan", 0, self._plan.to_dict())
+
+    def cold_start(self, step: int, seconds: float, metrics: dict) -> None:
+        self.run.log("cold_start", step, {"seconds": seconds}, **metrics)
+        self.doing(f"cold start {step}/{self.args.cold_start_steps}, loss {metrics['loss']:.3f}")
+
+    def evaluation(self, step: int, evaluate: Callable[[], Scores], spent_tokens: int) -> float:
+        """Runs ``evaluate`` and logs its scores; returns the accuracy."""
+        started = time.perf_counter()
+        with self.phases.phase("evaluation"):
+            scores = evaluate()
+        timing = {"seconds": time.perf_counter() - started}
+        parts = {name: score.accuracy.value for name, score in scores.parts.items()}
+        self.run.log("eval", step, timing, accuracy=scores.accuracy, parts=parts, spent_tokens=spent_tokens)
+        self.evaluated = step
+        return scores.accuracy
+
+    def before(self, accuracy: float) -> None:
+        self.eval_before = accuracy
+        self._bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
+
+    def probe(
+        self, step: int, found: Probe, round_index: int, table: HardSamples, counters: dict, spent_tokens: int
+    ) -> None:
+        saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
+        self.run.log(
+            "probe", step, {"seconds": found.seconds}, round=round_index, **counters, rollouts=found.rollouts,
+            saved_rollouts=saved, spent_tokens=spent_tokens,
+        )  # fmt: skip
+        self.run.write_hard_samples(table.lines())
+
+    # ---- a step
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the work of step ``number``: times it, and profiles the one that was asked for."""
+        if self._gemm_speed is None:
+            self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
+        profiled = number == self.args.profile_step
+        with torch.profiler.profile() if profiled else nullcontext() as profiler:
+            started, before = time.perf_counter(), self.phases.seconds.copy()
+            between = {name: spent for name, spent in self.phases.since(self._reported).items() if name in BETWEEN}
+            yield
+            self._step = time.perf_counter() - started, between | self.phases.since(before)
+            self._reported = self.phases.seconds.copy()
+        if profiled:
+            profiler.export_chrome_trace(str(self.run.path / TRACE))
+
+    def metrics(
+        self,
+        step: int,
+        round_index: int,
+        sampled: Sequence[ScoredGroup],
+        trained: Sequence[ScoredGroup],
+        dropped: int,
+        **values,
+    ) -> dict:
+        """Logs a step: the groups that it ``sampled``, those of them that it ``trained`` on, how many the prompt order
+        ``dropped``, and other ``values``. Returns its line of metrics.jsonl.
+
+        Its ``timing``:
 
         seconds             of the whole step
         phases              seconds of each: rollout, reward, forward, backward, optimizer; and what came between the
@@ -52,56 +179,90 @@ class Accounts:
         flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does;
                             None where there is no memory for one
         """
-        if self._gemm_speed is None:
-            self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
-        started, before = time.perf_counter(), self.phases.seconds.copy()
-        between = {name: spent for name, spent in self.phases.since(self._told).items() if name in BETWEEN}
+        seconds, phases = self._step
+        learned = self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
+        flops = self._flops.sampled(sampled) + learned
+        written = sum(rollout.written for group in sampled for rollout in group.rollouts)
+        timing = {
+            "seconds": seconds,
+            "phases": phases,
+            "tokens_per_second": written / phases["rollout"],
+            "flop_share": flops / seconds / self._gemm_speed if self._gemm_speed else None,
+        }
+        for line in rollout_lines(sampled, self.task.rows, self.args.num_generations, self.args.log_completions):
+            self.run.log_rollout(step=step, **line)
+        return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
 
-        def timing(sampled: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]) -> dict:
-            seconds, phases = time.perf_counter() - started, between | self.phases.since(before)
-            self._told = self.phases.seconds.copy()
-            learned = self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
-            flops = self._flops.sampled(sampled) + learned
-            written = sum(rollout.written for group in sampled for rollout in group.rollouts)
-            return {
-                "seconds": seconds,
-                "phases": phases,
-                "tokens_per_second": written / phases["rollout"],
-                "flop_share": flops / seconds / self._gemm_speed if self._gemm_speed else None,
-            }
+    def progress(self, record: dict, hard: int) -> None:
+        """Moves the bar on by a step."""
+        reward, accuracy, timing = record["reward"], record["accuracy"], describe_timing(record["timing"])
+        self._bar.set_postfix_str(f"reward {reward:.2f}, accuracy {accuracy:.2f}, hard {hard}, {timing}")
+        self._bar.update()
 
-        return timing
+    # ---- the end
 
-    @contextmanager
-    def profiled(self, step: int, trace: Path) -> Iterator[None]:
-        """Around step number ``step``: under torch's profiler where it is the one that was asked for."""
-        if step != self.args.profile_step:
-            yield
-            return
-        with torch.profiler.profile() as profiler:
-            yield
-        profiler.export_chrome_trace(str(trace))
-
-    def plan(self, work: Work) -> MemoryPlan | None:
-        """What the run's memory is to be, by its settings; None of a model that cannot be planned for."""
-        device = self.model.device
-        on_gpu = device.type == "cuda"
-        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else physical_memory()
-        try:
-            return plan_of(
-                self.model.config, replace(self.args, dtype=str(self.model.dtype).removeprefix("torch.")),
-                device=device.type, memory=memory, work=work,
-            )  # fmt: skip
-        except InputError:
-            return None
-
-    def summary(self, plan: MemoryPlan | None) -> dict:
-        """Of the whole run, for ``summary.json``."""
-        peaks = self.phases.peaks
-        return {
+    def summary(self, eval_after: float, probed: dict, **values) -> dict:
+        """Writes ``summary.json`` and ``curves.png``; ``probed`` counts the rows of the last probe."""
+        task, peaks = self.task, self.phases.peaks
+        summary = {
+            "eval_before": self.eval_before,
+            "eval_after": eval_after,
+            "hard_before": self.hard_before,
+            "hard_after": probed["hard"],
+            "probed_rows": probed["rows"],
+            "train_rows": len(task.rows),
+            "eval_rows": len(task.eval_rows),
+            "eval_rows_seen": task.eval_rows_seen,
+            **values,
+            "wall_seconds": round(time.perf_counter() - self._started, 1),
             "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
-            "memory": plan.beside(peaks) if plan else None,
+            "memory": self._plan.beside(peaks) if self._plan else None,
+        }
+        self.run.write_summary(summary)
+        names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
+        draw_curves(self.run.metrics(), self.run.path / CURVES, "{} on {}, seed {}".format(*names, self.args.seed))
+        return summary
+
+
+def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
+    """Means over all groups that a step sampled, of which the prompt order ``dropped`` so many."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    correct = [flag for group in groups for flag in group.correct]
+    rewards = [reward for group in groups for reward in group.rewards]
+    written = sum(rollout.written for rollout in rollouts)
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "rewards": {name: _mean_part(groups, name) for name in groups[0].parts},
+        "accuracy": sum(correct) / len(correct),
+        "solved": sum(any(group.correct) for group in groups) / len(groups),
+        "replaced": sum(any(group.plan.demonstrations) for group in groups),
+        "dropped": dropped,
+        "sampler_entropy": sum(sum(rollout.entropies) for rollout in rollouts) / written,
+        "completion_length": written / len(rollouts),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+    }
+
+
+def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:
+    """What one reward function gave on average, where it applied."""
+    values = [value for group in groups for value in group.parts[name] if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def rollout_lines(groups: Sequence[ScoredGroup], rows: Sequence[Row], size: int, count: int) -> Iterator[dict]:
+    """At most ``count`` lines of rollouts.jsonl: one rollout of each group, then another one of each, ..."""
+    longest = max(len(group.rollouts) for group in groups)
+    places = ((place, group) for place in range(longest) for group in groups if place < len(group.rollouts))
+    for place, group in islice(places, count):
+        yield {
+            "row": rows[group.plan.row].id,
+            "demonstrations": [demonstration.id for demonstration in group.plan.demonstrations[place // size]],
+            "learned_with": [demonstration.id for demonstration in group.plan.scored_with],
+            "prompt": rows[group.plan.row].user_text,
+            "completion": group.rollouts[place].text,
+            "reward": group.rewards[place],
+            "advantage": group.advantages[place] if group.advantages else None,
         }
 
 

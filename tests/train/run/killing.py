@@ -43,8 +43,8 @@ def outcome(run: Path) -> dict:
     for checkpoint in run.glob("checkpoint-*"):
         record = json.loads((checkpoint / "state.json").read_text())
         del record["crc"]
-        for of_machine in ("seconds", "phases", "peaks"):
-            del record["state"][of_machine]
+        for of_machine in ("wall_seconds", "phases", "peaks"):
+            del record["state"]["reporter"][of_machine]
         record["state"]["settings"] = None
         found[checkpoint.name] = record  # with the sums of weights and optimizer
     return found

@@ -525,7 +525,7 @@ def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
         trainer.train()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     trainer = make_trainer(tmp_path / "two", max_steps=2, cold_start_steps=0, learning_rate=0.5, resume=True)
-    trainer.data["rows to evaluate on"] = "other"
+    trainer.task.digests["rows to evaluate on"] = "other"
     with pytest.raises(InputError, match="two was run on other rows to evaluate on: resume with the same"):
         trainer.train()
-    assert trainer.state.step == 0 and not trainer.learner.updater.state_tensors()
+    assert trainer.rounds.step == 0 and not trainer.learner.updater.state_tensors()

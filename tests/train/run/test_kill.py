@@ -14,7 +14,7 @@ from tests.train.run.killing import SETTINGS, outcome
 from tests.train.test_trainer import SMALL, even_is_good
 from toolx_kernels.cli import main as cli
 from toolx_kernels.models.load import latest_checkpoint
-from toolx_kernels.train import trainer
+from toolx_kernels.train import task
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.run import checkpoint
 from toolx_kernels.train.run.stopping import Stop, Stopped, stop_on_signals
@@ -45,7 +45,7 @@ def run(folder, *flags):
 
 @pytest.fixture(autouse=True)
 def _easy_reward(monkeypatch):
-    monkeypatch.setattr(trainer, "no_think_reward", even_is_good)
+    monkeypatch.setattr(task, "no_think_reward", even_is_good)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def _python_handles_ctrl_c():
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer, "no_think_reward", even_is_good)
+        patched.setattr(task, "no_think_reward", even_is_good)
         assert run(folder) == 0
     return outcome(folder)
 

@@ -25,7 +25,7 @@ from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.reference import linear_grpo_loss as naive_loss
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets import builtin
-from toolx_kernels.train import reporter as accounts_module
+from toolx_kernels.train import reporter
 from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.memory import flops as flops_module
 from toolx_kernels.train.memory.flops import Flops
@@ -414,14 +414,14 @@ def test_only_memory_that_ran_out_keeps_micro_batches_small(tmp_path):
     assert trainer.learner.token_budget == 900
     trainer = make_trainer(tmp_path / "run", max_steps=3, micro_batch_tokens=900, resume=True, **settings)
     trainer.learner.token_budget = 100  # as once memory ran out, before the checkpoint of step 3
-    restore = trainer._restore
+    restore = trainer._resume
 
     def restored():
         found = restore()
         trainer.learner.token_budget = 100
         return found
 
-    trainer._restore = restored
+    trainer._resume = restored
     trainer.train()
     trainer = make_trainer(tmp_path / "run", max_steps=4, micro_batch_tokens=900, resume=True, **settings)
     trainer.train()
@@ -437,7 +437,7 @@ def test_a_run_whose_model_cannot_be_planned_for_goes_on_without(tmp_path, monke
     def refuses(*_, **__):
         raise InputError("cannot be planned for")
 
-    monkeypatch.setattr(accounts_module, "plan_of", refuses)
+    monkeypatch.setattr(reporter, "plan_of", refuses)
     summary = make_trainer(tmp_path / "run", max_steps=1, cold_start_steps=0, eval_on_start=False).train()
     assert summary["memory"] is None and not metrics(tmp_path / "run", ["plan"])
 

@@ -30,7 +30,7 @@ from toolx_kernels.files import _crc, _sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
-FORMAT = 1  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
+FORMAT = 2  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
 
@@ -53,7 +53,7 @@ class OptimizerState(Protocol):
 class Checkpoint:
     """A checkpoint that was read and found whole; reading it has changed nothing.
 
-    state        the run's, as it was given to ``save_checkpoint``
+    state        of each part of the run by name, as it was given to ``save_checkpoint``
     weights      by the names of ``weights_of``
     optimizer    as ``OptimizerState.state_tensors`` gave it
     """
@@ -224,6 +224,17 @@ def check_whole(checkpoint: Path) -> dict:
             how = f"has {found:,} bytes instead of {size:,}" if found != size else "is not what was written"
             raise DamagedError(f"{checkpoint} is damaged, its {name} {how}")
     return record
+
+
+def check_reference(checkpoint: Path, why: str) -> None:
+    """Raises InputError when ``checkpoint``, the model before RL, which a resumed run needs for ``why``, cannot be
+    read."""
+    if not checkpoint.exists():
+        raise InputError(f"{why} needs {checkpoint}, and it is gone: start anew.")
+    try:
+        check_whole(checkpoint)
+    except InputError as error:
+        raise InputError(f"{error}, and {why} needs it: put it back, or start anew.") from None
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -24,6 +24,7 @@ from toolx_kernels.train.policies import PolicyLoss
 from toolx_kernels.train.update.adamw import make_updater
 from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, Part, micro_batches, pack
 from toolx_kernels.train.update.reference_model import ReferenceModel
+from toolx_kernels.train.update.schedule import ExponentialDecay
 
 Told = TypeVar("Told")
 
@@ -46,6 +47,7 @@ class Learner:
     The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
 
     updater        of the present kind of update; ``begin`` makes another
+    schedule       of the learning rate
     token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
     reference      the model before RL, where the run needs it
 
@@ -65,12 +67,26 @@ class Learner:
         self.short = False  # of memory, beside what rollouts keep
         self.token_budget = args.micro_batch_tokens
         self.reference: ReferenceModel | None = None
-        self.updater = make_updater(model, args, args.learning_rate)
+        self._set_out(args.learning_rate)
 
     def begin(self, learning_rate: float) -> None:
         """From here on updates have a new optimizer, without any state yet."""
         self.updater.close()
+        self._set_out(learning_rate)
+
+    def _set_out(self, learning_rate: float) -> None:
         self.updater = make_updater(self.model, self.args, learning_rate)
+        self.schedule = ExponentialDecay(self.updater.optimizer, self.args.lr_decay, self.args.min_lr_rate)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs besides the weights and the optimizer's tensors."""
+        shrunk = self.token_budget < self.args.micro_batch_tokens
+        return {"token_budget": self.token_budget if shrunk else None, "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.schedule.load_state_dict(state["schedule"])
+        if state["token_budget"]:
+            self.token_budget = min(self.args.micro_batch_tokens, state["token_budget"])
 
     # ---- the two updates
 

@@ -38,6 +38,11 @@ class ExponentialDecay:
         self.count += 1
         self._set()
 
+    def advance_to(self, count: int) -> None:
+        """As many ``step()`` calls as are missing; the rate never goes back up."""
+        while self.count < count:
+            self.step()
+
     def get_last_lr(self) -> list[float]:
         rate = max(self.factor**self.count, self.floor)
         return [base * rate for base in self.base_lrs]
