@@ -83,11 +83,11 @@ def tell(*signals, owner, name, calls):
 TERM, INT = signal.SIGTERM, signal.SIGINT
 # signals, in which call of what, exit code, step of the checkpoint that is left
 STOPS = {
-    "a step": ((TERM,), ToolExpanderTrainer, "_step", 1, 143, 1),
-    "a step that ends a round and whose evaluation is due": ((INT,), ToolExpanderTrainer, "_step", 2, 130, 2),
-    "the last step": ((TERM, TERM), ToolExpanderTrainer, "_step", 4, 143, 4),
+    "a step": ((TERM,), ToolExpanderTrainer, "step", 1, 143, 1),
+    "a step that ends a round and whose evaluation is due": ((INT,), ToolExpanderTrainer, "step", 2, 130, 2),
+    "the last step": ((TERM, TERM), ToolExpanderTrainer, "step", 4, 143, 4),
     "a save": ((TERM,), checkpoint, "_write", 2, 143, 2),
-    "the step behind an evaluation and a probe, twice": ((INT, INT), ToolExpanderTrainer, "_step", 3, 130, 2),
+    "the step behind an evaluation and a probe, twice": ((INT, INT), ToolExpanderTrainer, "step", 3, 130, 2),
     "the first probe": ((TERM,), Collector, "_solved", 1, 143, 0),
     "a wave of the second probe": ((INT,), Collector, "_solved", 4, 130, 0),
     "an evaluation between": ((TERM,), ToolExpanderTrainer, "evaluate", 2, 143, 0),
