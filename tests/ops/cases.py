@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolx_kernels import reference
-from toolx_kernels.ops.lm_head import head, linear_grpo, linear_logprob, live_rows, sweep_torch, tiles
+from toolx_kernels.ops.lm_head import linear_grpo, linear_logprob, live_rows, sweep, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
@@ -32,7 +32,7 @@ BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 def use_backend(monkeypatch, name: str) -> None:
     """Every sweep runs in this backend; Triton's in the interpreter where there is no GPU."""
     backend = {"torch": sweep_torch, "triton": sweep_triton}[name]
-    monkeypatch.setattr(head, "sweeps", lambda _: backend)
+    monkeypatch.setattr(sweep, "backend", lambda _: backend)
     monkeypatch.setattr(live_rows, "finder", lambda *_: getattr(live_rows, f"in_{name}"))
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.ops.attention.cases import assert_as_good_as_torch, make_grouped
 from toolx_kernels.ops import library, processor
-from toolx_kernels.ops.lm_head import sampling, sweep_torch
+from toolx_kernels.ops.lm_head import sampling_torch, sweep_torch
 
 INSTRUCTION_SETS = [
     "default",
@@ -63,7 +63,7 @@ def test_kernels_for_each_instruction_set(dtype, instruction_set, monkeypatch):
     for groups, window in (([(2, [(9, 1), (40, 1)])], 0), ([(0, [(70, 70), (3, 2)])], 30)):
         case = make_grouped(groups, 16, heads=6, dim=36, dtype=dtype, device="cpu")
         assert_as_good_as_torch(case, 2.0, window)
-    torch.testing.assert_close(drawn(torch.ops.toolx, dtype), drawn(sampling, dtype), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn(torch.ops.toolx, dtype), drawn(sampling_torch, dtype), rtol=1e-5, atol=1e-5)
     if dtype != torch.float16:  # which cannot hold exponentials
         ours, expected = exp_sums(torch.ops.toolx.exp_sums, dtype), exp_sums(sweep_torch.exp_sums, dtype)
         torch.testing.assert_close(ours, expected, rtol=torch.finfo(dtype).eps + 1e-5, atol=1e-5)

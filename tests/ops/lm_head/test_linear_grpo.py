@@ -37,8 +37,7 @@ from tests.ops.cases import (
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.ops.lm_head import gradients, linear_grpo, live_rows, per_row, sweep_torch, tiles
-from toolx_kernels.ops.lm_head import head as heads
+from toolx_kernels.ops.lm_head import gradients, linear_grpo, live_rows, per_row, sweep, sweep_torch, tiles
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 
 WAYS = {
@@ -680,7 +679,7 @@ def test_a_gpu_is_asked_for_few_things(kept, most, monkeypatch):
     force(monkeypatch, "one chunk")
     case, config = without_logprobs(make_case(), *kept), GRPOLossConfig()
     seen = Operations()
-    for module in (live_rows, per_row, heads.sweeps(None)):
+    for module in (live_rows, per_row, sweep.backend(None)):
         for name in [name for name in vars(module) if name.endswith("_kernel") and name != "per_row_kernel"]:
             monkeypatch.setattr(module, name, Counted(name, getattr(module, name), seen.names))
     with seen:
@@ -829,7 +828,7 @@ BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
 )  # fmt: skip
 def test_bad_input_is_named_before_any_sweep(change, settings, message, monkeypatch):
     case = without_logprobs(make_case())
-    monkeypatch.setattr(heads, "sweeps", None)
+    monkeypatch.setattr(sweep, "backend", None)
     change = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in change.items()}
     with pytest.raises(InputError, match=message) as caught:
         linear_grpo_loss(**(case | change), config=GRPOLossConfig(**settings))

@@ -21,9 +21,8 @@ from tests.ops.cases import (
 )
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.lm_head import head as heads
 from toolx_kernels.ops.lm_head import linear_logprob as module
-from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head import sweep, tiles
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 
 SHAPES = [(1, 8, 5), (7, 16, 64), (33, 24, 1013), (64, 32, 512), (5, 3, 2)]  # N, D, V: aligned, ragged, odd
@@ -269,7 +268,7 @@ def test_hidden_and_weight_of_different_dtypes():
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_sweep(change, message, monkeypatch):
-    monkeypatch.setattr(heads, "sweeps", None)
+    monkeypatch.setattr(sweep, "backend", None)
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "targets": torch.tensor([0, 1])}
     with pytest.raises(InputError, match=message) as caught:
         linear_logprob(**(arguments | change))

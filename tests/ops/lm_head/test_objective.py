@@ -199,8 +199,8 @@ def test_without_triton_the_torch_form_is_there():
     program = """
 import sys, torch
 sys.modules["triton"] = None
-from toolx_kernels.ops.lm_head import objective as losses
 from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.ops.lm_head import objective
 x = torch.tensor([-1.0, -2.0, -3.0])
 out = objective.policy_objective(
     x, None, torch.ones(3), torch.ones(3), old_logprobs=x - 1, ref_logprobs=None, sampler_logprobs=None,

@@ -10,7 +10,7 @@ from tests.without_gpu.launches import Launches
 from toolx_kernels import linear_logprob, reference
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops import library
-from toolx_kernels.ops.lm_head import sampling, tiles
+from toolx_kernels.ops.lm_head import sampling, sampling_torch, tiles
 from toolx_kernels.ops.lm_head.sampling import sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,8 +25,8 @@ FILTERS = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 
 def backend(request, monkeypatch) -> str:
     """Compiled or on the GPU, as the dispatcher has it; plain torch; Triton, interpreted where there is no GPU."""
     if request.param == "torch":
-        monkeypatch.setattr(sampling, "kernels", lambda dtype: sampling)
-        monkeypatch.setattr(sampling, "TORCH_COLUMNS", 256)
+        monkeypatch.setattr(sampling, "kernels", lambda dtype: sampling_torch)
+        monkeypatch.setattr(sampling_torch, "TORCH_COLUMNS", 256)
     if request.param == "triton":
         from toolx_kernels.ops.lm_head import sampling_triton
 

@@ -189,7 +189,7 @@ def test_a_shard_outside_the_vocabulary_is_refused(start, vocab):
 WORKER = """
 import sys, torch, torch.distributed as dist
 from toolx_kernels import linear_grpo_loss
-from toolx_kernels.ops.lm_head.head import VocabShard
+from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
 rank, store, vocab = int(sys.argv[1]), sys.argv[2], 50
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 g = torch.Generator().manual_seed(0)

@@ -10,7 +10,6 @@ a bounded workspace.
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from torch import Tensor
 from toolx_kernels import reference
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops import library
-from toolx_kernels.ops.lm_head import tiles
+from toolx_kernels.ops.lm_head import sampling_torch, tiles
 from toolx_kernels.ops.lm_head.checks import check_devices, check_head
 from toolx_kernels.ops.lm_head.head import as_given, blocks
-from toolx_kernels.ops.lm_head.sampling_torch import add_gumbel, sample_sweep
 from toolx_kernels.reference import Sample, compute_dtype
 
 TOP_P_CANDIDATES = 512
@@ -94,7 +92,7 @@ def _sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, sof
 
 def kernels(dtype: torch.dtype):
     """What has the functions sample_sweep and add_gumbel for sums in this dtype."""
-    return torch.ops.toolx if dtype == torch.float32 else sys.modules[__name__]
+    return torch.ops.toolx if dtype == torch.float32 else sampling_torch
 
 
 def _sweep(hidden, streams, head, tokens, stats, logits=None) -> None:
@@ -166,13 +164,13 @@ library.define(
 library.define(
     "sample_sweep(Tensor hidden, Tensor weight, Tensor? streams, float temperature, Tensor? bias, float softcap, "
     "Tensor(a!) tokens, Tensor(b!) stats, Tensor(c!)? logits) -> ()",
-    default=sample_sweep,
+    default=sampling_torch.sample_sweep,
     fake=lambda *_: None,
     triton=_on_gpu("sample_sweep"),
 )
 library.define(
     "add_gumbel(Tensor(a!) logits, Tensor streams) -> ()",
-    default=add_gumbel,
+    default=sampling_torch.add_gumbel,
     fake=lambda logits, streams: None,
     triton=_on_gpu("add_gumbel"),
 )

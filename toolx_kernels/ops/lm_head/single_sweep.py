@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.ops.lm_head import head as heads
+from toolx_kernels.ops.lm_head import sweep as sweeps
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
 from toolx_kernels.ops.lm_head.head import Head, blocks
@@ -63,7 +63,7 @@ def single_sweep(
     if chunks is None:
         return None
     grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
-    sweep, all_reduce = heads.sweeps(head), reducer(shard)
+    sweep, all_reduce = sweeps.backend(head), reducer(shard)
     space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
     fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
     target_logits = all_reduce(sweep.target_logits(head), "sum")
@@ -134,7 +134,7 @@ def _add_gradients(
 ) -> bool:  # fmt: skip
     """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
     dropped, if ``drops``, that the objective gives no gradient."""
-    sweep = heads.sweeps(chunk)
+    sweep = sweeps.backend(chunk)
     c, e = objective.coefficients, objective.entropy_coefficients
     index = torch.arange(rows.start, rows.stop, device=c.device)
     order = _drop_rows(exponentials, c != 0 if e is None else (c != 0) | (e != 0), sweep) if drops else None

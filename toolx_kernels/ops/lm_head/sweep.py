@@ -9,7 +9,7 @@ import torch
 from toolx_kernels.ops.lm_head.head import Head
 
 
-def sweeps(head: Head) -> ModuleType:
+def backend(head: Head) -> ModuleType:
     """The implementation of the sweeps for these tensors."""
     if head.hidden.device.type == "cuda" and head.dtype == torch.float32:
         from toolx_kernels.ops.lm_head import sweep_triton as module

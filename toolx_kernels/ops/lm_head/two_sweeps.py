@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.ops.lm_head import head as heads
+from toolx_kernels.ops.lm_head import sweep as sweeps
 from toolx_kernels.ops.lm_head import sweep_torch, tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
 from toolx_kernels.ops.lm_head.head import Head, blocks
@@ -33,7 +33,7 @@ def recompute_gradients(
         n_rows, vocab_size_of(head.weight, shard), dim, head.hidden.device,
         head.weight_dtype, workspace_mib,
     )  # fmt: skip
-    sweep = heads.sweeps(head)
+    sweep = sweeps.backend(head)
     with_entropy = entropy.numel() > 0
     alpha = grad_lse - grad_logprobs - (grad_entropy * entropy if with_entropy else 0)
     beta = -grad_entropy if with_entropy else torch.zeros_like(alpha)
@@ -76,7 +76,7 @@ def statistics(
     parts = []
     for rows in blocks(n_rows, plan.rows):
         chunk = head.rows(rows)
-        sweep = heads.sweeps(chunk)
+        sweep = sweeps.backend(chunk)
         target_logits = sweep.target_logits(chunk)
         parts.append((target_logits, *sweep.online_sums(chunk, target_logits, plan, entropy=entropy)))
     if not parts:
