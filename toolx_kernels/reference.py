@@ -51,17 +51,13 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def linear_logits(
-    hidden, weight, temperature=1.0, bias=None, softcap=None, lora_a=None, lora_b=None, lora_scaling=1.0
-) -> Tensor:
-    """``softcap * tanh(z / softcap) / temperature`` with ``z = h W^T + lora_scaling (h A^T) B^T + b``.
+def linear_logits(hidden, weight, temperature=1.0, bias=None, softcap=None) -> Tensor:
+    """``softcap * tanh(z / softcap) / temperature`` with ``z = h W^T + b``.
 
-    hidden (N, D), weight (V, D), bias (V), lora_a (rank, D), lora_b (V, rank); gives (N, V) in :func:`compute_dtype`.
+    hidden (N, D), weight (V, D), bias (V); gives (N, V) in :func:`compute_dtype`.
     """
     dtype = compute_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
-    if lora_a is not None:
-        logits = logits + lora_scaling * (hidden.to(dtype) @ lora_a.to(dtype).T) @ lora_b.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     if softcap:
@@ -85,13 +81,10 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,  # or (N)
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
-    lora_a: Tensor | None = None,  # (rank, D)
-    lora_b: Tensor | None = None,  # (V, rank)
-    lora_scaling: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probability of each target under the LM head; differentiable in hidden, weight, bias and the adapter."""
-    logits = linear_logits(hidden, weight, temperature, bias, softcap, lora_a, lora_b, lora_scaling)
+    """Log-probability of each target under the LM head; differentiable in hidden, weight and bias."""
+    logits = linear_logits(hidden, weight, temperature, bias, softcap)
     lse = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
     return TokenStats(logprobs, lse, entropy_of(logits) if entropy else None)
@@ -248,9 +241,6 @@ def linear_grpo_loss(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     temperature: Tensor | None = None,  # (N)
-    lora_a: Tensor | None = None,  # (rank, D)
-    lora_b: Tensor | None = None,  # (V, rank)
-    lora_scaling: float = 1.0,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 (frozen)
 ) -> GRPOOutput:
     """The GRPO loss over packed completions, one completion after the other. See ``ops/linear_grpo.py``."""
@@ -268,7 +258,6 @@ def linear_grpo_loss(
     def stats_of(rows):
         return linear_logprob(
             hidden[rows], weight, targets[rows], bias=bias, softcap=softcap, entropy=True,
-            lora_a=lora_a, lora_b=lora_b, lora_scaling=lora_scaling,
             temperature=config.temperature if temperature is None else temperature[rows],
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ VOCAB = 151_936  # Qwen2.5's
 TOLERANCE = {torch.float32: (1e-4, 2e-5), torch.bfloat16: (1e-3, 4e-3), torch.float16: (1e-3, 4e-3)}
 FORMS = (
     "on-policy", "frozen head", "clipped, with KL", "entropy bonus, softcap, bias", "temperature by row, mask, dead",
-    "whole sequences", "LoRA on the head",
+    "whole sequences",
 )  # fmt: skip
 
 
@@ -82,11 +82,8 @@ def form_of(form: str, dtype: torch.dtype, bench: Bench) -> tuple[dict[str, Tens
         options["temperature"] = torch.linspace(0.6, 1.4, n, device=bench.device)
         options["mask"] = torch.rand(n, generator=g, device=bench.device) > 0.3
         options["advantages"][:5] = 0
-    if form == "LoRA on the head":
-        leaves |= {"lora_a": randn(16, d) / d**0.5, "lora_b": randn(vocab, 16) / 4}
-        options["lora_scaling"] = 2.0
     leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
-    if form in ("frozen head", "LoRA on the head"):
+    if form == "frozen head":
         leaves["weight"].requires_grad_(False)
     if form in ("clipped, with KL", "whole sequences"):
         with torch.no_grad():

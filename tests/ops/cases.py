@@ -17,8 +17,8 @@ LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; 
 N = sum(LENGTHS)
 REWARDS = (1.0, 0.0, 0.0, 1.0, 1.0, 0.2, 0.0, 1.0)
 DEAD_GROUP = (1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.0, 1.0)  # the first group has nothing to learn
-EXTRAS = ("bias", "softcap", "temperature", "lora")
-LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
+EXTRAS = ("bias", "softcap", "temperature")
+LEAVES = ("hidden", "weight", "bias")
 TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 try:
@@ -49,8 +49,6 @@ def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, sp
     floats = {"hidden": normal(n, dim), "weight": normal(vocab, dim) * spread / dim**0.5}
     if "bias" in extras:
         floats["bias"] = normal(vocab)
-    if "lora" in extras:
-        floats |= {"lora_a": normal(5, dim) / dim**0.5, "lora_b": normal(vocab, 5)}
     case = {name: value.to(DEVICE, dtype) for name, value in floats.items()}
     targets = torch.randint(vocab, (n,), generator=g)
     targets[-1:] = vocab - 1
@@ -59,8 +57,6 @@ def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, sp
         case["softcap"] = 4.0
     if "temperature" in extras:
         case["temperature"] = (torch.rand(n, generator=g) + 0.5).to(DEVICE)
-    if "lora" in extras:
-        case["lora_scaling"] = 0.5
     return case
 
 
@@ -114,12 +110,8 @@ def run_head(function, case: dict, frozen=(), entropy=True):
     return stats, dict(zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True))
 
 
-def _logits_as_written(
-    hidden, weight, temperature=1.0, bias=None, softcap=None, lora_a=None, lora_b=None, lora_scaling=1.0
-):
+def _logits_as_written(hidden, weight, temperature=1.0, bias=None, softcap=None):
     logits = hidden @ weight.T
-    if lora_a is not None:
-        logits = logits + lora_scaling * (hidden @ lora_a.T) @ lora_b.T
     if bias is not None:
         logits = logits + bias
     logits = logits.to(reference.compute_dtype(hidden))

@@ -41,7 +41,7 @@ NARROW = OF_HEAD | {  # of half precision where the head and the cache are
     "gradient_ptr", "query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr",
 }  # fmt: skip
 FLOATS = {"softcap", "eps", "min_std", "scale"}
-ANY_NUMBER = {"start", "R", "B", "group_size"}  # not known to be multiples of 16
+ANY_NUMBER = {"start", "B", "group_size"}  # not known to be multiples of 16
 
 
 def kernels() -> dict:
@@ -85,8 +85,8 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
     return types, attributes
 
 
-FLAGS = ("HAS_BIAS", "HAS_LORA", "HAS_SOFTCAP")
-STRIDES = {"stride_hd": 1, "stride_wd": 1, "stride_fr": 1, "stride_lr": 1}
+FLAGS = ("HAS_BIAS", "HAS_SOFTCAP")
+STRIDES = {"stride_hd": 1, "stride_wd": 1}
 # Of each branch that an objective has in a kernel, one that takes it.
 OBJECTIVES = (
     {"delta": 1.4, "beta": 0.1, "use_bias_correction_kl": True, "entropy_coef": 0.1},
@@ -111,9 +111,9 @@ def sweep_cases(chip: int, every: bool):
         hardest = what == "exponentials" and dtype != "fp16"
         if not (hardest or every):
             continue
-        tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype], crowded=extras is everything)
+        tile = tiles.triton_tile((chip // 10, chip % 10), ELEMENTS[dtype])
         constants = {
-            "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS, "BLOCK_R": 16,
+            "MODE": mode, "ENTROPY": True, "EVEN_D": True, "GROUP": tiles.GROUP_ROWS,
             "DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
             "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, **extras,
         }  # fmt: skip
@@ -125,7 +125,7 @@ def cases_without_tiles():
     small = {"BLOCK_N": 16, "BLOCK_T": 64}
     block = sweep_triton.BLOCK_OF_ROW
     elementwise = {
-        "target_logits_kernel": {**dict.fromkeys(FLAGS, True), **STRIDES, "BLOCK_R": 16, "BLOCK_D": 1024},
+        "target_logits_kernel": {**dict.fromkeys(FLAGS, True), **STRIDES, "BLOCK_D": 1024},
         "reweigh_kernel": {"HAS_SOFTCAP": True, "BLOCK": block},
         "move_rows_kernel": {"BLOCK": block},
         "place_targets_kernel": {"BLOCK": 128},

@@ -145,7 +145,7 @@ def prefill(*lengths):
 
 
 ENTROPY = GRPOLossConfig(beta=0.1, entropy_coef=0.1)
-EVERY = ("bias", "softcap", "temperature", "lora")
+EVERY = ("bias", "softcap", "temperature")
 OLD, REF, SAMPLER = "old_logprobs", "ref_logprobs", "sampler_logprobs"
 # of few queries the keys are split, of many they are not
 ROWS = [decode(1, prompt=0), decode(*[1] * 140, prompt=0)], [decode(*[1] * n, prompt=0) for n in (2, 16, 33, 160)]

@@ -27,9 +27,9 @@ FORMS = {
     "form, extras, others, frozen",
     [
         *((form, (), OTHERS, ()) for form in FORMS),
-        *(("grpo", (extra,), (), ()) for extra in ("bias", "softcap", "lora")),
+        *(("grpo", (extra,), (), ()) for extra in ("bias", "softcap")),
         ("entropy", EXTRAS, OTHERS, ()), ("gspo", EXTRAS, OTHERS, ()), ("recompute", EXTRAS, OTHERS, ()),
-        ("grpo", (), (), ("weight",)), ("entropy", ("lora",), OTHERS, ("hidden", "weight")),
+        ("grpo", (), (), ("weight",)),
     ],
 )  # fmt: skip
 def test_a_loss_is_the_cpus(form, extras, others, frozen):

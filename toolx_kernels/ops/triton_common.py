@@ -46,7 +46,7 @@ def product_tile(
     return acc
 
 
-OF_HEAD = {"hidden_ptr", "weight_ptr", "lora_b_ptr", "bias_ptr", "out_ptr"}
+OF_HEAD = {"hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"}
 
 
 def per_row_kernel(function):

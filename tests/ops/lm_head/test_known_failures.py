@@ -202,14 +202,14 @@ def launches(monkeypatch):
     return found
 
 
-def launch_every_kernel(n, dim, vocab, rank=16, first_row=0):
+def launch_every_kernel(n, dim, vocab, first_row=0):
     """On tensors without memory; those of rows are slices that begin at ``first_row``."""
     meta = {"device": "meta"}
     vector = torch.empty(first_row + n, **meta)[first_row:]
     index = torch.empty(first_row + n, dtype=torch.int64, **meta)[first_row:]
     head = head_of(
         torch.empty(first_row + n, dim, **meta)[first_row:], torch.empty(vocab, dim, **meta), index, vector,
-        torch.empty(vocab, **meta), torch.empty(rank, dim, **meta), torch.empty(vocab, rank, **meta), 0.5, 3.0, -1,
+        torch.empty(vocab, **meta), 3.0, -1,
     )._replace(scale=vector)  # fmt: skip
     plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     out = sweep_triton.workspace(n, vocab, vector, torch.float32)
@@ -220,7 +220,7 @@ def launch_every_kernel(n, dim, vocab, rank=16, first_row=0):
     sweep_triton.reweigh(head, out, vector, vector, vector, plan)
     sweep_triton.move_rows(out, index, index)
     sweep_triton.place_targets(head, out, vector)
-    sweep_triton.finish_rows(head, head.hidden, head.weight, vector, vector, head.hidden, index)
+    sweep_triton.finish_rows(head, head.hidden, vector, vector, head.hidden, index)
     vectors = per_row.RowVectors(vector, vector, vector, vector, vector)
     per_row._fused(partials, vector, vector, head, vectors, GRPOLossConfig())
 
@@ -294,9 +294,7 @@ def test_workspaces_of_more_than_2_to_the_31_elements(huge):
     """Offsets into N * V are 64 bits wide; the interpreter wraps those of 32 bits as a GPU does."""
     n, dim, vocab, stride = 34, 8, 40, 2**26
     case = make_head(n, dim, vocab, torch.float32)
-    head = head_of(
-        case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE), None, None, None, 1.0, 0.0, -1
-    )
+    head = head_of(case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE), None, 0.0, -1)
     plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     anchor = torch.zeros(n, device=DEVICE)
     alpha, beta = torch.linspace(1, 2, n, device=DEVICE), torch.linspace(-1, 1, n, device=DEVICE)
@@ -328,7 +326,7 @@ def test_inputs_of_more_than_2_to_the_31_elements(huge):
     hidden.copy_(case["hidden"])
     weight.copy_(case["weight"])
     ones, plan = torch.ones(n, device=DEVICE), tiles.SweepSize(n, vocab, torch.float32, torch.float32)
-    far, near = (head_of(h, w, case["targets"], ones, None, None, None, 1.0, 0.0, -1) for h, w in (
+    far, near = (head_of(h, w, case["targets"], ones, None, 0.0, -1) for h, w in (
         (hidden, weight), (case["hidden"], case["weight"])))  # fmt: skip
     for function, more in ((sweep_triton.target_logits, {}), (sweep_triton.online_sums, {"entropy": True})):
         arguments = (ones, plan) if more else ()
@@ -527,14 +525,6 @@ def test_what_is_frozen_costs_no_gemm_in_linear_logprob(frozen, share, monkeypat
     assert_equal_gradients(grads, {name: exact[name] for name in grads})
 
 
-def test_an_adapter_on_a_frozen_head_costs_no_gemm_of_the_weight(monkeypatch, flops):
-    case = without_logprobs(make_case(vocab=200, dtype=torch.float64, extras=("lora",)))
-    force(monkeypatch, "chunks")
-    _, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig(), frozen=("weight",))
-    assert sum(flops) == 2 * N * 200 * (24 + 5 + 5)
-    assert grads.keys() == {"hidden", "lora_a", "lora_b"}
-
-
 # ---- forms of inputs
 
 
@@ -565,7 +555,7 @@ def test_inputs_with_strides(path, backend, monkeypatch):
 
     strided = {name: spaced(case[name]) for name in ("targets", OLD, "temperature", "rewards", "bias", "cu_seqlens")}
     strided |= {"mask": spaced(case["mask"].int()).bool(), "hidden": torch.cat([case["hidden"]] * 2, 1)[:, 24:]}
-    strided |= {"weight": case["weight"].T.contiguous().T, "lora_b": case["lora_b"].T.contiguous().T}
+    strided |= {"weight": case["weight"].T.contiguous().T}
     assert not any(tensor.is_contiguous() for name, tensor in strided.items() if name != "mask")
     leaves = {name: (case | strided)[name].detach().requires_grad_() for name in grads}
     output = linear_grpo_loss(**case | strided | leaves, config=on(path))

@@ -275,19 +275,6 @@ def test_a_completion_that_fits_no_chunk_is_swept_twice(monkeypatch, taken):  # 
         assert_equal_gradients(grads, exact)
 
 
-def test_an_adapter_in_fp32_on_a_head_in_bf16(monkeypatch):
-    case = without_logprobs(make_case(dtype=torch.bfloat16, noise=0.05, extras=("lora",)), OLD)
-    case |= {name: case[name].float() + 1e-4 for name in ("lora_a", "lora_b")}
-    _, exact = run_loss(reference.linear_grpo_loss, double(case), GRPOLossConfig())
-    for path in ("chunks", "recompute", "deferred"):
-        with monkeypatch.context() as patch:
-            force(patch, path)
-            _, grads = run_loss(linear_grpo_loss, case, on(path))
-        for name, true in exact.items():
-            assert grads[name].dtype == case[name].dtype
-            assert error(grads[name], true) <= 1e-2, name
-
-
 def test_by_hand():
     """Two completions of one and two tokens, uniform over four tokens, rewards 1 and 0, ratio 1: the loss is the
     negative mean advantage, zero, and its gradient with respect to each log-prob is -A / (length * B)."""
@@ -620,9 +607,9 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
 def below_autograd(case: dict, key: str):
     """The loss and its gradients, where the operations are seen that the operator asks for."""
     return linear_grpo._linear_grpo(
-        case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, None, None, 1.0, 0.0,
-        -1, case["cu_seqlens"], case["rewards"], case.get(OLD), None, None, case["mask"], None, key,
-        [True, True, False, False, False], case["rewards"],
+        case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, 0.0, -1,
+        case["cu_seqlens"], case["rewards"], case.get(OLD), None, None, case["mask"], None, key,
+        [True, True, False], case["rewards"],
     )  # fmt: skip
 
 
@@ -693,14 +680,13 @@ def test_a_gpu_is_asked_for_few_things(kept, most, monkeypatch):
 
 
 def test_the_op_is_registered_properly():
-    case = make_case((2, 3), (1.0, 0.0), extras=("bias", "temperature", "lora"), vocab=11, dim=6)
-    for needs in ([True] * 5, [True, False, False, True, False], [False] * 5):
+    case = make_case((2, 3), (1.0, 0.0), extras=("bias", "temperature"), vocab=11, dim=6)
+    for needs in ([True] * 3, [True, False, False], [False] * 3):
         for config in (GRPOLossConfig(beta=0.1), GRPOLossConfig(recompute=True, entropy_coef=0.1)):
-            tensors = [case["hidden"], case["weight"], case["bias"], case["lora_a"], case["lora_b"]]
-            tensors = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-            hidden, weight, bias, lora_a, lora_b = tensors
+            tensors = [case["hidden"], case["weight"], case["bias"]]
+            hidden, weight, bias = (t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True))
             arguments = (
-                hidden, weight, case["targets"], case["temperature"], bias, lora_a, lora_b, 0.5, 3.0, -1,
+                hidden, weight, case["targets"], case["temperature"], bias, 3.0, -1,
                 case["cu_seqlens"], torch.tensor([0.5, -0.5], device=DEVICE), case[OLD], case[REF], case[SAMPLER],
                 case["mask"], None, config.key, needs,
             )  # fmt: skip
@@ -773,7 +759,7 @@ def _backward(function, leaves):
     return tuple(leaf.grad for leaf in leaves)
 
 
-@pytest.mark.parametrize("extras", [(), ("bias", "softcap", "temperature"), ("lora",)], ids=str)
+@pytest.mark.parametrize("extras", [(), EXTRAS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_costs_no_precision(dtype, extras):
     case = make_case(extras=extras)
@@ -821,8 +807,6 @@ BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
         ({"weight": torch.zeros(213, 24, dtype=torch.int8)}, {}, "weight is torch.int8"),
         ({"hidden": torch.zeros(24)}, {}, r"hidden \(24,\)"),
         ({"bias": torch.zeros(212)}, {}, r"bias \(212,\) must have one entry for each of the 213"),
-        ({"lora_a": torch.zeros(4, 24)}, {}, "Give both lora_a"),
-        ({"lora_a": torch.zeros(4, 24), "lora_b": torch.zeros(213, 5)}, {}, r"lora_b \(213, 5\) must be"),
         ({}, {"beta": 0.1}, "beta=0.1 needs ref_logprobs"),
     ],
 )  # fmt: skip
@@ -835,7 +819,7 @@ def test_bad_input_is_named_before_any_sweep(change, settings, message, monkeypa
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("name", ["weight", "targets", "bias", "cu_seqlens", "rewards", "mask", OLD, "lora_b"])
+@pytest.mark.parametrize("name", ["weight", "targets", "bias", "cu_seqlens", "rewards", "mask", OLD])
 def test_a_tensor_on_another_device_is_named(name):
     case = make_case(extras=EXTRAS)
     case[name] = case[name].to("meta")

@@ -52,15 +52,13 @@ def make(shape, dtype, extras, start=0):
     case = make_head(*shape, dtype, extras)
 
     def apart(tensor):
-        return None if tensor is None else torch.stack([tensor, tensor * torch.nan], 1)[:, 0]
+        return torch.stack([tensor, tensor * torch.nan], 1)[:, 0]
 
     temperature = case.get("temperature", torch.full((shape[0],), 0.7, device=DEVICE))
     head = head_of(
         apart(case["hidden"]), apart(case["weight"]), case["targets"], temperature, case.get("bias"),
-        apart(case.get("lora_a")), apart(case.get("lora_b")), 0.5, case.get("softcap", 0.0), -1,
+        case.get("softcap", 0.0), -1,
     )  # fmt: skip
-    if head.features is not None:
-        head = head._replace(features=apart(head.features.to(dtype)))  # what the kernels multiply
     return head._replace(start=start)
 
 
@@ -88,7 +86,7 @@ def widened(head):
     return head._replace(
         **{
             name: getattr(head, name).float()
-            for name in ("hidden", "weight", "bias", "features", "lora_b")
+            for name in ("hidden", "weight", "bias")
             if getattr(head, name) is not None
         }
     )
@@ -211,8 +209,8 @@ def test_finish_rows(dim, dtype):
     part, factor, at_target = (torch.randn(*shape, generator=g).to(DEVICE) for shape in ((9, dim), (9,), (9,)))
     index = torch.tensor([11, 3, 4, 0, 7, 8, 9, 1, 6], device=DEVICE)
     actual, expected = nans(12, dim), nans(12, dim)
-    sweep_triton.finish_rows(head, part.clone(), head.weight, factor, at_target, actual, index)
-    sweep_torch.finish_rows(head, part.clone(), head.weight, factor, at_target, expected, index)
+    sweep_triton.finish_rows(head, part.clone(), factor, at_target, actual, index)
+    sweep_torch.finish_rows(head, part.clone(), factor, at_target, expected, index)
     torch.testing.assert_close(actual, expected, **NEAR, equal_nan=True)
     assert actual[[2, 5, 10]].isnan().all()
     inside = (head.targets >= 20) & (head.targets < 70)

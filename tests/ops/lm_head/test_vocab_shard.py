@@ -34,7 +34,7 @@ from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
 
 VOCAB = 213
 CUTS = {"two equal halves": (107, 106), "a sliver": (5, 208), "three": (64, 1, 148)}
-OF_VOCAB = ("weight", "bias", "lora_b")
+OF_VOCAB = ("weight", "bias")
 
 
 class Ranks:
@@ -79,7 +79,7 @@ def on_every_rank(sizes, case, run, in_place=False):
 
 
 def assert_whole(results, expected):
-    """Every rank has the whole gradient of hidden and lora_a and its rows of the others."""
+    """Every rank has the whole gradient of hidden and its rows of the others."""
     for name, value in expected.items():
         parts = [grads[name] for grads in results]
         if name in OF_VOCAB:

@@ -27,11 +27,14 @@ def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tenso
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, softcap: float | None, shard: VocabShard | None,
-) -> None:  # fmt: skip
-    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64, bias (V), lora_a (R, D) and
-    lora_b (V, R) fit together."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    shard: VocabShard | None,
+) -> None:
+    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64 and bias (V) fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[1] == 0:
         raise InputError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
@@ -50,16 +53,7 @@ def check_head(
         raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
-    if (lora_a is None) != (lora_b is None):
-        raise InputError("Give both lora_a (R, D) and lora_b (V, R), or neither.")
-    if lora_a is not None:
-        expected = (lora_a.shape[0], hidden.shape[1]), (weight.shape[0], lora_a.shape[0])
-        if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
-            raise InputError(
-                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be (R, {hidden.shape[1]}) and "
-                f"({weight.shape[0]}, R) with one R."
-            )
-    check_devices(hidden.device, weight=weight, targets=targets, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    check_devices(hidden.device, weight=weight, targets=targets, bias=bias)
     if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
         raise InputError(
             f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "

@@ -1,6 +1,6 @@
 """The LM head as the loss sees it: which logits there are, and what is alive at a time while they are swept.
 
-    z = softcap(h W^T + u B^T + bias) / T        u = scaling * h A^T, the LoRA adapter's features
+    z = softcap(h W^T + bias) / T
 
 Everything that reads or checks the head's inputs is here; the sweeps themselves are in ``sweep_torch`` and
 ``sweep_triton``.
@@ -31,8 +31,6 @@ class Head(NamedTuple):
     targets: Tensor  # (N) int64, ids in the whole vocabulary
     scale: Tensor  # (N) 1 / temperature, in compute_dtype
     bias: Tensor | None = None  # (V)
-    features: Tensor | None = None  # (N, R) what the adapter makes of hidden, in compute_dtype
-    lora_b: Tensor | None = None  # (V, R)
     softcap: float = 0.0
     start: int = 0  # token id of the first row of weight
 
@@ -47,16 +45,12 @@ class Head(NamedTuple):
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
     def rows(self, index: slice | Tensor) -> Head:
-        return self._replace(
-            hidden=self.hidden[index], targets=self.targets[index], scale=self.scale[index],
-            features=pick(self.features, index),
-        )  # fmt: skip
+        return self._replace(hidden=self.hidden[index], targets=self.targets[index], scale=self.scale[index])
 
     def columns(self, index: slice) -> Head:
         return self._replace(
             weight=self.weight[index],
             bias=pick(self.bias, index),
-            lora_b=pick(self.lora_b, index),
             start=self.start + index.start,
         )
 
@@ -67,17 +61,18 @@ class Head(NamedTuple):
 
 
 def make_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, lora_scaling: float, softcap: float, shard: int,
-) -> Head:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    shard: int,
+) -> Head:
     """From the arguments of the operators, in their order."""
-    dtype, features = compute_dtype(hidden), None
-    if lora_a is not None:
-        features = torch.cat([x.to(dtype) @ lora_a.to(dtype).T for x in hidden.split(4096)]) * lora_scaling
-    return Head(
-        hidden, weight, targets.contiguous(), temperature.to(dtype).reciprocal(),
-        None if bias is None else bias.contiguous(), features, lora_b, softcap, start_of(shard),
-    )  # fmt: skip
+    scale = temperature.to(compute_dtype(hidden)).reciprocal()
+    bias = None if bias is None else bias.contiguous()
+    return Head(hidden, weight, targets.contiguous(), scale, bias, softcap, start_of(shard))
 
 
 def blocks(total: int, size: int) -> list[slice]:

@@ -69,13 +69,10 @@ def linear_grpo_loss(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     temperature: float | Tensor | None = None,  # or (N)
-    lora_a: Tensor | None = None,  # (R, D)
-    lora_b: Tensor | None = None,  # (V, R)
-    lora_scaling: float = 1.0,
     shard: VocabShard | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 (frozen)
 ) -> GRPOOutput:
-    """GRPO loss of B packed completions; ``.loss.backward()`` gives gradients of hidden, weight, bias and adapter.
+    """GRPO loss of B packed completions; ``.loss.backward()`` gives gradients of hidden, weight and bias.
 
     The gradients are formed in the forward pass (for fp16, and with ``config.recompute``, in the backward pass), so
     call it under ``torch.no_grad()`` where none is wanted, and freeze what is not trained: both save work.
@@ -93,7 +90,7 @@ def linear_grpo_loss(
         denominator: replaces the normaliser (see ``GRPOLossConfig.loss_type``), so that micro-batches add up to one
             batch.
         temperature: a number or (N) one per row, instead of ``config.temperature``.
-        lora_a, lora_b, lora_scaling, shard: see :func:`linear_logprob`.
+        shard: see :func:`linear_logprob`.
 
     Returns:
         GRPOOutput; ``logprobs`` and ``entropy`` are NaN on rows that were left out (masked, or without gradient
@@ -105,7 +102,7 @@ def linear_grpo_loss(
             without ``ref_logprobs``. Nothing has been computed then. A GPU is waited for once before the first GEMM,
             for the check of values and the number of rows together.
     """
-    check_head(hidden, weight, targets, bias, lora_a, lora_b, softcap, shard)
+    check_head(hidden, weight, targets, bias, softcap, shard)
     _check_vectors(
         hidden, cu_seqlens, config,
         per_completion={"rewards": rewards, "advantages": advantages},
@@ -127,12 +124,12 @@ def linear_grpo_loss(
             raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
         else:
             denominator = torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
-    differentiable = (hidden, weight, bias, lora_a, lora_b)
+    differentiable = (hidden, weight, bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(
         hidden, weight, targets,
         row_temperatures(config.temperature if temperature is None else temperature, hidden, targets),
-        bias, lora_a, lora_b, lora_scaling, softcap or 0.0, -1 if shard is None else shard.key, cu_seqlens, advantages,
+        bias, softcap or 0.0, -1 if shard is None else shard.key, cu_seqlens, advantages,
         old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config.key, needs,
         None if rewards is None else rewards.detach(),
     )  # fmt: skip
@@ -185,14 +182,14 @@ class OnHost(NamedTuple):
 
 @as_given
 def _linear_grpo(
-    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    hidden, weight, targets, temperature, bias, softcap, shard,
     cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
     rewards=None,
 ):  # fmt: skip
     config = GRPOLossConfig.from_key(config_key)
     n_rows, dtype = len(targets), compute_dtype(hidden)
     vocab_size = vocab_size_of(weight, shard)
-    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
     live = live_rows.finder(hidden.device, dtype)(
         live_rows.Call(targets, temperature, vocab_size, cu_seqlens, advantages, rewards, mask, denominator),
         config, dtype,
@@ -211,7 +208,6 @@ def _linear_grpo(
         head, others = head.rows(rows), [pick(x, rows) for x in others]
     batch = Batch(
         head,
-        (lora_a, lora_scaling),
         RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *others),
         live.facts[1, :-1],
         seen.computed_before,
@@ -239,7 +235,7 @@ def _linear_grpo(
 
     results = None if deferred else single_sweep(batch, config, needs, n_rows, shard, finish)
     if results is None:
-        results = finish(*_two_sweeps(batch, config, [False] * 5 if deferred else needs, n_rows, shard))
+        results = finish(*_two_sweeps(batch, config, [False] * 3 if deferred else needs, n_rows, shard))
     return results
 
 
@@ -277,7 +273,7 @@ def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
 
 
 def _fake(
-    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    hidden, weight, targets, temperature, bias, softcap, shard,
     cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
     rewards=None,
 ):  # fmt: skip
@@ -289,13 +285,13 @@ def _fake(
         return hidden.new_empty(size, dtype=dtype)
 
     kept = [vector(n_rows) if deferred and any(needs) else hidden.new_empty(0) for _ in range(3)]
-    grads = fake_gradients(hidden, weight, bias, lora_a, lora_b, [False] * 5 if deferred else needs)
+    grads = fake_gradients(hidden, weight, bias, [False] * 3 if deferred else needs)
     return vector(()), vector(n_rows), vector(n_rows), vector(len(STATS)), *kept, *grads
 
 
 def _save(ctx, inputs, output):
-    tensors, (ctx.lora_scaling, ctx.softcap, ctx.shard) = inputs[:7], inputs[7:10]
-    config, ctx.needs = GRPOLossConfig.from_key(inputs[17]), inputs[18]
+    tensors, (ctx.softcap, ctx.shard) = inputs[:5], inputs[5:7]
+    config, ctx.needs = GRPOLossConfig.from_key(inputs[14]), inputs[15]
     ctx.deferred, ctx.workspace_mib = gradients_in_backward(tensors[0], tensors[1], config), config.workspace_mib
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -312,20 +308,20 @@ def _differentiate(ctx, grad_loss, *_):
     if ctx.deferred:
         *tensors, logprobs, entropy, lse, c, e = ctx.saved_tensors
         grads = torch.ops.toolx.linear_logprob_backward(
-            *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, logprobs, lse, entropy, c * grad_loss,
+            *tensors, ctx.softcap, ctx.shard, logprobs, lse, entropy, c * grad_loss,
             torch.zeros_like(c), e * grad_loss, ctx.needs, ctx.workspace_mib,
         )  # fmt: skip
     else:
         grads = scaled(ctx.saved_tensors, grad_loss)
-    hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return hidden, weight, None, None, bias, lora_a, lora_b, *(None,) * (len(ctx.needs_input_grad) - 7)
+    hidden, weight, bias = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return hidden, weight, None, None, bias, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
 library.define(
     f"linear_grpo({HEAD_SCHEMA}, Tensor cu_seqlens, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, str config_key, bool[] needs, "
     "Tensor? rewards=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_linear_grpo,
     fake=_fake,
     triton=_linear_grpo,

@@ -30,9 +30,6 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
     entropy: bool = False,
-    lora_a: Tensor | None = None,  # (R, D)
-    lora_b: Tensor | None = None,  # (V, R)
-    lora_scaling: float = 1.0,
     shard: VocabShard | None = None,
 ) -> TokenStats:
     """Log-probabilities of ``targets`` under ``softmax(softcap(hidden @ weight.T + bias) / temperature)``.
@@ -43,39 +40,37 @@ def linear_logprob(
         temperature: a number, or one per row; positive. No gradient flows into it.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the temperature (Gemma).
         entropy: also return the entropy of every row, in nats.
-        lora_a, lora_b: an adapter on the head, ``lora_scaling * (hidden @ lora_a.T) @ lora_b.T`` added to the logits
-            without merging it into the weight (arXiv 2106.09685).
         shard: which part of the vocabulary ``weight`` holds, for tensor parallelism.
 
     Returns:
         ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and each differentiable in
-        hidden, weight, bias and the adapter. ``lse`` is that of the scaled logits.
+        hidden, weight and bias. ``lse`` is that of the scaled logits.
 
     Raises:
         InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
             positive. On a GPU the check of values waits for the device.
     """
-    check_head(hidden, weight, targets, bias, lora_a, lora_b, softcap, shard)
+    check_head(hidden, weight, targets, bias, softcap, shard)
     logprobs, lse, entropies = torch.ops.toolx.linear_logprob(
-        hidden, weight, targets, row_temperatures(temperature, hidden, targets), bias, lora_a, lora_b, lora_scaling,
-        softcap or 0.0, -1 if shard is None else shard.key, entropy,
+        hidden, weight, targets, row_temperatures(temperature, hidden, targets), bias, softcap or 0.0,
+        -1 if shard is None else shard.key, entropy,
     )  # fmt: skip
     return TokenStats(logprobs, lse, entropies if entropy else None)
 
 
 @as_given
-def _forward(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard, entropy):
+def _forward(hidden, weight, targets, temperature, bias, softcap, shard, entropy):
     check_values(targets, temperature, vocab_size_of(weight, shard))
-    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
     return statistics(head, entropy=entropy, shard=shard)
 
 
 @as_given
 def _backward(
-    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    hidden, weight, targets, temperature, bias, softcap, shard,
     logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
 ):  # fmt: skip
-    head = make_head(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard)
+    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
     live = (grad_logprobs != 0) | (grad_lse != 0)
     if entropy.numel():
         live |= grad_entropy != 0
@@ -87,52 +82,48 @@ def _backward(
         if entropy.numel():
             entropy, grad_entropy = entropy[rows], grad_entropy[rows]
     return recompute_gradients(
-        head, (lora_a, lora_scaling), logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
+        head, logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
         workspace_mib, spread,
     )  # fmt: skip
 
 
-def _fake_forward(hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard, entropy):
+def _fake_forward(hidden, weight, targets, temperature, bias, softcap, shard, entropy):
     stats = [hidden.new_empty(targets.shape, dtype=compute_dtype(hidden)) for _ in range(3)]
     return stats[0], stats[1], stats[2] if entropy else stats[2].new_empty(0)
 
 
-def fake_gradients(hidden, weight, bias, lora_a, lora_b, needs):
+def fake_gradients(hidden, weight, bias, needs):
     return tuple(
         like.new_empty(like.shape) if need else hidden.new_empty(0)
-        for like, need in zip((hidden, weight, bias, lora_a, lora_b), needs, strict=True)
+        for like, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
 
 def _fake_backward(
-    hidden, weight, targets, temperature, bias, lora_a, lora_b, lora_scaling, softcap, shard,
+    hidden, weight, targets, temperature, bias, softcap, shard,
     logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
 ):  # fmt: skip
-    return fake_gradients(hidden, weight, bias, lora_a, lora_b, needs)
+    return fake_gradients(hidden, weight, bias, needs)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, _ = inputs
+    *tensors, ctx.softcap, ctx.shard, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
     check_first_derivative(grad_logprobs)
     *tensors, logprobs, lse, entropy = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    needs = [needed[0], needed[1], needed[4], needed[5], needed[6]]
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     grads = torch.ops.toolx.linear_logprob_backward(
-        *tensors, ctx.lora_scaling, ctx.softcap, ctx.shard, logprobs, lse, entropy, grad_logprobs, grad_lse,
+        *tensors, ctx.softcap, ctx.shard, logprobs, lse, entropy, grad_logprobs, grad_lse,
         grad_entropy, needs,
     )  # fmt: skip
-    hidden, weight, bias, lora_a, lora_b = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return hidden, weight, None, None, bias, lora_a, lora_b, None, None, None, None
+    hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return hidden, weight, None, None, bias, None, None, None
 
 
-HEAD_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
-    "float lora_scaling, float softcap, int shard"
-)
+HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, int shard"
 library.define(
     f"linear_logprob({HEAD_SCHEMA}, bool entropy) -> (Tensor, Tensor, Tensor)",
     default=_forward,
@@ -142,7 +133,7 @@ library.define(
 library.define(
     f"linear_logprob_backward({HEAD_SCHEMA}, Tensor logprobs, Tensor lse, Tensor entropy, Tensor grad_logprobs, "
     "Tensor grad_lse, Tensor grad_entropy, bool[] needs, int? workspace_mib=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     default=_backward,
     fake=_fake_backward,
     triton=_backward,

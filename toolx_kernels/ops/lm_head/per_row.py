@@ -207,7 +207,6 @@ class Batch(NamedTuple):
     """The rows that are computed, n of N, and what belongs to them."""
 
     head: Head
-    lora: tuple[Tensor | None, float]  # lora_a and its scaling
     vectors: RowVectors
     lengths: Tensor  # (B) int64, their rows by completion, in order
     bounds: list[int]  # (B + 1) rows before each completion, on the host

@@ -46,8 +46,8 @@ def single_sweep(
     batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int,
     finish: Callable[[PerRow, Objective, tuple[Tensor, ...]], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """What ``finish`` makes of the rows, their objective, and the gradients of (hidden, weight, bias, lora_a, lora_b),
-    hidden's with ``n_rows`` rows; None where the vocabulary must be swept twice.
+    """What ``finish`` makes of the rows, their objective, and the gradients of (hidden, weight, bias), hidden's
+    with ``n_rows`` rows; None where the vocabulary must be swept twice.
 
     A GPU decides that before the last chunk's GEMMs, and is asked after ``finish``: it has work until it has answered.
     """
@@ -62,7 +62,7 @@ def single_sweep(
     chunks = _chunks(batch, plan.rows, config)
     if chunks is None:
         return None
-    grads = Gradients(head, batch.lora, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
+    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
     sweep, all_reduce = sweeps.backend(head), reducer(shard)
     space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
     fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
@@ -147,14 +147,13 @@ def _add_gradients(
     if e is not None or chunk.softcap:
         sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
     columns = blocks(len(chunk.weight), plan.columns)
-    for total, weight in ((grads.hidden, chunk.weight), (grads.features, chunk.lora_b)):
-        if total is not None:
-            part = torch.empty(len(index), total.shape[1], dtype=total.dtype, device=total.device)
-            for block in columns:
-                grads.multiply(part, exponentials[:, block], weight[block], fresh=block.start == 0)
-            sweep.finish_rows(chunk, part, weight, factors.factor, factors.at_target, total, index)
+    if grads.hidden is not None:
+        part = torch.empty(chunk.hidden.shape, dtype=grads.hidden.dtype, device=grads.hidden.device)
+        for block in columns:
+            grads.multiply(part, exponentials[:, block], chunk.weight[block], fresh=block.start == 0)
+        sweep.finish_rows(chunk, part, factors.factor, factors.at_target, grads.hidden, index)
     sweep.place_targets(chunk, exponentials, factors.placed)
-    grads.add_weight(exponentials, columns, chunk.hidden, chunk.features, factors.factor)
+    grads.add_weight(exponentials, columns, chunk.hidden, factors.factor)
     return order is not None
 
 

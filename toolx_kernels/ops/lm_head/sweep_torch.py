@@ -27,7 +27,6 @@ class _Tiles:
         self.folded = head.bias is None and not head.softcap
         factor = self.scale if self.folded else 1
         self.hidden = head.hidden.to(head.dtype) * factor
-        self.features = None if head.features is None else head.features.to(head.dtype) * factor
         self.columns = blocks(len(head.weight), columns)
         width = self.columns[0].stop if self.columns else 0
         self.space = head.hidden.new_empty(len(head.hidden) * width if with_space else 0, dtype=head.dtype)
@@ -51,8 +50,6 @@ class _Tiles:
     def logits(self, columns: slice, z: Tensor) -> Tensor:
         head = self.head
         torch.mm(self.hidden, head.weight[columns].to(head.dtype).T, out=z)
-        if self.features is not None:
-            z.addmm_(self.features, head.lora_b[columns].to(head.dtype).T)
         if self.folded:
             return z
         if head.bias is not None:
@@ -72,8 +69,6 @@ def _target_logits(head: Head) -> Tensor:
     """In float64, since a rounding error here is one of the log-prob itself."""
     inside, local = head.targets_inside()
     z = torch.linalg.vecdot(head.hidden.double(), head.weight[local].double())
-    if head.features is not None:
-        z += torch.linalg.vecdot(head.features.double(), head.lora_b[local].double())
     if head.bias is not None:
         z += head.bias[local]
     if head.softcap:
@@ -160,15 +155,13 @@ def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor
         out[:, columns] = e.mul_(factor)
 
 
-def finish_rows(
-    head: Head, part: Tensor, weight: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor
-) -> None:
+def finish_rows(head: Head, part: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor) -> None:
     """``out[index[n]] = factor[n] * part[n] + at_target[n] * weight[target of n]``, where the target is among its rows.
 
-    part: (n, D), overwritten; weight: (V, D); factor, at_target, index: (n); out: (N, D).
+    part: (n, D), overwritten; factor, at_target, index: (n); out: (N, D).
     """
     inside, local = head.targets_inside()
-    part.mul_(factor[:, None]).addcmul_(torch.where(inside, at_target, 0)[:, None], weight[local].to(part.dtype))
+    part.mul_(factor[:, None]).addcmul_(torch.where(inside, at_target, 0)[:, None], head.weight[local].to(part.dtype))
     out.index_copy_(0, index, part.to(out.dtype))
 
 

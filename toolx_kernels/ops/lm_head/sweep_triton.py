@@ -23,17 +23,17 @@ ONLINE, EXPONENTIALS, GRADIENTS = (tl.constexpr(mode) for mode in range(3))  # w
 
 @per_row_kernel
 def sweep_kernel(
-    hidden_ptr, weight_ptr, features_ptr, lora_b_ptr, bias_ptr, scale_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, scale_ptr,
     targets_ptr, target_logits_ptr,  # (N) in ONLINE and EXPONENTIALS
     anchor_ptr,  # (N) in EXPONENTIALS, lse (N) in GRADIENTS
     alpha_ptr, beta_ptr,  # (N) in GRADIENTS
     out_ptr,  # (N, stride_on) of which V columns are asked for: exponentials or gradients
     partial_ptr,  # (3 or 2, tiles of V, N): top in ONLINE, then total and moment
-    N, V, D, R, softcap, start,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_fn, stride_fr, stride_lv, stride_lr, stride_on,
-    MODE: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    N, V, D, softcap, start,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_on,
+    MODE: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits ``z (BLOCK_N, BLOCK_V)``, and by MODE
 
@@ -64,22 +64,6 @@ def sweep_kernel(
         hidden_ptr + first_n * stride_hn, weight_ptr + first_v * stride_wv, row, token, D,
         stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, PRECISION, DOT_DTYPE, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    if HAS_LORA:
-        # A second accumulator: two dots into one are miscompiled on some chips.
-        low_rank = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        in_r = tl.arange(0, BLOCK_R)
-        features_ptrs = features_ptr + first_n * stride_fn + (row[:, None] * stride_fn + in_r[None, :] * stride_fr)
-        lora_b_ptrs = lora_b_ptr + first_v * stride_lv + (token[None, :] * stride_lv + in_r[:, None] * stride_lr)
-        for i in range(0, 2 * tl.cdiv(R, BLOCK_R)):  # each block twice: fp32 features as the sum of two DOT_DTYPE parts
-            left = R - (i // 2) * BLOCK_R
-            u = tl.load(features_ptrs, mask=in_r[None, :] < left, other=0.0)
-            b = tl.load(lora_b_ptrs, mask=in_r[:, None] < left, other=0.0)
-            high = u.to(DOT_DTYPE)
-            low = (u - high.to(tl.float32)).to(DOT_DTYPE)
-            low_rank = tl.dot(tl.where(i % 2 == 0, high, low), b.to(DOT_DTYPE), low_rank, input_precision=PRECISION)
-            features_ptrs += (i % 2) * BLOCK_R * stride_fr
-            lora_b_ptrs += (i % 2) * BLOCK_R * stride_lr
-        acc += low_rank
 
     scale = tl.load(scale_ptr + first_n + row)
     if HAS_BIAS:
@@ -166,11 +150,9 @@ def add_online_kernel(
 
 @per_row_kernel
 def target_logits_kernel(
-    hidden_ptr, weight_ptr, features_ptr, lora_b_ptr, bias_ptr, scale_ptr, targets_ptr, out_ptr,
-    V, D, R, softcap, start,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_fn, stride_fr, stride_lv, stride_lr,
-    HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, scale_ptr, targets_ptr, out_ptr,
+    V, D, softcap, start, stride_hn, stride_hd, stride_wv, stride_wd,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[n]: the scaled logit of row n's target, zero where these rows of weight do not hold it."""
     n = tl.program_id(0).to(tl.int64)
@@ -185,13 +167,6 @@ def target_logits_kernel(
         w = tl.load(weight_ptr + local * stride_wv + (d + offs_d) * stride_wd, mask=mask, other=0.0)
         acc += h.to(tl.float32) * w.to(tl.float32)
     z = tl.sum(acc, 0)
-    if HAS_LORA:
-        offs_r = tl.arange(0, BLOCK_R)
-        for r in range(0, R, BLOCK_R):
-            mask = offs_r < R - r
-            u = tl.load(features_ptr + n * stride_fn + (r + offs_r) * stride_fr, mask=mask, other=0.0)
-            b = tl.load(lora_b_ptr + local * stride_lv + (r + offs_r) * stride_lr, mask=mask, other=0.0)
-            z += tl.sum(u.to(tl.float32) * b.to(tl.float32), 0)
     if HAS_BIAS:
         z += tl.load(bias_ptr + local).to(tl.float32)
     if HAS_SOFTCAP:
@@ -279,7 +254,7 @@ def target_logits(head: Head) -> Tensor:
     out = head.scale.new_empty(len(head.hidden))
     if len(out):
         target_logits_kernel[(len(out),)](
-            *_inputs(head), head.targets, out, len(head.weight), *_sizes(head), head.start, *_strides(head),
+            *_inputs(head), head.targets, out, len(head.weight), *_sizes(head), *_strides(head),
             **_flags(head), BLOCK_D=min(1024, triton.next_power_of_2(head.hidden.shape[1])),
         )  # fmt: skip
     return out
@@ -332,15 +307,13 @@ def place_targets(head: Head, out: Tensor, values: Tensor) -> None:
         )
 
 
-def finish_rows(
-    head: Head, part: Tensor, weight: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor
-) -> None:
+def finish_rows(head: Head, part: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor) -> None:
     """See sweep_torch.finish_rows."""
     n_rows, dim = part.shape
     if n_rows:
         finish_rows_kernel[(n_rows,)](
-            part, factor, at_target, head.targets, index, weight, out,
-            len(weight), dim, head.start, *weight.stride(), out.stride(0),
+            part, factor, at_target, head.targets, index, head.weight, out,
+            len(head.weight), dim, head.start, *head.weight.stride(), out.stride(0),
             BLOCK_D=min(1024, triton.next_power_of_2(dim)),
         )  # fmt: skip
 
@@ -364,7 +337,6 @@ def _sweep(
     """Launches one program a tile; returns the partial sums (3 or 2, tiles, N)."""
     n_rows, vocab_size = len(head.hidden), len(head.weight)
     dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-    flags, strides = _flags(head), _strides(head)
     unused = head.weight  # of known alignment, which enters the compile key
 
     def launch(tile: TritonTile) -> Tensor:
@@ -373,20 +345,19 @@ def _sweep(
         sweep_kernel[(triton.cdiv(n_rows, tile.block_n) * n_tiles,)](
             *_inputs(head),
             head.targets, *(unused if t is None else t for t in (target_logits, anchor, alpha, beta, out)), partials,
-            n_rows, vocab_size, *_sizes(head), head.start, *strides, 0 if out is None else out.stride(0),
-            MODE=mode.value, ENTROPY=entropy, EVEN_D=head.hidden.shape[1] % tile.block_d == 0, **flags,
+            n_rows, vocab_size, *_sizes(head), *_strides(head), 0 if out is None else out.stride(0),
+            MODE=mode.value, ENTROPY=entropy, EVEN_D=head.hidden.shape[1] % tile.block_d == 0, **_flags(head),
             DOT_DTYPE=DOT_DTYPES[dtype], PRECISION="tf32x3" if dtype == torch.float32 else "ieee", GROUP=GROUP_ROWS,
             BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return partials
 
-    crowded = flags["HAS_LORA"] and flags["HAS_SOFTCAP"]
-    tile = tiles.triton_tile(_capability(head), dtype.itemsize, crowded=crowded)
+    tile = tiles.triton_tile(_capability(head), dtype.itemsize)
     if n_rows == 0:
         return head.scale.new_empty(PARTIALS[mode.value], triton.cdiv(vocab_size, tile.block_v), 0)
     if tiles.AUTOTUNE and not INTERPRETED:
-        key = (head.hidden.device, dtype, head.hidden.shape[1], mode.value, *flags.values())
+        key = (head.hidden.device, dtype, head.hidden.shape[1], mode.value, *_flags(head).values())
         tile = _fastest(key, [tile, *tiles.CANDIDATES[dtype.itemsize]], launch)
     return launch(tile)
 
@@ -412,30 +383,17 @@ def _capability(head: Head) -> tuple[int, int] | None:
 
 
 def _inputs(head: Head) -> tuple[Tensor, ...]:
-    def or_unused(tensor: Tensor | None) -> Tensor:
-        return head.weight if tensor is None else tensor
-
-    return (
-        head.hidden, head.weight, or_unused(head.features), or_unused(head.lora_b), or_unused(head.bias), head.scale,
-    )  # fmt: skip
+    return head.hidden, head.weight, head.weight if head.bias is None else head.bias, head.scale
 
 
-def _sizes(head: Head) -> tuple:
-    """D, R, softcap"""
-    rank = 0 if head.features is None else head.features.shape[1]
-    return head.hidden.shape[1], rank, float(head.softcap)
+def _sizes(head: Head) -> tuple[int, float, int]:
+    """D, softcap, start"""
+    return head.hidden.shape[1], float(head.softcap), head.start
 
 
 def _strides(head: Head) -> tuple[int, ...]:
-    low_rank = (0, 0, 0, 0) if head.features is None else (*head.features.stride(), *head.lora_b.stride())
-    return (*head.hidden.stride(), *head.weight.stride(), *low_rank)
+    return *head.hidden.stride(), *head.weight.stride()
 
 
-def _flags(head: Head) -> dict:
-    rank = 0 if head.features is None else head.features.shape[1]
-    return {
-        "HAS_BIAS": head.bias is not None,
-        "HAS_LORA": rank > 0,
-        "HAS_SOFTCAP": bool(head.softcap),
-        "BLOCK_R": 16,
-    }
+def _flags(head: Head) -> dict[str, bool]:
+    return {"HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": bool(head.softcap)}

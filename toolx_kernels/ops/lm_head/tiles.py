@@ -227,17 +227,13 @@ INTERPRETED_TILE = TritonTile(16, 32, 16, 4, 1)
 GROUP_ROWS = 16  # row blocks that walk over the vocabulary together, so that a slice of the weight is read once
 
 
-def triton_tile(capability: tuple[int, int] | None, itemsize: int, *, crowded: bool = False) -> TritonTile:
-    """The tile for a chip, that of its nearest older relative if it is not in the table; None: the interpreter.
-
-    ``crowded``: an adapter and a softcap together need so many registers that the tile is halved.
-    """
+def triton_tile(capability: tuple[int, int] | None, itemsize: int) -> TritonTile:
+    """The tile for a chip, that of its nearest older relative if it is not in the table; None: the interpreter."""
     if capability is None:
         return INTERPRETED_TILE
     chip = capability[0] * 10 + capability[1]
     known = [known for known, size in TRITON_TILES if size == itemsize and known <= chip]
-    tile = TRITON_TILES[max(known, default=80), itemsize]
-    return tile._replace(block_n=tile.block_n // 2) if crowded else tile
+    return TRITON_TILES[max(known, default=80), itemsize]
 
 
 # A decoding step reads the whole weight for a few rows: wide tiles of it, of which several are on their way at a time.

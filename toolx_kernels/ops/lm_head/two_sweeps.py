@@ -16,16 +16,15 @@ from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
 
 def recompute_gradients(
-    head: Head, lora: tuple[Tensor | None, float], logprobs: Tensor, lse: Tensor, entropy: Tensor,
+    head: Head, logprobs: Tensor, lse: Tensor, entropy: Tensor,
     grad_logprobs: Tensor, grad_lse: Tensor, grad_entropy: Tensor, needs: list[bool], shard: int,
     workspace_mib: int | None, spread: tuple[Tensor, int] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of (hidden, weight, bias, lora_a, lora_b), an empty tensor for each that is not needed; up to 6 NDV.
+    """Gradients of (hidden, weight, bias), an empty tensor for each that is not needed; up to 6 NDV.
 
     Args:
         logprobs, lse, entropy: (n) of the head's rows; entropy is empty where its gradient is zero.
         grad_logprobs, grad_lse, grad_entropy: (n), the upstream gradients.
-        lora: (lora_a, lora_scaling), of which head holds the features.
         spread: (rows, N), where the n rows lie among the N of the results; None if they are all.
     """
     n_rows, dim = head.hidden.shape
@@ -47,7 +46,7 @@ def recompute_gradients(
         at_target *= 1 - (target_logit / (head.scale * head.softcap)).square()
     at_target *= head.scale
 
-    grads = Gradients(head, lora, needs, plan.gemm_dtype, whole_weight=False)
+    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=False)
     space = sweep.workspace(plan.rows, plan.columns, head.hidden, plan.dtype)
     for columns in blocks(len(head.weight), plan.columns):
         tile = head.columns(columns)
@@ -57,10 +56,9 @@ def recompute_gradients(
             part = tile.rows(rows)
             dz = space[: len(part.hidden), : len(part.weight)]
             sweep.logit_gradients(part, lse[rows], alpha[rows], beta[rows], at_target[rows], dz, plan)
-            for total, right in ((grads.hidden, part.weight), (grads.features, part.lora_b)):
-                if total is not None:
-                    grads.multiply(total[rows], dz, right)
-            grads.add_weight(dz, [slice(0, len(part.weight))], part.hidden, part.features, None)
+            if grads.hidden is not None:
+                grads.multiply(grads.hidden[rows], dz, part.weight)
+            grads.add_weight(dz, [slice(0, len(part.weight))], part.hidden, None)
         grads.close_weight(columns)
     return grads.results(spread, shard)
 
@@ -111,7 +109,7 @@ def _two_sweeps(batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows:
         live = objective.coefficients != 0
         kept = (live if e is None else live | (e != 0)).nonzero().squeeze(1)
         grads = recompute_gradients(
-            head.rows(kept), batch.lora, logprobs[kept], lse[kept],
+            head.rows(kept), logprobs[kept], lse[kept],
             entropy.new_empty(0) if e is None else entropy[kept], objective.coefficients[kept],
             torch.zeros_like(lse[kept]), lse.new_zeros(len(kept)) if e is None else e[kept], needs, shard,
             config.workspace_mib, (batch.rows[kept], n_rows),

@@ -12,8 +12,8 @@ from torch import Tensor
 class VocabShard:
     """This rank's rows ``start : start + V`` of a head whose vocabulary is cut over several ranks.
 
-    Every rank passes the same hidden states, targets and per-token vectors, and its own rows of the weight (of the
-    bias, of ``lora_b``). All results, the gradient of hidden included, are those of the whole vocabulary on every
+    Every rank passes the same hidden states, targets and per-token vectors, and its own rows of the weight (and
+    of the bias). All results, the gradient of hidden included, are those of the whole vocabulary on every
     rank; the gradient of the weight is that of this rank's rows.
 
     start: the token id of this rank's first row.
