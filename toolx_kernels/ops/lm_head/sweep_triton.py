@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.head import Head
-from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, SweepSize, TritonTile
+from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, SweepSize
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
 
 FUSES_OBJECTIVE = True
@@ -336,46 +336,23 @@ def _sweep(
 ) -> Tensor:
     """Launches one program a tile; returns the partial sums (3 or 2, tiles, N)."""
     n_rows, vocab_size = len(head.hidden), len(head.weight)
-    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-    unused = head.weight  # of known alignment, which enters the compile key
-
-    def launch(tile: TritonTile) -> Tensor:
-        n_tiles = triton.cdiv(vocab_size, tile.block_v)
-        partials = head.scale.new_empty(PARTIALS[mode.value], n_tiles, n_rows)
-        sweep_kernel[(triton.cdiv(n_rows, tile.block_n) * n_tiles,)](
-            *_inputs(head),
-            head.targets, *(unused if t is None else t for t in (target_logits, anchor, alpha, beta, out)), partials,
-            n_rows, vocab_size, *_sizes(head), *_strides(head), 0 if out is None else out.stride(0),
-            MODE=mode.value, ENTROPY=entropy, EVEN_D=head.hidden.shape[1] % tile.block_d == 0, **_flags(head),
-            DOT_DTYPE=DOT_DTYPES[dtype], PRECISION="tf32x3" if dtype == torch.float32 else "ieee", GROUP=GROUP_ROWS,
-            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return partials
-
+    dtype = head.weight_dtype
     tile = tiles.triton_tile(_capability(head), dtype.itemsize)
+    n_tiles = triton.cdiv(vocab_size, tile.block_v)
+    partials = head.scale.new_empty(PARTIALS[mode.value], n_tiles, n_rows)
     if n_rows == 0:
-        return head.scale.new_empty(PARTIALS[mode.value], triton.cdiv(vocab_size, tile.block_v), 0)
-    if tiles.AUTOTUNE and not INTERPRETED:
-        key = (head.hidden.device, dtype, head.hidden.shape[1], mode.value, *_flags(head).values())
-        tile = _fastest(key, [tile, *tiles.CANDIDATES[dtype.itemsize]], launch)
-    return launch(tile)
-
-
-_tuned: dict[tuple, TritonTile] = {}
-
-
-def _fastest(key: tuple, candidates: list[TritonTile], launch) -> TritonTile:
-    """The tile with which ``launch`` took least; it only writes results, so it may run again and again."""
-    if key not in _tuned:
-        times = {}
-        for tile in dict.fromkeys(candidates):
-            try:
-                times[tile] = triton.testing.do_bench(lambda tile=tile: launch(tile), return_mode="median")
-            except triton.runtime.errors.OutOfResources:  # more shared memory or registers than this chip has
-                continue
-        _tuned[key] = min(times, key=times.get)
-    return _tuned[key]
+        return partials
+    unused = head.weight  # of known alignment, which enters the compile key
+    sweep_kernel[(triton.cdiv(n_rows, tile.block_n) * n_tiles,)](
+        *_inputs(head),
+        head.targets, *(unused if t is None else t for t in (target_logits, anchor, alpha, beta, out)), partials,
+        n_rows, vocab_size, *_sizes(head), *_strides(head), 0 if out is None else out.stride(0),
+        MODE=mode.value, ENTROPY=entropy, EVEN_D=head.hidden.shape[1] % tile.block_d == 0, **_flags(head),
+        DOT_DTYPE=DOT_DTYPES[dtype], PRECISION="tf32x3" if dtype == torch.float32 else "ieee", GROUP=GROUP_ROWS,
+        BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return partials
 
 
 def _capability(head: Head) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ Two orders of the same work (costs in N * D * V multiply-adds times two):
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -212,17 +211,6 @@ TRITON_TILES = {
     (90, 4): TritonTile(64, 128, 32, 8, 3),
     (120, 4): TritonTile(64, 128, 32, 8, 2),
 }
-# With TOOLX_AUTOTUNE=1 each process times these beside the table's choice, once for each kind of sweep. Off by default:
-# it takes seconds, and another tile adds up in another order, so two processes may differ in the last bits.
-AUTOTUNE = os.environ.get("TOOLX_AUTOTUNE") == "1"
-CANDIDATES = {
-    2: [
-        TritonTile(128, 128, 32, 8, 3), TritonTile(128, 128, 64, 8, 3), TritonTile(128, 128, 64, 8, 4),
-        TritonTile(128, 256, 64, 8, 3), TritonTile(128, 256, 64, 8, 4), TritonTile(64, 128, 64, 4, 3),
-        TritonTile(128, 64, 64, 4, 3),
-    ],
-    4: [TritonTile(64, 128, 32, 8, 2), TritonTile(64, 128, 32, 8, 3), TritonTile(64, 64, 32, 4, 3)],
-}  # fmt: skip
 INTERPRETED_TILE = TritonTile(16, 32, 16, 4, 1)
 GROUP_ROWS = 16  # row blocks that walk over the vocabulary together, so that a slice of the weight is read once
 
