@@ -487,7 +487,7 @@ def test_ten_steps_are_five_and_five(tmp_path, form):
     summary = make_trainer(tmp_path / "whole", reward, **TEN | settings).train()
     stop, step, handlers = Stop(), 0, signal.getsignal(signal.SIGTERM)
     halves = make_trainer(tmp_path / "run", reward, **TEN | settings)
-    taken = halves._step
+    taken = halves.step
 
     def stopping(round_index):
         nonlocal step
@@ -497,7 +497,7 @@ def test_ten_steps_are_five_and_five(tmp_path, form):
             stop.handle(signal.SIGTERM, None)
         return taken(round_index)
 
-    halves._step = stopping
+    halves.step = stopping
     with pytest.raises(Stopped):
         halves.train(stop)
     assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{cut}"
