@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli.evaluate import settings_of_run
+from toolx_kernels.cli.main import main
+from toolx_kernels.cli.train import parse_train
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -27,7 +29,7 @@ def lines(*rows):
 
 def toolx(*argv):
     try:
-        return cli.main([str(word) for word in argv])
+        return main([str(word) for word in argv])
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -105,7 +107,7 @@ def test_memory_that_runs_out_anywhere_is_one_sentence(run_folder, monkeypatch, 
 
 
 def test_the_recipe_is_the_tiny_models_whatever_its_seed():
-    assert cli.parse_train(["--model", "tiny:3"]) == replace(cli.parse_train([]), model="tiny:3")
+    assert parse_train(["--model", "tiny:3"]) == replace(parse_train([]), model="tiny:3")
 
 
 def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
@@ -149,22 +151,22 @@ def test_help_names_every_setting(capsys):
 def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"learning_rate": 3e-4, "epsilon": 0.1, "epsilon_high": None, "overwrite": True}))
-    args = cli.parse_train(["--config", str(path), "--epsilon", "0.15"])
+    args = parse_train(["--config", str(path), "--epsilon", "0.15"])
     assert (args.learning_rate, args.epsilon, args.epsilon_high, args.overwrite) == (3e-4, 0.15, None, True)
-    assert cli.parse_train(["--config", str(path), "--epsilon-high=0.3"]).epsilon_high == 0.3
-    builtin = cli.parse_train([])
+    assert parse_train(["--config", str(path), "--epsilon-high=0.3"]).epsilon_high == 0.3
+    builtin = parse_train([])
     assert builtin.learning_rate > 1e-5 and builtin.cold_start_steps > 0
     assert args.cold_start_steps == builtin.cold_start_steps, "the tiny model's recipe lies under a user's file"
-    assert cli.parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
+    assert parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
     path.write_text("learning_rate: 5e-4")  # text to YAML 1.1
-    assert cli.parse_train(["--config", str(path)]).learning_rate == 5e-4
-    twice = cli.parse_train(["--config", "replace", "--config", str(path)])
+    assert parse_train(["--config", str(path)]).learning_rate == 5e-4
+    twice = parse_train(["--config", "replace", "--config", str(path)])
     assert (twice.beta, twice.learning_rate) == (1e-3, 5e-4)
 
 
 def test_a_run_can_be_repeated_from_the_config_it_wrote(run_folder):
     written = yaml.safe_load((run_folder / "config.yaml").read_text())
-    again = cli.parse_train(["--config", str(run_folder / "config.yaml")])
+    again = parse_train(["--config", str(run_folder / "config.yaml")])
     assert {name: getattr(again, name) for name in written} == written
 
 
@@ -277,14 +279,14 @@ def test_bad_config_files(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        cli.parse_train(["--config", str(path)])
+        parse_train(["--config", str(path)])
 
 
 def test_eval_looks_for_the_run_of_a_folder_only(tmp_path, monkeypatch):
     """A config.yaml that happens to lie where the command is given is nobody's."""
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text("self_exemplify: true")
-    assert cli.settings_of_run("tiny") == {}
+    assert settings_of_run("tiny") == {}
     Path("run/checkpoint-3").mkdir(parents=True)
     Path("run/config.yaml").write_text("max_completion_length: 512")
-    assert cli.settings_of_run("run") == cli.settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}
+    assert settings_of_run("run") == settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}

@@ -7,7 +7,7 @@ from statistics import stdev
 import pytest
 import yaml
 
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli.main import main
 from toolx_kernels.compare.plot import LINE, _spread
 from toolx_kernels.compare.report import describe, figures, write_comparison
 from toolx_kernels.compare.runs import arms_of, collapse, oscillation, paired_difference, read_run
@@ -271,10 +271,10 @@ def test_labels_keep_their_distance_and_their_order():
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [str(write_run(tmp_path / name, seed=i)) for i, name in enumerate(("a-0", "a-1"))]
-    assert cli.main(["compare", *folders]) == 0
+    assert main(["compare", *folders]) == 0
     out = capsys.readouterr().out
     assert "0.500 [0.500, 0.500]" in out and "runs/comparison/comparison.md" in out and "minus" not in out
-    assert cli.main(["compare", folders[0], "--names", "mine", "--output", "one"]) == 0
+    assert main(["compare", folders[0], "--names", "mine", "--output", "one"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith("mine ") and (tmp_path / "one" / "comparison.png").is_file()
 
@@ -293,6 +293,6 @@ def test_bad_flags(argv, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    assert cli.main(["compare", *argv]) == 2
+    assert main(["compare", *argv]) == 2
     assert named in capsys.readouterr().err.strip().splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"], "nothing may be written"
