@@ -7,7 +7,7 @@ from tests.ops.attention.cases import SCALE, assert_as_good_as_torch, make_case,
 from tests.ops.cases import DEVICE, poisoned  # noqa: F401
 from toolx_kernels import paged_attention, reference
 from toolx_kernels.ops import library
-from toolx_kernels.ops.attention import paged, paged_torch
+from toolx_kernels.ops.attention import paged_torch
 from toolx_kernels.ops.attention.paged_torch import masked_attention
 
 CASES = {
@@ -269,7 +269,7 @@ def test_any_batch():
 def test_plain_torch_multiplies_no_nan(window, softcap, monkeypatch):
     """Not even in padding, which is dropped: see the products on AMX in ``paged_torch``."""
     seen = []
-    monkeypatch.setattr(paged, "masked_attention", lambda *a: seen.append(masked_attention(*a)) or seen[-1])
+    monkeypatch.setattr(paged_torch, "masked_attention", lambda *a: seen.append(masked_attention(*a)) or seen[-1])
     query, keys, values, table, *bounds = make_case([6, 15, 9], [6, 1, 0], 4, dtype=torch.float32).tensors
     unwritten = torch.full_like(keys[:1], torch.nan)
     caches = (torch.cat([unwritten, cache]) for cache in (keys, values))
