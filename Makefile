@@ -36,7 +36,7 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	@echo "Installing toolx_kernels into $(VENV)"
 	@rm -rf $(VENV)/.installed-* toolx_kernels/_C*.so build/temp.* build/lib.*
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation -e '.[test]'
-	@$(PY) -c "from toolx_kernels import _library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
+	@$(PY) -c "from toolx_kernels.ops import library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
 	@touch $@
 
 # Starts anew each time, unless ARGS says otherwise.
@@ -115,7 +115,7 @@ cuda-link:
 	build/cuda-link/bin/python -c "import torch; assert torch.version.cuda, 'cuda-link: this torch is a CPU build: ' + torch.__version__"
 	TOOLX_BUILD_EXT=1 PATH="$(CURDIR)/build/cuda-link/bin:$$PATH" build/cuda-link/bin/python -m pip \
 	  --disable-pip-version-check install --no-build-isolation .
-	cd build && cuda-link/bin/python -c "import torch; from toolx_kernels import _library as l; assert l.compiled_error is None, l.compiled_error; assert l.backends()['kv_write']['CUDA'] == l.COMPILED['CUDA'], l.backends(); print('cuda-link: compiled, linked and loaded; its CUDA kernels are registered with torch', torch.__version__)"
+	cd build && cuda-link/bin/python -c "import torch; from toolx_kernels.ops import library as l; assert l.compiled_error is None, l.compiled_error; assert l.backends()['kv_write']['CUDA'] == l.COMPILED['CUDA'], l.backends(); print('cuda-link: compiled, linked and loaded; its CUDA kernels are registered with torch', torch.__version__)"
 	rm -rf build/cuda-link
 
 clean:
