@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall import tools
+from toolx_kernels.toolcall import background
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.tools import MAX_THREADS, Toolbox, tool_schema
 
@@ -295,7 +295,7 @@ def test_slow_environments_are_waited_for_together(monkeypatch):
         waited.append(seconds if done.not_done else 0)
         return done
 
-    monkeypatch.setattr(tools, "wait", watched)
+    monkeypatch.setattr(background, "wait", watched)
     toolbox = Toolbox(environment_factory=Counter, timeout=0.5)
     sessions = toolbox.open([ROW] * 8)
     results = toolbox.answer([(session, [call("up", by=1), call("stick")]) for session in sessions])

@@ -1,21 +1,18 @@
 """Calling the reward functions that users bring, as TRL would: several with weights, plain or async, within a time."""
 
-import asyncio
-import concurrent.futures
 import copy
 import inspect
 import itertools
 import math
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.background import Background, in_time, one_line, run
 from toolx_kernels.toolcall.rows import Row, short
 
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -33,8 +30,8 @@ class Completion(Protocol):
 class Rewards:
     """What the functions gave to B completions.
 
-    >>> Rewards(total=[1.5, 0.0], parts={"right": [1.0, None], "short": [0.5, None]}, unrewarded=1)
-    ... # doctest: +SKIP
+    >>> Rewards(total=[1.5, 0.0], parts={"right": [1.0, None], "short": [0.5, None]}, unrewarded=1).total
+    [1.5, 0.0]
     """
 
     total: list[float]  # (B) the weighted sum of the parts; a None adds nothing
@@ -51,14 +48,13 @@ class RewardFunctions:
     that the function does not apply.
 
     A function may be async, or return an awaitable: these run concurrently with each other and with the plain functions
-    after them, on one event loop that is kept as long as this object, so that their clients' connections stay usable.
-    That loop has a thread of its own: the caller may be within another loop, as in a notebook.
+    after them, on one event loop that is kept as long as this object (`Background`).
 
     Args:
         funcs: one function or several; those of one name are told apart by a number, in `names` and in the parts.
         weights: one per function, None for 1.0 each; TRL's `reward_weights`.
         timeout: seconds that each call of a function may take; None for no limit. With a limit, plain functions run on
-            daemon threads: one that is stuck goes on until the process ends, but does not keep it from ending.
+            threads of their own, which one that is stuck keeps until the process ends.
 
     Raises InputError for no function, one that cannot be called, another number of weights than of functions, a weight
     that is no finite float32, or a timeout that is not positive.
@@ -88,117 +84,60 @@ class RewardFunctions:
                 raise InputError(f"the weight {short(weight)} of reward function {name!r} must be a finite number")
         if timeout is not None and not (_is_number(timeout) and 0 < timeout <= threading.TIMEOUT_MAX):
             raise InputError(f"the reward timeout {short(timeout)} must be a positive number of seconds, or None")
+        self._background = Background("reward functions")
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Rewards:
         """The rewards of `completions[i]`, written for `rows[i]`.
 
-        Raises InputError, naming the function, when it raises or does not return in time (and the rows on which it does
-        so, where calling it for each alone tells, within the same time again), when it returns another number of
-        rewards than it got completions, or a reward that is no finite float32; and when a weighted sum is none.
+        Raises InputError, naming the function and the call, when it raises or does not return in time, when it returns
+        another number of rewards than it got completions, or a reward that is no finite float32; and when a weighted
+        sum is none.
         """
         parts: dict[str, list[float | None]] = {}
-        awaited: list[tuple[str, Callable, float, Future]] = []
+        awaited: list[tuple[str, float, Future]] = []
         try:
             for name, func in zip(self.names, self.funcs, strict=True):
                 begin = time.monotonic()
-                future = self._begin(func, rows, completions, self.timeout)
-                if future.done() or self._left(begin) == 0:
-                    parts[name] = self._finish(name, func, begin, future, rows, completions)
+                rewards = self._in_time(name, self._call(func, rows, completions), begin, rows)
+                if inspect.isawaitable(rewards):
+                    awaited.append((name, begin, self._background.schedule(_awaited(rewards))))
                 else:
-                    awaited.append((name, func, begin, future))
-            for name, *rest in awaited:
-                parts[name] = self._finish(name, *rest, rows, completions)
+                    parts[name] = _checked(name, rewards, rows)
+            for name, begin, future in awaited:
+                parts[name] = _checked(name, self._in_time(name, future, begin, rows), rows)
         finally:
             for *_, future in awaited:
                 future.cancel()
         return self._sum(rows, {name: parts[name] for name in self.names})
 
-    def _begin(
-        self, func: Callable, rows: Sequence[Row], completions: Sequence[Completion], limit: float | None
-    ) -> Future:
-        """What `func` returns or raises: at hand, unless it is being awaited or does not return within the limit."""
+    def _call(self, func: Callable, rows: Sequence[Row], completions: Sequence[Completion]) -> Future:
+        """What ``func`` returns, as a list or an awaitable; with a time limit, it runs on a thread."""
         arguments = _arguments(rows, completions)
-        future: Future = Future()
-        future.set_running_or_notify_cancel()  # a plain call cannot be cancelled
 
-        def call() -> None:
-            try:
-                rewards = func(**arguments)
-                future.set_result(rewards if inspect.isawaitable(rewards) else _listed(rewards))
-            except BaseException as error:
-                future.set_exception(error)
+        def call() -> Any:
+            rewards = func(**arguments)
+            return rewards if inspect.isawaitable(rewards) else _listed(rewards)
 
-        if limit is None:
-            call()
-        else:
-            threading.Thread(target=call, name="reward function", daemon=True).start()
-            concurrent.futures.wait([future], limit)
-        if future.done() and future.exception() is None and inspect.isawaitable(future.result()):
-            return asyncio.run_coroutine_threadsafe(_awaited(future.result()), self._loop)
+        if self.timeout is not None:
+            return self._background.start([call])[0]
+        run(future := Future(), call)
         return future
 
-    def _finish(
-        self, name: str, func: Callable, begin: float, future: Future, rows: Sequence[Row],
-        completions: Sequence[Completion],
-    ) -> list[float | None]:  # fmt: skip
-        concurrent.futures.wait([future], self._left(begin))
-        if not future.done():
-            where = self._culprits(func, rows, completions, stuck=True)
+    def _in_time(self, name: str, future: Future, begin: float, rows: Sequence[Row]) -> Any:
+        """What ``future`` holds, by ``timeout`` seconds after ``begin``."""
+        if not in_time(future, begin, self.timeout):
             raise InputError(
-                f"reward function {name!r} did not return within {self.timeout:g} s{where}; mend it or allow it more"
-                " time"
+                f"reward function {name!r} did not return within {self.timeout:g} s for {_extent(rows)}; mend it or"
+                " allow it more time"
             )
         try:
-            rewards = future.result()
+            return future.result()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit too
-            where = self._culprits(func, rows, completions, stuck=False)
-            reason = ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
-            raise InputError(f"reward function {name!r} raised {reason}{where}; mend it or leave it out") from error
-        if not isinstance(rewards, list):
             raise InputError(
-                f"reward function {name!r} returned {short(rewards)}; it must return a list with one reward per"
-                " completion"
-            )
-        if len(rewards) != len(completions):
-            raise InputError(
-                f"reward function {name!r} returned {len(rewards)} rewards for {len(completions)} completions; it must"
-                " return one per completion"
-            )
-        return [_number(reward, name, row) for reward, row in zip(rewards, rows, strict=True)]
-
-    def _culprits(self, func: Callable, rows: Sequence[Row], completions: Sequence[Completion], stuck: bool) -> str:
-        """Names the rows on which `func`, called for them alone, is stuck or else raises, unless it is all of several.
-
-        All of that gets the time of one call. Stuck is what takes more than half of it: of many slow rows, the last
-        would otherwise be named for being the last.
-        """
-        begin = time.monotonic()
-        trials = []
-        for row, completion in zip(rows, completions, strict=True):
-            if (left := self._left(begin)) == 0:
-                break
-            trials.append((row.id, time.monotonic(), self._begin(func, [row], [completion], left)))
-        concurrent.futures.wait([future for *_, future in trials], self._left(begin))
-        end = time.monotonic()
-        found = []
-        for row_id, tried, future in trials:
-            if not future.done():
-                future.cancel()
-                if stuck and end - tried > self.timeout / 2:
-                    found.append(row_id)
-            elif not stuck and (future.cancelled() or future.exception() is not None):
-                found.append(row_id)
-        if not found or len(found) == len(rows) > 1:
-            return ""
-        ids = list(dict.fromkeys(found))
-        shown = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-        return f" on row{'s' if len(ids) > 1 else ''} {shown}"
-
-    def _left(self, begin: float) -> float | None:
-        """Seconds left of the limit since `begin`."""
-        return None if self.timeout is None else max(0.0, begin + self.timeout - time.monotonic())
+                f"reward function {name!r} raised {one_line(error)} for {_extent(rows)}; mend it or leave it out"
+            ) from error
 
     def _sum(self, rows: Sequence[Row], parts: dict[str, list[float | None]]) -> Rewards:
         total, unrewarded = [], 0
@@ -214,28 +153,25 @@ class RewardFunctions:
             unrewarded += not given
         return Rewards(total, parts, unrewarded)
 
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=_run, args=(loop,), name="reward functions", daemon=True).start()
-        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop)
-        return loop
+
+def _extent(rows: Sequence[Row]) -> str:
+    """What a call was for, in words."""
+    if len(rows) == 1:
+        return f"row {rows[0].id!r}"
+    return f"{len(rows)} completions" + (f", the first of row {rows[0].id!r}" if rows else "")
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-        loop.run_until_complete(_cancel_all())
-    finally:
-        loop.close()
-
-
-async def _cancel_all() -> None:
-    """Lets what a timeout has cancelled end before the loop does."""
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
+def _checked(name: str, rewards: Any, rows: Sequence[Row]) -> list[float | None]:
+    if not isinstance(rewards, list):
+        raise InputError(
+            f"reward function {name!r} returned {short(rewards)}; it must return a list with one reward per completion"
+        )
+    if len(rewards) != len(rows):
+        raise InputError(
+            f"reward function {name!r} returned {len(rewards)} rewards for {len(rows)} completions; it must return one"
+            " per completion"
+        )
+    return [_number(reward, name, row) for reward, row in zip(rewards, rows, strict=True)]
 
 
 async def _awaited(rewards: Awaitable) -> Any:

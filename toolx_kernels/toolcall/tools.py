@@ -7,20 +7,19 @@ text for the model: a string as it is, any other value as JSON, and whatever wen
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 import json
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.background import Background, in_time, one_line
 from toolx_kernels.toolcall.rows import Row, short
 
 MAX_THREADS = 128  # calls, of all episodes together, that run at the same time
@@ -38,13 +37,18 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One call on its way. It ends with a ``result``, or with an ``error`` in one line."""
+    """One call in progress. It ends with a ``result``, or with an ``error`` in one line."""
 
-    work: Callable[[], Any] | None
-    convert: Callable[[Any], str]  # of what ``work`` returns
+    work: Callable[[], Any]  # not called if there is an error already
+    convert: Callable[[Any], str]  # of what ``work`` returns, or of what that awaits
     result: str = ""
     error: str | None = None
-    future: Future = field(default_factory=Future)  # result, error, when it ended
+
+
+class _Outcome(NamedTuple):
+    result: str
+    error: str | None
+    end: float  # when the work was done
 
 
 class Toolbox:
@@ -93,10 +97,7 @@ class Toolbox:
             functions[tool.__name__] = tool
         self.schemas = {name: tool_schema(tool) for name, tool in functions.items()}
         self.functions = {name: tool for name, tool in functions.items() if name not in methods}
-        started: Future = Future()
-        threading.Thread(target=asyncio.run, args=(_serve(started),), name="async tools", daemon=True).start()
-        self._loop, stop = started.result()
-        weakref.finalize(self, self._loop.call_soon_threadsafe, stop.set)
+        self._background = Background("tools")
 
     def offer(self, rows: Sequence[Row]) -> list[Row]:
         """The rows as prompts are to show them.
@@ -140,7 +141,11 @@ class Toolbox:
         of_turns = [[_job(session, call) for call in calls] for session, calls in turns]
         queues = []
         for (session, calls), jobs in zip(turns, of_turns, strict=True):
-            ready = [(job, call["name"] in session.stateful) for job, call in zip(jobs, calls, strict=True) if job.work]
+            ready = [
+                (job, call["name"] in session.stateful)
+                for job, call in zip(jobs, calls, strict=True)
+                if job.error is None
+            ]
             queues.append(([job for job, stateful in ready if stateful], session.lock))
             queues += [([job], None) for job, stateful in ready if not stateful]
         self._run([queue for queue in queues if queue[0]])
@@ -168,54 +173,46 @@ class Toolbox:
             fields = {parameter.name: fields[parameter.name] for parameter in parameters if parameter.name in fields}
         return environment.reset(**copy.deepcopy(fields))
 
-    # ---- threads
-
     def _run(self, queues: Sequence[tuple[list[_Job], threading.Lock | None]]) -> None:
         """Runs all queues side by side, the jobs of a queue in order; every job then has a result or an error."""
         for first in range(0, len(queues), MAX_THREADS):
-            together = queues[first : first + MAX_THREADS]
             begun = []
-            for jobs, lock in together:
-                begun.append(time.monotonic())
-                # daemons: a stuck call must not keep the process alive
-                threading.Thread(target=self._work, args=(jobs, lock or nullcontext()), daemon=True).start()
-            for (jobs, _), start in zip(together, begun, strict=True):
-                self._wait(jobs, start)
+            for jobs, lock in queues[first : first + MAX_THREADS]:
+                begin = time.monotonic()
+                outcomes = self._background.start([partial(self._outcome, job) for job in jobs], lock)
+                begun.append((jobs, outcomes, begin))
+            for together in begun:
+                self._collect(*together)
 
-    def _work(self, jobs: list[_Job], lock: AbstractContextManager) -> None:
-        with lock:
-            for job in jobs:
-                if job.future.set_running_or_notify_cancel():
-                    result, error = "", None
-                    try:
-                        result = job.convert(self._awaited(job.work()))
-                    except BaseException as raised:  # also what would end another thread, such as SystemExit
-                        error = _one_line(raised)
-                    job.future.set_result((result, error, time.monotonic()))
+    def _outcome(self, job: _Job) -> _Outcome:
+        """Does the work of ``job``, on a thread."""
+        result, error = "", None
+        try:
+            result = job.convert(self._awaited(job.work()))
+        except BaseException as raised:  # also what would end another thread, such as SystemExit
+            error = one_line(raised)
+        return _Outcome(result, error, time.monotonic())
 
     def _awaited(self, value: Any) -> Any:
         if not inspect.isawaitable(value):
             return value
-
-        async def awaited() -> Any:
-            return await value
-
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
-        if wait([future], self.timeout).not_done:
+        future = self._background.schedule(value)
+        if not in_time(future, time.monotonic(), self.timeout):
             future.cancel()
             raise TimeoutError(self._too_late)
         return future.result()
 
-    def _wait(self, jobs: list[_Job], start: float) -> None:
+    def _collect(self, jobs: list[_Job], outcomes: list[Future], begin: float) -> None:
+        """Waits for the jobs of a queue, each for the time of one call."""
         late = False
-        for job in jobs:
-            if late and job.future.cancel():
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if late and outcome.cancel():
                 job.error = "not run, as the call before it took too long"
-            elif wait([job.future], max(0.0, start + self.timeout - time.monotonic())).done:
-                job.result, job.error, start = job.future.result()
+            elif in_time(outcome, begin, self.timeout):
+                job.result, job.error, begin = outcome.result()
             else:
                 late = True
-                job.future.cancel()  # where it still waits for the environment
+                outcome.cancel()  # where it still waits for the environment
                 job.error = f"TimeoutError: {self._too_late}"
 
     @property
@@ -235,7 +232,7 @@ def tool_schema(function: Callable) -> dict:
         return get_json_schema(function)
     except Exception as error:  # its own kinds, and whatever evaluating a hint raises
         raise InputError(
-            f"No schema can be made for the tool {function.__name__!r} ({_one_line(error)}): give it a docstring in "
+            f"No schema can be made for the tool {function.__name__!r} ({one_line(error)}): give it a docstring in "
             "Google's style and every parameter a type hint and a line under Args."
         ) from error
 
@@ -260,23 +257,16 @@ def error_text(error: str) -> str:
     return json.dumps({"error": error}, ensure_ascii=False)
 
 
-async def _serve(started: Future) -> None:
-    """Keeps the loop running in which all async tools run, so that what they share may belong to it."""
-    stop = asyncio.Event()
-    started.set_result((asyncio.get_running_loop(), stop))
-    await stop.wait()
-
-
 def _job(session: Session, call: dict) -> _Job:
     name, arguments = call["name"], call["arguments"]
     function = session.functions.get(name)
     if function is None:
         offered = name in session.row.tool_names
-        return _Job(None, _as_text, error=f"{name} cannot be run here" if offered else f"there is no tool {name}")
+        return _Job(str, _as_text, error=f"{name} cannot be run here" if offered else f"there is no tool {name}")
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        return _Job(None, _as_text, error=f"{name}: {error}")
+        return _Job(str, _as_text, error=f"{name}: {error}")
     return _Job(lambda: function(**arguments), _as_text)
 
 
@@ -299,7 +289,3 @@ def _with_text(row: Row, text: str) -> str | list[dict]:
     last = max(place for place, message in enumerate(messages) if message["role"] == "user")
     messages[last] = messages[last] | {"content": messages[last]["content"] + text}
     return messages
-
-
-def _one_line(error: BaseException) -> str:
-    return ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))

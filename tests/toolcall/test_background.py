@@ -1,0 +1,37 @@
+import asyncio
+import threading
+from concurrent.futures import wait
+
+from toolx_kernels.toolcall.background import Background
+
+
+def test_calls_of_a_start_run_in_order_and_those_cancelled_before_their_turn_do_not():
+    background, gate, seen = Background("test"), threading.Event(), []
+
+    def fail():
+        raise SystemExit(3)
+
+    calls = [lambda: gate.wait(10), lambda: seen.append(1), fail, lambda: seen.append(3) or "last"]
+    futures = background.start(calls)
+    assert futures[1].cancel()
+    gate.set()
+    assert futures[3].result(10) == "last" and seen == [3]
+    assert futures[0].result() is True and isinstance(futures[2].exception(), SystemExit)
+
+
+def test_what_is_still_awaited_is_cancelled_with_the_owner():
+    background, begun, ended = Background("test"), threading.Event(), threading.Event()
+
+    async def endless():
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    future = background.schedule(endless())
+    assert begun.wait(10)
+    del background
+    assert ended.wait(10)
+    wait([future], 10)
+    assert future.cancelled()

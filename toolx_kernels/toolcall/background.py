@@ -1,0 +1,75 @@
+"""Background threads and an event loop for functions of users, which may be slow, stuck or async."""
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+
+class Background:
+    """Daemon threads, one for each ``start``, and one event loop, which also has a thread of its own.
+
+    Python cannot stop a thread: one that is stuck goes on until the process ends, but does not keep it from ending.
+    All coroutines share the loop, so that the clients they open stay usable; the caller may be within another loop, as
+    in a notebook. The loop ends with this object, and what still runs on it is cancelled.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # of the threads
+        started: Future = Future()
+        threading.Thread(target=asyncio.run, args=(_serve(started),), name=name, daemon=True).start()
+        self._loop, stop = started.result()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, stop.set)
+
+    def start(self, calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None = None) -> list[Future]:
+        """Begins to call ``calls`` on a thread, one after the other and holding ``lock``; what each returns or raises.
+
+        A call does not run if its future is cancelled before its turn.
+        """
+        futures: list[Future] = [Future() for _ in calls]
+        threading.Thread(target=_run_all, args=(futures, calls, lock), name=self.name, daemon=True).start()
+        return futures
+
+    def schedule(self, awaitable: Awaitable) -> Future:
+        """Begins to await ``awaitable`` on the event loop; cancelling the future cancels it."""
+
+        async def awaited() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+
+
+def run(future: Future, call: Callable[[], Any]) -> None:
+    """Calls ``call`` here, unless ``future`` is cancelled, and gives ``future`` what it returns or raises."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # also what would end a thread, such as SystemExit
+            future.set_exception(error)
+
+
+def in_time(future: Future, begin: float, timeout: float | None) -> bool:
+    """Waits for ``future`` until ``timeout`` seconds after ``begin`` (of ``time.monotonic``); whether it is done."""
+    left = None if timeout is None else max(0.0, begin + timeout - time.monotonic())
+    return bool(wait([future], left).done)
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    return ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
+
+
+def _run_all(futures: list[Future], calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None) -> None:
+    with lock or nullcontext():
+        for future, call in zip(futures, calls, strict=True):
+            run(future, call)
+
+
+async def _serve(started: Future) -> None:
+    stop = asyncio.Event()
+    started.set_result((asyncio.get_running_loop(), stop))
+    await stop.wait()
