@@ -1,4 +1,4 @@
-"""BFCL's own matching of calls."""
+"""Matching of calls as the Berkeley Function Calling Leaderboard (BFCL) judges them."""
 
 import re
 from typing import Any
@@ -6,15 +6,13 @@ from typing import Any
 from toolx_kernels.toolcall.literals import TYPES, read_literal, split_type
 
 _PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
-
-
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 
 def bfcl_match(calls: list[dict] | None, tools: list[dict], possible_answers: list[dict], category: str) -> bool:
     """Whether BFCL's own AST checker accepts `calls` (bfcl-eval, `ast_checker`).
 
-    `tools` and `possible_answers` are those of a row from `bfcl.read_bfcl`: each possible answer is
+    `tools` and `possible_answers` are those of a row from `read_bfcl`: each possible answer is
     `{tool name: {argument: [acceptable values]}}`, where "" among the values means that the argument may be left out.
 
     As there: strings are compared without case, spaces and the characters ``,./-_*^``; an integer serves where a number

@@ -1,4 +1,4 @@
-"""Whether calls are right: by exact comparison, or as the Berkeley Function Calling Leaderboard judges them."""
+"""Exact matching of calls with an answer."""
 
 import json
 

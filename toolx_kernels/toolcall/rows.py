@@ -142,18 +142,19 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
         with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors put a byte order mark first
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, _read_line(line, f"{path}:{number}")
+                    yield number, json_value(line, f"{path}:{number}", "write one JSON object a line")
     except OSError as error:
         raise InputError(f"cannot read the dataset file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _read_line(line: str, place: str) -> Any:
+def json_value(text: str, name: str, remedy: str) -> Any:
+    """The value of `text`. Raises InputError, with `name` and `remedy`, where it is not JSON (`read_json`)."""
     try:
-        return read_json(line)
+        return read_json(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON ({error}); write one JSON object a line") from error
+        raise InputError(f"{name} is not JSON ({error}); {remedy}") from error
 
 
 def short(value: Any) -> str:
@@ -212,10 +213,7 @@ def _list(raw: Mapping, name: str, place: str) -> list:
         wanted = "a list of JSON-schema functions" if name == "tools" else "a list of calls ([] when none is right)"
         raise InputError(f"{place}: field {name!r} is missing; give {wanted}")
     if isinstance(value, str):
-        try:
-            value = read_json(value)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: field {name!r} is text but not JSON ({error}); write it as a list") from error
+        value = json_value(value, f"{place}: field {name!r}", "write it as a list")
     if not isinstance(value, list):
         raise InputError(f"{place}: field {name!r} must be a list, not {short(value)}")
     _check_json(value, name, place)

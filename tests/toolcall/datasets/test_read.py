@@ -176,7 +176,7 @@ XLAM = {"query": "q", "tools": [{"name": "f", "parameters": {}}], "answers": [{"
         ({**XLAM, "tools": [{"parameters": {}}]}, "set:1: tool 0"),
         ({**XLAM, "tools": [{"name": "f", "parameters": ["a"]}]}, "set:1: the parameters of tool 'f'"),
         ({**XLAM, "tools": [{"name": "f", "parameters": {"a": "str"}}]}, "set:1: the parameters of tool 'f'"),
-        ({**XLAM, "answers": "f()"}, "set:1: field 'answer' is text but not JSON"),
+        ({**XLAM, "answers": "f()"}, "set:1: field 'answer' is not JSON"),
         ({**XLAM, "answers": [{"name": "g", "arguments": {}}]}, "set:1: call 0 of field 'answer' is of 'g'"),
         ({**XLAM, "answers": [{"name": "f", "arguments": []}]}, "set:1: call 0 of field 'answer' must be"),
     ],

@@ -69,12 +69,12 @@ def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset") -> list[
 
     Raises InputError for a row that is wrong, or an empty dataset.
     """
-    raws = list(dataset)
+    raws: list[Any] = list(dataset)
     if hasattr(dataset, "features"):
         raws = [{key: _without_none(value) for key, value in raw.items()} for raw in raws]
     keys = raws[0].keys() if raws and isinstance(raws[0], Mapping) else set()
     if {"query", "answers", "tools"} <= keys:
-        raws = [from_xlam(raw, f"{where}:{n}") for n, raw in enumerate(raws)]
+        raws = from_xlam(raws, where)
     elif {"system", "conversations"} <= keys:
         raws = from_toolace(raws, where)
     return check_rows(raws, where)

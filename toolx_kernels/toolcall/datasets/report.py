@@ -1,4 +1,4 @@
-"""What a dataset holds, and what in it is odd but allowed: counted and said before a run, not found out after it."""
+"""A report on a dataset before a run: its size, and rows that are valid but unusual."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
-"""ToolACE's rows."""
+"""Rows of ToolACE."""
 
 import ast
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
@@ -14,21 +14,27 @@ from toolx_kernels.toolcall.schema import json_schema
 _log = logging.getLogger(__name__)
 
 
-def from_toolace(raws: list, where: str) -> list[dict]:
-    """The system text holds the tools as a JSON list; the assistant's first reply is `[name(arg=value, ...), ...]`, or
-    prose when no call is right."""
-    rows, skipped = [], Counter()
+def from_toolace(raws: Sequence, where: str) -> list[dict]:
+    """Rows in our format from rows in ToolACE's that have one user turn.
+
+    The system text holds the tools as a JSON list; the assistant's first reply is `[name(arg=value, ...), ...]`, or
+    prose when no call is right. Other rows are left out and counted in a warning.
+
+    Raises InputError, naming the row, where one is not of that format.
+    """
+    rows: list[dict] = []
+    skipped: Counter[str] = Counter()
     for n, raw in enumerate(raws):
-        system, turns = _toolace_fields(raw, f"{where}:{n}")
+        system, turns = _fields(raw, f"{where}:{n}")
         roles = [turn["from"] for turn in turns]
         if roles.count("user") != 1 or roles[:2] != ["user", "assistant"]:
             skipped["more than one user turn"] += 1
             continue
-        tools = _toolace_tools(system)
+        tools = _tools(system)
         if tools is None:
             skipped["no list of tools in the system text"] += 1
             continue
-        answer = _toolace_calls(turns[1]["value"], [tool["name"] for tool in tools])
+        answer = _calls(turns[1]["value"], [tool["name"] for tool in tools])
         if answer is None:
             skipped["calls that cannot be read"] += 1
             continue
@@ -40,7 +46,7 @@ def from_toolace(raws: list, where: str) -> list[dict]:
     return rows
 
 
-def _toolace_fields(raw: Any, place: str) -> tuple[str, list]:
+def _fields(raw: Any, place: str) -> tuple[str, list]:
     """System text and turns of a row, checked."""
     system, turns = (raw.get("system"), raw.get("conversations")) if isinstance(raw, Mapping) else (None, None)
     if not isinstance(system, str) or not isinstance(turns, list):
@@ -56,7 +62,7 @@ def _toolace_fields(raw: Any, place: str) -> tuple[str, list]:
     return system, turns
 
 
-def _toolace_tools(system: str) -> list[dict] | None:
+def _tools(system: str) -> list[dict] | None:
     decoder, start = json.JSONDecoder(), system.find("[{")
     while start >= 0:
         try:
@@ -78,7 +84,7 @@ def _toolace_tools(system: str) -> list[dict] | None:
     return None
 
 
-def _toolace_calls(text: str, names: list[str]) -> list[dict] | None:
+def _calls(text: str, names: list[str]) -> list[dict] | None:
     """Calls with Python literals as keyword arguments. Tool names may hold spaces and dots, so the names that the row
     offers are looked for, and only the argument list is read as Python."""
     rest = text.strip()
