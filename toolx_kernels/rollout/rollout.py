@@ -1,10 +1,12 @@
-"""A rollout, and who makes it."""
+"""Rollouts, and the protocol of what makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.toolcall.rewards import completion_turns
@@ -15,8 +17,10 @@ from toolx_kernels.toolcall.rows import Row
 class Rollout:
     """One completion of a row's prompt, as the trainer sees it.
 
-    >>> Rollout([5, 9], [-0.1, -0.7], [0.4, 0.9], None, "hi", [{"role": "assistant", "content": "hi"}], "stop")
-    ... # doctest: +SKIP
+    >>> turn = {"role": "assistant", "content": "hi"}
+    >>> rollout = Rollout([5, 9], [-0.1, -0.7], [0.4, 0.9], None, "hi", [turn], "stop")
+    >>> rollout.written, rollout.answer_text
+    (2, 'hi')
     """
 
     ids: list[int]  # all completion tokens; of several turns also the tokens of tool outputs between them
@@ -39,8 +43,13 @@ class Rollout:
         return turns if len(turns) > 1 else self.text
 
 
+# Called with (place of the prompt, rollout index, rollout) for each rollout that finishes on its own; True cancels the
+# rest of its group.
+OnRollout = Callable[[int, int, Rollout], bool]
+
+
 class Rollouter(Protocol):
-    """How completions of prompts come about: in one turn (``SingleTurn``) or with tools in between (``ToolLoop``)."""
+    """What makes rollouts of prompts: in one turn (``SingleTurn``), or with tools in between (``ToolLoop``)."""
 
     engine: RolloutEngine
 
@@ -57,9 +66,11 @@ class Rollouter(Protocol):
         row_ids: Sequence[int],
         step: int = 0,
         first_rollout: int | Sequence[int] = 0,
-        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
-        """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``.
+        """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``."""
 
-        ``on_rollout(place, rollout, what)`` hears of each that ends by itself; True cancels the rest of its group.
-        """
+
+def written_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens that the model wrote, special ones skipped."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,13 +1,14 @@
-"""Rollouts of one turn."""
+"""Rollouts of a single turn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from toolx_kernels.engine import Completion, RolloutEngine
-from toolx_kernels.rollout.rollout import Rollout
+from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
+from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_text
 from toolx_kernels.toolcall.rows import Row
 
 
@@ -21,9 +22,22 @@ class SingleTurn:
     def offer(self, rows: list[Row]) -> list[Row]:
         return rows
 
-    def roll_out(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
-        def heard(place: int, rollout: int, completion: Completion) -> bool:
-            return on_rollout(place, rollout, self._rollout(completion))
+    def roll_out(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        row_ids: Sequence[int],
+        step: int = 0,
+        first_rollout: int | Sequence[int] = 0,
+        on_rollout: OnRollout | None = None,
+    ) -> list[list[Rollout]]:
+        """See ``Rollouter``."""
+
+        def ended(place: int, index: int, completion: Completion) -> bool:
+            return on_rollout(place, index, self._rollout(completion))
 
         groups = self.engine.generate(
             prompts,
@@ -32,12 +46,12 @@ class SingleTurn:
             row_ids=row_ids,
             step=step,
             first_rollout=first_rollout,
-            on_completion=heard if on_rollout else None,
+            on_completion=ended if on_rollout else None,
         )
         return [[self._rollout(completion) for completion in group.completions] for group in groups]
 
     def _rollout(self, completion: Completion) -> Rollout:
-        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        text = written_text(self.tokenizer, completion.ids)
         messages = [{"role": "assistant", "content": text}]
         return Rollout(
             completion.ids, completion.logprobs, completion.entropies, None, text, messages, completion.finish_reason

@@ -1,4 +1,4 @@
-"""Rollouts of several turns: the model calls tools, reads what they answer, and goes on.
+"""Rollouts of several turns, the tool loop: the model calls tools, reads their results, and continues.
 
     all episodes: one engine call a turn -> parse the calls -> run them, in parallel -> append what came back -> again
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import Rollout
+from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_text
 from toolx_kernels.toolcall.parse import parse_calls
 from toolx_kernels.toolcall.render import render_text, shows_tools
 from toolx_kernels.toolcall.rows import Row
@@ -33,7 +33,7 @@ _TURN, _RESULT = "what the assistant wrote", "what the tool returned"
 
 @dataclass(slots=True, eq=False)
 class _Episode:
-    """One rollout on its way."""
+    """One rollout in progress."""
 
     place: int  # of its prompt in the call
     row_id: int
@@ -122,14 +122,12 @@ class ToolLoop:
         row_ids: Sequence[int],
         step: int = 0,
         first_rollout: int | Sequence[int] = 0,
-        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
-        """``n`` episodes of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``.
+        """See ``Rollouter``; a rollout is an episode.
 
-        A token is a function of (seed, step, row id, rollout index, position), whatever else is sampled with it.
-
-        ``on_rollout(place, rollout index, rollout)`` hears of each episode that ends by itself; True cancels the rest
-        of its group ("cancelled"): in the first turn at once, later at the end of their turn.
+        A token is a function of (seed, step, row id, rollout index, position), whatever else is sampled with it. The
+        rest of a group is cancelled at once in the first turn, later at the end of the turn.
         """
         sessions = iter(self.toolbox.open([row for row in rows for _ in range(n)]))
         firsts = [first_rollout] * len(prompts) if isinstance(first_rollout, int) else first_rollout
@@ -162,7 +160,7 @@ class ToolLoop:
 
         def ended(place: int, index: int, completion: Completion) -> bool:
             episode = turn[place][index - turn[place][0].index]
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            text = written_text(self.tokenizer, completion.ids)
             episode.write(completion, text)
             episode.calls = parse_calls(text)
             if completion.finish_reason == "length":
@@ -185,7 +183,7 @@ class ToolLoop:
         for episodes, group in zip(turn, sampled, strict=True):
             for episode, completion in zip(episodes, group.completions, strict=True):
                 if completion.finish_reason == "cancelled":
-                    episode.write(completion, self.tokenizer.decode(completion.ids, skip_special_tokens=True))
+                    episode.write(completion, written_text(self.tokenizer, completion.ids))
 
     def _use_tools(self, episodes: list[_Episode], params: SamplingParams, end: Callable) -> None:
         """Runs the calls of all episodes and appends what they return."""
@@ -258,16 +256,15 @@ def supervised_episode(
 def _conventions(
     tokenizer: PreTrainedTokenizerBase, _template: str, stop_token_ids: tuple[int, ...]
 ) -> tuple[bool, str]:
-    """Whether the template has a form of its own for tool results, and the text of the token that ends its turns, ""
-    where there is none."""
+    """Whether the template has a form for tool results, and the text of the token that ends its turns ("" if none)."""
     try:
         result = {"role": "tool", "name": "tool", "content": _RESULT}
         own_role = shows_tools(tokenizer) and _RESULT in _after_turn(tokenizer, [result])
     except InputError:
         own_role = False
     tail = _after_turn(tokenizer, [])
-    ends = filter(None, map(tokenizer.decode, stop_token_ids))
-    return own_role, min((end for end in ends if end in tail), key=tail.index, default="")
+    ends = [str(tokenizer.decode(token)) for token in stop_token_ids]
+    return own_role, min((end for end in ends if end and end in tail), key=lambda end: tail.index(end), default="")
 
 
 def _after_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> str:

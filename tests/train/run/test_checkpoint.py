@@ -489,13 +489,13 @@ def test_ten_steps_are_five_and_five(tmp_path, form):
     halves = make_trainer(tmp_path / "run", reward, **TEN | settings)
     taken = halves.step
 
-    def stopping(round_index):
+    def stopping():
         nonlocal step
         step += 1
         if step == cut:
             assert signal.getsignal(signal.SIGTERM) is handlers, "a trainer installs nothing"
             stop.handle(signal.SIGTERM, None)
-        return taken(round_index)
+        return taken()
 
     halves.step = stopping
     with pytest.raises(Stopped):
