@@ -164,7 +164,7 @@ def test_another_format_names_both(run, monkeypatch):
         with pytest.raises(InputError, match="checkpoint-4 has format 2, and .* reads format 7: resume with"):
             resumable_checkpoint(run, model)
     (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
-    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 1"):
+    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 2"):
         resumable_checkpoint(run, model)
 
 
