@@ -71,6 +71,6 @@ class Rollouter(Protocol):
         """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``."""
 
 
-def written_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def written_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of tokens that the model wrote, special ones skipped."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))

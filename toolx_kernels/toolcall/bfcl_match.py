@@ -108,8 +108,8 @@ def _fits(call: dict, name: str, schema: dict, acceptable: dict[str, list], lang
 
 def _is_acceptable(value: Any, schema: dict, acceptable: list, language: str) -> bool:
     if language == "python":
-        kind = _PYTHON_TYPES[schema["type"]]
-        item = _PYTHON_TYPES[schema["items"]["type"]] if kind is list else None
+        kind: type[Any] = _PYTHON_TYPES[schema["type"]]
+        item: type[Any] | None = _PYTHON_TYPES[schema["items"]["type"]] if kind is list else None
         if kind is float and type(value) is int:
             try:
                 value = float(value)
@@ -139,7 +139,7 @@ def _is_acceptable(value: Any, schema: dict, acceptable: list, language: str) ->
     return value in acceptable
 
 
-def _has_type(value: Any, acceptable: list, kind: type, item: type | None, stated: type) -> bool:
+def _has_type(value: Any, acceptable: list, kind: type[Any], item: type | None, stated: type) -> bool:
     if type(value) is not kind:
         return type(value) is stated
     if item is None:

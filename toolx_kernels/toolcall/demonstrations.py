@@ -77,7 +77,7 @@ class _Secret:
 
     def __init__(self, row: Row) -> None:
         self.text, self.keys = _folded(row.user_text), _keys(row)
-        self._tools, self._category = row.tools, row.columns.get("category")
+        self._tools, self._category = row.tools, row.columns.get("category", "")
         self._possible = row.columns.get("possible_answers") or ()
 
     def is_told_by(self, sample: _Sample) -> bool:

@@ -62,7 +62,7 @@ def write_literal(value: Any, language: str, name: str) -> str:
     return (_write_java if language == "java" else _write_javascript)(value, *split_type(name))
 
 
-def _write_java(value: Any, name: str, item: str | None) -> str:
+def _write_java(value: Any, name: str | None, item: str | None) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, dict):
@@ -75,7 +75,7 @@ def _write_java(value: Any, name: str, item: str | None) -> str:
         if bare:
             return f"new {'int' if item == 'integer' else item}[]{{{inside}}}"
         return f"new ArrayList<>(Arrays.asList({inside}))" if value else "new ArrayList<>()"
-    return _write_plain(value) + {"long": "L", "float": "f"}.get(name, "")
+    return _write_plain(value) + {"long": "L", "float": "f"}.get(name or "", "")
 
 
 def _write_javascript(value: Any, name: str, item: str | None) -> str:
@@ -93,7 +93,7 @@ def _write_plain(value: bool | int | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _read_java(text: str, name: str, item: str | None) -> Any:
+def _read_java(text: str, name: str | None, item: str | None) -> Any:
     if name in ("byte", "short", "integer"):
         return int(text) if _INTEGER.match(text) else text
     if name == "long":

@@ -1,4 +1,4 @@
-"""From text a model printed to calls. Nothing printed can make this raise, hang, or be run as code."""
+"""Parsing of the text that a model printed into calls. Nothing printed can make this raise, hang, or be run as code."""
 
 import json
 import re
@@ -9,7 +9,7 @@ CLOSE = "</tool_call>"
 MAX_DEPTH = 64  # deeper arguments count as malformed, so that whoever walks a parsed call may recurse
 
 _TAG = re.compile(f"{OPEN}|{CLOSE}")
-_SPACE = re.compile(r"\s*")
+_NOT_SPACE = re.compile(r"\S")
 
 
 def parse_calls(text: str) -> list[dict] | None:
@@ -53,18 +53,25 @@ def is_shallow(value: dict | list | tuple) -> bool:
     return False
 
 
+def skip_space(text: str, start: int) -> int:
+    """Where the white space that begins at `start` ends."""
+    found = _NOT_SPACE.search(text, start)
+    return found.start() if found else len(text)
+
+
 def _scan(text: str) -> tuple[list[dict] | None, bool]:
     """The calls, and whether only white space lies outside the blocks."""
-    calls, bare, end = [], True, 0
+    calls: list[dict] = []
+    bare, end = True, 0
     while tag := _TAG.search(text, end):
         bare = bare and not text[end : tag.start()].strip()
         if tag.group() == CLOSE:
             return None, False
         try:
-            call, stop = _DECODER.raw_decode(text, _SPACE.match(text, tag.end()).end())
+            call, stop = _DECODER.raw_decode(text, skip_space(text, tag.end()))
         except (ValueError, RecursionError):
             return None, False
-        end = _SPACE.match(text, stop).end()
+        end = skip_space(text, stop)
         if not text.startswith(CLOSE, end) or not _is_call(call):
             return None, False
         end += len(CLOSE)

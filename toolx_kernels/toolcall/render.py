@@ -6,7 +6,7 @@ gets Qwen's tool prompt as part of its system message; a tokenizer without a tem
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from toolx_kernels.errors import InputError
@@ -93,16 +93,13 @@ def shows_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return _uses_tools[tokenizer][1]
 
 
-def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], tools: list[dict] | None) -> str:
+def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], tools: list[Any] | None) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=None if tokenizer.chat_template else _CHATML,
-            add_generation_prompt=True,
-            tokenize=False,
+        template = None if tokenizer.chat_template else _CHATML
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -110,6 +107,7 @@ def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], tools: li
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses messages of the roles {roles}"
             f" ({error}); give the tokenizer a template that takes them"
         ) from error
+    return str(text)
 
 
 def _json(value: dict) -> str:

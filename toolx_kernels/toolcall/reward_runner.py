@@ -66,7 +66,7 @@ class RewardFunctions:
         weights: Sequence[float] | None = None,
         timeout: float | None = None,
     ) -> None:
-        self.funcs = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
+        self.funcs: list[Any] = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
         self.weights = [1.0] * len(self.funcs) if weights is None else list(weights)
         self.timeout = timeout
         if not self.funcs:
@@ -120,7 +120,8 @@ class RewardFunctions:
 
         if self.timeout is not None:
             return self._background.start([call])[0]
-        run(future := Future(), call)
+        future: Future = Future()
+        run(future, call)
         return future
 
     def _in_time(self, name: str, future: Future, begin: float, rows: Sequence[Row]) -> Any:
@@ -224,7 +225,7 @@ def _copy(value: Any) -> Any:
     return value if type(value) in (str, int, float, bool) else copy.deepcopy(value)
 
 
-def _number(reward: object, name: str, row: Row) -> float | None:
+def _number(reward: Any, name: str, row: Row) -> float | None:
     if reward is None:
         return None
     try:

@@ -14,8 +14,8 @@ def is_correct(text: str | Sequence[str], row: Row) -> bool:
 
     Of several turns, a list of texts, each must be well-formed by itself, and their calls count together: one that
     failed and was mended in a later turn is one too many."""
-    turns = [text] if isinstance(text, str) else text
-    return _is_correct(turns, row.answer, row.tools, row.columns.get("possible_answers"), row.columns.get("category"))
+    turns, columns = [text] if isinstance(text, str) else text, row.columns
+    return _is_correct(turns, row.answer, row.tools, columns.get("possible_answers"), columns.get("category", ""))
 
 
 def no_think_reward(
@@ -51,7 +51,7 @@ def completion_turns(completion: str | list[dict]) -> list[str]:
     return [message["content"] or "" for message in completion if message["role"] == "assistant"]
 
 
-def _is_correct(turns: Sequence[str], answer: list, tools: list, possible: list | None, category: str | None) -> bool:
+def _is_correct(turns: Sequence[str], answer: list, tools: list, possible: list | None, category: str) -> bool:
     of_turns = [parse_calls(text) for text in turns]
-    calls = None if None in of_turns else [call for of_turn in of_turns for call in of_turn]
+    calls = None if None in of_turns else [call for of_turn in of_turns for call in of_turn or ()]
     return exact_match(calls, answer) if possible is None else bfcl_match(calls, tools, possible, category)

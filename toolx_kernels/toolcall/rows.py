@@ -221,7 +221,7 @@ def _list(raw: Mapping, name: str, place: str) -> list:
 
 
 def _tool(tool: Any, place: str, n: int) -> dict:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    function: Any = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise InputError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.parse import is_shallow, read_json
+from toolx_kernels.toolcall.parse import is_shallow, read_json, skip_space
 from toolx_kernels.toolcall.render import render_completion
 from toolx_kernels.toolcall.rewards import completion_text, is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row, short
@@ -30,7 +30,6 @@ Each is {"tools": [names of tools], "question": "a request", "answer": [{"name":
 
 _KEYS = {"tools", "question", "answer"}
 _TAG = re.compile(r"<(?:(examples|think|tool_call)|/(?:examples|think))>")
-_SPACE = re.compile(r"\s*")
 _EXTENT = json.JSONDecoder()  # only says where a JSON text ends; what it holds is read by `read_json`
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
 _FIRST_TO_LAST_WORD = re.compile(r"\w(?:.*\w)?")
@@ -67,13 +66,14 @@ def parse_sections(text: str) -> Sections:
         answer.append(before := text[position : tag.start()])
         answered = answered or bool(before.strip())
         if name in ("examples", "think"):
-            content, position = _examples(text, start) if name == "examples" else _thought(text, start)
-            if position is None:
+            content, end = _examples(text, start) if name == "examples" else _thought(text, start)
+            if end is None:
                 return Sections(found.get("examples"), found.get("think"), None, False)
             if answered or name in found or "think" in found:
                 in_order = False
                 answer.append(f"<{name}></{name}>")
             found.setdefault(name, content)
+            position = end
             continue
         position = start
         if name == "tool_call" and not malformed:  # after a malformed block it matters no more what later ones hold
@@ -186,7 +186,7 @@ def _examples(text: str, start: int) -> tuple[list[dict] | None, int | None]:
     """The examples of the block whose content begins at `start`, and where the block ends (None: nowhere)."""
     close = "</examples>"
     end = _json_end(text, start)
-    if end is not None and text.startswith(close, stop := _SPACE.match(text, end).end()):
+    if end is not None and text.startswith(close, stop := skip_space(text, end)):
         return _read_examples(text[start:end]), stop + len(close)
     last = text.rfind(close, start)
     return None, None if last < 0 else last + len(close)
@@ -199,7 +199,7 @@ def _thought(text: str, start: int) -> tuple[str, int | None]:
 
 def _json_end(text: str, start: int) -> int | None:
     try:
-        return _EXTENT.raw_decode(text, _SPACE.match(text, start).end())[1]
+        return _EXTENT.raw_decode(text, skip_space(text, start))[1]
     except (ValueError, RecursionError):
         return None
 

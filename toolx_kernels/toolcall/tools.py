@@ -139,7 +139,7 @@ class Toolbox:
         later ones wait for it.
         """
         of_turns = [[_job(session, call) for call in calls] for session, calls in turns]
-        queues = []
+        queues: list[tuple[list[_Job], threading.Lock | None]] = []
         for (session, calls), jobs in zip(turns, of_turns, strict=True):
             ready = [
                 (job, call["name"] in session.stateful)
@@ -155,23 +155,12 @@ class Toolbox:
         """Gives each session its environment; what their ``reset`` returns to show, mostly nothing."""
         if self.environment_factory is None:
             return [""] * len(sessions)
-        jobs = [_Job(lambda session=session: self._reset(session), _opening) for session in sessions]
+        jobs = [_Job(partial(_reset, session, self.environment_factory), _opening) for session in sessions]
         self._run([([job], None) for job in jobs])
         for session, job in zip(sessions, jobs, strict=True):
             if job.error is not None:
                 raise InputError(f"The environment cannot be reset for row {session.row.id!r} ({job.error}): mend it.")
         return [job.result for job in jobs]
-
-    def _reset(self, session: Session) -> Any:
-        row, environment = session.row, self.environment_factory()
-        methods = environment_methods(environment)
-        session.functions |= methods
-        session.stateful = frozenset(methods)
-        fields = {"id": row.id, "answer": row.answer, **row.columns}
-        parameters = inspect.signature(environment.reset).parameters.values()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            fields = {parameter.name: fields[parameter.name] for parameter in parameters if parameter.name in fields}
-        return environment.reset(**copy.deepcopy(fields))
 
     def _run(self, queues: Sequence[tuple[list[_Job], threading.Lock | None]]) -> None:
         """Runs all queues side by side, the jobs of a queue in order; every job then has a result or an error."""
@@ -255,6 +244,18 @@ def environment_methods(environment: Any) -> dict[str, Callable]:
 def error_text(error: str) -> str:
     """What the model reads of something that went wrong."""
     return json.dumps({"error": error}, ensure_ascii=False)
+
+
+def _reset(session: Session, environment_factory: Callable[[], Any]) -> Any:
+    row, environment = session.row, environment_factory()
+    methods = environment_methods(environment)
+    session.functions |= methods
+    session.stateful = frozenset(methods)
+    fields = {"id": row.id, "answer": row.answer, **row.columns}
+    parameters = inspect.signature(environment.reset).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        fields = {parameter.name: fields[parameter.name] for parameter in parameters if parameter.name in fields}
+    return environment.reset(**copy.deepcopy(fields))
 
 
 def _job(session: Session, call: dict) -> _Job:

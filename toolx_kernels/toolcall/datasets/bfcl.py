@@ -43,9 +43,8 @@ def read_bfcl(category: str) -> list[Row]:
     if category not in CATEGORIES:
         raise InputError(f"unknown BFCL category {category!r}; choose one of {', '.join((*GROUPS, *CATEGORIES))}")
     rows = _read_lines(f"BFCL_v4_{category}.json")
-    if "irrelevance" in category:
-        possible = {row["id"]: [] for row in rows}
-    else:
+    possible: dict[str, list[dict]] = {row["id"]: [] for row in rows}
+    if "irrelevance" not in category:
         possible = {row["id"]: row["ground_truth"] for row in _read_lines(f"possible_answer/BFCL_v4_{category}.json")}
     return check_rows((_row(raw, possible[raw["id"]], category) for raw in rows), f"bfcl:{category}")
 
@@ -129,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 def _read_lines(name: str) -> list[dict]:
     package = importlib.util.find_spec("bfcl_eval")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise InputError(
             "the BFCL data are in the package bfcl-eval, which is not installed: run `pip install --no-deps bfcl-eval`"
             " or `make models`"

@@ -165,7 +165,7 @@ def _sized(catalogue: _Catalogue, convention: bool, low: int, high: int) -> tupl
 
 def signature(name: str, types: dict[str, str]) -> dict:
     """A tool as rows offer it, with parameters of these types."""
-    properties = {p: {"type": t} for p, t in types.items()}
+    properties: dict[str, dict] = {p: {"type": t} for p, t in types.items()}
     if "currency" in properties:
         properties["currency"]["enum"] = list(CURRENCIES)
     verb, noun = name.split("_")
@@ -182,7 +182,7 @@ def signature(name: str, types: dict[str, str]) -> dict:
 def _value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
     if kind == "boolean":
         return rng.random() < 0.5
-    return rng.choice(strings(held_out) if kind == "string" else integers(held_out))
+    return rng.choice(strings(held_out)) if kind == "string" else rng.choice(integers(held_out))
 
 
 def _call(name: str, catalogue: _Catalogue, currency: str, rng: random.Random) -> dict:

@@ -105,7 +105,8 @@ def _row(tier: str, identifier: str, held_out: bool, edition: int, rng: random.R
     name = rng.choice(_names(tier, held_out, edition))
     types = _types(name, edition)
     # no value twice in a row: what is looked up must not stand in the request
-    values = {"string": iter(rng.sample(strings(held_out), 4)), "integer": iter(rng.sample(integers(held_out), 2))}
+    texts, numbers = iter(rng.sample(strings(held_out), 4)), iter(rng.sample(integers(held_out), 2))
+    values: dict[str, Iterator] = {"string": texts, "integer": numbers}
     arguments = {p: next(values[kind]) for p, kind in types.items()}
     sought = [p for p in rng.sample(list(KEYS), len(KEYS)) if p in types]
     keys = {kind: next(values["string"]) for kind in sought}
