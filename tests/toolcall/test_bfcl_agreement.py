@@ -22,7 +22,7 @@ LEAST = 20_000
 
 @pytest.fixture(scope="module")
 def checker():
-    """`ast_checker` itself. Its only use of the model table, which drags in every model's client, is stubbed."""
+    """``ast_checker`` itself. Its only use of the model table, which drags in every model's client, is stubbed."""
     pytest.importorskip("bfcl_eval")
     stub = types.ModuleType("bfcl_eval.constants.model_config")
     stub.MODEL_CONFIG_MAPPING = {"stub": types.SimpleNamespace(underscore_to_dot=False)}
@@ -49,7 +49,7 @@ def raw_functions(category):
 
 
 def other_types(value):
-    """Values of other types than `value`, some of which the rules still take."""
+    """Values of other types than ``value``, some of which the rules still take."""
     others = (None, True, 0, 1.5, "", "x", [], {}, [value], {"a": value}, str(value), json.dumps(value))
     yield from (other for other in others if type(other) is not type(value))
     if type(value) is int:
@@ -62,7 +62,7 @@ def other_types(value):
 
 
 def other_values(value):
-    """Values of the type of `value`: nearly right, right in another spelling, wrong."""
+    """Values of the type of ``value``: nearly right, right in another spelling, wrong."""
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int | float):
@@ -106,7 +106,7 @@ def reads(read, text):
 
 
 def changed_answers(row):
-    """kind of change -> answers of `row` with one such change."""
+    """kind of change -> answers of ``row`` with one such change."""
     calls, tools = row.answer, {tool["function"]["name"]: tool["function"] for tool in row.tools}
     changed = defaultdict(list)
     changed["order"] += map(list, itertools.islice(itertools.permutations(calls), 1, 7))

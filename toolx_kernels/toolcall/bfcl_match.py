@@ -10,10 +10,10 @@ _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 
 def bfcl_match(calls: list[dict] | None, tools: list[dict], possible_answers: list[dict], category: str) -> bool:
-    """Whether BFCL's own AST checker accepts `calls` (bfcl-eval, `ast_checker`).
+    """Whether BFCL's own AST checker accepts ``calls`` (bfcl-eval, ``ast_checker``).
 
-    `tools` and `possible_answers` are those of a row from `read_bfcl`: each possible answer is
-    `{tool name: {argument: [acceptable values]}}`, where "" among the values means that the argument may be left out.
+    ``tools`` and ``possible_answers`` are those of a row from ``read_bfcl``: each possible answer is
+    ``{tool name: {argument: [acceptable values]}}``, where "" among the values means that the argument may be left out.
 
     As there: strings are compared without case, spaces and the characters ``,./-_*^``; an integer serves where a number
     is due, though not inside a list; parallel calls are matched in any order, each expected call taking the first that
@@ -45,7 +45,8 @@ def _language(category: str) -> str:
 
 
 def possible_fault(tools: list[dict], possible_answers: Any, category: str) -> str | None:
-    """What keeps `bfcl_match` from judging by `possible_answers` of a row with checked `tools`, in words, or None."""
+    """What keeps ``bfcl_match`` from judging by ``possible_answers`` of a row with checked ``tools``, in words, or
+    None."""
     if not isinstance(possible_answers, list):
         return "it is not a list with one object for each expected call"
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}

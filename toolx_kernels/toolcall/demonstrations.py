@@ -14,13 +14,13 @@ from toolx_kernels.toolcall.rows import Row
 
 
 class DemonstrationIndex:
-    """Which of `rows` show the use of which tool.
+    """Which of ``rows`` show the use of which tool.
 
     ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools it offers. The tools
     of its own answer get no preference: that would tell which of the offered tools is right. Nothing that tells the
     answer itself is shown: no sample with the row's user text (case, white space and Unicode's compatible forms aside),
-    so not the row itself; none that holds any call of its answer; and, where the row has `possible_answers`, none that
-    holds a call which BFCL's rules would accept.
+    so not the row itself; none that holds any call of its answer; and, where the row has ``possible_answers``, none
+    that holds a call which BFCL's rules would accept.
 
     A call costs what it draws, whatever the number of rows, unless nearly all rows tell the answer.
     """
@@ -39,9 +39,11 @@ class DemonstrationIndex:
         return cls([*rows, *(row for row in more if row.id not in ids)])
 
     def choose(self, row: Row, rng: random.Random, per_tool: int = 1, limit: int = 3) -> list[Row]:
-        """At most `limit` demonstrations for `row`, at most `per_tool` for each offered tool, tools in random order.
+        """At most ``limit`` demonstrations for ``row``, at most ``per_tool`` for each offered tool, tools in random
+        order.
 
-        `[]` exactly when there are none, or `limit` or `per_tool` is 0. The same state of `rng` gives the same choice.
+        ``[]`` exactly when there are none, or ``limit`` or ``per_tool`` is 0. The same state of ``rng`` gives the same
+        choice.
         """
         secret = _Secret(row)
         chosen: dict[str, Row] = {}
@@ -60,7 +62,7 @@ class DemonstrationIndex:
         return list(chosen.values())
 
     def possible(self, row: Row) -> bool:
-        """Whether `choose` finds any demonstration for `row`."""
+        """Whether ``choose`` finds any demonstration for ``row``."""
         secret = _Secret(row)
         return any(name in self._by_tool and self._by_tool[name].can_show(secret) for name in row.tool_names)
 
@@ -119,7 +121,7 @@ class _Users:
 
 
 def _shuffled(samples: Sequence[_Sample], rng: random.Random) -> Iterator[_Sample]:
-    """`samples` in random order, shuffled only as far as they are taken."""
+    """``samples`` in random order, shuffled only as far as they are taken."""
     moved: dict[int, int] = {}  # place -> which sample stands there now
     for last in range(len(samples) - 1, -1, -1):
         place = rng.randrange(last + 1)

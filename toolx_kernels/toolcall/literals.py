@@ -1,8 +1,9 @@
 """Java and JavaScript literals, as BFCL's two language categories have them.
 
-There every argument is a string that holds a literal of the language (`"42L"`, `"new int[]{1, 2}"`), and BFCL's checker
-reads it with a fixed set of patterns. `read_literal` follows those patterns, quirks included, since a score must mean
-the same here and there; `write_literal` writes a value so that they read it back. What no pattern fits stays the text.
+There every argument is a string that holds a literal of the language (``"42L"``, ``"new int[]{1, 2}"``), and BFCL's
+checker reads it with a fixed set of patterns. ``read_literal`` follows those patterns, quirks included, since a score
+must mean the same here and there; ``write_literal`` writes a value so that they read it back. What no pattern fits
+stays the text.
 """
 
 import re
@@ -38,14 +39,15 @@ _JAVASCRIPT_PAIR = re.compile(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)")
 
 
 def split_type(name: str) -> tuple[str, str | None]:
-    """`"ArrayList<long>"` gives `("ArrayList", "long")`, `"boolean"` gives `("boolean", None)`."""
+    """``"ArrayList<long>"`` gives ``("ArrayList", "long")``, ``"boolean"`` gives ``("boolean", None)``."""
     outer, _, item = name.partition("<")
     return outer, item[:-1] or None
 
 
 def read_literal(text: str, language: str, name: str) -> Any:
-    """The value that BFCL's checker reads from `text` as a `language` literal of type `name` (`"ArrayList<long>"`);
-    `text` itself where it is no such literal, is longer than `MAX_LENGTH`, or holds a number too long to convert."""
+    """The value that BFCL's checker reads from ``text`` as a ``language`` literal of type ``name``
+    (``"ArrayList<long>"``); ``text`` itself where it is no such literal, is longer than ``MAX_LENGTH``, or holds a
+    number too long to convert."""
     if len(text) > MAX_LENGTH:
         return text
     outer, item = split_type(name)
@@ -56,7 +58,7 @@ def read_literal(text: str, language: str, name: str) -> Any:
 
 
 def write_literal(value: Any, language: str, name: str) -> str:
-    """`value` as a `language` literal of type `name`. A string where another type is due names a variable: it stays."""
+    """``value`` as a ``language`` literal of type ``name``. A string where another type is due is a variable's name."""
     if isinstance(value, str):
         return value
     return (_write_java if language == "java" else _write_javascript)(value, *split_type(name))

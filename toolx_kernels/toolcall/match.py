@@ -4,7 +4,7 @@ import json
 
 
 def exact_match(calls: list[dict] | None, answer: list[dict]) -> bool:
-    """Whether `calls` and `answer` are the same multiset of (name, arguments).
+    """Whether ``calls`` and ``answer`` are the same multiset of (name, arguments).
 
     Types are JSON's and strict: True is not 1, and 1 is not 1.0. Order matters inside lists, not between calls or
     keys. None (malformed output) never matches.
@@ -13,5 +13,5 @@ def exact_match(calls: list[dict] | None, answer: list[dict]) -> bool:
 
 
 def call_key(call: dict) -> str:
-    """A text that two calls share exactly when `exact_match` holds them equal."""
+    """A text that two calls share exactly when ``exact_match`` holds them equal."""
     return json.dumps([call["name"], call["arguments"]], sort_keys=True)

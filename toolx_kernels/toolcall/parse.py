@@ -13,21 +13,21 @@ _NOT_SPACE = re.compile(r"\S")
 
 
 def parse_calls(text: str) -> list[dict] | None:
-    """The calls `{"name", "arguments"}` of all `<tool_call>` blocks in `text`, in order.
+    """The calls ``{"name", "arguments"}`` of all ``<tool_call>`` blocks in ``text``, in order.
 
-    `[]` when there is no block; None when a block is malformed. A block holds one JSON object with exactly the keys
-    `name` (a string) and `arguments` (an object), which is what Qwen's templates print and its tool prompt asks for.
-    Malformed are: unbalanced or nested tags, invalid JSON (also NaN, Infinity and raw control characters in strings),
-    a repeated key, a number that Python cannot hold (1e999, thousands of digits), other or missing keys, values of
-    another type, and nesting deeper than `MAX_DEPTH`. Tags inside a JSON string are text. Linear in the length of
-    `text`.
+    ``[]`` when there is no block; None when a block is malformed. A block holds one JSON object with exactly the keys
+    ``name`` (a string) and ``arguments`` (an object), which is what Qwen's templates print and its tool prompt asks
+    for. Malformed are: unbalanced or nested tags, invalid JSON (also NaN, Infinity and raw control characters in
+    strings), a repeated key, a number that Python cannot hold (1e999, thousands of digits), other or missing keys,
+    values of another type, and nesting deeper than ``MAX_DEPTH``. Tags inside a JSON string are text. Linear in the
+    length of ``text``.
     """
     calls, _ = _scan(text)
     return calls
 
 
 def only_calls(text: str) -> bool:
-    """Whether `text` is well-formed blocks and white space, nothing else (true of blank text)."""
+    """Whether ``text`` is well-formed blocks and white space, nothing else (true of blank text)."""
     calls, bare = _scan(text)
     return calls is not None and bare
 
@@ -39,7 +39,7 @@ def read_json(text: str) -> Any:
 
 
 def is_shallow(value: dict | list | tuple) -> bool:
-    """Whether at most `MAX_DEPTH` objects and arrays lie within each other in `value`, itself counted."""
+    """Whether at most ``MAX_DEPTH`` objects and arrays lie within each other in ``value``, itself counted."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -54,7 +54,7 @@ def is_shallow(value: dict | list | tuple) -> bool:
 
 
 def skip_space(text: str, start: int) -> int:
-    """Where the white space that begins at `start` ends."""
+    """Where the white space that begins at ``start`` ends."""
     found = _NOT_SPACE.search(text, start)
     return found.start() if found else len(text)
 

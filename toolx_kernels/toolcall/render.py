@@ -1,6 +1,6 @@
-"""Prompts and completions as the models saw them in their training: the tokenizer's own chat template with `tools`.
+"""Prompts and completions as the models saw them in their training: the tokenizer's own chat template with ``tools``.
 
-A template that is nearly right destroys tool calling, so nothing here rewrites one. A template that ignores `tools`
+A template that is nearly right destroys tool calling, so nothing here rewrites one. A template that ignores ``tools``
 gets Qwen's tool prompt as part of its system message; a tokenizer without a template gets plain ChatML.
 """
 
@@ -37,14 +37,14 @@ _uses_tools: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> (its templa
 def render_prompt(
     tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
 ) -> list[int]:
-    """Token ids of `render_text`. The template writes its own special tokens, so none are added."""
+    """Token ids of ``render_text``. The template writes its own special tokens, so none are added."""
     return tokenizer(render_text(tokenizer, row, demonstrations, instructions), add_special_tokens=False)["input_ids"]
 
 
 def render_text(
     tokenizer: "PreTrainedTokenizerBase", row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
 ) -> str:
-    """The prompt of `row` up to and with the header of the assistant's turn.
+    """The prompt of ``row`` up to and with the header of the assistant's turn.
 
     Instructions on the form of the reply, and then the demonstrations, each shown as its user query and its correct
     calls, go into the system message, after the row's own system text where it has one. (A default system text that a
@@ -61,8 +61,8 @@ def render_text(
 
 
 def render_completion(row_or_calls: Row | Sequence[dict]) -> str:
-    """The assistant's text for the answer of a row, or for calls: one `<tool_call>` block per call, each with one JSON
-    object, as Qwen's template writes them. No calls give the empty string."""
+    """The assistant's text for the answer of a row, or for calls: one ``<tool_call>`` block per call, each with one
+    JSON object, as Qwen's template writes them. No calls give the empty string."""
     calls = row_or_calls.answer if isinstance(row_or_calls, Row) else row_or_calls
     return "\n".join(
         f"<tool_call>\n{_json({'name': call['name'], 'arguments': call['arguments']})}\n</tool_call>" for call in calls

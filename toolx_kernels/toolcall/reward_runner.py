@@ -40,19 +40,19 @@ class Rewards:
 
 
 class RewardFunctions:
-    """Reward functions in TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+    """Reward functions ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, as in TRL.
 
     A function gets prompts as the rows have them, completions as strings (for a string prompt) or as lists of chat
-    messages, the token ids, and `id`, `tools`, `answer` and the free columns as lists; a column that a row lacks is
-    None there. All are copies, one per completion, so what a function does to them stays its own. A reward of None says
-    that the function does not apply.
+    messages, the token ids, and ``id``, ``tools``, ``answer`` and the free columns as lists; a column that a row lacks
+    is None there. All are copies, one per completion, so what a function does to them stays its own. A reward of None
+    says that the function does not apply.
 
     A function may be async, or return an awaitable: these run concurrently with each other and with the plain functions
-    after them, on one event loop that is kept as long as this object (`Background`).
+    after them, on one event loop that is kept as long as this object (``Background``).
 
     Args:
-        funcs: one function or several; those of one name are told apart by a number, in `names` and in the parts.
-        weights: one per function, None for 1.0 each; TRL's `reward_weights`.
+        funcs: one function or several; those of one name are told apart by a number, in ``names`` and in the parts.
+        weights: one per function, None for 1.0 each; TRL's ``reward_weights``.
         timeout: seconds that each call of a function may take; None for no limit. With a limit, plain functions run on
             threads of their own, which one that is stuck keeps until the process ends.
 
@@ -87,7 +87,7 @@ class RewardFunctions:
         self._background = Background("reward functions")
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Rewards:
-        """The rewards of `completions[i]`, written for `rows[i]`.
+        """The rewards of ``completions[i]``, written for ``rows[i]``.
 
         Raises InputError, naming the function and the call, when it raises or does not return in time, when it returns
         another number of rewards than it got completions, or a reward that is no finite float32; and when a weighted
@@ -208,7 +208,7 @@ def _arguments(rows: Sequence[Row], completions: Sequence[Completion]) -> dict:
 
 
 def _listed(rewards: Any) -> Any:
-    """`rewards` as a list, itself where it cannot be iterated over; a generator runs here, and raises here."""
+    """``rewards`` as a list, itself where it cannot be iterated over; a generator runs here, and raises here."""
     try:
         values = iter(rewards)
     except TypeError:
@@ -217,7 +217,7 @@ def _listed(rewards: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """`copy.deepcopy`, three times as fast on JSON, which is what columns mostly hold."""
+    """``copy.deepcopy``, three times as fast on JSON, which is what columns mostly hold."""
     if type(value) is dict:
         return {key: _copy(item) for key, item in value.items()}
     if type(value) is list:

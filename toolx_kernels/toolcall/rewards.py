@@ -9,8 +9,8 @@ from toolx_kernels.toolcall.rows import Row
 
 
 def is_correct(text: str | Sequence[str], row: Row) -> bool:
-    """Whether the calls in `text` are right for `row`, whatever else `text` says: by BFCL's rules (`bfcl_match`) for a
-    row with `possible_answers`, else by `exact_match` with its answer.
+    """Whether the calls in ``text`` are right for ``row``, whatever else ``text`` says: by BFCL's rules
+    (``bfcl_match``) for a row with ``possible_answers``, else by ``exact_match`` with its answer.
 
     Of several turns, a list of texts, each must be well-formed by itself, and their calls count together: one that
     failed and was mended in a later turn is one too many."""
@@ -21,12 +21,12 @@ def is_correct(text: str | Sequence[str], row: Row) -> bool:
 def no_think_reward(
     prompts: list, completions: list, completion_ids: list[list[int]], *, answer: list, tools: list, **columns: list
 ) -> list[float]:
-    """1.0 for a completion with the right calls and nothing outside their `<tool_call>` blocks, else 0.0.
+    """1.0 for a completion with the right calls and nothing outside their ``<tool_call>`` blocks, else 0.0.
 
     ToolExpander's reward without thinking (arXiv 2510.07737), in TRL's signature: completions are strings or lists of
-    chat messages (`completion_text`), the others are columns with one entry per completion. Rows with
-    `possible_answers` (and `category`) are judged by BFCL's rules. Where no call is the right answer, any text without
-    one is.
+    chat messages (``completion_text``), the others are columns with one entry per completion. Rows with
+    ``possible_answers`` (and ``category``) are judged by BFCL's rules. Where no call is the right answer, any text
+    without one is.
     """
     possible = columns.get("possible_answers") or [None] * len(completions)
     category = columns.get("category") or [None] * len(completions)

@@ -22,9 +22,9 @@ class _ToolNotOfferedError(InputError):
 class Row:
     """One checked sample.
 
-    `tools` are JSON-schema functions, `{"type": "function", "function": {"name", "description"?, "parameters"}}`;
-    `answer` is the list of expected calls, `{"name", "arguments"}`, empty when no call should be made; `columns` holds
-    every other field of the dataset and reaches reward functions as keyword arguments.
+    ``tools`` are JSON-schema functions, ``{"type": "function", "function": {"name", "description"?, "parameters"}}``;
+    ``answer`` is the list of expected calls, ``{"name", "arguments"}``, empty when no call should be made; ``columns``
+    holds every other field of the dataset and reaches reward functions as keyword arguments.
     """
 
     id: str
@@ -50,16 +50,16 @@ class Row:
 
 
 def check_row(raw: Mapping, where: str, index: int) -> Row:
-    """The `Row` in `raw`, a mapping with `prompt`, `tools`, `answer`, perhaps `id`, and free columns.
+    """The ``Row`` in ``raw``, a mapping with ``prompt``, ``tools``, ``answer``, perhaps ``id``, and free columns.
 
-    Tools may come as `{"type": "function", "function": {...}}` or bare as `{"name", "parameters"}`; `tools` and
-    `answer` may be JSON text. `where` (a file, a dataset name) and `index` (line or position) name the row in messages
-    and make up its id when it has none. Of the free columns `possible_answers` (see `bfcl_match`) goes with `category`;
-    `tier` and `category` name the parts of a score. A column of None counts as absent.
+    Tools may come as ``{"type": "function", "function": {...}}`` or bare as ``{"name", "parameters"}``; ``tools`` and
+    ``answer`` may be JSON text. ``where`` (a file, a dataset name) and ``index`` (line or position) name the row in
+    messages and make up its id when it has none. Of the free columns ``possible_answers`` (see ``bfcl_match``) goes
+    with ``category``; ``tier`` and ``category`` name the parts of a score. A column of None counts as absent.
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
     schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values
-    that are not JSON (`json_fault`), a column whose name reward functions reserve, possible answers that cannot be
+    that are not JSON (``json_fault``), a column whose name reward functions reserve, possible answers that cannot be
     judged by, or a tier or category that is not text or is "accuracy", the name of the whole score.
     """
     place = f"{where}:{index}"
@@ -85,7 +85,7 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 
 
 def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
-    """Checks every row (`check_row`, numbered from 0; a `Row` passes as it is) and the set of them.
+    """Checks every row (``check_row``, numbered from 0; a ``Row`` passes as it is) and the set of them.
 
     Raises InputError for a row that is wrong, an empty dataset, or an id that occurs twice. Rows that call a tool which
     they do not offer are counted over the whole dataset.
@@ -94,7 +94,7 @@ def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
 
 
 def check_numbered(numbered: Iterable[tuple[int, Mapping | Row]], where: str) -> list[Row]:
-    """`check_rows` for rows that come with their numbers, such as the lines of a file."""
+    """``check_rows`` for rows that come with their numbers, such as the lines of a file."""
     rows, unoffered, total = [], [], 0
     for number, raw in numbered:
         total += 1
@@ -111,7 +111,7 @@ def check_numbered(numbered: Iterable[tuple[int, Mapping | Row]], where: str) ->
 
 
 def check_set(rows: list[Row], where: str) -> list[Row]:
-    """`rows`, unless there are none or two share an id (InputError)."""
+    """``rows``, unless there are none or two share an id (InputError)."""
     if not rows:
         raise InputError(f"{where} holds no rows; give a dataset with at least one")
     seen = set()
@@ -123,7 +123,7 @@ def check_set(rows: list[Row], where: str) -> list[Row]:
 
 
 def with_calls(rows: Iterable[Row], calls: int) -> list[Row]:
-    """Those of `rows` whose answer has exactly `calls` calls. Raises InputError, saying what there is, for none."""
+    """Those of ``rows`` whose answer has exactly ``calls`` calls. Raises InputError, saying what there is, for none."""
     rows = list(rows)
     kept = [row for row in rows if len(row.answer) == calls]
     if not kept:
@@ -150,7 +150,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_value(text: str, name: str, remedy: str) -> Any:
-    """The value of `text`. Raises InputError, with `name` and `remedy`, where it is not JSON (`read_json`)."""
+    """The value of ``text``. Raises InputError, with ``name`` and ``remedy``, where it is not JSON (``read_json``)."""
     try:
         return read_json(text)
     except (ValueError, RecursionError) as error:
@@ -158,7 +158,7 @@ def json_value(text: str, name: str, remedy: str) -> Any:
 
 
 def short(value: Any) -> str:
-    """`repr(value)` as one line of at most 80 characters."""
+    """``repr(value)`` as one line of at most 80 characters."""
     text = " ".join(repr(value).split("\n"))
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -21,8 +21,9 @@ _OPTIONAL_SUFFIX = re.compile(r",?\s*optional\.?$", re.IGNORECASE)
 
 
 def json_schema(spec: dict) -> dict:
-    """A copy of `spec` whose type names are JSON Schema's, in every property and item: `dict` becomes `object`,
-    `float` becomes `number`, `tuple` becomes `array`, `any` becomes `string`. Names it does not know stay."""
+    """A copy of ``spec`` whose type names are JSON Schema's, in every property and item: ``dict`` becomes ``object``,
+    ``float`` becomes ``number``, ``tuple`` becomes ``array``, ``any`` becomes ``string``. Names it does not know
+    stay."""
     schema = dict(spec)
     name = schema.get("type")
     if isinstance(name, str):
@@ -37,9 +38,9 @@ def json_schema(spec: dict) -> dict:
 
 
 def annotation_schema(annotation: str) -> dict:
-    """The schema of a Python annotation in words: `"List[int], optional"` gives an array of integers.
+    """The schema of a Python annotation in words: ``"List[int], optional"`` gives an array of integers.
 
-    What JSON Schema has no single word for (`Union[...]`, `Any`, a class) is left unconstrained: `{}`.
+    What JSON Schema has no single word for (``Union[...]``, ``Any``, a class) is left unconstrained: ``{}``.
     """
     annotation = _OPTIONAL_SUFFIX.sub("", annotation.strip())
     head, _, inner = annotation.partition("[")
@@ -57,8 +58,8 @@ def annotation_schema(annotation: str) -> dict:
 
 
 def schema_fault(schema: Any, path: str = "") -> str | None:
-    """What keeps `schema`, a JSON value (`json_fault`), from being a JSON schema, in words, or None. `path` names the
-    place inside the tool."""
+    """What keeps ``schema``, a JSON value (``json_fault``), from being a JSON schema, in words, or None. ``path`` names
+    the place inside the tool."""
     if not isinstance(schema, dict):
         return f"{path} is not an object"
     names = schema.get("type", [])
@@ -85,13 +86,13 @@ def schema_fault(schema: Any, path: str = "") -> str | None:
 
 
 def arguments_fault(arguments: dict, parameters: dict) -> str | None:
-    """How the arguments of a call break `parameters`, the checked schema of its tool, in words, or None.
+    """How the arguments of a call break ``parameters``, the checked schema of its tool, in words, or None.
 
     A fault is a required argument that is missing, an argument that the schema does not name, a value of another type
-    and one outside its `enum`; also inside arrays and objects, and where `anyOf`, `oneOf` (taken as `anyOf`) and
-    `allOf` say so. As in JSON Schema, an integer serves where a number is due and 1.0 is an integer; unlike there, a
-    name that is not among the `properties` is a fault unless the schema has `additionalProperties`. Patterns, formats
-    and ranges are not looked at.
+    and one outside its ``enum``; also inside arrays and objects, and where ``anyOf``, ``oneOf`` (taken as ``anyOf``)
+    and ``allOf`` say so. As in JSON Schema, an integer serves where a number is due and 1.0 is an integer; unlike
+    there, a name that is not among the ``properties`` is a fault unless the schema has ``additionalProperties``.
+    Patterns, formats and ranges are not looked at.
     """
     return _members_fault(arguments, parameters, "")
 
@@ -138,8 +139,9 @@ def _has_type(value: Any, name: str) -> bool:
 
 
 def json_fault(value: Any, path: str) -> str | None:
-    """What keeps `value` from being JSON that a prompt can show, in words, or None: a number that is not finite, a key
-    that is no string, a lone surrogate, a value of another type, or more than `MAX_DEPTH` levels. `path` names it."""
+    """What keeps ``value`` from being JSON that a prompt can show, in words, or None: a number that is not finite, a
+    key that is no string, a lone surrogate, a value of another type, or more than ``MAX_DEPTH`` levels. ``path`` names
+    it."""
     if isinstance(value, dict | list | tuple) and not is_shallow(value):
         return f"{path} is nested deeper than {MAX_DEPTH} levels"
     return _json_fault(value, path)

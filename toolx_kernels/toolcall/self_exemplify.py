@@ -30,7 +30,7 @@ Each is {"tools": [names of tools], "question": "a request", "answer": [{"name":
 
 _KEYS = {"tools", "question", "answer"}
 _TAG = re.compile(r"<(?:(examples|think|tool_call)|/(?:examples|think))>")
-_EXTENT = json.JSONDecoder()  # only says where a JSON text ends; what it holds is read by `read_json`
+_EXTENT = json.JSONDecoder()  # only says where a JSON text ends; what it holds is read by ``read_json``
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
 _FIRST_TO_LAST_WORD = re.compile(r"\w(?:.*\w)?")
 _NEAR_FROM = 4  # words: in a shorter question one word is a large part, and some scripts write none between spaces
@@ -51,12 +51,12 @@ class Sections:
 
 
 def parse_sections(text: str) -> Sections:
-    """The sections of `text`. Never raises, and takes time linear in the length of `text`.
+    """The sections of ``text``. Never raises, and takes time linear in the length of ``text``.
 
-    Examples are malformed unless they are one JSON list of objects with the keys `tools`, `question` and `answer`, not
-    nested deeper than calls may be. Tags inside their JSON strings, inside the thought and inside the JSON of a
-    `<tool_call>` are text; malformed examples end at the last `</examples>`. Of a second or misplaced section the
-    answer keeps the empty tags, so that its calls count nowhere and no block closes over it.
+    Examples are malformed unless they are one JSON list of objects with the keys ``tools``, ``question`` and
+    ``answer``, not nested deeper than calls may be. Tags inside their JSON strings, inside the thought and inside the
+    JSON of a ``<tool_call>`` are text; malformed examples end at the last ``</examples>``. Of a second or misplaced
+    section the answer keeps the empty tags, so that its calls count nowhere and no block closes over it.
     """
     found: dict[str, Any] = {}
     answer: list[str] = []
@@ -86,28 +86,30 @@ def parse_sections(text: str) -> Sections:
 
 
 def answer_of(text: str) -> str | None:
-    """The part of `text` that answers, without examples and thought; None when one of these is never closed."""
+    """The part of ``text`` that answers, without examples and thought; None when one of these is never closed."""
     return parse_sections(text).answer
 
 
 def is_answer_correct(text: str, row: Row) -> bool:
-    """`is_correct` of the answer part alone: calls in examples and thoughts are none of it, and a text that ends within
-    them is wrong also where no call is right."""
+    """``is_correct`` of the answer part alone: calls in examples and thoughts are none of it, and a text that ends
+    within them is wrong also where no call is right."""
     answer = answer_of(text)
     return answer is not None and is_correct(answer, row)
 
 
 def distinct_examples(examples: Sequence[Any], request: str | None = None) -> int:
-    """How many different examples there are among JSON values. Never raises on those
-    that `parse_sections` gives; linear in their size.
+    """How many different examples there are among JSON values; linear in their size.
 
-    An example is an object with a list of `tools` that is not empty, a `question` that holds a word, and a list as its
-    `answer`. Two count once when, apart from case, spacing and how they end, their questions are the same, whatever
-    the answers; or when their answers are alike (case, punctuation, order of keys and calls aside) and the questions
-    differ in punctuation and the order of words alone or, from four words on and with calls in the answer, in one word.
+    Never raises on those that ``parse_sections`` gives.
 
-    One that repeats `request`, the user's own, does not count: it would be the answer given early, not an example, and
-    the cheapest fourth one to write.
+    An example is an object with a list of ``tools`` that is not empty, a ``question`` that holds a word, and a list as
+    its ``answer``. Two count once when, apart from case, spacing and how they end, their questions are the same,
+    whatever the answers; or when their answers are alike (case, punctuation, order of keys and calls aside) and the
+    questions differ in punctuation and the order of words alone or, from four words on and with calls in the answer, in
+    one word.
+
+    One that repeats ``request``, the user's own, does not count: it would be the answer given early, not an example,
+    and the cheapest fourth one to write.
     """
     questions: set[str] = set()
     of_answer: dict[tuple, set[int]] = defaultdict(set)  # signatures of the questions that have it
@@ -129,14 +131,14 @@ def distinct_examples(examples: Sequence[Any], request: str | None = None) -> in
 
 
 class SelfExemplifyingReward:
-    """ToolExpander's self-exemplifying reward, a reward function in TRL's signature: `1 + bonus` for a completion whose
-    result, format and examples are right, 1 where result and format are, else 0.
+    """ToolExpander's self-exemplifying reward, a reward function in TRL's signature: ``1 + bonus`` for a completion
+    whose result, format and examples are right, 1 where result and format are, else 0.
 
-    The answer part is judged as `no_think_reward` judges a whole completion; the format also asks that the sections
-    stand in their order, though neither has to be there. The examples are right when more than `more_than` of them
-    parse and, if `distinct`, differ (`distinct_examples`); the paper's own rule, parsing and counting alone, is
-    `distinct=False`. The bonus keeps its size only where advantages are not divided by the std of a group that differs
-    in nothing else: see `min_std` of `group_advantages`.
+    The answer part is judged as ``no_think_reward`` judges a whole completion; the format also asks that the sections
+    stand in their order, though neither has to be there. The examples are right when more than ``more_than`` of them
+    parse and, if ``distinct``, differ (``distinct_examples``); the paper's own rule, parsing and counting alone, is
+    ``distinct=False``. The bonus keeps its size only where advantages are not divided by the std of a group that
+    differs in nothing else: see ``min_std`` of ``group_advantages``.
 
     Raises InputError for a bonus that is negative or not finite, or a count that is no whole number from 0 on.
     """
@@ -169,9 +171,9 @@ class SelfExemplifyingReward:
 
 
 def render_self_exemplified(examples: Sequence[dict], thought: str, calls: Sequence[dict]) -> str:
-    """The assistant's text in this format, one example a line; what `parse_sections` reads back. For cold starts.
+    """The assistant's text in this format, one example a line; what ``parse_sections`` reads back. For cold starts.
 
-    Raises InputError for a thought that holds `</think>`, or an example that lacks one of its keys.
+    Raises InputError for a thought that holds ``</think>``, or an example that lacks one of its keys.
     """
     if "</think>" in thought:
         raise InputError(f"the thought {short(thought)} holds '</think>', which would end it: leave that out")
@@ -183,7 +185,7 @@ def render_self_exemplified(examples: Sequence[dict], thought: str, calls: Seque
 
 
 def _examples(text: str, start: int) -> tuple[list[dict] | None, int | None]:
-    """The examples of the block whose content begins at `start`, and where the block ends (None: nowhere)."""
+    """The examples of the block whose content begins at ``start``, and where the block ends (None: nowhere)."""
     close = "</examples>"
     end = _json_end(text, start)
     if end is not None and text.startswith(close, stop := skip_space(text, end)):
@@ -248,8 +250,8 @@ def _canonical(call: Any) -> tuple[str, ...]:
 
 
 def _signatures(words: list[str], near: bool) -> set[int]:
-    """Numbers of which two questions share one when their words are the same in any order, or (`near`) when one word is
-    another, missing or added: sums of the words' hashes, the second kind without one of them."""
+    """Numbers of which two questions share one when their words are the same in any order, or (``near``) when one word
+    is another, missing or added: sums of the words' hashes, the second kind without one of them."""
     digests = (hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=16).digest() for word in words)
     hashes = [int.from_bytes(digest, "big") for digest in digests]
     total = sum(hashes)

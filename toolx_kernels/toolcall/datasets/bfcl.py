@@ -28,13 +28,13 @@ _LANGUAGES = {"simple_java": ("java", "Java", "Java 8 SDK"), "simple_javascript"
 
 
 def read_bfcl(category: str) -> list[Row]:
-    """The rows of one single-turn category, one of `CATEGORIES`, or of all categories of one of `GROUPS`.
+    """The rows of one single-turn category, one of ``CATEGORIES``, or of all categories of one of ``GROUPS``.
 
     Tools carry BFCL's names, dots included, its note on the language, and JSON Schema types. Java and JavaScript
-    arguments are strings whose type in the language stands in `format`, an array's items in angle brackets
-    (`ArrayList<long>`). `columns` holds `category` and `possible_answers`, the lists of acceptable values; `answer`
-    is one acceptable list of calls: the first value of each argument, those that may be left out left out. In the
-    irrelevance categories it is empty.
+    arguments are strings whose type in the language stands in ``format``, an array's items in angle brackets
+    (``ArrayList<long>``). ``columns`` holds ``category`` and ``possible_answers``, the lists of acceptable values;
+    ``answer`` is one acceptable list of calls: the first value of each argument, those that may be left out left out.
+    In the irrelevance categories it is empty.
 
     Raises InputError for an unknown category, or when the bfcl-eval package is not there.
     """

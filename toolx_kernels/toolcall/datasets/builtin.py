@@ -1,10 +1,10 @@
 """The built-in task: tool-calling problems made up by a program, so that training needs no download.
 
-A tool is called `verb_noun`. In rows its name alone decides its parameters, so every row that offers a tool offers the
-same schema, and one row can demonstrate a tool to another. A request says in words which tool to call with which
-values; the answer is the call. Difficulty is graded in tiers (`LEVELS`). In the tier `convention` the tool has a
-required `currency` that the request never mentions: the cold start shows `COLD_CURRENCY`, the rows to learn want
-`WANTED_CURRENCY`, and only a demonstration tells.
+A tool is called ``verb_noun``. In rows its name alone decides its parameters, so every row that offers a tool offers
+the same schema, and one row can demonstrate a tool to another. A request says in words which tool to call with which
+values; the answer is the call. Difficulty is graded in tiers (``LEVELS``). In the tier ``convention`` the tool has a
+required ``currency`` that the request never mentions: the cold start shows ``COLD_CURRENCY``, the rows to learn want
+``WANTED_CURRENCY``, and only a demonstration tells.
 
 Held-out rows use tool names, strings and integers that no training row and no cold-start text contains (a hash of the
 name or value decides); all of them are composed of pieces that training rows do contain. Booleans and currencies are
@@ -61,10 +61,10 @@ class Level:
     """What makes a tier as hard as it is; ranges are inclusive (low, high).
 
     offered     number of tools offered, the answered ones included
-    arguments   number of arguments of a call, `currency` not counted
+    arguments   number of arguments of a call, ``currency`` not counted
     calls       number of calls in the answer
     similar     the other tools share verb or noun with the answered one, as far as there are such
-    convention  the answered tool has a `currency`
+    convention  the answered tool has a ``currency``
     """
 
     offered: tuple[int, int]
@@ -98,8 +98,8 @@ class Example:
 
     row             the problem; its tools and prompt make the model's input
     demonstrations  solved rows to show in the prompt, often none
-    target          the calls to imitate, which may differ from `row.answer` on purpose
-    examples        rows to write as examples of one's own before answering (`self_exemplify`), often none
+    target          the calls to imitate, which may differ from ``row.answer`` on purpose
+    examples        rows to write as examples of one's own before answering (``self_exemplify``), often none
     """
 
     row: Row
@@ -135,7 +135,7 @@ def integers(held_out: bool) -> tuple[int, ...]:
 class _Catalogue:
     """The tools of one side of the split.
 
-    `edition` decides which parameters a name gets. Rows have edition 0; the cold start goes through many others, so
+    ``edition`` decides which parameters a name gets. Rows have edition 0; the cold start goes through many others, so
     that parameters have to be read off the signatures and cannot be known by name.
     """
 
@@ -242,7 +242,7 @@ def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[R
 
 
 def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """`count` rows to train on, the tiers in turn; the same `seed` gives the same rows.
+    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
 
     Raises InputError on a tier that does not exist.
     """
@@ -250,7 +250,7 @@ def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]
 
 
 def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """`count` rows to evaluate on, the tiers in turn; they share no tool name, string or integer with any training row.
+    """``count`` rows to evaluate on, the tiers in turn; they share no tool name, string or integer with training rows.
 
     Raises InputError on a tier that does not exist.
     """
@@ -270,7 +270,7 @@ def _imitated(calls: list[dict], rng: random.Random) -> list[dict]:
 
 
 def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Random) -> tuple[Row, ...]:
-    """Easy rows about the tools that `row` offers: the examples that a model may write for it."""
+    """Easy rows about the tools that ``row`` offers: the examples that a model may write for it."""
     examples = []
     for number in range(COLD_OWN_EXAMPLES):
         name = rng.choice(row.tool_names)
@@ -283,11 +283,11 @@ def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Ra
 def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Example]:
     """An endless stream of supervised examples, in the order in which they are to be learned.
 
-    First `COLD_EASY_EXAMPLES` of the tier easy, then a mix of all tiers (`COLD_MIX`), a part of it with a demonstration
-    (`COLD_DEMONSTRATED`). Without a demonstration the target has bad habits (`NOISE`) and `COLD_CURRENCY`; with one it
-    is right, and its currency is that of the demonstration. So the model learns to copy, to follow demonstrations, and
-    leaves a policy that reinforcement learning can mend. From `COLD_OWN_EXAMPLES_AFTER` on, a share
-    `self_exemplify` has examples to write before the answer, which has the bad habits too.
+    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a part of it with a
+    demonstration (``COLD_DEMONSTRATED``). Without a demonstration the target has bad habits (``NOISE``) and
+    ``COLD_CURRENCY``; with one it is right, and its currency is that of the demonstration. So the model learns to copy,
+    to follow demonstrations, and leaves a policy that reinforcement learning can mend. From ``COLD_OWN_EXAMPLES_AFTER``
+    on, a share ``self_exemplify`` has examples to write before the answer, which has the bad habits too.
     """
     rng = random.Random(f"cold start {seed}")
     for index in itertools.count():

@@ -1,12 +1,12 @@
 """The built-in task in two turns: what the last call needs is shown by other tools only.
 
 A request asks to look something up and to use what comes back, as in "Please find the number with guest Norville, then
-book the room, that number and city Belton.": the model calls `find_number`, reads "number: 347", and calls `book_room`
-with that. In the tier `lookup` one thing is looked up; in `lookups` a number and a label, by two calls in one turn. The
-answer of a row holds the calls of both turns. `Registry` is the environment that answers the lookups; nothing answers
-the last call, so episodes have `MAX_TURNS` turns.
+book the room, that number and city Belton.": the model calls ``find_number``, reads "number: 347", and calls
+``book_room`` with that. In the tier ``lookup`` one thing is looked up; in ``lookups`` a number and a label, by two
+calls in one turn. The answer of a row holds the calls of both turns. ``Registry`` is the environment that answers the
+lookups; nothing answers the last call, so episodes have ``MAX_TURNS`` turns.
 
-The lookups are always the same; the other tools, names and numbers follow `builtin`: a tool's name alone decides its
+The lookups are always the same; the other tools, names and numbers follow ``builtin``: a tool's name alone decides its
 parameters, and held-out rows use tool names, strings and integers that no training row and no cold start contains.
 """
 
@@ -43,7 +43,8 @@ DISTRACTOR_SHARE = 0.5  # of rows that offer a tool that they do not need
 
 
 class Registry:
-    """Answers the lookups of one row from its column `records`, e.g. `{"number": {"Norville": 347}, "label": {}}`."""
+    """Answers the lookups of one row from its column ``records``, e.g.
+    ``{"number": {"Norville": 347}, "label": {}}``."""
 
     def reset(self, records: dict[str, dict], **columns) -> None:
         """Begins an episode with these records."""
@@ -125,7 +126,7 @@ def _row(tier: str, identifier: str, held_out: bool, edition: int, rng: random.R
 
 
 def _request(name: str, keys: dict[str, str], told: dict[str, str | int], rng: random.Random) -> str:
-    """In the words of `builtin`, so that its vocabulary holds them."""
+    """In the words of ``builtin``, so that its vocabulary holds them."""
     introduction, mention, separator = rng.choice(INTRODUCTIONS), rng.choice(MENTIONS), rng.choice(SEPARATORS)
     lookups = (
         f"find the {kind}{introduction}{mention.format(name=KEYS[kind], value=key)}" for kind, key in keys.items()
@@ -146,7 +147,7 @@ def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[R
 
 
 def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """`count` rows to train on, the tiers in turn; the same `seed` gives the same rows.
+    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
 
     Raises InputError on a tier that does not exist.
     """
@@ -154,7 +155,7 @@ def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]
 
 
 def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """`count` rows to evaluate on; they share no tool name (but the lookups'), string or integer with training rows.
+    """``count`` rows to evaluate on; they share no tool name (but the lookups'), string or integer with training rows.
 
     Raises InputError on a tier that does not exist.
     """
@@ -162,7 +163,7 @@ def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Ro
 
 
 def turns_of(row: Row, last: dict) -> list[dict]:
-    """The episode that answers `row` with `last` as its last call, as chat messages."""
+    """The episode that answers ``row`` with ``last`` as its last call, as chat messages."""
     lookups = row.answer[:-1]
     results = []
     for call in lookups:
@@ -179,9 +180,9 @@ def turns_of(row: Row, last: dict) -> list[dict]:
 def cold_start_episodes(seed: int) -> Iterator[Episode]:
     """An endless stream of supervised episodes of both tiers.
 
-    As in the cold start of `builtin`, parameters of a tool change from example to example, so that they have to be read
-    off the signatures, and a part of the examples has a bad habit that reinforcement learning can mend: the integers of
-    the last call stand in quotes.
+    As in the cold start of ``builtin``, parameters of a tool change from example to example, so that they have to be
+    read off the signatures, and a part of the examples has a bad habit that reinforcement learning can mend: the
+    integers of the last call stand in quotes.
     """
     rng = random.Random(f"cold start in turns {seed}")
     for index in itertools.count():

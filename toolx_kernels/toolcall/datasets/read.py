@@ -16,8 +16,8 @@ _NAMES = "bfcl:<category>, seal-tools:<path>, a JSONL file, or a dataset on the 
 
 
 def read_dataset(spec: str) -> list[Row]:
-    """The rows of `spec`: `bfcl:<category>`, `seal-tools:<path>` (`read_seal_tools`), a file or any path that ends in
-    `.jsonl`, else a name on the hub; or the rows of several of these, joined by commas.
+    """The rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a file or any path that
+    ends in ``.jsonl``, else a name on the hub; or the rows of several of these, joined by commas.
 
     Raises InputError for what cannot be found or read, and for an id that occurs in two of them.
     """
@@ -36,14 +36,14 @@ def read_dataset(spec: str) -> list[Row]:
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Rows from a file with one JSON object a line (see `check_row`). Raises InputError, naming file and line."""
+    """Rows from a file with one JSON object a line (see ``check_row``). Raises InputError, naming file and line."""
     return check_numbered(json_lines(path), str(path))
 
 
 def read_hub(name: str, split: str = "train") -> list[Row]:
-    """Rows of split `split` of a dataset on the Hugging Face hub, or in a local folder that `datasets` can load.
+    """Rows of split ``split`` of a dataset on the Hugging Face hub, or in a local folder that ``datasets`` can load.
 
-    Raises InputError when the `datasets` library is absent, or cannot load that name or split.
+    Raises InputError when the ``datasets`` library is absent, or cannot load that name or split.
     """
     try:
         import datasets
@@ -60,12 +60,13 @@ def read_hub(name: str, split: str = "train") -> list[Row]:
 
 
 def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset") -> list[Row]:
-    """Rows from a list of dicts (or of `Row`s), or from a `datasets.Dataset`.
+    """Rows from a list of dicts (or of ``Row``s), or from a ``datasets.Dataset``.
 
-    The format shows in the first row: ours (`check_row`); xLAM-function-calling-60k's (`query`, `tools`, `answers`); or
-    ToolACE's (`system`, `conversations`), of which rows with more than one user turn or with calls that cannot be read
-    are left out and counted in a warning. A `datasets.Dataset` fills the keys that an object lacks with None, so None
-    is dropped from objects there; an argument that is really null has to be stored as JSON text.
+    The format shows in the first row: ours (``check_row``); xLAM-function-calling-60k's (``query``, ``tools``,
+    ``answers``); or ToolACE's (``system``, ``conversations``), of which rows with more than one user turn or with calls
+    that cannot be read are left out and counted in a warning. A ``datasets.Dataset`` fills the keys that an object
+    lacks with None, so None is dropped from objects there; an argument that is really null has to be stored as JSON
+    text.
 
     Raises InputError for a row that is wrong, or an empty dataset.
     """

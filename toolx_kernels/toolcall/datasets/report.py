@@ -11,7 +11,7 @@ from toolx_kernels.toolcall.schema import arguments_fault
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """Counts over the rows of a dataset; `first_...` is the id of the first row counted, None when there is none.
+    """Counts over the rows of a dataset; ``first_...`` is the id of the first row counted, None when there is none.
 
     >>> report = DatasetReport(3, {0: 1, 2: 2}, 4, 1, "b", 1, "a", "call 1 (f): the required argument 'x' is missing")
     >>> print(*report.lines(), sep="\\n")
@@ -23,9 +23,9 @@ class DatasetReport:
     rows: int
     calls: dict[int, int]  # calls in the answer -> rows, ascending
     tools: int  # different names offered
-    without_demonstrations: int  # rows for which `DemonstrationIndex.possible` says no
+    without_demonstrations: int  # rows for which ``DemonstrationIndex.possible`` says no
     first_without_demonstrations: str | None
-    outside_schema: int  # rows whose answer has a call that breaks its tool's schema (`arguments_fault`)
+    outside_schema: int  # rows whose answer has a call that breaks its tool's schema (``arguments_fault``)
     first_outside_schema: str | None
     first_fault: str | None  # the call and the fault of that row, in words
 
@@ -47,7 +47,7 @@ class DatasetReport:
 
 
 def dataset_report(rows: Sequence[Row], index: DemonstrationIndex | None = None) -> DatasetReport:
-    """The report on checked rows, whose demonstrations come from `index` or, by default, from one another. Takes time
+    """The report on checked rows, whose demonstrations come from ``index`` or, by default, from one another. Takes time
     in proportion to their number."""
     index = index or DemonstrationIndex(rows)
     without = [row.id for row in rows if not index.possible(row)]

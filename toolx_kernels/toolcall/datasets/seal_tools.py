@@ -1,8 +1,8 @@
 """Rows of Seal-Tools (Wu et al., arXiv 2405.08355; github.com/fairyshine/Seal-Tools, folder Seal-Tools_Dataset).
 
-A split file such as `dev.jsonl` holds a request and its calls a line, `{"id", "query", "calling": [{"api",
-"parameters", "responses"}]}`. `tool.jsonl` beside it describes all tools: `{"api_name", "api_description", "field":
-"area/field", "parameters": {name: {"type", "description"}}, "required"}`. Which tools a request comes with is not
+A split file such as ``dev.jsonl`` holds a request and its calls a line, ``{"id", "query", "calling": [{"api",
+"parameters", "responses"}]}``. ``tool.jsonl`` beside it describes all tools: ``{"api_name", "api_description", "field":
+"area/field", "parameters": {name: {"type", "description"}}, "required"}``. Which tools a request comes with is not
 published there; here they are its own and some distractors.
 """
 
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 def read_seal_tools(path: str | Path, *, distractors: int = 3) -> list[Row]:
-    """The rows of a published split file, `tool.jsonl` beside it, or of all `SPLITS` that lie in a folder.
+    """The rows of a published split file, ``tool.jsonl`` beside it, or of all ``SPLITS`` that lie in a folder.
 
-    A row offers the tools of its calls and `distractors` others, in an order drawn from its id: of the fields of its
+    A row offers the tools of its calls and ``distractors`` others, in an order drawn from its id: of the fields of its
     own tools, where those have too few of their areas, then of any. Ids, requests and calls are as published; also
-    calls whose arguments break the schema of their tool, such as "63" for an integer (see `dataset_report`). Rows with
-    a call that uses the output of another are left out and counted in a warning: they take more than one turn.
+    calls whose arguments break the schema of their tool, such as "63" for an integer (see ``dataset_report``). Rows
+    with a call that uses the output of another are left out and counted in a warning: they take more than one turn.
 
     Raises InputError, naming file and line, for what is not there or not in the published format, a call of a tool that
-    `tool.jsonl` lacks, and when no row is left.
+    ``tool.jsonl`` lacks, and when no row is left.
     """
     if distractors < 0:
         raise InputError(f"distractors is {distractors}; give 0 or a number of tools to offer beside the right ones")
@@ -49,7 +49,7 @@ def read_seal_tools(path: str | Path, *, distractors: int = 3) -> list[Row]:
 
 
 class _Tools:
-    """The tools of a `tool.jsonl` by name, and the names in each field and area."""
+    """The tools of a ``tool.jsonl`` by name, and the names in each field and area."""
 
     def __init__(self, path: Path) -> None:
         self.functions: dict[str, dict] = {}
@@ -75,7 +75,7 @@ class _Tools:
                 self._groups[group].append(name)
 
     def offered(self, used: list[str], distractors: int, rng: random.Random) -> list[dict]:
-        """The functions of `used` and of `distractors` others, the nearest first, in random order."""
+        """The functions of ``used`` and of ``distractors`` others, the nearest first, in random order."""
         offered = [name for name in dict.fromkeys(used) if name in self.functions]
         wanted = len(offered) + distractors
         fields = dict.fromkeys(self._fields[name] for name in offered)

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 def from_toolace(raws: Sequence, where: str) -> list[dict]:
     """Rows in our format from rows in ToolACE's that have one user turn.
 
-    The system text holds the tools as a JSON list; the assistant's first reply is `[name(arg=value, ...), ...]`, or
+    The system text holds the tools as a JSON list; the assistant's first reply is ``[name(arg=value, ...), ...]``, or
     prose when no call is right. Other rows are left out and counted in a warning.
 
     Raises InputError, naming the row, where one is not of that format.
@@ -107,7 +107,7 @@ def _calls(text: str, names: list[str]) -> list[dict] | None:
 
 
 def _keywords(text: str) -> tuple[dict | None, str]:
-    """The keyword arguments in the parenthesis that opens `text`, and what follows it."""
+    """The keyword arguments in the parenthesis that opens ``text``, and what follows it."""
     end = text.find(")")
     while end >= 0:
         try:

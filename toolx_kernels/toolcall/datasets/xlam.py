@@ -11,7 +11,7 @@ from toolx_kernels.toolcall.schema import annotation_schema
 def from_xlam(raws: Sequence, where: str) -> list[dict]:
     """Rows in our format from rows in xLAM's.
 
-    `parameters` is flat there: name -> `{"type": a Python annotation, "description", "default"?}`; what has a
+    ``parameters`` is flat there: name -> ``{"type": a Python annotation, "description", "default"?}``; what has a
     default or says "optional" need not be given.
 
     Raises InputError, naming the row, where one is not of that format.
