@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine, SamplingParams
@@ -30,6 +31,8 @@ class Rollout:
     text: str  # what the model wrote, turns joined by newlines, special tokens skipped
     messages: list[dict]  # the completion as chat messages: assistant turns and tool messages in order
     finish_reason: str  # "stop", "length", "cancelled" (of the engine); "turns" when the turn limit ended it
+    old_logprobs: Tensor | None = None  # one per id, on the CPU: of the policy that an update's ratios start from
+    ref_logprobs: Tensor | None = None  # the same of the reference model
 
     @property
     def written(self) -> int:

@@ -1,10 +1,11 @@
 """How groups are laid out in a batch and how a step is cut into micro-batches; what comes out of it: test_packing."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolx_kernels.train.update.batch import PackedGroup, Part, micro_batches, pack
+from toolx_kernels.train.update.batch import PackedGroup, micro_batches, pack
 
 
 def test_the_docstring_example():
@@ -21,6 +22,17 @@ def test_the_docstring_example():
     assert masked.mask.tolist() == [True, True, True, False, True, True]
     assert masked.input_ids.equal(batch.input_ids) and masked.targets.equal(batch.targets)
     assert pack([PackedGroup([3], [[4, 6]], [[True, True]])]).mask is None
+
+
+def test_what_the_loss_needs_of_completions_is_laid_end_to_end():
+    """And cut with them; a batch has no old log-probs where one completion has none."""
+    old = [torch.tensor([-1.5, -2.5]), torch.tensor([-0.25]), torch.tensor([-4.0])]
+    group = PackedGroup([1], [[5, 2], [6], [7]], (), [0.5, -0.5, 1.0], old, [None, *old[1:]], [[-1.0, -2.0], [0], [-3]])
+    batch = pack([group.part(slice(2)), group.part(slice(2, 3))], dtype=torch.float64)
+    assert batch.advantages.tolist() == [0.5, -0.5, 1.0] and batch.old_logprobs.tolist() == [-1.5, -2.5, -0.25, -4.0]
+    assert batch.sampler_logprobs.tolist() == [-1, -2, 0, -3] and batch.ref_logprobs is None
+    assert batch.old_logprobs.dtype == batch.advantages.dtype == batch.sampler_logprobs.dtype == torch.float64
+    assert pack([group.part(slice(1, 3))]).ref_logprobs.tolist() == [-0.25, -4.0]
 
 
 def test_a_part_is_the_prompt_with_some_completions():
@@ -42,14 +54,14 @@ def test_a_part_is_the_prompt_with_some_completions():
 )
 def test_a_group_is_cut_only_where_it_does_not_fit(budget, parts):
     groups = [PackedGroup([1] * 10, [[2] * 6] * 3), PackedGroup([1] * 4, [[2] * 4] * 2)]
-    expected = [[Part(group, slice(start, stop)) for group, start, stop in batch] for batch in parts]
+    expected = [[groups[group].part(slice(start, stop)) for group, start, stop in batch] for batch in parts]
     assert micro_batches(groups, budget) == expected
 
 
 def test_runs_share_micro_batches_with_other_groups():
     groups = [PackedGroup([1] * 2, [[2] * 2]), PackedGroup([1] * 4, [[2] * 9] * 2), PackedGroup([1] * 3, [[2] * 2])]
-    (first, last), runs = (Part(i, slice(0, 1)) for i in (0, 2)), (Part(1, slice(k, k + 1)) for k in (0, 1))
-    assert micro_batches(groups, 16) == [[first, next(runs)], [next(runs), last]]
+    run = PackedGroup([1] * 4, [[2] * 9])
+    assert micro_batches(groups, 16) == [[groups[0], run], [run, groups[2]]]
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), min_size=1, max_size=8)), max_size=12)
@@ -57,17 +69,19 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), mi
 
 @given(LENGTHS, st.integers(1, 90))
 def test_micro_batches_hold_every_completion_once_within_the_budget(lengths, budget):
-    groups = [PackedGroup([1] * prompt, [[2] * n for n in completions]) for prompt, completions in lengths]
+    groups = [  # tokens name their group and completion
+        PackedGroup([index] * prompt, [[place] * n for place, n in enumerate(completions)])
+        for index, (prompt, completions) in enumerate(lengths)
+    ]
     batches = micro_batches(groups, budget)
     parts = [part for batch in batches for part in batch]
-    held = [(part.group, k) for part in parts for k in range(part.completions.start, part.completions.stop)]
-    assert held == [(g, k) for g, group in enumerate(groups) for k in range(len(group.completions))]
+    held = [(part.prompt, ids) for part in parts for ids in part.completions]
+    assert held == [(group.prompt, ids) for group in groups for ids in group.completions]
     for batch in batches:
-        tokens = sum(groups[part.group].part(part.completions).n_tokens for part in batch)
-        alone = len(batch) == 1 and len(range(batch[0].completions.start, batch[0].completions.stop)) == 1
-        assert tokens <= budget or alone
+        alone = len(batch) == 1 and len(batch[0].completions) == 1
+        assert sum(part.n_tokens for part in batch) <= budget or alone
     for index, group in enumerate(groups):
-        cuts = [part.completions for part in parts if part.group == index]
+        cuts = [part for part in parts if part.prompt[0] == index]
         assert len(cuts) == 1 or group.n_tokens > budget
         for run, after in zip(cuts, cuts[1:], strict=False):  # a run ends where one more completion would not fit
-            assert group.part(slice(run.start, after.start + 1)).n_tokens > budget
+            assert PackedGroup(group.prompt, [*run.completions, after.completions[0]]).n_tokens > budget

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,8 +180,8 @@ def fail_above(learner, tokens, message="CUDA out of memory. Tried to allocate 2
     """Backward passes of more tokens run out of memory, after they have left some gradients behind."""
     whole = Learner._backward
 
-    def backward(groups, parts, loss_of):
-        told = whole(learner, groups, parts, loss_of)
+    def backward(groups, loss_of):
+        told = whole(learner, groups, loss_of)
         if sum(group.n_tokens for group in groups) > tokens:
             raise torch.OutOfMemoryError(message)
         return told
@@ -260,19 +261,21 @@ def test_the_reference_is_asked_once_for_a_batch(monkeypatch):
         learner.reference = ReferenceModel.__new__(ReferenceModel)
         learner.reference._is_adapter = False
         learner.reference.model = small_model("llama", seed=1).double().to(DEVICE)
-        asked, whole, update = [], learner._reference_logprobs, learner._update
+        asked, whole, accumulate = [], learner._reference_logprobs, learner._accumulate
+        groups, budgets = some_groups(trained), iter((24, 34, 44))
 
         def spied(batch):
             asked.append(len(batch.targets))
             return whole(batch)
 
-        def again(needed, together, old, sampled, reference, denominator, number, iteration):
-            learner.token_budget = 24 + 10 * iteration
-            reference = None if ask_again else reference
-            return update(needed, together, old, sampled, reference, denominator, number, iteration)
+        def again(*arguments):
+            learner.token_budget = next(budgets)
+            if ask_again:
+                arguments = ([replace(group, ref_logprobs=()) for group in arguments[0]], *arguments[1:])
+            return accumulate(*arguments)
 
-        learner._reference_logprobs, learner._update = spied, again
-        told = learner.improve(some_groups(trained), 0)
+        learner._reference_logprobs, learner._accumulate = spied, again
+        told = learner.improve(groups, 0)
         return told, asked, [p.detach().clone() for p in trained.parameters()]
 
     (once, asked, weights), (each_time, asked_again, expected) = improved(False), improved(True)

@@ -1,7 +1,7 @@
 """Packing is exact: prompts shared, steps cut and groups permuted at will, it is the gradient of each row alone."""
 
 import itertools
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.small_models import ARCHITECTURES, VOCAB, small_model
 from toolx_kernels.models.bridge import checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.objective import GRPOLossConfig
-from toolx_kernels.train.update.batch import PackedGroup, Part, micro_batches, pack
+from toolx_kernels.train.update.batch import PackedGroup, micro_batches, pack
 
 SCORES = [[1.5, -0.5, 0.7, -1.1], [-2.0], [0.3, -0.9, 0.4]]  # advantages
 
@@ -54,17 +54,16 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def packed_gradients(model, groups, scores=SCORES, batches: Sequence[Sequence[Part]] | None = None):
+def packed_gradients(model, groups, scores=SCORES, budget=10**6):
     """Through the fused loss."""
-    batches = batches or micro_batches(groups, 10**6)
-    for parts in batches:
-        advantages = [score for part in parts for score in scores[part.group][part.completions]]
-        batch = pack([groups[part.group].part(part.completions) for part in parts], model.device)
+    scored = [replace(group, advantages=of_group) for group, of_group in zip(groups, scores, strict=True)]
+    for parts in micro_batches(scored, budget):
+        batch = pack(parts, model.device, model.dtype)
         with toolx_attention(model):
             linear_grpo_loss(
                 batch.hidden(model), targets=batch.targets, cu_seqlens=batch.cu_seqlens, mask=batch.mask,
-                advantages=torch.tensor(advantages, dtype=torch.float64, device=model.device).to(model.dtype),
-                denominator=sum(map(len, scores)), config=GRPOLossConfig(loss_type="grpo"), **head_of(model),
+                advantages=batch.advantages, denominator=sum(map(len, scores)),
+                config=GRPOLossConfig(loss_type="grpo"), **head_of(model),
             ).loss.backward()  # fmt: skip
     return gradients(model)
 
@@ -113,13 +112,13 @@ def test_the_gradient_is_that_of_single_rows(architecture, tied):
 @pytest.mark.parametrize("architecture, tied", [("llama", False), ("gemma3", True)])
 def test_micro_batches_and_order_do_not_change_the_gradient(architecture, tied):
     groups, model = make_groups(), model_of(architecture, tied, torch.float64)
-    cuts = [micro_batches(groups, budget) for budget in range(20, 120)]
+    cuts = {budget: micro_batches(groups, budget) for budget in range(20, 120)}
     with InDouble():
         whole = packed_gradients(model, groups)
         for count in (2, 3, 7):
-            batches = next(batches for batches in cuts if len(batches) == count)
-            assert count < 7 or any(part.completions.start for parts in batches for part in parts), "no group is cut"
-            assert_equal_gradients(packed_gradients(model, groups, batches=batches), whole, 1e-10)
+            budget, batches = next(item for item in cuts.items() if len(item[1]) == count)
+            assert count < 7 or len([part for parts in batches for part in parts]) > len(groups), "no group is cut"
+            assert_equal_gradients(packed_gradients(model, groups, budget=budget), whole, 1e-10)
         for order in ([2, 0, 1], [1, 2, 0]):
             shuffled, scores = [], []
             for group in (groups[place] for place in order):
@@ -140,10 +139,9 @@ def test_the_tokens_that_pass_are_those_that_sharing_promises():
     promised = sum(prompts) + sum(length - 1 for lengths in completions for length in lengths)
     assert passed == [promised] and promised == sum(group.n_tokens for group in groups)
     passed.clear()
-    batches = micro_batches(groups, 43)
-    packed_gradients(model, groups, batches=batches)
-    copies = [prompts[part.group] for batch in batches for part in batch if part.completions.start]
-    assert copies == [31] and sum(passed) == promised + sum(copies) and max(passed) == 43
+    packed_gradients(model, groups, budget=43)
+    assert sum(len(parts) for parts in micro_batches(groups, 43)) == len(groups) + 1  # the prompt of 31 tokens twice
+    assert sum(passed) == promised + 31 and max(passed) == 43
 
 
 # ---- activation checkpointing

@@ -255,9 +255,8 @@ def micro_batch(
     groups = [PackedGroup([0] * prompt, [[0] * limit] * n) for prompt, n in learned]
     tokens = {}
     for parts in micro_batches(groups, token_budget):
-        cut = [groups[part.group].part(part.completions) for part in parts]
-        shape = tuple((len(group.prompt), len(group.completions)) for group in cut)
-        tokens[shape] = sum(group.n_tokens for group in cut)
+        shape = tuple((len(group.prompt), len(group.completions)) for group in parts)
+        tokens[shape] = sum(group.n_tokens for group in parts)
     return max(tokens.items(), key=lambda of_shape: of_shape[1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,18 +18,24 @@ from toolx_kernels.ops.picks import Picks, take_rows
 class PackedGroup:
     """A prompt with the completions that follow it, as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``.
 
-    ``masks`` has one entry per completion: True for each token that counts, or None where all of them do. The others,
-    of tool outputs, are context for what comes after them and no targets.
+    All other fields have one entry per completion, or none at all.
+
+    masks        True for each token that counts, or None where all of them do; the others, of tool outputs, are context
+                 for what comes after them and not targets
+    *_logprobs   one number per token: of the policy that ratios start from, of the reference model, of the sampler
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
-    masks: Sequence[Sequence[bool] | None] | None = None
+    masks: Sequence[Sequence[bool] | None] = ()
+    advantages: Sequence[float] = ()
+    old_logprobs: Sequence[Tensor | None] = ()
+    ref_logprobs: Sequence[Tensor | None] = ()
+    sampler_logprobs: Sequence[Sequence[float]] = ()
 
     def part(self, completions: slice) -> PackedGroup:
         """The prompt with some of its completions."""
-        masks = None if self.masks is None else self.masks[completions]
-        return PackedGroup(self.prompt, self.completions[completions], masks)
+        return PackedGroup(self.prompt, *(getattr(self, field.name)[completions] for field in fields(self)[1:]))
 
     @property
     def n_tokens(self) -> int:
@@ -47,6 +53,8 @@ class PackedBatch:
     targets      5 2   | 4 6 2  8
     cu_seqlens   0 2 5 6
     mask         None: all targets count
+
+    Advantages and log-probs are None unless all completions have them.
     """
 
     input_ids: Tensor  # (packed) int64
@@ -55,6 +63,10 @@ class PackedBatch:
     targets: Tensor  # (N) int64
     cu_seqlens: Tensor  # (B + 1) int32
     mask: Tensor | None = None  # (N) bool: the targets that the loss takes in
+    advantages: Tensor | None = None  # (B)
+    old_logprobs: Tensor | None = None  # (N)
+    ref_logprobs: Tensor | None = None  # (N)
+    sampler_logprobs: Tensor | None = None  # (N)
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
@@ -62,17 +74,24 @@ class PackedBatch:
         return take_rows(packed, Picks(self.source))
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A run of completions of one group: ``groups[group].part(completions)``."""
+def pack(
+    groups: Sequence[PackedGroup], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PackedBatch:
+    """One batch of all groups, with advantages and log-probs in ``dtype``; completions keep their order, group by
+    group."""
 
-    group: int
-    completions: slice
+    def end_to_end(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(given).to(device, dtype) if given and len(given) == len(tensors) else None
 
+    def of_numbers(numbers: list[float]) -> Tensor | None:
+        return torch.tensor(numbers, device=device, dtype=dtype) if numbers else None
 
-def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> PackedBatch:
-    """One batch of all groups; completions keep their order, group by group."""
-    ids, source, targets, mask, bounds, lengths = [], [], [], [], [0], []
+    ids: list[int] = []
+    source: list[int] = []
+    targets: list[int] = []
+    mask: list[bool] = []
+    bounds, lengths = [0], []
     for group in groups:
         masks = group.masks or [None] * len(group.completions)
         ids += group.prompt
@@ -92,20 +111,24 @@ def pack(groups: Sequence[PackedGroup], device: torch.device | str = "cpu") -> P
         torch.tensor(targets, device=device),
         torch.tensor(bounds, dtype=torch.int32, device=device),
         None if all(mask) else torch.tensor(mask, device=device),
+        of_numbers([advantage for group in groups for advantage in group.advantages]),
+        end_to_end([logprobs for group in groups for logprobs in group.old_logprobs]),
+        end_to_end([logprobs for group in groups for logprobs in group.ref_logprobs]),
+        of_numbers([logp for group in groups for logprobs in group.sampler_logprobs for logp in logprobs]),
     )
 
 
-def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[Part]]:
+def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[PackedGroup]]:
     """Cuts the groups, in their order, into micro-batches of at most ``token_budget`` tokens.
 
     A group that fits into one micro-batch is never cut. A larger one is cut into as few runs of completions as can be,
     each behind a copy of the prompt; other groups may share the micro-batches of its first and its last run. A
     completion that exceeds the budget together with its prompt goes alone.
     """
-    batches: list[list[Part]] = []
+    batches: list[list[PackedGroup]] = []
     room = 0
 
-    def add(part: Part, tokens: int) -> None:
+    def add(part: PackedGroup, tokens: int) -> None:
         nonlocal room
         if not batches or tokens > room:
             batches.append([])
@@ -113,13 +136,13 @@ def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list
         batches[-1].append(part)
         room -= tokens
 
-    for index, group in enumerate(groups):
+    for group in groups:
         start, tokens = 0, len(group.prompt)
         for place, completion in enumerate(group.completions):
             more = len(completion) - 1
             if place > start and tokens + more > token_budget:
-                add(Part(index, slice(start, place)), tokens)
+                add(group.part(slice(start, place)), tokens)
                 start, tokens = place, len(group.prompt)
             tokens += more
-        add(Part(index, slice(start, len(group.completions))), tokens)
+        add(group.part(slice(start, len(group.completions))), tokens)
     return batches

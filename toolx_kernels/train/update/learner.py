@@ -1,4 +1,4 @@
-"""The two kinds of update, supervised and clipped policy gradient, over micro-batches of packed groups."""
+"""The learner: supervised and policy-gradient updates over micro-batches of packed groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import MEMORY_ERRORS, DivergedError, InputError, first_line, out_of_memory
+from toolx_kernels.errors import DivergedError, InputError, retry_with_less
 from toolx_kernels.models.bridge import checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.reference import compute_dtype
@@ -22,23 +23,44 @@ from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import PolicyLoss
 from toolx_kernels.train.update.adamw import make_updater
-from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, Part, micro_batches, pack
+from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, micro_batches, pack
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.update.schedule import ExponentialDecay
 
-Told = TypeVar("Told")
 
-
-@dataclass(slots=True)
-class Seen:
-    """What the loss of a micro-batch told."""
+@dataclass(frozen=True, slots=True)
+class MicroBatchResult:
+    """Loss and statistics of one micro-batch, or of several together."""
 
     loss: float
-    logprobs: list[list[float]]  # of each completion; NaN where nothing was computed
-    live: float  # tokens in the loss
-    nonfinite: float
+    logprobs: Tensor  # of the targets, on the CPU; NaN where nothing was computed
+    n_tokens: int  # that passed through the model
+    ref_logprobs: Tensor | None = None
+    live: float = 0.0  # tokens in the loss
+    nonfinite: float = 0.0  # of them, those without a finite log-prob
     means: dict[str, float] = field(default_factory=dict)  # over the live tokens
-    reference: list[list[float]] | None = None  # the reference's log-probs, as ``logprobs``
+
+    @classmethod
+    def together(cls, results: Sequence[MicroBatchResult]) -> MicroBatchResult:
+        live = sum(result.live for result in results)
+        references = [result.ref_logprobs for result in results if result.ref_logprobs is not None]
+        return cls(
+            sum(result.loss for result in results),
+            torch.cat([result.logprobs for result in results]),
+            sum(result.n_tokens for result in results),
+            torch.cat(references) if references else None,
+            live,
+            sum(result.nonfinite for result in results),
+            {
+                name: sum(result.live * result.means[name] for result in results if result.live) / live
+                for name in results[0].means
+                if live
+            },
+        )
+
+
+# from the hidden states of a micro-batch to its loss
+LossOf = Callable[[Tensor, PackedBatch], tuple[Tensor, MicroBatchResult]]
 
 
 class Learner:
@@ -49,11 +71,13 @@ class Learner:
     updater        of the present kind of update; ``begin`` makes another
     schedule       of the learning rate
     token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
-    reference      the model before RL, where the run needs it
+    reference      the model before RL; to be set where ``args.beta`` or another part of the run needs it
 
-    ``make_room`` gives memory back that an update does not need, and says whether there was any; it is called when
+    ``make_room`` frees memory that an update does not need, and returns whether there was any; it is called when
     memory runs out, and before every update from then on.
     """
+
+    reference: ReferenceModel
 
     def __init__(
         self,
@@ -64,17 +88,16 @@ class Learner:
         make_room: Callable[[], bool] = lambda: False,
     ):
         self.model, self.args, self.loss, self.phases, self.make_room = model, args, loss, phases, make_room
-        self.short = False  # of memory, beside what rollouts keep
+        self.makes_room = False  # before every update
         self.token_budget = args.micro_batch_tokens
-        self.reference: ReferenceModel | None = None
-        self._set_out(args.learning_rate)
+        self._new_optimizer(args.learning_rate)
 
     def begin(self, learning_rate: float) -> None:
         """From here on updates have a new optimizer, without any state yet."""
         self.updater.close()
-        self._set_out(learning_rate)
+        self._new_optimizer(learning_rate)
 
-    def _set_out(self, learning_rate: float) -> None:
+    def _new_optimizer(self, learning_rate: float) -> None:
         self.updater = make_updater(self.model, self.args, learning_rate)
         self.schedule = ExponentialDecay(self.updater.optimizer, self.args.lr_decay, self.args.min_lr_rate)
 
@@ -88,7 +111,7 @@ class Learner:
         if state["token_budget"]:
             self.token_budget = min(self.args.micro_batch_tokens, state["token_budget"])
 
-    # ---- the two updates
+    # ---- supervised updates
 
     def imitate(self, groups: Sequence[PackedGroup], number: int) -> dict[str, float]:
         """Supervised step ``number``: mean negative log-prob of the completion tokens that the model is to write."""
@@ -98,14 +121,16 @@ class Learner:
             for ids, mask in zip(group.completions, group.masks or [None] * len(group.completions), strict=True)
         )
 
-        def loss_of(hidden: Tensor, batch: PackedBatch, _) -> tuple[Tensor, float]:
+        def loss_of(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
             rows = slice(None) if batch.mask is None else batch.mask
             stats = linear_logprob(hidden[rows], targets=batch.targets[rows], **head_of(self.model))
             loss = -stats.logprobs.sum() / n_tokens
-            return loss, float(loss.detach())
+            return loss, MicroBatchResult(float(loss.detach()), stats.logprobs.detach().cpu(), len(batch.input_ids))
 
-        loss = sum(told for _, told in self._accumulate(groups, loss_of))
-        return {"loss": loss, "grad_norm": self._apply(loss, number)}
+        result = self._accumulate(groups, loss_of)
+        return {"loss": result.loss, "grad_norm": self._apply(result, number)}
+
+    # ---- policy-gradient updates
 
     def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, float | None]:
         """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
@@ -116,192 +141,145 @@ class Learner:
         """
         needed = self.needed(groups)
         share = len(needed) / max(1, len(groups))
-        metrics = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share, "entropy": None, "trained_tokens": 0}
+        metrics: dict[str, Any] = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share}
+        metrics |= {"entropy": None, "trained_tokens": 0}
         if not needed:
             return metrics
-        together = [packed(group) for group in needed]
         denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
-        sampled = [[rollout.logprobs for rollout in group.rollouts] for group in needed]
-        old = sampled if self.args.num_iterations > 1 and self.args.old_logprobs == "sampler" else None
-        reference = None
-        for iteration in range(self.args.num_iterations):
-            seen = self._update(needed, together, old, sampled, reference, denominator, number, iteration)
-            reference = seen["reference"]
-            metrics["trained_tokens"] += seen.pop("trained_tokens")
-            if iteration == 0:
-                metrics |= {name: seen[name] for name in ("loss", "grad_norm", "entropy", "kl") if name in seen}
-                metrics |= self._gaps(seen["logprobs"], needed)
-                old = old or seen["logprobs"]
-        if self.args.num_iterations > 1:
-            metrics |= {name: seen[name] for name in ("ratio", "clip_low", "clip_high")}
+        updates = self.args.num_iterations
+        from_sampler = updates > 1 and self.args.old_logprobs == "sampler"
+        rollouts = [rollout for group in needed for rollout in group.rollouts]
+        for rollout in rollouts:
+            rollout.old_logprobs = torch.tensor(rollout.logprobs, dtype=torch.float64) if from_sampler else None
+        for update in range(updates):
+            result = self._accumulate([packed(group) for group in needed], partial(self._policy_loss, denominator))
+            norm = self._apply(result, number * updates + update)
+            metrics["trained_tokens"] += result.n_tokens
+            if update == 0:
+                metrics |= {"loss": result.loss, "grad_norm": norm}
+                metrics |= {name: result.means[name] for name in ("entropy", "kl") if name in result.means}
+                metrics |= sampler_differences(needed, result.logprobs)
+                lengths = [len(rollout.ids) for rollout in rollouts]
+                for rollout, logprobs in zip(rollouts, result.logprobs.split(lengths), strict=True):
+                    rollout.old_logprobs = rollout.old_logprobs if from_sampler else logprobs
+                if result.ref_logprobs is not None:
+                    for rollout, logprobs in zip(rollouts, result.ref_logprobs.split(lengths), strict=True):
+                        rollout.ref_logprobs = logprobs
+        if updates > 1:
+            metrics |= {name: result.means[name] for name in ("ratio", "clip_low", "clip_high")}
         return metrics
 
     def needed(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """The groups that have a gradient."""
         return [group for group in groups if self.args.beta or any(group.advantages)]
 
-    def _update(
-        self, needed: Sequence[ScoredGroup], together: Sequence[PackedGroup], old: list[list[list[float]]] | None,
-        sampled: list[list[list[float]]], reference: list[list[list[float]]] | None, denominator: float, number: int,
-        iteration: int,
-    ) -> dict:  # fmt: skip
-        """One update; ``old``, ``sampled`` and ``reference`` (found here when None) are log-probs by group, completion
-        and token."""
-        corrected = self.args.importance_sampling_mode != "none"
+    def _policy_loss(self, denominator: float, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
+        ref_logprobs = batch.ref_logprobs
+        if self.args.beta and ref_logprobs is None:
+            ref_logprobs = self._reference_logprobs(batch)
+        output = self.loss(
+            hidden,
+            targets=batch.targets,
+            cu_seqlens=batch.cu_seqlens,
+            advantages=batch.advantages,
+            old_logprobs=batch.old_logprobs,
+            sampler_logprobs=None if self.args.importance_sampling_mode == "none" else batch.sampler_logprobs,
+            ref_logprobs=ref_logprobs,
+            mask=batch.mask,
+            denominator=denominator,
+            **head_of(self.model),
+        )
+        stats = {name: float(value) for name, value in output.stats.items()}
+        return output.loss, MicroBatchResult(
+            float(output.loss.detach()),
+            output.logprobs.cpu(),
+            len(batch.input_ids),
+            None if ref_logprobs is None else ref_logprobs.cpu(),
+            stats.pop("live_tokens"),
+            stats.pop("nonfinite"),
+            stats,
+        )
 
-        def loss_of(hidden: Tensor, batch: PackedBatch, parts: Sequence[Part]) -> tuple[Tensor, Seen]:
-            def tokens(of_group: list[list[list[float]]]) -> Tensor:
-                flat = [logp for p in parts for ids in of_group[p.group][p.completions] for logp in ids]
-                return torch.tensor(flat, device=hidden.device, dtype=compute_dtype(hidden))
-
-            def by_completion(logprobs: Tensor) -> list[list[float]]:
-                return [part.tolist() for part in logprobs.split(batch.cu_seqlens.diff().tolist())]
-
-            advantages = [a for p in parts for a in needed[p.group].advantages[p.completions]]
-            ref_logprobs = self._reference_logprobs(batch) if reference is None else tokens(reference)
-            output = self.loss(
-                hidden,
-                targets=batch.targets,
-                cu_seqlens=batch.cu_seqlens,
-                advantages=torch.tensor(advantages, device=hidden.device, dtype=compute_dtype(hidden)),
-                old_logprobs=None if old is None else tokens(old),
-                sampler_logprobs=tokens(sampled) if corrected else None,
-                ref_logprobs=ref_logprobs,
-                mask=batch.mask,
-                denominator=denominator,
-                **head_of(self.model),
-            )
-            stats = {name: float(value) for name, value in output.stats.items()}
-            return output.loss, Seen(
-                float(output.loss.detach()),
-                by_completion(output.logprobs),
-                stats.pop("live_tokens"),
-                stats.pop("nonfinite"),
-                stats,
-                None if ref_logprobs is None else by_completion(ref_logprobs),
-            )
-
-        cut, told = zip(*self._accumulate(together, loss_of), strict=True)
-        live, nonfinite = sum(seen.live for seen in told), sum(seen.nonfinite for seen in told)
-        if nonfinite:
-            self.updater.drop_gradients()
-            raise DivergedError(f"{nonfinite:.0f} of {live:.0f} tokens have a log-prob that is not a number")
-        loss = sum(seen.loss for seen in told)
-        means = {
-            name: sum(seen.live * seen.means[name] for seen in told if seen.live) / live for name in told[0].means
-        } if live else {}  # fmt: skip
-
-        def by_group(of_cut: Sequence[list[list[float]]]) -> list[list[list[float]]]:
-            found: list[list[list[float]]] = [[] for _ in needed]
-            for parts, completions in zip(cut, of_cut, strict=True):
-                rest = iter(completions)
-                for part in parts:
-                    found[part.group] += [next(rest) for _ in together[part.group].completions[part.completions]]
-            return found
-
-        return {
-            "loss": loss,
-            "grad_norm": self._apply(loss, number * self.args.num_iterations + iteration),
-            "logprobs": by_group([seen.logprobs for seen in told]),
-            "reference": by_group([seen.reference for seen in told]) if self.args.beta else None,
-            "trained_tokens": sum(together[p.group].part(p.completions).n_tokens for parts in cut for p in parts),
-            **means,
-        }
-
-    def _gaps(self, logprobs: list[list[list[float]]], groups: Sequence[ScoredGroup]) -> dict[str, float]:
-        """What the trainer's log-probs differ by from the sampler's: on the prompt that a rollout was sampled on, where
-        it is rounding (largest and mean), and on another one (``distill``; largest)."""
-        differences: dict[bool, list[float]] = {True: [], False: []}
-        for group, of_group in zip(groups, logprobs, strict=True):
-            for rollout, here, ours in zip(group.rollouts, group.on_policy_prompt, of_group, strict=True):
-                # the loss leaves NaN where it computed nothing
-                pairs = zip(ours, rollout.logprobs, strict=True)
-                differences[here] += [abs(logp - theirs) for logp, theirs in pairs if not math.isnan(logp)]
-        gaps = {}
-        if here := differences[True]:
-            gaps = {"logp_difference": max(here), "logp_difference_mean": sum(here) / len(here)}
-        return gaps | ({"distilled_gap": max(differences[False])} if differences[False] else {})
-
-    def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
-        if not self.args.beta:
-            return None
+    def _reference_logprobs(self, batch: PackedBatch) -> Tensor:
         with torch.no_grad(), self.reference.active() as reference, toolx_attention(reference):
             hidden, head = batch.hidden(reference), head_of(reference)
             return linear_logprob(hidden, targets=batch.targets, temperature=self.args.temperature, **head).logprobs
 
-    # ---- gradients over micro-batches
+    # ---- gradients over micro-batches, and what is done with them
 
-    def _accumulate(
-        self,
-        groups: Sequence[PackedGroup],
-        loss_of: Callable[[Tensor, PackedBatch, Sequence[Part]], tuple[Tensor, Told]],
-    ) -> list[tuple[list[Part], Told]]:
-        """Adds up the gradients of ``loss_of(hidden, batch, its parts)[0]`` over micro-batches; the parts of each, and
-        what else it told.
+    def _accumulate(self, groups: Sequence[PackedGroup], loss_of: LossOf) -> MicroBatchResult:
+        """Adds up the gradients of ``loss_of`` over micro-batches.
 
         When memory runs out, all of it is done again without what rollouts keep, or in smaller micro-batches.
         """
-        if self.short:
+        if self.makes_room:
             self.make_room()
-        while True:
-            cut = micro_batches(groups, self.token_budget)
-            pieces = [[groups[part.group].part(part.completions) for part in parts] for parts in cut]
-            try:
-                return [
-                    (parts, self._backward(piece, parts, loss_of)) for piece, parts in zip(pieces, cut, strict=True)
-                ]
-            except MEMORY_ERRORS as error:
-                if not out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # out here, since the error's traceback keeps the tensors of the batch that failed
-            self.updater.drop_gradients()
-            if not self._made_room(reason):
-                self._halve(max(pieces, key=lambda piece: sum(group.n_tokens for group in piece)), reason)
 
-    def _backward(
-        self,
-        groups: Sequence[PackedGroup],
-        parts: Sequence[Part],
-        loss_of: Callable[[Tensor, PackedBatch, Sequence[Part]], tuple[Tensor, Told]],
-    ) -> Told:
-        """Forward and backward of one micro-batch: ``groups``, which are ``parts`` of the step's."""
-        args = self.args
+        def work() -> MicroBatchResult:
+            parts = micro_batches(groups, self.token_budget)
+            return MicroBatchResult.together([self._backward(part, loss_of) for part in parts])
+
+        def give_back(reason: str) -> bool:
+            self.updater.drop_gradients()
+            return self._made_room(reason) or self._halved(micro_batches(groups, self.token_budget), reason)
+
+        return retry_with_less(work, give_back)
+
+    def _backward(self, groups: Sequence[PackedGroup], loss_of: LossOf) -> MicroBatchResult:
+        """Forward and backward of one micro-batch."""
+        args, dtype = self.args, compute_dtype(self.model.get_output_embeddings().weight)
         with toolx_attention(self.model), checkpointed(self.model) if args.gradient_checkpointing else nullcontext():
             with self.phases.phase("forward"):
-                batch = pack(groups, self.model.device)
-                loss, told = loss_of(batch.hidden(self.model), batch, parts)
+                batch = pack(groups, self.model.device, dtype)
+                loss, result = loss_of(batch.hidden(self.model), batch)
             with self.phases.phase("backward"):
                 loss.backward()
                 self.updater.collect()
-        return told
+        return result
+
+    def _apply(self, result: MicroBatchResult, number: int) -> float:
+        """Clips and applies the accumulated gradient; returns its norm before clipping."""
+        if result.nonfinite or not math.isfinite(result.loss):
+            self.updater.drop_gradients()
+            raise DivergedError(
+                f"{result.nonfinite:.0f} of {result.live:.0f} tokens have a log-prob that is not a number"
+                if result.nonfinite
+                else f"the loss is {result.loss}"
+            )
+        with self.phases.phase("optimizer"):
+            norm = retry_with_less(
+                lambda: self.updater.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room),
+                no_memory_for_update,
+            )
+        if not math.isfinite(norm):
+            raise DivergedError(f"the loss is {result.loss} and the gradient norm {norm}")
+        return norm
+
+    # ---- when memory runs out
 
     def _made_room(self, reason: str) -> bool:
-        """Whether more memory is free than there was; says so the first time."""
+        """Whether more memory is free than there was; warns the first time."""
         if not self.make_room():
             return False
-        if not self.short:
+        if not self.makes_room:
             warnings.warn(
                 f"Memory ran out in training; the KV pool of the rollouts is given back before each update from here "
                 f"on. ({reason})",
                 stacklevel=2,
             )
-        self.short = True
-        self._empty_cache()
+        self.makes_room = True
+        torch.cuda.empty_cache()
         return True
 
-    def _empty_cache(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _halve(self, largest: Sequence[PackedGroup], reason: str) -> None:
-        """Goes on with half of the ``largest`` micro-batch's tokens; says so the first time."""
-        tokens = sum(group.n_tokens for group in largest)
+    def _halved(self, failed: Sequence[Sequence[PackedGroup]], reason: str) -> bool:
+        """From here on micro-batches have half the tokens of the largest one that ``failed``; warns the first time."""
+        largest = max(failed, key=lambda part: sum(group.n_tokens for group in part))
         if sum(len(group.completions) for group in largest) == 1:
             raise InputError(
                 f"memory ran out with one completion at a time ({reason}): shorten max_completion_length or the "
                 "prompts, or pass --gradient_checkpointing true; toolx plan tells what a run needs."
             )
+        tokens = sum(group.n_tokens for group in largest)
         if self.token_budget == self.args.micro_batch_tokens:
             warnings.warn(
                 f"Memory ran out with {tokens} tokens in a micro-batch; going on with half of them at a time, which "
@@ -309,29 +287,42 @@ class Learner:
                 stacklevel=2,
             )
         self.token_budget = max(1, min(self.token_budget, tokens) // 2)
-        self._empty_cache()
+        torch.cuda.empty_cache()
+        return True
 
-    def _apply(self, loss: float, number: int) -> float:
-        """Clips and applies the accumulated gradient; returns its norm before clipping."""
-        if not math.isfinite(loss):
-            self.updater.drop_gradients()
-            raise DivergedError(f"the loss is {loss}")
-        with self.phases.phase("optimizer"):
-            try:
-                norm = self.updater.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room)
-            except MEMORY_ERRORS as error:
-                if not out_of_memory(error):
-                    raise
-                raise InputError(
-                    f"memory ran out in the optimizer's update ({first_line(error)}): choose --optim adamw_8bit or "
-                    "adamw_offload, or --use_peft true, in a new run, or find more memory and --resume this one from "
-                    "its last checkpoint; toolx plan tells what a run needs."
-                ) from None
-        if not math.isfinite(norm):
-            raise DivergedError(f"the loss is {loss} and the gradient norm {norm}")
-        return norm
+
+def no_memory_for_update(reason: str) -> NoReturn:
+    raise InputError(
+        f"memory ran out in the optimizer's update ({reason}): choose --optim adamw_8bit or adamw_offload, or "
+        "--use_peft true, in a new run, or find more memory and --resume this one from its last checkpoint; toolx plan "
+        "tells what a run needs."
+    )
 
 
 def packed(group: ScoredGroup) -> PackedGroup:
-    """A group's prompt and rollouts, for the forward pass."""
-    return PackedGroup(group.prompt, [r.ids for r in group.rollouts], [r.mask for r in group.rollouts])
+    """A group's prompt and rollouts with all that the loss needs of them."""
+    return PackedGroup(
+        group.prompt,
+        [rollout.ids for rollout in group.rollouts],
+        [rollout.mask for rollout in group.rollouts],
+        group.advantages,
+        [rollout.old_logprobs for rollout in group.rollouts],
+        [rollout.ref_logprobs for rollout in group.rollouts],
+        [rollout.logprobs for rollout in group.rollouts],
+    )
+
+
+def sampler_differences(groups: Sequence[ScoredGroup], logprobs: Tensor) -> dict[str, float]:
+    """How much the trainer's log-probs of the groups' rollouts differ from the sampler's: on the prompt that a rollout
+    was sampled on, where it is rounding (largest and mean), and on another one (``distill``; largest)."""
+    differences: dict[bool, list[float]] = {True: [], False: []}
+    rest = iter(logprobs.tolist())
+    for group in groups:
+        for rollout, on_policy in zip(group.rollouts, group.on_policy_prompt, strict=True):
+            pairs = zip(rollout.logprobs, rest, strict=False)
+            # the loss leaves NaN where it computed nothing
+            differences[on_policy] += [abs(own - sampler) for sampler, own in pairs if not math.isnan(own)]
+    metrics = {}
+    if rounding := differences[True]:
+        metrics = {"logp_difference": max(rounding), "logp_difference_mean": sum(rounding) / len(rounding)}
+    return metrics | ({"distilled_gap": max(differences[False])} if differences[False] else {})
