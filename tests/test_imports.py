@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "toolx_kernels"
 # Each imports only what stands before it, and from its own.
 LAYERS = (
-    "versions", "errors", "files", "loss_config", "reference", "toolcall", "ops", "models", "engine", "rollout",
-    "evaluate", "train", "compare", "cli",
+    "versions", "errors", "files", "settings", "loss_config", "reference", "toolcall", "ops", "models", "engine",
+    "rollout", "evaluate", "train", "compare", "cli",
 )  # fmt: skip
 
 # Whole things that are read in one piece.

@@ -1,6 +1,8 @@
 """The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,7 +147,40 @@ def test_help_names_every_setting(capsys):
     out = capsys.readouterr().out
     for name in ToolExpanderConfig.__dataclass_fields__:
         assert f"--{name}" in out
-    assert toolx("--help") == 0 and toolx() == 2
+
+
+def test_help_names_every_command(capsys):
+    assert toolx("--help") == 0
+    helped = capsys.readouterr().out
+    assert toolx() == 2 and capsys.readouterr().out == helped
+    for command in ("train", "eval", "compare", "plan", "doctor"):
+        assert f"    {command} " in helped
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["train", "--help"], 0), (["eval", "--k", "0"], 2)])
+def test_flags_are_read_without_torch(argv, code):
+    """So that help comes at once, and torch finds the environment that the command sets."""
+    script = "import sys; from toolx_kernels.cli.main import main\n"
+    script += "try: code = main(sys.argv[1:])\nexcept SystemExit as stop: code = stop.code\n"
+    script += "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == f"{code} False False"
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "toolx_kernels.cli", "fly"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and run.stderr.startswith("toolx: ")
+
+
+def test_both_values_of_a_switch_can_be_typed():
+    def switches(*argv):
+        config = parse_train([*argv])
+        return config.eval_on_start, config.gradient_checkpointing
+
+    assert switches() == (True, False) and switches("--gradient-checkpointing") == (True, True)
+    assert switches("--no_eval_on_start", "--gradient_checkpointing", "no") == (False, False)
+    assert switches("--no-eval-on-start") == switches("--eval_on_start=False") == (False, False)
+    assert switches("--eval_on_start", "--gradient_checkpointing=true") == (True, True)
 
 
 def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
@@ -178,6 +213,7 @@ BAD_FLAGS = [
     (["train", "--max_steps", "0"], "max_steps=0"),
     (["train", "--hard_sampling", "some"], "hard_sampling"),
     (["train", "--resume", "--overwrite"], "resume and overwrite"),
+    (["train", "--resume", "maybe"], "'maybe' is neither true nor false"),
     (["train", "--config", "no-such-recipe"], "no-such-recipe"),
     (["train", "--device", "tpu9"], "tpu9"),
     (["train", "--device", "meta"], "meta"),
@@ -198,7 +234,10 @@ BAD_FLAGS = [
     (["eval", "--model", "tiny", "--eval_rows", "0"], "--eval_rows 0"),
     (["eval", "--model", "tiny", "--max_completion_length", "0"], "--max_completion_length 0"),
     (["eval", "--model", "tiny", "--eval_fraction", "1"], "--eval_fraction 1.0"),
-    (["eval", "--model", "tiny", "--num_generations", "4"], "num_generations=4 greedy"),
+    (["eval", "--model", "tiny", "--num_generations", "0"], "num_generations=0 must be at least 1"),
+    (["eval", "--model", "tiny", "--num_generations", "4"], "num_generations=4 greedy completions would all be"),
+    (["eval", "--model", "tiny", "--k", "0"], "pass@0"),
+    (["eval", "--model", "tiny", "--k", "2"], "pass@2 takes a k from 1 to num_generations=1"),
     (["eval", "--model", "tiny", "--num_generations", "4", "--temperature", "1", "--k", "5"], "pass@5"),
     (["eval", "--model", "tiny", "--temperature", "-1"], "temperature=-1.0"),
     (["eval", "--model", "tiny", "--seed", "-1"], "seed=-1"),

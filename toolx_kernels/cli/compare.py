@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from toolx_kernels.cli.parser import _Parser
-from toolx_kernels.errors import InputError  # noqa: E402
+from toolx_kernels.cli.parser import Parser
+from toolx_kernels.errors import InputError
 
 
-def compare(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="toolx compare", allow_abbrev=False,
-        description="Runs side by side: curves in one picture, final figures with 95 %% intervals in tables. Runs "
-        "whose settings differ only in the seed are one arm; differences are to the first arm, paired by seed.",
-    )  # fmt: skip
+def add_flags(parser: Parser) -> None:
+    parser.description = (
+        "Runs side by side: curves in one picture, final figures with 95 %% intervals in tables. Runs whose settings "
+        "differ only in the seed are one arm; differences are to the first arm, paired by seed."
+    )
     parser.add_argument("runs", nargs="+", help="run folders of toolx train")
-    parser.add_argument(
-        "--names", nargs="+",
+    parser.flag(
+        "names",
+        nargs="+",
         help="one for each arm in order, or one for each run, where runs of the same name are one arm",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", default="runs/comparison",
+    )
+    parser.flag(
+        "output",
+        default="runs/comparison",
         help="the folder for comparison.png, .md and .json, which are replaced there (default: runs/comparison)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")

@@ -1,5 +1,6 @@
-"""What this machine has, what each op will run on it, and what to install to get the faster one."""
+"""``toolx doctor``: what this machine has, what each op runs on it, and what to install to get a faster one."""
 
+import argparse
 import importlib.util
 import platform
 from importlib import metadata
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from toolx_kernels import ops  # noqa: F401 (defines every op)
-from toolx_kernels.cli.parser import _Parser
+from toolx_kernels.cli.parser import Parser
 from toolx_kernels.ops import library, processor
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.versions import SUPPORTED, standing
@@ -44,6 +45,15 @@ OPTIONAL = (
         "its attention to rollouts on a GPU whose page_size is a multiple of 256",
     ),
 )
+
+
+def add_flags(parser: Parser) -> None:
+    parser.description = "What is installed here."
+
+
+def run(args: argparse.Namespace) -> int:
+    print(report())
+    return 0
 
 
 def report() -> str:
@@ -119,9 +129,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def doctor(argv: list[str]) -> int:
-    _Parser(prog="toolx doctor", allow_abbrev=False, description="What is installed here.").parse_args(argv)
-    print(report())
-    return 0

@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from toolx_kernels.cli.parser import _Parser
-from toolx_kernels.errors import InputError  # noqa: E402
+from toolx_kernels.cli.parser import Parser
+from toolx_kernels.errors import InputError
 
-MAX_COMPLETION_LENGTH = 256  # of toolx eval
+DEFAULT_MODEL = "runs/train"
+MAX_COMPLETION_LENGTH = 256
 
 
-def evaluate(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="toolx eval", allow_abbrev=False,
-        description="Accuracy per category with 95 %% intervals; of several samples a row also pass@k.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--model", default="runs/train", help="as for toolx train, or a run folder (default: runs/train)"
-    )
-    parser.add_argument(
-        "--dataset", nargs="+", default=["builtin"],
+def add_flags(parser: Parser) -> None:
+    parser.description = "Accuracy per category with 95 %% intervals; of several samples a row also pass@k."
+    parser.flag("model", default=DEFAULT_MODEL, help=f"as for toolx train, or a run folder (default: {DEFAULT_MODEL})")
+    parser.flag(
+        "dataset",
+        nargs="+",
+        default=["builtin"],
         help="one or several of: builtin, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, "
         "2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
-    )  # fmt: skip
-    parser.add_argument("--eval_rows", "--eval-rows", type=int, help="so many rows a dataset, drawn with a fixed seed")
-    parser.add_argument(
-        "--split", choices=("all", "held-out"), default="all",
+    )
+    parser.flag("eval_rows", type=int, help="at most N rows per dataset, drawn with a fixed seed")
+    parser.flag(
+        "split",
+        choices=("all", "held-out"),
+        default="all",
         help="held-out: only the part that toolx train --dataset of the same name does not train on",
-    )  # fmt: skip
-    parser.add_argument("--eval_fraction", "--eval-fraction", type=float, default=0.2, help="as in toolx train")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--num_generations", "--num-generations", type=int, default=1, help="completions per row")
-    parser.add_argument("--k", type=int, nargs="+", default=[], help="report pass@k for these k")
-    parser.add_argument(
-        "--max_completion_length", "--max-completion-length", type=int,
+    )
+    parser.flag("eval_fraction", type=float, default=0.2, help="as in toolx train")
+    parser.flag("temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.flag("num_generations", type=int, default=1, help="completions per row")
+    parser.flag("k", type=int, nargs="+", default=[], help="report pass@k for these k")
+    parser.flag(
+        "max_completion_length",
+        type=int,
         help=f"tokens (default: {MAX_COMPLETION_LENGTH}, or what the model's run had, if that is more)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--self_exemplify", "--self-exemplify", action="store_true",
+    )
+    parser.flag("seed", type=int, default=0, help="of sampling")
+    parser.flag("dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.flag("device", default="auto")
+    parser.flag(
+        "self_exemplify",
+        action="store_true",
         help="the model writes examples and thinks first; a run that was trained so is known by its folder",
-    )  # fmt: skip
-    parser.add_argument("--output", help="a new folder for scores.json, scores.md and answers.jsonl")
-    args = parser.parse_args(argv)
+    )
+    parser.flag("output", help="a new folder for scores.json, scores.md and answers.jsonl")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that cannot work."""
     for flag in ("eval_rows", "max_completion_length"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
@@ -55,14 +62,24 @@ def evaluate(argv: list[str]) -> int:
         raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
     if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
         raise InputError(f"--dataset names {twice[0]} twice: name it once.")
-    if args.model == parser.get_default("model") and not Path(args.model).exists():
+    n = args.num_generations
+    if n < 1:
+        raise InputError(f"num_generations={n} must be at least 1.")
+    if args.temperature == 0 and n > 1:
+        raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
+    for k in args.k:
+        if not 1 <= k <= n:
+            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
+    if args.model == DEFAULT_MODEL and not Path(args.model).exists():
         raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
 
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
     from transformers.utils import logging
 
     from toolx_kernels.engine import RolloutEngine, SamplingParams
-    from toolx_kernels.evaluate.evaluate import check_sampling
-    from toolx_kernels.evaluate.evaluate import evaluate as score
+    from toolx_kernels.evaluate.evaluate import evaluate
     from toolx_kernels.evaluate.scores import describe, write_scores
     from toolx_kernels.files import check_new, new_folder
     from toolx_kernels.models.load import load_model, stop_token_ids
@@ -74,7 +91,6 @@ def evaluate(argv: list[str]) -> int:
     from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
     from toolx_kernels.train.rows import MADE_UP, load_eval_rows, some_rows, split_rows
 
-    check_sampling(args.temperature, args.num_generations, args.k)
     if args.output:
         check_new(Path(args.output))
     trained = settings_of_run(args.model)
@@ -96,17 +112,23 @@ def evaluate(argv: list[str]) -> int:
     engine = RolloutEngine(model, seed=args.seed)
     in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
-    def sampler_of(dataset: str):
+    def rollouter_of(dataset: str):
         return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, tokenizer)
 
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
         scores = {
-            dataset: score(
-                sampler_of(dataset), prompts, of_dataset, sampling, n=args.num_generations, ks=args.k, progress=dataset,
+            dataset: evaluate(
+                rollouter_of(dataset),
+                prompts,
+                of_dataset,
+                sampling,
+                n=args.num_generations,
+                ks=args.k,
                 judge=is_answer_correct if own_examples else is_correct,
+                progress=dataset,
             )
             for dataset, of_dataset in rows.items()
-        }  # fmt: skip
+        }
         print(describe(scores))
         how = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}"
         print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
@@ -117,7 +139,7 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def settings_of_run(model: str) -> dict:
+def settings_of_run(model: str) -> dict[str, Any]:
     """The settings of the run whose folder, or a checkpoint of which, ``model`` is; empty when it is none."""
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 

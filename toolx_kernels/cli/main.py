@@ -1,4 +1,4 @@
-"""``toolx train | eval | compare | plan | doctor``. Bad input ends in one sentence on stderr and exit code 2."""
+"""``toolx train | eval | compare | plan | doctor``. Bad input prints one sentence to stderr and exits with 2."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
 
-from toolx_kernels.cli.compare import compare
-from toolx_kernels.cli.doctor import doctor
-from toolx_kernels.cli.evaluate import evaluate
-from toolx_kernels.cli.plan import plan
-from toolx_kernels.cli.train import train
+from toolx_kernels.cli.parser import Parser
+from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
 
 # Two OpenMP pools that spin while waiting slow each other down many times; this must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -19,48 +18,62 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory  # noqa: E402
 
-USAGE = """usage: toolx <command> [flags]
+class Command(NamedTuple):
+    """The module of a command in ``toolx_kernels.cli``, with ``add_flags(parser)`` and ``run(args)``; its help."""
 
-  train    train a model to call tools; without flags: the built-in task, in minutes on a laptop
-  eval     score a model or checkpoint on datasets
-  compare  put learning curves and final figures of several runs side by side
-  plan     the memory that a run would take, before anything is loaded, and what to change if it does not fit
-  doctor   what is installed here, and which backend each op uses
+    module: str
+    help: str
 
-toolx <command> --help lists the flags.
-"""
+
+COMMANDS = {
+    "train": Command("train", "train a model to call tools; without flags: the built-in task, in minutes on a laptop"),
+    "eval": Command("evaluate", "score a model or checkpoint on datasets"),
+    "compare": Command("compare", "put learning curves and final figures of several runs side by side"),
+    "plan": Command(
+        "plan", "the memory that a run would take, before anything is loaded, and what to change if it does not fit"
+    ),
+    "doctor": Command("doctor", "what is installed here, and which backend each op uses"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "eval": evaluate, "compare": compare, "plan": plan, "doctor": doctor}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    if argv[0] not in commands:
-        print(f"toolx: {argv[0]!r} is no command: use one of {', '.join(commands)}.", file=sys.stderr)
-        return 2
+    prog = " ".join(["toolx", *(word for word in argv[:1] if word in COMMANDS)])
     try:
-        return commands[argv[0]](argv[1:])
+        return _run(argv)
     except InputError as error:
-        print(f"toolx {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"toolx {argv[0]}: {error.filename or 'file'}: {error.strerror or error}.", file=sys.stderr)
-        return 2
+        message = f"{error.filename or 'file'}: {error.strerror or error}."
     except MEMORY_ERRORS as error:
         if not out_of_memory(error):
             raise
-        print(
-            f"toolx {argv[0]}: memory ran out ({first_line(error)}): toolx plan tells what a run needs and what to "
-            "change; a run goes on from its last checkpoint with --resume.",
-            file=sys.stderr,
+        message = (
+            f"memory ran out ({first_line(error)}): toolx plan tells what a run needs and what to change; a run goes "
+            "on from its last checkpoint with --resume."
         )
-        return 2
     except KeyboardInterrupt:
         remedy = "; the same command with --resume goes on from the last checkpoint" if argv[0] == "train" else ""
-        print(f"toolx {argv[0]}: interrupted{remedy}.", file=sys.stderr)
+        print(f"{prog}: interrupted{remedy}.", file=sys.stderr)
         return 130
+    print(f"{prog}: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(prog="toolx", epilog="toolx <command> --help lists its flags.")
+    commands = parser.add_subparsers(metavar="<command>", required=True)
+    parsers = {name: commands.add_parser(name, help=command.help) for name, command in COMMANDS.items()}
+    if not argv:
+        parser.print_help()
+        return 2
+    if argv[0] not in COMMANDS:
+        parser.parse_args(argv)  # which prints the help, or refuses
+    command = import_module(f"toolx_kernels.cli.{COMMANDS[argv[0]].module}")  # alone, since it loads what it needs
+    command.add_flags(parsers[argv[0]])
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parsers[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return command.run(args)

@@ -1,18 +1,51 @@
-"""Argument parsers whose errors are one sentence."""
+"""Argument parser with errors of one sentence, and flags for settings."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from toolx_kernels.errors import InputError  # noqa: E402
+from toolx_kernels.errors import InputError
+from toolx_kernels.settings import Settings, without_none
+
+TRUTH = dict.fromkeys(("yes", "true", "y", "t", "1"), True) | dict.fromkeys(("no", "false", "n", "f", "0"), False)
 
 
-class _OneSentence:
-    """A parser whose errors are one sentence instead of a page of usage."""
+class Parser(argparse.ArgumentParser):
+    """Raises InputError, a sentence, where argparse prints a page of usage; no flag can be abbreviated."""
 
-    def error(self, message):
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help.")
 
+    def flag(self, name: str, **options: Any) -> None:
+        """Adds ``--some_name``, which is also spelled ``--some-name``."""
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
 
-class _Parser(_OneSentence, argparse.ArgumentParser):
-    pass
+    def settings_flags(self, settings: type[Settings]) -> None:
+        """Adds a flag for each field of ``settings``. What is not typed is not in the namespace."""
+        kinds = get_type_hints(settings)
+        for each in fields(settings):
+            options = {"default": argparse.SUPPRESS, "help": each.metadata["help"]}
+            self.flag(each.name, **options, **_reading(kinds[each.name]))
+            if each.default is True:
+                self.flag(f"no_{each.name}", dest=each.name, action="store_false", **options)
+
+
+def _reading(kind: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    kind = without_none(kind)
+    if get_origin(kind) is list:
+        return {"nargs": "+", "type": get_args(kind)[0]}
+    return {"nargs": "?", "const": True, "type": _truth} if kind is bool else {"type": kind}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return TRUTH[text.lower()]

@@ -6,13 +6,27 @@ import argparse
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from toolx_kernels.cli.parser import _OneSentence
-from toolx_kernels.errors import InputError, first_line  # noqa: E402
+from toolx_kernels.cli.parser import Parser
+from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.train.config import ToolExpanderConfig
 
 
-def train(argv: list[str]) -> int:
-    args = parse_train(argv)
+def add_flags(parser: Parser) -> None:
+    parser.settings_flags(ToolExpanderConfig)
+    parser.flag(
+        "config",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="YAML files, or names of those in toolx_kernels/configs; later files override earlier ones, flags "
+        "override both; the tiny model starts from builtin",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from(vars(args))
     from transformers.utils import logging
 
     from toolx_kernels.toolcall.datasets import builtin_turns
@@ -23,71 +37,67 @@ def train(argv: list[str]) -> int:
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
     logging.disable_progress_bar()  # ours is enough
-    RunFolder(args.output_dir).check(args)
+    RunFolder(config.output_dir).check(config)
     try:
         with stop_on_signals() as stop:
-            rows, eval_rows = load_rows(args)
+            rows, eval_rows = load_rows(config)
             summary = ToolExpanderTrainer(
-                args.model,
-                args=args,
+                config.model,
+                args=config,
                 train_dataset=rows,
                 eval_dataset=eval_rows,
-                cold_start=built_in_cold_start(args),
-                demonstrations=load_demonstrations(args.demonstration_dataset),
-                environment_factory=builtin_turns.Registry if args.dataset == "builtin-turns" else None,
+                cold_start=built_in_cold_start(config),
+                demonstrations=load_demonstrations(config.demonstration_dataset),
+                environment_factory=builtin_turns.Registry if config.dataset == "builtin-turns" else None,
             ).train(stop)
     except Stopped as stopped:
-        saved = RunFolder(args.output_dir).latest_checkpoint()
+        saved = RunFolder(config.output_dir).latest_checkpoint()
         how = f"--resume goes on from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
         print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
         return 128 + stopped.signal
-    before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
-    seen = summary["eval_rows_seen"]
-    hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
-    print(
-        f"accuracy on {summary['eval_rows']} rows of {args.eval_dataset or args.dataset} "
-        f"{f'({seen} of them shown in training)' if seen else 'held out from training'}: "
-        f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
-        f"{summary['wall_seconds']:.0f} s; see {args.output_dir}/curves.png and {args.output_dir}/summary.json"
-    )
+    print(describe(config, summary))
     return 0
 
 
-def parse_train(argv: list[str]):
+def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
+    """The last line of a run."""
+    before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
+    seen = summary["eval_rows_seen"]
+    hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
+    return (
+        f"accuracy on {summary['eval_rows']} rows of {config.eval_dataset or config.dataset} "
+        f"{f'({seen} of them shown in training)' if seen else 'held out from training'}: "
+        f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
+        f"{summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
+    )
+
+
+def parse_train(argv: list[str]) -> ToolExpanderConfig:
+    """The config of ``toolx train`` with these flags."""
+    parser = Parser(prog="toolx train")
+    add_flags(parser)
+    return config_from(vars(parser.parse_args(argv)))
+
+
+def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
     """The run's config: defaults, then the recipe of the tiny model, then ``--config``'s YAML, then flags.
 
     With ``--resume`` the settings that the run was started with stand in for recipe and YAML.
     """
-    from transformers import HfArgumentParser
-
     from toolx_kernels.models.tiny import is_tiny
-    from toolx_kernels.train.config import ToolExpanderConfig
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
-    class Parser(_OneSentence, HfArgumentParser):
-        pass
-
-    parser = Parser(ToolExpanderConfig, prog="toolx train", allow_abbrev=False)
-    parser.add_argument(
-        "--config", nargs="+", action="extend",
-        help="YAML files, or names of those in toolx_kernels/configs; of two values the later file's counts; the tiny "
-        "model starts from builtin",
-    )  # fmt: skip
-    for action in parser._actions:  # only what was typed
-        if action.dest != "help":
-            action.default = argparse.SUPPRESS
-    flags = vars(parser.parse_args(argv))
-    settings = {}
-    for config in flags.pop("config", ()):
-        settings |= read_config(config)
-    settings |= flags
+    settings: dict[str, Any] = {}
+    for name in flags["config"]:
+        settings |= read_config(name)
+    settings |= {name: value for name, value in flags.items() if name != "config"}
     names = list(ToolExpanderConfig.__dataclass_fields__)
     if unknown := [name for name in settings if name not in names]:
         raise InputError(f"--config: {unknown[0]!r} is not a setting: see toolx train --help.")
-    run = Path(str(settings.get("output_dir") or ToolExpanderConfig().output_dir))
-    if settings.get("resume") and (run / CONFIG).exists():
-        started = RunFolder(run).config()
-        settings = {**{name: started[name] for name in names if name in started}, **settings, "output_dir": str(run)}
+    folder = Path(str(settings.get("output_dir") or ToolExpanderConfig.output_dir))
+    if settings.get("resume") and (folder / CONFIG).exists():
+        started = RunFolder(folder).config()
+        settings = {**{name: started[name] for name in names if name in started}, **settings, "output_dir": str(folder)}
     settings = {"model": "tiny", "dataset": "builtin"} | {
         k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
     }
@@ -97,7 +107,7 @@ def parse_train(argv: list[str]):
     return ToolExpanderConfig(**settings)
 
 
-def read_config(name: str) -> dict:
+def read_config(name: str) -> dict[str, Any]:
     """The settings of a YAML file, or of the recipe of that name in ``toolx_kernels/configs``."""
     import yaml
 

@@ -1,0 +1,76 @@
+"""Settings: every one has help and bounds, and belongs to a section; values are checked against types and bounds."""
+
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+import pytest
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.settings import POSITIVE, Settings, setting, without_none
+from toolx_kernels.train.config import ToolExpanderConfig
+
+KINDS = get_type_hints(ToolExpanderConfig)
+
+
+@pytest.mark.parametrize("field", fields(ToolExpanderConfig), ids=lambda field: field.name)
+def test_every_setting_has_help_and_a_numeric_one_has_bounds_or_says_why_not(field):
+    bounds, unbounded = field.metadata["bounds"], field.metadata["unbounded"]
+    assert field.metadata["help"]
+    numeric = without_none(KINDS[field.name]) in (int, float, list[float])
+    assert (bool(bounds) + bool(unbounded)) == numeric, "either bounds, or a reason to have none"
+    assert not bounds or field.default is None or bounds.allow(field.default)
+
+
+def test_every_setting_belongs_to_one_section():
+    sections = ToolExpanderConfig.__bases__
+    assert all(section.__doc__ and issubclass(section, Settings) for section in sections)
+    named = [field.name for section in reversed(sections) for field in fields(section)]
+    assert named == [field.name for field in fields(ToolExpanderConfig)] and len(set(named)) == len(named)
+
+
+def test_a_section_stands_alone():
+    for section in ToolExpanderConfig.__bases__:
+        assert all(getattr(section(), field.name) == field.default for field in fields(section))
+
+
+@dataclass
+class Small(Settings):
+    steps: int = setting(3, "steps", least=1)
+    decay: float = setting(0.0, "decay", least=0)
+    rate: float | None = setting(None, "rate", bounds=POSITIVE)
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"steps": 0}, "steps=0 must be at least 1."),
+        ({"steps": 1.0}, "steps=1.0 must be a whole number."),
+        ({"steps": True}, "steps=True must be a whole number."),
+        ({"steps": None}, "steps=None must be a whole number."),
+        ({"decay": -1}, "decay=-1.0 must not be negative."),
+        ({"decay": float("nan")}, "decay=nan must not be negative."),
+        ({"rate": "0"}, "rate=0.0 must be positive and finite."),
+        ({"rate": "fast"}, "rate='fast' must be a number."),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(values, sentence):
+    with pytest.raises(InputError) as error:
+        Small(**values)
+    assert str(error.value) == sentence
+
+
+def test_values_become_what_the_fields_are():
+    small = Small(steps=1, decay=2, rate="5e-4")
+    assert (small, type(small.decay)) == (Small(1, 2.0, 5e-4), float) and Small().rate is None
+
+
+def test_the_loss_has_every_setting_that_it_shares_a_name_with():
+    shared = {
+        "loss_type": "dapo", "epsilon": 0.1, "epsilon_high": None, "delta": 1.5, "beta": 0.01, "temperature": 0.9,
+        "importance_sampling_level": "sequence", "importance_sampling_mode": "sequence_mask",
+        "importance_sampling_cap": 3.0, "scale_rewards": "batch", "max_completion_length": 7,
+    }  # fmt: skip
+    assert shared.keys() == {field.name for field in fields(GRPOLossConfig)} & KINDS.keys()
+    assert ToolExpanderConfig(**shared).loss == GRPOLossConfig(**shared)
+    assert ToolExpanderConfig().loss.importance_sampling_mode == GRPOLossConfig().importance_sampling_mode
