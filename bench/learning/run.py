@@ -54,7 +54,7 @@ def train(folder: Path, settings: dict, configs: list[str], threads: int) -> Non
     flags = [f"--{name}={value}" for name, value in settings.items()]
     if (folder / "config.yaml").exists():
         flags.append("--resume")
-    command = [sys.executable, "-m", "toolx_kernels.cli.main", "train", "--output_dir", str(folder), *flags]
+    command = [sys.executable, "-m", "toolx_kernels.cli", "train", "--output_dir", str(folder), *flags]
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     with open(folder.with_suffix(".log"), "a") as log:
