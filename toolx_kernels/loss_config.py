@@ -70,7 +70,7 @@ class GRPOLossConfig:
     compute_all_logprobs: also compute rows whose gradient is known to be zero (equal-reward groups), so that
         ``.logprobs`` and ``.entropy`` hold no NaN on unmasked rows.
     recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
-        fp32 gradient of the whole weight (``ops/tiles.py``).
+        fp32 gradient of the whole weight (``ops/lm_head/tiles.py``).
     workspace_mib: bound of what a sweep holds beside its results; None is 64 on a CPU and 3 % of a GPU's memory, from
         512 to 2048. It is never more than a quarter of fp32 logits. On a GPU it may also take the memory of an fp32
         sum of the weight's gradient, where all rows then fit at once and that sum is not needed.

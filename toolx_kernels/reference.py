@@ -243,7 +243,7 @@ def linear_grpo_loss(
     temperature: Tensor | None = None,  # (N)
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 (frozen)
 ) -> GRPOOutput:
-    """The GRPO loss over packed completions, one completion after the other. See ``ops/linear_grpo.py``."""
+    """The GRPO loss over packed completions, one completion after the other. See ``ops/lm_head/linear_grpo.py``."""
     dtype = compute_dtype(hidden)
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards)

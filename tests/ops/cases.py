@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolx_kernels import reference
-from toolx_kernels.ops.lm_head import linear_grpo, linear_logprob, live_rows, sweep, sweep_torch, tiles
+from toolx_kernels.ops.lm_head import live_rows, sweep, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
@@ -185,37 +185,3 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
     monkeypatch.setattr(tiles, "single_sweep_plan", single)
     monkeypatch.setattr(tiles, "recompute_plan", plan)
     monkeypatch.setattr(tiles, "forward_plan", lambda n, vocab, dim, device, **_: plan(n, vocab, dim, device))
-
-
-@pytest.fixture
-def taken(monkeypatch) -> list[str]:
-    """What linear_grpo_loss did: "single", "recompute", "forward" (no gradients yet) and "deferred" (in backward)."""
-    seen = []
-
-    def spy(module, name, label):
-        original = getattr(module, name)
-
-        def wrapped(*arguments, **named):
-            result = original(*arguments, **named)
-            if (said := label(result, arguments)) is not None:
-                seen.append(said)
-            return result
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    spy(linear_grpo, "single_sweep", lambda result, _: None if result is None else "single")
-    spy(linear_grpo, "_two_sweeps", lambda _, arguments: "recompute" if any(arguments[2]) else "forward")
-    spy(linear_logprob, "recompute_gradients", lambda *_: "deferred")
-    return seen
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that nobody wrote holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all() and torch.zeros(2).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]

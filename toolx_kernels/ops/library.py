@@ -8,8 +8,10 @@ The compiled part may be absent; ``compiled_error`` then says why and the defaul
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import get_type_hints
 
 import torch
+from torch import Tensor
 
 DEVICES = ("CPU", "CUDA")
 COMPILED = {"CPU": "compiled C++", "CUDA": "compiled CUDA"}
@@ -18,6 +20,20 @@ DEFAULT = "plain torch"
 
 library = torch.library.Library("toolx", "DEF")
 _compiled_ops: dict[str, set[str]] = {}  # every op, and the devices that had a kernel before Python gave it one
+
+
+# What a schema calls the types of arguments.
+SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[bool]: "bool[]", float: "float", int: "int", int | None: "int?",
+    str: "str",
+}  # fmt: skip
+
+
+def arguments(kind: type) -> str:
+    """The fields of a NamedTuple as arguments of a schema; a default can only be None."""
+    defaults = kind._field_defaults
+    types = get_type_hints(kind)
+    return ", ".join(f"{SCHEMA_TYPES[types[f]]} {f}{'=None' * (f in defaults)}" for f in kind._fields)
 
 
 def load_compiled() -> str | None:

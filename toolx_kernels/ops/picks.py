@@ -1,4 +1,4 @@
-"""Picking rows of a tensor so that the gradient, too, is added up in a fixed order; embeddings whose gradient is small.
+"""Row gather with a deterministic backward.
 
 On a GPU torch adds the gradients of rows that were picked twice in whichever order its threads arrive. Here a row's
 gradients are added in the order of the picks, on every device.

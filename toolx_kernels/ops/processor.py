@@ -1,4 +1,4 @@
-"""What this processor multiplies bf16 with."""
+"""Products of bf16 on this processor: AMX or not."""
 
 from __future__ import annotations
 

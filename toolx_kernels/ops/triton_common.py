@@ -1,4 +1,4 @@
-"""What Triton kernels of several files share."""
+"""Parts that several Triton kernels share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _capped(z, softcap):
+def capped(z, softcap):
     """softcap * tanh(z / softcap), without libdevice and exact to the last bits of fp32 relative to softcap."""
     e = tl.exp(-2.0 * tl.abs(z / softcap))
     return tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.attention.cases import SCALE, assert_as_good_as_torch, make_case, make_grouped
-from tests.ops.cases import DEVICE, poisoned  # noqa: F401
+from tests.ops.cases import DEVICE
 from toolx_kernels import paged_attention, reference
 from toolx_kernels.ops import library
 from toolx_kernels.ops.attention import paged_torch
@@ -51,7 +51,7 @@ def test_agrees_with_the_definition(name, page_size, window, softcap):
 )
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_low_precision(dtype, name, page_size, window, softcap, poisoned):  # noqa: F811
+def test_in_low_precision(dtype, name, page_size, window, softcap, poisoned):
     assert_as_good_as_torch(make_case(*CASES[name], page_size, dtype=dtype), softcap, window)
 
 
@@ -60,7 +60,7 @@ def test_in_low_precision(dtype, name, page_size, window, softcap, poisoned):  #
     [(4, 2, 1), (4, 4, 8), (4, 1, 20), (6, 2, 33), (9, 3, 64), (14, 2, 64), (50, 1, 80), (4, 4, 128), (4, 1, 256)],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_heads_and_head_dims(dtype, heads, kv_heads, dim, poisoned):  # noqa: F811
+def test_heads_and_head_dims(dtype, heads, kv_heads, dim, poisoned):
     sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
     assert_as_good_as_torch(make_case([70, 3, 40], [1, 3, 17], 16, **sizes))
 
@@ -68,7 +68,7 @@ def test_heads_and_head_dims(dtype, heads, kv_heads, dim, poisoned):  # noqa: F8
 @pytest.mark.parametrize("page_size, window", [(1, 0), (1, 1), (7, 5), (16, 0), (16, 30)])
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shared_prefixes(dtype, name, page_size, window, poisoned):  # noqa: F811
+def test_shared_prefixes(dtype, name, page_size, window, poisoned):
     case = make_grouped(GROUPS[name], page_size, heads=6, dim=20, dtype=dtype)
     shared = assert_as_good_as_torch(case, window=window)
     alone = paged_attention(*case.tensors, SCALE, 0.0, window)

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.attention.cases import make_case
 from tests.ops.attention.test_paged import CASES
-from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton, poisoned  # noqa: F401 (a fixture)
+from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton
 from tests.ops.test_library import assert_same_bits, expected_caches, kv_case
 from tests.without_gpu.launches import Launches
 from toolx_kernels import reference
@@ -97,7 +97,7 @@ def test_agrees_with_the_definition(name, page_size, window, softcap):
 
 
 @OF_SPLITS
-def test_any_number_of_splits(monkeypatch, poisoned, splits, dtype):  # noqa: F811
+def test_any_number_of_splits(monkeypatch, poisoned, splits, dtype):
     """Of 33 and of 70 tokens each split gets some, of 1 token only one does."""
     force_splits(monkeypatch, splits)
     arguments = on_device(make_case([33, 1, 70], [1, 1, 20], 7, dtype=dtype)[0])
@@ -134,7 +134,7 @@ def test_shared_prefixes_change_no_result(name, page_size, window, softcap):
 
 
 @OF_SPLITS
-def test_shared_prefixes_in_splits(monkeypatch, poisoned, splits, dtype):  # noqa: F811
+def test_shared_prefixes_in_splits(monkeypatch, poisoned, splits, dtype):
     force_splits(monkeypatch, splits)
     arguments, groups = make_groups([48, 16], [[(3, 1)] * 3, [(40, 1), (1, 1)]], 8, dtype=dtype)
     out = run(arguments, groups)

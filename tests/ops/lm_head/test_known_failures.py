@@ -21,11 +21,9 @@ from tests.ops.cases import (
     make_case,
     make_head,
     needs_triton,
-    poisoned,  # noqa: F401 (a fixture)
     run_head,
     run_loss,
     sweep_triton,
-    taken,  # noqa: F401 (a fixture)
     use_backend,
     with_leaves,
     without_logprobs,
@@ -34,9 +32,10 @@ from toolx_kernels import reference
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import gradients as module
 from toolx_kernels.ops.lm_head import per_row, sweep_torch, tiles
-from toolx_kernels.ops.lm_head.head import make_head as head_of
+from toolx_kernels.ops.lm_head.head import Head
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
+from toolx_kernels.ops.lm_head.objective import RowVectors
 
 ON_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 ON_PATHS = pytest.mark.parametrize("path", PATHS)
@@ -91,7 +90,7 @@ def test_logits_that_are_all_far_from_zero(level, backend, monkeypatch):
     [(logprob, "torch") for logprob in (-54.0, -56.0, -120.0, -3000.0)]
     + [pytest.param(logprob, "triton", marks=needs_triton) for logprob in (-56.0, -120.0)],
 )
-def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch, taken):  # noqa: F811
+def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch, taken):
     """Around and far beyond where exponentials relative to the target overflow: right, or redone by recomputing."""
     case = without_logprobs(make_case(vocab=101, noise=0.02), OLD) | {"softcap": None}
     for row in (4, 21):
@@ -118,7 +117,7 @@ def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch,
 
 
 @pytest.mark.parametrize("drift", [-100.0, -56.0, 56.0, 100.0])
-def test_old_log_probs_that_are_no_anchor(drift, monkeypatch, taken):  # noqa: F811
+def test_old_log_probs_that_are_no_anchor(drift, monkeypatch, taken):
     """Old log-probs far from the truth in either direction, as after a bad update or with a wrong temperature."""
     case = without_logprobs(make_case(), OLD)
     case[OLD] = case[OLD] + drift
@@ -207,10 +206,8 @@ def launch_every_kernel(n, dim, vocab, first_row=0):
     meta = {"device": "meta"}
     vector = torch.empty(first_row + n, **meta)[first_row:]
     index = torch.empty(first_row + n, dtype=torch.int64, **meta)[first_row:]
-    head = head_of(
-        torch.empty(first_row + n, dim, **meta)[first_row:], torch.empty(vocab, dim, **meta), index, vector,
-        torch.empty(vocab, **meta), 3.0, -1,
-    )._replace(scale=vector)  # fmt: skip
+    hidden, weight = torch.empty(first_row + n, dim, **meta)[first_row:], torch.empty(vocab, dim, **meta)
+    head = Head(hidden, weight, index, vector, torch.empty(vocab, **meta), 3.0)
     plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     out = sweep_triton.workspace(n, vocab, vector, torch.float32)
     sweep_triton.target_logits(head)
@@ -221,8 +218,8 @@ def launch_every_kernel(n, dim, vocab, first_row=0):
     sweep_triton.move_rows(out, index, index)
     sweep_triton.place_targets(head, out, vector)
     sweep_triton.finish_rows(head, head.hidden, vector, vector, head.hidden, index)
-    vectors = per_row.RowVectors(vector, vector, vector, vector, vector)
-    per_row._fused(partials, vector, vector, head, vectors, GRPOLossConfig())
+    vectors = RowVectors(vector, vector, vector, vector, vector)
+    per_row.fused_statistics(partials, vector, vector, head, vectors, GRPOLossConfig())
 
 
 @needs_triton
@@ -294,7 +291,7 @@ def test_workspaces_of_more_than_2_to_the_31_elements(huge):
     """Offsets into N * V are 64 bits wide; the interpreter wraps those of 32 bits as a GPU does."""
     n, dim, vocab, stride = 34, 8, 40, 2**26
     case = make_head(n, dim, vocab, torch.float32)
-    head = head_of(case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE), None, 0.0, -1)
+    head = Head(case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE))
     plan = tiles.SweepSize(n, vocab, torch.float32, torch.float32)
     anchor = torch.zeros(n, device=DEVICE)
     alpha, beta = torch.linspace(1, 2, n, device=DEVICE), torch.linspace(-1, 1, n, device=DEVICE)
@@ -326,8 +323,8 @@ def test_inputs_of_more_than_2_to_the_31_elements(huge):
     hidden.copy_(case["hidden"])
     weight.copy_(case["weight"])
     ones, plan = torch.ones(n, device=DEVICE), tiles.SweepSize(n, vocab, torch.float32, torch.float32)
-    far, near = (head_of(h, w, case["targets"], ones, None, 0.0, -1) for h, w in (
-        (hidden, weight), (case["hidden"], case["weight"])))  # fmt: skip
+    near = Head(case["hidden"], case["weight"], case["targets"], ones)
+    far = near._replace(hidden=hidden, weight=weight)
     for function, more in ((sweep_triton.target_logits, {}), (sweep_triton.online_sums, {"entropy": True})):
         arguments = (ones, plan) if more else ()
         assert str(function(far, *arguments, **more)) == str(function(near, *arguments, **more))
@@ -370,7 +367,7 @@ def test_one_row(path, backend, monkeypatch):
 
 
 @ON_EVERYTHING
-def test_a_batch_that_the_clip_killed(path, backend, monkeypatch, poisoned):  # noqa: F811
+def test_a_batch_that_the_clip_killed(path, backend, monkeypatch, poisoned):
     """No row reaches the gradient GEMMs, so nobody writes what they would have."""
     case = without_logprobs(make_case(), OLD)
     advantages = reference.group_advantages(case["rewards"], group_size=4)

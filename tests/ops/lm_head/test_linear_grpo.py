@@ -27,9 +27,7 @@ from tests.ops.cases import (
     force,
     make_case,
     needs_triton,
-    poisoned,  # noqa: F401 (a fixture)
     run_loss,
-    taken,  # noqa: F401 (a fixture)
     use_backend,
     with_leaves,
     without_logprobs,
@@ -60,7 +58,7 @@ def on(path, config=GRPOLossConfig()):  # noqa: B008 (frozen)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monkeypatch, taken):  # noqa: F811
+def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monkeypatch, taken):
     lengths, dim, vocab = SHAPES[shape]
     rewards = (1.0, 0.0, 0.3, 0.5)
     case = make_case(lengths, rewards, noise=0.05, dim=dim, vocab=vocab, dtype=dtype, extras=extras)
@@ -83,7 +81,7 @@ def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monke
     assert (ours.loss - truth.loss).abs() <= (theirs.loss - truth.loss).abs() + tolerance  # it may be close to zero
 
 
-def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):  # noqa: F811
+def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):
     case = without_logprobs(make_case(noise=0.05, dtype=torch.bfloat16, extras=EXTRAS), "old_logprobs")
     config = GRPOLossConfig(entropy_coef=0.02)
     _, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -140,7 +138,7 @@ def test_gradients_in_bf16_at_a_real_width():
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU multiplies bf16 with fp32 sums")
 @pytest.mark.parametrize("path", PATHS)
-def test_a_cpu_multiplies_bf16_heads_in_fp32(path, monkeypatch, taken):  # noqa: F811
+def test_a_cpu_multiplies_bf16_heads_in_fp32(path, monkeypatch, taken):
     """So results, memory and time do not depend on whether torch's bf16 products go to AMX, and none is rounded."""
     force(monkeypatch, path)
     case = without_logprobs(make_case(dtype=torch.bfloat16, extras=EXTRAS))
@@ -184,7 +182,7 @@ def test_entropies_of_the_rows_that_keep_a_gradient_go_with_them(path, monkeypat
     assert_equal_gradients(ours, truth)
 
 
-def test_an_old_log_prob_above_zero_does_not_cost_the_batch_its_single_sweep(monkeypatch, taken):  # noqa: F811
+def test_an_old_log_prob_above_zero_does_not_cost_the_batch_its_single_sweep(monkeypatch, taken):
     force(monkeypatch, "chunks")
     case = make_case()
     case["old_logprobs"][3] = 100.0
@@ -200,7 +198,7 @@ def test_a_second_derivative_is_refused():
             torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
 
 
-def test_without_gradients_nothing_but_the_statistics_is_computed(monkeypatch, taken):  # noqa: F811
+def test_without_gradients_nothing_but_the_statistics_is_computed(monkeypatch, taken):
     case = make_case(dtype=torch.float64, extras=EXTRAS)
     force(monkeypatch, "chunks")
     monkeypatch.setattr(gradients.Gradients, "multiply", None)
@@ -246,7 +244,7 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("masked", [(), (0, 1, 5, 20), tuple(range(5, 19))], ids=["full", "holes", "two all masked"])
 @pytest.mark.parametrize("settings, kept", OBJECTIVES, ids=[str(settings) for settings, _ in OBJECTIVES])
-def test_objectives_agree_with_the_definition(settings, kept, masked, monkeypatch, taken):  # noqa: F811
+def test_objectives_agree_with_the_definition(settings, kept, masked, monkeypatch, taken):
     case = without_logprobs(make_case(rewards=DEAD_GROUP, dtype=torch.float64, masked=masked), *kept)
     config = GRPOLossConfig(**settings)
     truth, exact = run_loss(reference.linear_grpo_loss, case, config)
@@ -262,7 +260,7 @@ def test_objectives_agree_with_the_definition(settings, kept, masked, monkeypatc
         assert_equal_gradients(grads, exact)
 
 
-def test_a_completion_that_fits_no_chunk_is_swept_twice(monkeypatch, taken):  # noqa: F811
+def test_a_completion_that_fits_no_chunk_is_swept_twice(monkeypatch, taken):
     case = without_logprobs(make_case(dtype=torch.float64), OLD)
     config = GRPOLossConfig(importance_sampling_level="sequence")
     truth, exact = run_loss(reference.linear_grpo_loss, case, config)
@@ -418,7 +416,7 @@ def test_ratios_that_overflow_leave_finite_gradients(settings, gap, monkeypatch)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_memory_that_nobody_wrote_is_not_read(path, monkeypatch, poisoned):  # noqa: F811
+def test_memory_that_nobody_wrote_is_not_read(path, monkeypatch, poisoned):
     case = without_logprobs(make_case(rewards=DEAD_GROUP, masked=(22,), extras=EXTRAS), OLD)
     config = GRPOLossConfig(entropy_coef=0.1)
     truth, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -444,7 +442,7 @@ def peak_of(arguments, config) -> int:
 @pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.1}], ids=["plain", "entropy"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["single sweep", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extra_memory_stays_within_the_workspace(dtype, recompute, settings, monkeypatch, taken):  # noqa: F811
+def test_extra_memory_stays_within_the_workspace(dtype, recompute, settings, monkeypatch, taken):
     """Whatever N is: the gradients and their fp32 sums, the workspace of 4 MiB, and some vectors of N."""
     monkeypatch.setattr(tiles, "CPU_SWEEP_ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_WORKSPACE_BYTES", 4 << 20)
@@ -606,7 +604,7 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
 
 def below_autograd(case: dict, key: str):
     """The loss and its gradients, where the operations are seen that the operator asks for."""
-    return linear_grpo._linear_grpo(
+    return linear_grpo.compute(
         case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, 0.0, -1,
         case["cu_seqlens"], case["rewards"], case.get(OLD), None, None, case["mask"], None, key,
         [True, True, False], case["rewards"],

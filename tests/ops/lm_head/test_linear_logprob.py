@@ -16,7 +16,6 @@ from tests.ops.cases import (
     error,
     force,
     make_head,
-    poisoned,  # noqa: F401 (a fixture)
     run_head,
 )
 from toolx_kernels import reference
@@ -128,7 +127,7 @@ def test_no_rows():
     assert stats.lse.shape == (0,) and (weight.grad == 0).all()
 
 
-def test_memory_that_nobody_wrote_is_not_read(poisoned):  # noqa: F811
+def test_memory_that_nobody_wrote_is_not_read(poisoned):
     case = make_head(33, 24, 213, torch.float32, EXTRAS)
     truth, exact = run_head(reference.linear_logprob, double(case))
     ours, grads = run_head(linear_logprob, case)

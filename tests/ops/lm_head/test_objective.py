@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toolx_kernels import reference
 from toolx_kernels.loss_config import CLIPPED_LOSS_TYPES, LOSS_TYPES, GRPOLossConfig
 from toolx_kernels.ops.lm_head import objective
-from toolx_kernels.ops.lm_head.objective import policy_objective, token_weights
+from toolx_kernels.ops.lm_head.objective import RowVectors, policy_objective, token_weights
 
 LENGTHS = [3, 0, 2, 1]
 N = sum(LENGTHS)
@@ -55,11 +55,8 @@ def make_vectors(old=OLD, ref=REF, sampler=SAMPLER, advantages=(1.1, 0.5, -0.8, 
 
 def fast(vectors, config, dtype=torch.float64):
     v = {name: x if x is None else x.to(dtype) for name, x in vectors.items()}
-    return policy_objective(
-        v["logprobs"], v["entropy"], v["advantages"][OWNER], v["weights"],
-        old_logprobs=v["old"], ref_logprobs=v["ref"], sampler_logprobs=v["sampler"],
-        lengths=torch.tensor(LENGTHS), config=config,
-    )  # fmt: skip
+    given = RowVectors(v["advantages"][OWNER], v["weights"], v["old"], v["ref"], v["sampler"])
+    return policy_objective(v["logprobs"], v["entropy"], given, torch.tensor(LENGTHS), config)
 
 
 def definition(vectors, config):
@@ -202,10 +199,8 @@ sys.modules["triton"] = None
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import objective
 x = torch.tensor([-1.0, -2.0, -3.0])
-out = objective.policy_objective(
-    x, None, torch.ones(3), torch.ones(3), old_logprobs=x - 1, ref_logprobs=None, sampler_logprobs=None,
-    lengths=torch.tensor([3]), config=GRPOLossConfig(epsilon=0.5),
-)
+vectors = objective.RowVectors(torch.ones(3), torch.ones(3), x - 1, None, None)
+out = objective.policy_objective(x, None, vectors, torch.tensor([3]), GRPOLossConfig(epsilon=0.5))
 print(objective.triton, out.losses.tolist(), out.coefficients.abs().tolist())
 """
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -217,10 +212,8 @@ def test_no_rows():
     for loss_type, level in LEVELS:
         for quantile in (1.0, 0.5):
             config = config_of(loss_type, importance_sampling_level=level, top_entropy_quantile=quantile)
-            actual = policy_objective(
-                nothing, nothing, nothing, nothing, old_logprobs=nothing, ref_logprobs=None, sampler_logprobs=nothing,
-                lengths=torch.tensor([0, 0]), config=config,
-            )  # fmt: skip
+            vectors = RowVectors(nothing, nothing, nothing, None, nothing)
+            actual = policy_objective(nothing, nothing, vectors, torch.tensor([0, 0]), config)
             assert len(actual.losses) == len(actual.coefficients) == 0
 
 

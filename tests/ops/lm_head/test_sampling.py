@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton, poisoned  # noqa: F401 (a fixture)
+from tests.ops.cases import DEVICE, TRITON_DTYPES, needs_triton
 from tests.without_gpu.launches import Launches
 from toolx_kernels import linear_logprob, reference
 from toolx_kernels.errors import InputError
@@ -273,7 +273,7 @@ def test_logits_that_are_no_numbers(backend):
             assert run.logprobs.isnan().all()
 
 
-def test_reads_nothing_that_nobody_wrote(backend, poisoned):  # noqa: F811
+def test_reads_nothing_that_nobody_wrote(backend, poisoned):
     hidden, weight, options = make(19, 70, 611, torch.float16, extras=True)
     for filters in ({}, FILTERS[-1]):
         drawn = sample(hidden, weight, streams(19), **options, **filters)

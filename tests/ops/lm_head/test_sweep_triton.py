@@ -15,11 +15,9 @@ from tests.ops.cases import (
     make_case,
     make_head,
     needs_triton,
-    poisoned,  # noqa: F401 (a fixture)
     run_head,
     run_loss,
     sweep_triton,
-    taken,  # noqa: F401 (a fixture)
     use_backend,
     without_logprobs,
 )
@@ -28,7 +26,7 @@ from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import triton_common
 from toolx_kernels.ops.lm_head import objective as losses
 from toolx_kernels.ops.lm_head import per_row, sweep_torch, tiles
-from toolx_kernels.ops.lm_head.head import make_head as head_of
+from toolx_kernels.ops.lm_head.head import HeadInputs
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 
@@ -55,11 +53,11 @@ def make(shape, dtype, extras, start=0):
         return torch.stack([tensor, tensor * torch.nan], 1)[:, 0]
 
     temperature = case.get("temperature", torch.full((shape[0],), 0.7, device=DEVICE))
-    head = head_of(
+    inputs = HeadInputs(
         apart(case["hidden"]), apart(case["weight"]), case["targets"], temperature, case.get("bias"),
         case.get("softcap", 0.0), -1,
     )  # fmt: skip
-    return head._replace(start=start)
+    return inputs.head()._replace(start=start)
 
 
 def nans(*shape, dtype=torch.float32):
@@ -108,7 +106,7 @@ def other_target_logits(head):
 
 @OF_CASE
 @pytest.mark.parametrize("extras, entropy", [((), True), (EXTRAS, True), (EXTRAS, False), (("bias",), True)], ids=str)
-def test_online_sums(shape, dtype, extras, entropy, poisoned):  # noqa: F811
+def test_online_sums(shape, dtype, extras, entropy, poisoned):
     head = make(shape, dtype, extras)
     exact = other_target_logits(head)
     actual = sweep_triton.online_sums(head, exact, PLAN, entropy=entropy)
@@ -119,7 +117,7 @@ def test_online_sums(shape, dtype, extras, entropy, poisoned):  # noqa: F811
 
 @OF_CASE
 @EVERY
-def test_exponentials(shape, dtype, extras, poisoned):  # noqa: F811
+def test_exponentials(shape, dtype, extras, poisoned):
     head = make(shape, dtype, extras, start=1)
     anchor = torch.linspace(-2, 4, shape[0], device=DEVICE)
     memory, actual = guarded(shape[0], shape[2], stored(dtype))
@@ -228,7 +226,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("n, n_tiles", [(1, 1), (16, 64), (37, 65), (50, 3)])
 @pytest.mark.parametrize("settings", CONFIGS, ids=str)
-def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):  # noqa: F811
+def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):
     config = GRPOLossConfig(**settings)
     g = torch.Generator().manual_seed(0)
     partials = torch.rand(n_tiles, n, generator=g).to(DEVICE), -torch.rand(n_tiles, n, generator=g).to(DEVICE)
@@ -237,7 +235,7 @@ def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):  # noqa:
     logprobs = target - anchor - partials[0].sum(0).log()
     given = (logprobs + 0.3 * own, logprobs - 0.2 * own, logprobs + 0.4 * own.flip(0))
     for softcap, kept in ((0.0, given), (9.0, (None, given[1], None)), (0.0, (given[0], given[1], None))):
-        vectors = per_row.RowVectors(advantages, torch.rand(n, generator=g).to(DEVICE), *kept)
+        vectors = losses.RowVectors(advantages, torch.rand(n, generator=g).to(DEVICE), *kept)
         head = make((n, 8, 5), torch.float32, ("temperature",))._replace(softcap=softcap)
         arguments = (partials, anchor, target, head, vectors, config, torch.tensor([n], device=DEVICE))
         found, objective, factors = per_row.statistics_and_objective(*arguments, fused=True)
@@ -255,7 +253,7 @@ def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):  # noqa:
 
 
 @pytest.mark.parametrize("dtype, extras", [(torch.float32, ()), *((dtype, EXTRAS) for dtype in TRITON_DTYPES)], ids=str)
-def test_linear_logprob(dtype, extras, monkeypatch, poisoned):  # noqa: F811
+def test_linear_logprob(dtype, extras, monkeypatch, poisoned):
     case = make_head(33, 24, 213, dtype, extras)
     _, exact = run_head(reference.linear_logprob, double(case))
     force(monkeypatch, "recompute", rows=20, columns=70)
@@ -284,7 +282,7 @@ GRPO = [
     [(*case, ()) for case in GRPO] + [(*GRPO[at], EXTRAS) for at in (2, 5, 6)],
     ids=str,
 )
-def test_linear_grpo_loss(settings, kept, way, extras, monkeypatch, taken, poisoned):  # noqa: F811
+def test_linear_grpo_loss(settings, kept, way, extras, monkeypatch, taken, poisoned):
     case = without_logprobs(make_case(masked=(3, 22), extras=extras), *kept)
     config = GRPOLossConfig(**settings)
     truth, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -296,7 +294,7 @@ def test_linear_grpo_loss(settings, kept, way, extras, monkeypatch, taken, poiso
     assert_equal_gradients(grads, exact, 2e-5)
 
 
-def test_linear_grpo_loss_in_bf16(monkeypatch, poisoned):  # noqa: F811
+def test_linear_grpo_loss_in_bf16(monkeypatch, poisoned):
     """Exponentials kept in 16 bits, reweighed, and rounded once more in the gradients: no worse than torch's sweeps."""
     case = make_case(masked=(3, 22), dtype=torch.bfloat16, extras=EXTRAS, noise=0.05)
     config = GRPOLossConfig(entropy_coef=0.1, beta=0.1)
@@ -311,8 +309,8 @@ def test_linear_grpo_loss_in_bf16(monkeypatch, poisoned):  # noqa: F811
 
 def test_the_objective_is_fused_where_it_can_be(monkeypatch):
     calls = []
-    original = per_row._fused
-    monkeypatch.setattr(per_row, "_fused", lambda *a: calls.append(1) or original(*a))
+    original = per_row.fused_statistics
+    monkeypatch.setattr(per_row, "fused_statistics", lambda *a: calls.append(1) or original(*a))
     force(monkeypatch, "one chunk")
     use_backend(monkeypatch, "triton")
     case = without_logprobs(make_case(), "old_logprobs")

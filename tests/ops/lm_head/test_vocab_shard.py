@@ -20,7 +20,6 @@ from tests.ops.cases import (
     make_head,
     run_head,
     run_loss,
-    taken,  # noqa: F401 (a fixture)
     use_backend,
     without_logprobs,
 )
@@ -92,7 +91,7 @@ def assert_whole(results, expected):
 @pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("path", PATHS)
-def test_linear_grpo_loss(path, cut, extras, monkeypatch, taken):  # noqa: F811
+def test_linear_grpo_loss(path, cut, extras, monkeypatch, taken):
     case = without_logprobs(make_case(dtype=torch.float64, vocab=VOCAB, masked=(3, 22), extras=extras), "old_logprobs")
     force(monkeypatch, path)
     config = GRPOLossConfig(entropy_coef=0.1, recompute=path == "deferred")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops.attention import paged_torch
-from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped
+from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped
 
 EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
 LARGEST_HEAD = 256
@@ -154,7 +154,7 @@ def attention_kernel(
             k = tl.load(key_ptr + slot[None, :] + in_d[:, None], mask=inside[None, :] & (in_d < D)[:, None], other=0.0)
         z = tl.dot(q, k, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
-            z = _capped(z, softcap)
+            z = capped(z, softcap)
         visible = inside[None, :]
         if not PREFIX:
             visible = visible & (j[None, :] <= position[:, None])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
 from toolx_kernels.reference import compute_dtype
 
@@ -24,6 +25,19 @@ def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tenso
         )
     check_devices(hidden.device, temperature=temperature)
     return temperature
+
+
+def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Tensor | None:
+    """(), from a number or a tensor of one; None for none."""
+    if denominator is None:
+        return None
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
+        return denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
+    if not 0 < denominator < float("inf"):
+        raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
+    return torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
 
 
 def check_head(
@@ -61,6 +75,33 @@ def check_head(
         )
 
 
+def check_vectors(
+    hidden: Tensor, cu_seqlens: Tensor, config: GRPOLossConfig, per_completion: dict, per_row: dict
+) -> None:
+    """Raises InputError for vectors of a loss that do not fit, as far as no value must be read."""
+    for name, vector in {"cu_seqlens": cu_seqlens, **per_completion, **per_row}.items():
+        if not isinstance(vector, Tensor | None):
+            raise InputError(f"{name} is a {type(vector).__name__}: pass a tensor on {hidden.device}.")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise InputError(
+            f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
+            "least one completion."
+        )
+    if (per_completion["rewards"] is None) == (per_completion["advantages"] is None):
+        raise InputError("Give either rewards or advantages, one number per completion.")
+    for vectors, size in ((per_completion, len(cu_seqlens) - 1), (per_row, len(hidden))):
+        for name, vector in vectors.items():
+            if vector is not None and vector.shape != (size,):
+                raise InputError(
+                    f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
+                )
+    check_devices(hidden.device, cu_seqlens=cu_seqlens, **per_completion, **per_row)
+    if (mask := per_row["mask"]) is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
+    if config.beta and per_row["ref_logprobs"] is None:
+        raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
+
+
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
@@ -87,6 +128,25 @@ def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Te
         )
     row = int(frozen.nonzero()[0])
     raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive and finite.")
+
+
+def check_advantages(advantages: Tensor) -> None:
+    """Raises InputError for an advantage that is not finite."""
+    if not advantages.isfinite().all():
+        at = int((~advantages.isfinite()).nonzero()[0])
+        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
+
+
+def check_bounds(bounds: list[int], n_rows: int) -> None:
+    """Raises InputError unless the bounds of completions rise from 0 to n_rows."""
+    falling = next((b for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)) if high < low), None)
+    if falling is not None:
+        raise InputError(
+            f"cu_seqlens falls from {bounds[falling]} to {bounds[falling + 1]} at {falling + 1}: "
+            f"it must rise from 0 to N = {n_rows}."
+        )
+    if bounds[0] != 0 or bounds[-1] != n_rows:
+        raise InputError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: it must rise from 0 to N = {n_rows}.")
 
 
 def check_first_derivative(upstream: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolx_kernels.ops.lm_head.head import Head
+from toolx_kernels.ops.lm_head.head import Head, HeadGradients, Trained
 from toolx_kernels.ops.lm_head.vocab_shard import reducer
 
 
@@ -18,20 +18,19 @@ class Gradients:
     """
 
     def __init__(
-        self, head: Head, needs: list[bool], gemm_dtype: torch.dtype, *, whole_weight: bool, one_gemm: bool = False
+        self, head: Head, needs: Trained, gemm_dtype: torch.dtype, *, whole_weight: bool, one_gemm: bool = False
     ):
         self.head, self.gemm_dtype = head, gemm_dtype
-        need_hidden, need_weight, need_bias = needs
 
-        def result(needed: bool, like: Tensor | None) -> Tensor | None:
-            if not needed:
+        def empty(needed: bool, like: Tensor | None) -> Tensor | None:
+            if not needed or like is None:
                 return None
             rounded = not whole_weight or (one_gemm and like.dtype == gemm_dtype)
             return torch.empty(like.shape, dtype=like.dtype if rounded else head.dtype, device=like.device)
 
         hidden = head.hidden
-        self.hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if need_hidden else None
-        self.whole = [result(need_weight, head.weight), result(need_bias, head.bias)]
+        self.hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs.hidden else None
+        self.whole = [empty(needs.weight, head.weight), empty(needs.bias, head.bias)]
         self.open = self.whole
         self.begun = False  # the first GEMM into the open rows overwrites them, which spares setting them to zero
 
@@ -60,7 +59,6 @@ class Gradients:
 
         dz: (n, columns), the gradient of the logits up to the rows' ``factor`` (n).
         """
-
         weight, bias = self.open
         sides = []
         if weight is not None:
@@ -85,16 +83,10 @@ class Gradients:
         else:  # never on a CPU, which has no product from bf16 to fp32
             torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
 
-    def results(self, spread: tuple[Tensor, int] | None, shard: int) -> tuple[Tensor, ...]:
-        """(hidden, weight, bias) in the dtypes of what they are gradients of."""
+    def results(self) -> HeadGradients:
         if self.open is self.whole:
             self._settle()
-        head, hidden = self.head, self.hidden
-        if hidden is not None:
-            hidden = reducer(shard)(hidden, "sum").to(head.hidden.dtype)
-            if spread is not None:
-                rows, n_rows = spread
-                hidden = hidden.new_zeros(n_rows, hidden.shape[1]).index_copy_(0, rows, hidden)
-        weight, bias = self.whole
+        head, (weight, bias) = self.head, self.whole
+        hidden = None if self.hidden is None else reducer(head.shard)(self.hidden, "sum")
         pairs = ((hidden, head.hidden), (weight, head.weight), (bias, head.bias))
-        return tuple(head.hidden.new_empty(0) if total is None else total.to(like.dtype) for total, like in pairs)
+        return HeadGradients(*(None if total is None else total.to(like.dtype) for total, like in pairs))

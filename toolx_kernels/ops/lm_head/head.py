@@ -1,13 +1,13 @@
-"""The LM head as the loss sees it: which logits there are, and what is alive at a time while they are swept.
+"""The LM head: as operators take it, as sweeps see it, and the gradients of it that are trained.
 
     z = softcap(h W^T + bias) / T
 
-Everything that reads or checks the head's inputs is here; the sweeps themselves are in ``sweep_torch`` and
-``sweep_triton``.
+The sweeps themselves are in ``sweep_torch`` and ``sweep_triton``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NamedTuple
 
@@ -23,6 +23,80 @@ def pick(tensor: Tensor | None, index: slice | Tensor) -> Tensor | None:
     return None if tensor is None else tensor[index]
 
 
+class Trained(NamedTuple):
+    """Which inputs of the head need a gradient."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of the head's inputs, in their dtypes; None where none is needed."""
+
+    hidden: Tensor | None = None  # (N, D)
+    weight: Tensor | None = None  # (V, D)
+    bias: Tensor | None = None  # (V)
+
+    def spread(self, rows: Tensor, n_rows: int) -> HeadGradients:
+        """With the gradient of hidden at ``rows`` of ``n_rows``, zero elsewhere."""
+        if self.hidden is None or len(rows) == n_rows:
+            return self
+        hidden = self.hidden.new_zeros(n_rows, self.hidden.shape[1])
+        return self._replace(hidden=hidden.index_copy_(0, rows, self.hidden))
+
+
+class HeadInputs(NamedTuple):
+    """The first arguments of every operator over the head, in the operators' order."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N) int64
+    temperature: Tensor  # (N)
+    bias: Tensor | None  # (V)
+    softcap: float  # 0 for none
+    shard: int  # key of the VocabShard, -1 where weight holds the whole vocabulary
+
+    @classmethod
+    def split(cls, arguments: Sequence) -> tuple[HeadInputs, Sequence]:
+        """The head, and an operator's other arguments."""
+        n = len(cls._fields)
+        return cls(*arguments[:n]), arguments[n:]
+
+    @property
+    def trainable(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    def head(self) -> Head:
+        scale = self.temperature.to(compute_dtype(self.hidden)).reciprocal()
+        bias = None if self.bias is None else self.bias.contiguous()
+        targets = self.targets.contiguous()
+        return Head(self.hidden, self.weight, targets, scale, bias, self.softcap, start_of(self.shard), self.shard)
+
+
+# Where the trainable ones are among the inputs.
+TRAINABLE = [HeadInputs._fields.index(name) for name in Trained._fields]
+
+
+def results_of(grads: HeadGradients, inputs: HeadInputs) -> tuple[Tensor, ...]:
+    """As an operator returns them: an empty tensor in place of None."""
+    return tuple(inputs.hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def fake_results(inputs: HeadInputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """``results_of`` gradients, without their values."""
+    pairs = zip(inputs.trainable, needs, strict=True)
+    return tuple(like.new_empty(like.shape) if need else inputs.hidden.new_empty(0) for like, need in pairs)
+
+
+def for_autograd(results: Sequence[Tensor], needs: Sequence[bool], n_inputs: int) -> list[Tensor | None]:
+    """A gradient, or None, for each of an operator's inputs."""
+    grads: list[Tensor | None] = [None] * n_inputs
+    for at, grad, need in zip(TRAINABLE, results, needs, strict=True):
+        grads[at] = grad if need else None
+    return grads
+
+
 class Head(NamedTuple):
     """The arguments of a sweep. All per-row tensors have the N rows of ``hidden``."""
 
@@ -33,6 +107,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V)
     softcap: float = 0.0
     start: int = 0  # token id of the first row of weight
+    shard: int = -1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,11 +123,8 @@ class Head(NamedTuple):
         return self._replace(hidden=self.hidden[index], targets=self.targets[index], scale=self.scale[index])
 
     def columns(self, index: slice) -> Head:
-        return self._replace(
-            weight=self.weight[index],
-            bias=pick(self.bias, index),
-            start=self.start + index.start,
-        )
+        start = self.start + index.start
+        return self._replace(weight=self.weight[index], bias=pick(self.bias, index), start=start)
 
     def targets_inside(self) -> tuple[Tensor, Tensor]:
         """(N) bool: the target is one of these rows of weight; (N) int64: its row, clamped to them."""
@@ -60,30 +132,15 @@ class Head(NamedTuple):
         return (local >= 0) & (local < len(self.weight)), local.clamp(0, len(self.weight) - 1)
 
 
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    shard: int,
-) -> Head:
-    """From the arguments of the operators, in their order."""
-    scale = temperature.to(compute_dtype(hidden)).reciprocal()
-    bias = None if bias is None else bias.contiguous()
-    return Head(hidden, weight, targets.contiguous(), scale, bias, softcap, start_of(shard))
-
-
 def blocks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def as_given(function):
+def as_given(function: Callable) -> Callable:
     """Runs in the tensors' own precision (autocast would make some reductions bf16) and on their own device."""
 
     @wraps(function)
-    def wrapped(hidden, *arguments):
+    def wrapped(hidden: Tensor, *arguments):
         with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
             return function(hidden, *arguments)
 

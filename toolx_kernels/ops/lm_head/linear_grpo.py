@@ -14,7 +14,7 @@ never exist beyond the chunk. With E = exp(z - anchor), s its sum, p_y the targe
 Rows that cannot have a gradient never enter the sweep: masked tokens, and completions whose group has equal rewards
 while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the GEMMs; on a
 GPU, which must be waited for to find them, only if the first chunk has enough. Where a sweep is not possible or not
-worth it (``tiles.single_sweep_plan``), and when an anchor turns out to be so far off that exponentials over- or
+worth it (``sweeps_once``), and when an anchor turns out to be so far off that exponentials over- or
 underflow, the vocabulary is swept twice instead.
 """
 
@@ -26,25 +26,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import library
 from toolx_kernels.ops.advantages import check_rewards, group_advantages
 from toolx_kernels.ops.lm_head import live_rows
 from toolx_kernels.ops.lm_head.checks import (
-    check_devices,
+    check_advantages,
+    check_bounds,
     check_first_derivative,
     check_head,
     check_values,
+    check_vectors,
+    given_denominator,
     row_temperatures,
 )
-from toolx_kernels.ops.lm_head.head import as_given, make_head, pick
-from toolx_kernels.ops.lm_head.linear_logprob import HEAD_SCHEMA, fake_gradients
-from toolx_kernels.ops.lm_head.objective import Objective
-from toolx_kernels.ops.lm_head.per_row import Batch, PerRow, RowVectors
+from toolx_kernels.ops.lm_head.head import (
+    HeadGradients,
+    HeadInputs,
+    Trained,
+    as_given,
+    fake_results,
+    for_autograd,
+    pick,
+    results_of,
+)
+from toolx_kernels.ops.lm_head.linear_logprob import HEAD_SCHEMA, BackwardInputs
+from toolx_kernels.ops.lm_head.live_rows import Batch
+from toolx_kernels.ops.lm_head.objective import RowVectors
+from toolx_kernels.ops.lm_head.per_row import PerRow
 from toolx_kernels.ops.lm_head.scaling import scaled
-from toolx_kernels.ops.lm_head.single_sweep import single_sweep
-from toolx_kernels.ops.lm_head.two_sweeps import _two_sweeps
+from toolx_kernels.ops.lm_head.single_sweep import single_sweep, sweeps_once
+from toolx_kernels.ops.lm_head.two_sweeps import two_sweeps
 from toolx_kernels.ops.lm_head.vocab_shard import VocabShard, vocab_size_of
 from toolx_kernels.reference import GRPOOutput, compute_dtype
 
@@ -103,7 +115,7 @@ def linear_grpo_loss(
             for the check of values and the number of rows together.
     """
     check_head(hidden, weight, targets, bias, softcap, shard)
-    _check_vectors(
+    check_vectors(
         hidden, cu_seqlens, config,
         per_completion={"rewards": rewards, "advantages": advantages},
         per_row={
@@ -115,55 +127,18 @@ def linear_grpo_loss(
         advantages = group_advantages(
             rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards, check_finite=False
         )
-    if denominator is not None:
-        if isinstance(denominator, Tensor):
-            if denominator.numel() != 1:
-                raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
-            denominator = denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
-        elif not 0 < denominator < float("inf"):
-            raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
-        else:
-            denominator = torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
-    differentiable = (hidden, weight, bias)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
-    loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(
-        hidden, weight, targets,
-        row_temperatures(config.temperature if temperature is None else temperature, hidden, targets),
-        bias, softcap or 0.0, -1 if shard is None else shard.key, cu_seqlens, advantages,
-        old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config.key, needs,
-        None if rewards is None else rewards.detach(),
-    )  # fmt: skip
+    denominator = given_denominator(denominator, hidden)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    temperature = row_temperatures(config.temperature if temperature is None else temperature, hidden, targets)
+    head = HeadInputs(hidden, weight, targets, temperature, bias, softcap or 0.0, -1 if shard is None else shard.key)
+    logprobs = old_logprobs, ref_logprobs, sampler_logprobs
+    rewards = None if rewards is None else rewards.detach()
+    given = LossInputs(cu_seqlens, advantages, *logprobs, mask, denominator, config.key, needs, rewards)
+    loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(*head, *given)
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if ref_logprobs is None:
         del named["kl"]
     return GRPOOutput(loss, logprobs, entropy, named)
-
-
-def _check_vectors(
-    hidden: Tensor, cu_seqlens: Tensor, config: GRPOLossConfig, per_completion: dict, per_row: dict
-) -> None:
-    """What can be seen without reading a value."""
-    for name, vector in {"cu_seqlens": cu_seqlens, **per_completion, **per_row}.items():
-        if not isinstance(vector, Tensor | None):
-            raise InputError(f"{name} is a {type(vector).__name__}: pass a tensor on {hidden.device}.")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise InputError(
-            f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
-            "least one completion."
-        )
-    if (per_completion["rewards"] is None) == (per_completion["advantages"] is None):
-        raise InputError("Give either rewards or advantages, one number per completion.")
-    for vectors, size in ((per_completion, len(cu_seqlens) - 1), (per_row, len(hidden))):
-        for name, vector in vectors.items():
-            if vector is not None and vector.shape != (size,):
-                raise InputError(
-                    f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
-                )
-    check_devices(hidden.device, cu_seqlens=cu_seqlens, **per_completion, **per_row)
-    if (mask := per_row["mask"]) is not None and mask.dtype != torch.bool:
-        raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
-    if config.beta and per_row["ref_logprobs"] is None:
-        raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
 
 
 class OnHost(NamedTuple):
@@ -180,89 +155,103 @@ class OnHost(NamedTuple):
         return cls(any(wrong), cu_seqlens, [0, *accumulate(computed[:-1])])
 
 
+class LossInputs(NamedTuple):
+    """What the operator takes besides the head."""
+
+    cu_seqlens: Tensor  # (B + 1)
+    advantages: Tensor  # (B)
+    old_logprobs: Tensor | None  # (N)
+    ref_logprobs: Tensor | None  # (N)
+    sampler_logprobs: Tensor | None  # (N)
+    mask: Tensor | None  # (N) bool
+    denominator: Tensor | None  # ()
+    config_key: str
+    needs: list[bool]
+    rewards: Tensor | None = None  # (B) only to be checked
+
+
+class LossResults(NamedTuple):
+    """What the operator returns; those from ``lse`` to ``entropy_coefficients`` are empty unless the gradients are
+    formed in the backward pass, and a gradient is empty where none was asked for."""
+
+    loss: Tensor  # ()
+    logprobs: Tensor  # (N)
+    entropy: Tensor  # (N)
+    stats: Tensor  # in the order of STATS
+    lse: Tensor  # (N)
+    coefficients: Tensor  # (N) d loss / d logprob
+    entropy_coefficients: Tensor  # (N) d loss / d entropy
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
 @as_given
-def _linear_grpo(
-    hidden, weight, targets, temperature, bias, softcap, shard,
-    cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
-    rewards=None,
-):  # fmt: skip
-    config = GRPOLossConfig.from_key(config_key)
-    n_rows, dtype = len(targets), compute_dtype(hidden)
-    vocab_size = vocab_size_of(weight, shard)
-    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
-    live = live_rows.finder(hidden.device, dtype)(
-        live_rows.Call(targets, temperature, vocab_size, cu_seqlens, advantages, rewards, mask, denominator),
-        config, dtype,
-    )  # fmt: skip
-    seen = OnHost.read(live.facts)
-    rows = live.rows[: seen.computed_before[-1]]
-    if seen.wrong and rewards is not None:
-        check_rewards(rewards)
-    _check_bounds(seen.cu_seqlens, n_rows)
-    if seen.wrong:
-        _check_advantages(advantages)
-        computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
-        check_values(targets, temperature, vocab_size, computed)
-    others = [x if x is None else x.to(dtype).contiguous() for x in (old_logprobs, ref_logprobs, sampler_logprobs)]
-    if len(rows) < n_rows:
-        head, others = head.rows(rows), [pick(x, rows) for x in others]
-    batch = Batch(
-        head,
-        RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *others),
-        live.facts[1, :-1],
-        seen.computed_before,
-        rows,
-    )
-    deferred = gradients_in_backward(hidden, weight, config)
+def compute(*arguments) -> LossResults:
+    """The operator, below autograd."""
+    inputs, others = HeadInputs.split(arguments)
+    given = LossInputs(*others)
+    config = GRPOLossConfig.from_key(given.config_key)
+    deferred = any(given.needs) and gradients_in_backward(inputs, config)
+    batch = _batch(inputs, given, config)
+    n_rows, rows = batch.n_rows, batch.rows
 
     def spread(values: Tensor, fill: float) -> Tensor:
         if len(rows) == n_rows:
             return values.clone()
         return values.new_full((n_rows,), fill).index_copy_(0, rows, values)
 
-    def finish(per_row: PerRow, objective: Objective, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        kept = [hidden.new_empty(0) for _ in range(3)]
-        if deferred and any(needs):
-            e = objective.entropy_coefficients
-            kept = [
-                spread(per_row.lse, 0.0), spread(objective.coefficients, 0.0),
-                hidden.new_zeros(n_rows, dtype=dtype) if e is None else spread(e, 0.0),
-            ]  # fmt: skip
-        return (
-            objective.losses.sum(), spread(per_row.logprobs, torch.nan), spread(per_row.entropy, torch.nan),
-            _stats(per_row, objective, ref_logprobs is not None), *kept, *grads,
-        )  # fmt: skip
+    def finish(per_row: PerRow, grads: HeadGradients) -> LossResults:
+        objective = per_row.objective
+        kept = [inputs.hidden.new_empty(0) for _ in range(3)]
+        if deferred:
+            c, e = objective.coefficients, objective.entropy_coefficients
+            kept = [spread(x, 0.0) for x in (per_row.lse, c, torch.zeros_like(c) if e is None else e)]
+        logprobs, entropy = (spread(x, torch.nan) for x in (per_row.logprobs, per_row.entropy))
+        stats = _stats(per_row, given.ref_logprobs is not None)
+        return LossResults(objective.losses.sum(), logprobs, entropy, stats, *kept, *results_of(grads, inputs))
 
-    results = None if deferred else single_sweep(batch, config, needs, n_rows, shard, finish)
+    size = sweeps_once(batch, config)
+    results = None if size is None else single_sweep(batch, config, size, finish)
     if results is None:
-        results = finish(*_two_sweeps(batch, config, [False] * 3 if deferred else needs, n_rows, shard))
+        results = finish(*two_sweeps(batch, config))
     return results
 
 
-def gradients_in_backward(hidden: Tensor, weight: Tensor, config: GRPOLossConfig) -> bool:
+def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Batch:
+    """The rows that are computed. Raises InputError for a value that cannot be; a GPU is waited for once."""
+    targets, n_rows, dtype = inputs.targets, len(inputs.targets), compute_dtype(inputs.hidden)
+    vocab_size = vocab_size_of(inputs.weight, inputs.shard)
+    vectors = given.cu_seqlens, given.advantages, given.rewards, given.mask, given.denominator
+    call = live_rows.Call(targets, inputs.temperature, vocab_size, *vectors)
+    live = live_rows.finder(inputs.hidden.device, dtype)(call, config, dtype)
+    head = inputs.head()
+    seen = OnHost.read(live.facts)
+    rows = live.rows[: seen.computed_before[-1]]
+    if seen.wrong and given.rewards is not None:
+        check_rewards(given.rewards)
+    check_bounds(seen.cu_seqlens, n_rows)
+    if seen.wrong:
+        check_advantages(given.advantages)
+        computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
+        check_values(targets, inputs.temperature, vocab_size, computed)
+    logprobs = (given.old_logprobs, given.ref_logprobs, given.sampler_logprobs)
+    logprobs = [x if x is None else x.to(dtype).contiguous() for x in logprobs]
+    if len(rows) < n_rows:
+        head, logprobs = head.rows(rows), [pick(x, rows) for x in logprobs]
+    vectors = RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *logprobs)
+    needs = Trained() if gradients_in_backward(inputs, config) else Trained(*given.needs)
+    return Batch(head, vectors, live.facts[1, :-1], seen.computed_before, rows, n_rows, needs)
+
+
+def gradients_in_backward(inputs: HeadInputs, config: GRPOLossConfig) -> bool:
     """Small fp16 gradients vanish before the loss scale is applied, so they wait for it."""
-    return config.recompute or torch.float16 in (hidden.dtype, weight.dtype)
+    return config.recompute or torch.float16 in (inputs.hidden.dtype, inputs.weight.dtype)
 
 
-def _check_advantages(advantages: Tensor) -> None:
-    if not advantages.isfinite().all():
-        at = int((~advantages.isfinite()).nonzero()[0])
-        raise InputError(f"advantages[{at}] = {float(advantages[at])} is not finite.")
-
-
-def _check_bounds(bounds: list[int], n_rows: int) -> None:
-    falling = next((b for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)) if high < low), None)
-    if falling is not None:
-        raise InputError(
-            f"cu_seqlens falls from {bounds[falling]} to {bounds[falling + 1]} at {falling + 1}: "
-            f"it must rise from 0 to N = {n_rows}."
-        )
-    if bounds[0] != 0 or bounds[-1] != n_rows:
-        raise InputError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: it must rise from 0 to N = {n_rows}.")
-
-
-def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
+def _stats(per_row: PerRow, with_kl: bool) -> Tensor:
     """(7) in the order of STATS; means over the rows whose log-ratios are finite."""
+    objective = per_row.objective
     finite = objective.finite != 0
     logged = [per_row.entropy, objective.ratio, objective.clip_low, objective.clip_high]
     logged += [objective.kl if with_kl else torch.zeros_like(per_row.logprobs)]
@@ -272,58 +261,56 @@ def _stats(per_row: PerRow, objective: Objective, with_kl: bool) -> Tensor:
     return torch.cat([torch.stack([live, live - count]), means])
 
 
-def _fake(
-    hidden, weight, targets, temperature, bias, softcap, shard,
-    cu_seqlens, advantages, old_logprobs, ref_logprobs, sampler_logprobs, mask, denominator, config_key, needs,
-    rewards=None,
-):  # fmt: skip
-    dtype = compute_dtype(hidden)
-    deferred = gradients_in_backward(hidden, weight, GRPOLossConfig.from_key(config_key))
-    n_rows = targets.shape[0]
+def _fake(*arguments) -> LossResults:
+    inputs, others = HeadInputs.split(arguments)
+    given = LossInputs(*others)
+    deferred = gradients_in_backward(inputs, GRPOLossConfig.from_key(given.config_key))
+    n_rows, dtype = inputs.targets.shape[0], compute_dtype(inputs.hidden)
 
     def vector(size) -> Tensor:
-        return hidden.new_empty(size, dtype=dtype)
+        return inputs.hidden.new_empty(size, dtype=dtype)
 
-    kept = [vector(n_rows) if deferred and any(needs) else hidden.new_empty(0) for _ in range(3)]
-    grads = fake_gradients(hidden, weight, bias, [False] * 3 if deferred else needs)
-    return vector(()), vector(n_rows), vector(n_rows), vector(len(STATS)), *kept, *grads
+    kept = [vector(n_rows) if deferred and any(given.needs) else inputs.hidden.new_empty(0) for _ in range(3)]
+    grads = fake_results(inputs, Trained() if deferred else given.needs)
+    return LossResults(vector(()), vector(n_rows), vector(n_rows), vector(len(STATS)), *kept, *grads)
 
 
-def _save(ctx, inputs, output):
-    tensors, (ctx.softcap, ctx.shard) = inputs[:5], inputs[5:7]
-    config, ctx.needs = GRPOLossConfig.from_key(inputs[14]), inputs[15]
-    ctx.deferred, ctx.workspace_mib = gradients_in_backward(tensors[0], tensors[1], config), config.workspace_mib
+def _save(ctx, inputs, output) -> None:
+    head, others = HeadInputs.split(inputs)
+    given, results = LossInputs(*others), LossResults(*output)
+    config, ctx.needs = GRPOLossConfig.from_key(given.config_key), given.needs
+    ctx.deferred, ctx.workspace_mib = gradients_in_backward(head, config), config.workspace_mib
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if ctx.deferred:
-        ctx.save_for_backward(*tensors, *output[1:3], *output[4:7])
+        *tensors, ctx.softcap, ctx.shard = head
+        ctx.save_for_backward(
+            *tensors, results.logprobs, results.lse, results.entropy, results.coefficients, results.entropy_coefficients
+        )
     else:
-        ctx.save_for_backward(*output[7:])
+        ctx.save_for_backward(results.grad_hidden, results.grad_weight, results.grad_bias)
 
 
 def _differentiate(ctx, grad_loss, *_):
+    n_inputs = len(ctx.needs_input_grad)
     if grad_loss is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * n_inputs
     check_first_derivative(grad_loss)
     if ctx.deferred:
-        *tensors, logprobs, entropy, lse, c, e = ctx.saved_tensors
-        grads = torch.ops.toolx.linear_logprob_backward(
-            *tensors, ctx.softcap, ctx.shard, logprobs, lse, entropy, c * grad_loss,
-            torch.zeros_like(c), e * grad_loss, ctx.needs, ctx.workspace_mib,
-        )  # fmt: skip
+        *tensors, logprobs, lse, entropy, c, e = ctx.saved_tensors
+        upstream = c * grad_loss, torch.zeros_like(c), e * grad_loss
+        given = BackwardInputs(logprobs, lse, entropy, *upstream, ctx.needs, ctx.workspace_mib)
+        grads = torch.ops.toolx.linear_logprob_backward(*tensors, ctx.softcap, ctx.shard, *given)
     else:
         grads = scaled(ctx.saved_tensors, grad_loss)
-    hidden, weight, bias = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return hidden, weight, None, None, bias, *(None,) * (len(ctx.needs_input_grad) - 5)
+    return tuple(for_autograd(grads, ctx.needs, n_inputs))
 
 
 library.define(
-    f"linear_grpo({HEAD_SCHEMA}, Tensor cu_seqlens, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? sampler_logprobs, Tensor? mask, Tensor? denominator, str config_key, bool[] needs, "
-    "Tensor? rewards=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    default=_linear_grpo,
+    f"linear_grpo({HEAD_SCHEMA}, {library.arguments(LossInputs)}) -> "
+    f"({', '.join(['Tensor'] * len(LossResults._fields))})",
+    default=compute,
     fake=_fake,
-    triton=_linear_grpo,
+    triton=compute,
 )
 torch.library.register_autograd("toolx::linear_grpo", _differentiate, setup_context=_save, lib=library.library)

@@ -10,12 +10,23 @@ Rows whose upstream gradients are zero are left out of the backward pass.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head.checks import check_first_derivative, check_head, check_values, row_temperatures
-from toolx_kernels.ops.lm_head.head import as_given, make_head
+from toolx_kernels.ops.lm_head.head import (
+    TRAINABLE,
+    HeadInputs,
+    Trained,
+    as_given,
+    fake_results,
+    for_autograd,
+    pick,
+    results_of,
+)
 from toolx_kernels.ops.lm_head.two_sweeps import recompute_gradients, statistics
 from toolx_kernels.ops.lm_head.vocab_shard import VocabShard, vocab_size_of
 from toolx_kernels.reference import TokenStats, compute_dtype
@@ -51,79 +62,78 @@ def linear_logprob(
             positive. On a GPU the check of values waits for the device.
     """
     check_head(hidden, weight, targets, bias, softcap, shard)
-    logprobs, lse, entropies = torch.ops.toolx.linear_logprob(
-        hidden, weight, targets, row_temperatures(temperature, hidden, targets), bias, softcap or 0.0,
-        -1 if shard is None else shard.key, entropy,
-    )  # fmt: skip
+    temperature = row_temperatures(temperature, hidden, targets)
+    inputs = HeadInputs(hidden, weight, targets, temperature, bias, softcap or 0.0, -1 if shard is None else shard.key)
+    logprobs, lse, entropies = torch.ops.toolx.linear_logprob(*inputs, entropy)
     return TokenStats(logprobs, lse, entropies if entropy else None)
 
 
-@as_given
-def _forward(hidden, weight, targets, temperature, bias, softcap, shard, entropy):
-    check_values(targets, temperature, vocab_size_of(weight, shard))
-    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
-    return statistics(head, entropy=entropy, shard=shard)
+class BackwardInputs(NamedTuple):
+    """The other arguments of ``linear_logprob_backward``: results of the forward pass and their gradients, all (N)."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor  # empty where its gradient is zero
+    grad_logprobs: Tensor
+    grad_lse: Tensor
+    grad_entropy: Tensor
+    needs: list[bool]
+    workspace_mib: int | None = None
 
 
 @as_given
-def _backward(
-    hidden, weight, targets, temperature, bias, softcap, shard,
-    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
-):  # fmt: skip
-    head = make_head(hidden, weight, targets, temperature, bias, softcap, shard)
-    live = (grad_logprobs != 0) | (grad_lse != 0)
-    if entropy.numel():
-        live |= grad_entropy != 0
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (entropy,) = HeadInputs.split(arguments)
+    check_values(inputs.targets, inputs.temperature, vocab_size_of(inputs.weight, inputs.shard))
+    logprobs, lse, entropies = statistics(inputs.head(), entropy=entropy)
+    return logprobs, lse, lse.new_empty(0) if entropies is None else entropies
+
+
+@as_given
+def _backward(*arguments) -> tuple[Tensor, ...]:
+    inputs, others = HeadInputs.split(arguments)
+    given = BackwardInputs(*others)
+    head, n_rows, with_entropy = inputs.head(), len(inputs.targets), given.entropy.numel() > 0
+    stats = TokenStats(given.logprobs, given.lse, given.entropy if with_entropy else None)
+    upstream = TokenStats(given.grad_logprobs, given.grad_lse, given.grad_entropy if with_entropy else None)
+    live = (upstream.logprobs != 0) | (upstream.lse != 0)
+    if with_entropy:
+        live |= upstream.entropy != 0
     rows = live.nonzero().squeeze(1)
-    spread = None
-    if len(rows) < len(targets):
-        head, spread = head.rows(rows), (rows, len(targets))
-        logprobs, lse, grad_logprobs, grad_lse = (x[rows] for x in (logprobs, lse, grad_logprobs, grad_lse))
-        if entropy.numel():
-            entropy, grad_entropy = entropy[rows], grad_entropy[rows]
-    return recompute_gradients(
-        head, logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, shard,
-        workspace_mib, spread,
-    )  # fmt: skip
+    if len(rows) < n_rows:
+        head = head.rows(rows)
+        stats, upstream = (TokenStats(*(pick(x, rows) for x in of)) for of in (stats, upstream))
+    grads = recompute_gradients(head, stats, upstream, Trained(*given.needs), given.workspace_mib)
+    return results_of(grads.spread(rows, n_rows), inputs)
 
 
-def _fake_forward(hidden, weight, targets, temperature, bias, softcap, shard, entropy):
-    stats = [hidden.new_empty(targets.shape, dtype=compute_dtype(hidden)) for _ in range(3)]
+def _fake_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (entropy,) = HeadInputs.split(arguments)
+    dtype = compute_dtype(inputs.hidden)
+    stats = [inputs.hidden.new_empty(inputs.targets.shape, dtype=dtype) for _ in range(3)]
     return stats[0], stats[1], stats[2] if entropy else stats[2].new_empty(0)
 
 
-def fake_gradients(hidden, weight, bias, needs):
-    return tuple(
-        like.new_empty(like.shape) if need else hidden.new_empty(0)
-        for like, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+def _fake_backward(*arguments) -> tuple[Tensor, ...]:
+    inputs, others = HeadInputs.split(arguments)
+    return fake_results(inputs, BackwardInputs(*others).needs)
 
 
-def _fake_backward(
-    hidden, weight, targets, temperature, bias, softcap, shard,
-    logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs, workspace_mib=None,
-):  # fmt: skip
-    return fake_gradients(hidden, weight, bias, needs)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.shard, _ = inputs
+def _save(ctx, inputs, output) -> None:
+    (*tensors, ctx.softcap, ctx.shard), _ = HeadInputs.split(inputs)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx, grad_logprobs, grad_lse, grad_entropy):
     check_first_derivative(grad_logprobs)
     *tensors, logprobs, lse, entropy = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    grads = torch.ops.toolx.linear_logprob_backward(
-        *tensors, ctx.softcap, ctx.shard, logprobs, lse, entropy, grad_logprobs, grad_lse,
-        grad_entropy, needs,
-    )  # fmt: skip
-    hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return hidden, weight, None, None, bias, None, None, None
+    needs = [ctx.needs_input_grad[at] for at in TRAINABLE]
+    given = BackwardInputs(logprobs, lse, entropy, grad_logprobs, grad_lse, grad_entropy, needs)
+    grads = torch.ops.toolx.linear_logprob_backward(*tensors, ctx.softcap, ctx.shard, *given)
+    return tuple(for_autograd(grads, needs, len(ctx.needs_input_grad)))
 
 
-HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, int shard"
+HEAD_SCHEMA = library.arguments(HeadInputs)
 library.define(
     f"linear_logprob({HEAD_SCHEMA}, bool entropy) -> (Tensor, Tensor, Tensor)",
     default=_forward,
@@ -131,9 +141,7 @@ library.define(
     triton=_forward,
 )
 library.define(
-    f"linear_logprob_backward({HEAD_SCHEMA}, Tensor logprobs, Tensor lse, Tensor entropy, Tensor grad_logprobs, "
-    "Tensor grad_lse, Tensor grad_entropy, bool[] needs, int? workspace_mib=None) -> "
-    "(Tensor, Tensor, Tensor)",
+    f"linear_logprob_backward({HEAD_SCHEMA}, {library.arguments(BackwardInputs)}) -> (Tensor, Tensor, Tensor)",
     default=_backward,
     fake=_fake_backward,
     triton=_backward,

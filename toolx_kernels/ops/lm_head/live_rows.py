@@ -1,4 +1,4 @@
-"""Which rows of a call are computed, and the advantage and weight of each; what the host must know is one tensor.
+"""The rows of a call that are computed, with the advantage and weight of each; what the host must know is one tensor.
 
 Rows are known on the device before the host knows how many they are, so all of it comes before the one read.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head.checks import wrong_rows
-from toolx_kernels.ops.lm_head.objective import is_finite, token_weights
+from toolx_kernels.ops.lm_head.head import Head, Trained
+from toolx_kernels.ops.lm_head.objective import RowVectors, is_finite, token_weights
 
 try:
     import triton
@@ -22,6 +23,18 @@ try:
     from toolx_kernels.ops.triton_common import per_row_kernel
 except ImportError:  # a CPU build of torch brings no triton
     triton = None
+
+
+class Batch(NamedTuple):
+    """The rows that are computed, n of N, and what belongs to them."""
+
+    head: Head
+    vectors: RowVectors
+    lengths: Tensor  # (B) int64, their rows by completion, in order
+    bounds: list[int]  # (B + 1) rows before each completion, on the host
+    rows: Tensor  # (n) int64, where they lie among the N
+    n_rows: int  # N
+    needs: Trained
 
 
 class LiveRows(NamedTuple):

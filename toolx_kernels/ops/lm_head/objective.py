@@ -11,6 +11,7 @@ end: through the log-ratio, which at sequence level is shared by the whole compl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
@@ -212,6 +213,19 @@ def token_objective(
     return loss, ratio_slope + slope, entropy_slope, ratio, clip_low, clip_high, kl, finite
 
 
+class RowVectors(NamedTuple):
+    """What the objective knows of each of n rows besides its log-prob, in the dtype of the log-probs."""
+
+    advantages: Tensor  # (n) its completion's
+    weights: Tensor  # (n) its share in the loss
+    old: Tensor | None  # (n) log-probs; None: on-policy, the ratio is exactly 1
+    ref: Tensor | None  # (n)
+    sampler: Tensor | None  # (n)
+
+    def rows(self, index: slice | Tensor) -> RowVectors:
+        return RowVectors(*(None if vector is None else vector[index] for vector in self))
+
+
 class Objective(NamedTuple):
     """Vectors over n rows; all but ``finite`` are zero where it is False. A kernel writes bools as 0.0 and 1.0."""
 
@@ -228,12 +242,7 @@ class Objective(NamedTuple):
 def policy_objective(
     logprobs: Tensor,  # (n)
     entropy: Tensor | None,  # (n), needed for an entropy bonus or a top_entropy_quantile
-    advantages: Tensor,  # (n) each row carries its completion's
-    weights: Tensor,  # (n) each row's share in the loss
-    *,
-    old_logprobs: Tensor | None,  # (n) None: on-policy, the ratio is exactly 1
-    ref_logprobs: Tensor | None,  # (n)
-    sampler_logprobs: Tensor | None,  # (n)
+    vectors: RowVectors,
     lengths: Tensor,  # (b) int64, sum n: rows of each completion
     config: GRPOLossConfig,
 ) -> Objective:
@@ -242,9 +251,7 @@ def policy_objective(
     Any rows will do when the objective is token by token; :func:`needs_whole_sequences` says when completions must
     be whole, and :func:`needs_whole_batch` when all unmasked rows of the call must be there.
     """
-    dtype = logprobs.dtype
-    advantages, weights = advantages.to(dtype), weights.to(dtype)
-    old, ref, sampler = (x if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, sampler_logprobs))
+    advantages, weights, old, ref, sampler = vectors
     finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
         logprobs, advantages, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
     )
@@ -257,7 +264,7 @@ def policy_objective(
 
     by_sequence = config.importance_sampling_level == "sequence"
     if by_sequence:
-        tokens = spread_sum(finite.to(dtype)).clamp(min=1)
+        tokens = spread_sum(finite.to(logprobs.dtype)).clamp(min=1)
         log_ratio = spread_sum(log_ratio) / tokens
     importance = torch.ones_like(own)
     if sampler is not None:
@@ -309,14 +316,20 @@ def entropy_mask(entropy: Tensor, quantile: float) -> Tensor:
     return entropy >= entropy.nanquantile(1 - quantile)
 
 
+def loss_denominator(
+    loss_type: str, lengths: Tensor | Sequence[int], max_completion_length: int | None
+) -> float | Tensor:
+    """What the sum of a batch's weighted losses is divided by; ``lengths`` count each completion's unmasked tokens."""
+    if loss_type in ("grpo", "sapo", "luspo"):
+        return len(lengths)
+    if loss_type == "dr_grpo":
+        return len(lengths) * max_completion_length
+    return lengths.sum().clamp(min=1) if isinstance(lengths, Tensor) else max(1, sum(lengths))
+
+
 def token_weights(lengths: Tensor, config: GRPOLossConfig, denominator: float | Tensor | None) -> Tensor:
     """(B): what one token of each completion weighs in the loss; floating ``lengths`` (B) count its unmasked tokens."""
     if denominator is None:
-        if config.loss_type in ("grpo", "sapo", "luspo"):
-            denominator = len(lengths)
-        elif config.loss_type == "dr_grpo":
-            denominator = len(lengths) * config.max_completion_length
-        else:
-            denominator = lengths.sum().clamp(min=1)
+        denominator = loss_denominator(config.loss_type, lengths, config.max_completion_length)
     per_completion = lengths.clamp(min=1) if config.loss_type in ("grpo", "sapo") else torch.ones_like(lengths)
     return per_completion.reciprocal() / denominator

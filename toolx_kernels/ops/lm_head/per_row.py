@@ -1,7 +1,7 @@
-"""From a sweep's partial sums to everything the objective says of a row: one small step between the big GEMMs.
+"""The per-row step between forward and gradient GEMMs: partial sums -> log-prob, entropy, loss, coefficients.
 
 With d = z - anchor and s = sum of exp(d): lse = anchor + log s, entropy = log s - (sum of exp(d) d) / s. The objective
-(``losses``) turns them into the row's loss and into its two coefficients, d loss / d logprob and d loss / d entropy.
+turns them into the row's loss and into its two coefficients, d loss / d logprob and d loss / d entropy.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.ops.lm_head import objective as losses
-from toolx_kernels.ops.lm_head.head import Head, pick
+from toolx_kernels.ops.lm_head.head import Head
 from toolx_kernels.ops.lm_head.objective import (
     Objective,
+    RowVectors,
     dual,
     in_torch,
     policy_objective,
+    token_objective,
 )
 
 try:
@@ -27,19 +28,6 @@ try:
     from toolx_kernels.ops.triton_common import per_row_kernel
 except ImportError:  # a CPU build of torch brings no triton
     triton = None
-
-
-class RowVectors(NamedTuple):
-    """What the objective knows of each row beside its log-prob."""
-
-    advantages: Tensor  # (n)
-    weights: Tensor  # (n) share of the loss
-    old: Tensor | None  # (n)
-    ref: Tensor | None  # (n)
-    sampler: Tensor | None  # (n)
-
-    def rows(self, index: slice | Tensor) -> RowVectors:
-        return RowVectors(*(pick(vector, index) for vector in self))
 
 
 class RowStatistics(NamedTuple):
@@ -110,12 +98,9 @@ def statistics_and_objective(
 ) -> tuple[RowStatistics, Objective, Factors]:
     """All in one kernel where ``fused``, which only a token-by-token objective allows."""
     if fused:
-        return _fused(partials, anchor, target_logits, head, vectors, config)
+        return fused_statistics(partials, anchor, target_logits, head, vectors, config)
     found = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
-    objective = policy_objective(
-        found.logprobs, found.entropy, vectors.advantages, vectors.weights, old_logprobs=vectors.old,
-        ref_logprobs=vectors.ref, sampler_logprobs=vectors.sampler, lengths=lengths, config=config,
-    )  # fmt: skip
+    objective = policy_objective(found.logprobs, found.entropy, vectors, lengths, config)
     e = objective.entropy_coefficients
     factors = in_torch.factors_of(
         found.logprobs, found.entropy, found.total.log(), objective.coefficients, objective.coefficients if e is None
@@ -152,7 +137,7 @@ if triton is not None:
         target_logit = tl.load(target_ptr + row)
         logprobs = target_logit - tl.load(anchor_ptr + row) - log_total
         entropy = log_total - moment / total
-        loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite = losses.token_objective(
+        loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite = token_objective(
             logprobs, entropy, tl.load(advantage_ptr + row), tl.load(share_ptr + row),
             tl.load(old_ptr + row), tl.load(ref_ptr + row), tl.load(sampler_ptr + row),
             CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER,
@@ -181,10 +166,15 @@ if triton is not None:
         tl.store(outs + 15 * plane, beta, mask=mask_n)
 
 
-def _fused(
-    partials: tuple[Tensor, Tensor], anchor: Tensor, target_logits: Tensor, head: Head, vectors: RowVectors,
+def fused_statistics(
+    partials: tuple[Tensor, Tensor],
+    anchor: Tensor,
+    target_logits: Tensor,
+    head: Head,
+    vectors: RowVectors,
     config: GRPOLossConfig,
-) -> tuple[RowStatistics, Objective, Factors]:  # fmt: skip
+) -> tuple[RowStatistics, Objective, Factors]:
+    """``statistics_and_objective`` in one kernel."""
     n_tiles, n_rows = partials[0].shape
     out = anchor.new_empty(16, n_rows)
     old, ref, sampler = (anchor if x is None else x for x in (vectors.old, vectors.ref, vectors.sampler))
@@ -203,17 +193,10 @@ def _fused(
     return RowStatistics(logprobs, entropy, total), objective, Factors(*factors)
 
 
-class Batch(NamedTuple):
-    """The rows that are computed, n of N, and what belongs to them."""
-
-    head: Head
-    vectors: RowVectors
-    lengths: Tensor  # (B) int64, their rows by completion, in order
-    bounds: list[int]  # (B + 1) rows before each completion, on the host
-    rows: Tensor  # (n) int64, where they lie among the N
-
-
 class PerRow(NamedTuple):
+    """What a call knows of its n rows."""
+
     logprobs: Tensor  # (n)
     entropy: Tensor  # (n)
     lse: Tensor | None  # (n) of two sweeps, whose gradients may come later
+    objective: Objective

@@ -107,7 +107,7 @@ def _draw_filtered(hidden, streams, head, filters, tokens, stats, kept_mass) -> 
     rows_at_once = max(1, budget * 4 // (FILTER_BYTES * vocab_size * stats.itemsize))
     for rows in blocks(len(hidden), rows_at_once):
         n = rows.stop - rows.start
-        # torch adds up a lone row in an order that changes from run to run on a GPU: it goes along twice
+        # on a GPU torch reduces a single row in a run-dependent order, so the row is duplicated
         logits = stats.new_zeros(max(n, 1 if on_cpu else 2), vocab_size)
         part = stats.new_empty(3, n)
         _sweep(hidden[rows], None, head, tokens[rows], part, logits[:n])

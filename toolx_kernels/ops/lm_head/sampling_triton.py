@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.sweep_triton import DOT_DTYPES
-from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
+from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped, per_row_kernel, product_tile
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def sample_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + first_v + token).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        acc = _capped(acc, softcap)
+        acc = capped(acc, softcap)
     z = acc * scale
 
     if HAS_LOGITS:

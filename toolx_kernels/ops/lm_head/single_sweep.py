@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,23 +12,18 @@ from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import sweep as sweeps
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
-from toolx_kernels.ops.lm_head.head import Head, blocks
-from toolx_kernels.ops.lm_head.objective import Objective, needs_whole_batch, needs_whole_sequences
-from toolx_kernels.ops.lm_head.per_row import (
-    Batch,
-    Factors,
-    PerRow,
-    RowStatistics,
-    RowVectors,
-    statistics_and_objective,
-)
+from toolx_kernels.ops.lm_head.head import Head, HeadGradients, blocks
+from toolx_kernels.ops.lm_head.live_rows import Batch
+from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, needs_whole_batch, needs_whole_sequences
+from toolx_kernels.ops.lm_head.per_row import Factors, PerRow, RowStatistics, statistics_and_objective
 from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
+Results = TypeVar("Results")
 LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
 
 
-class OnItsWay:
-    """A value that is copied to the host, which meanwhile goes on and waits only where it reads."""
+class HostCopy:
+    """A value on its way to the host, which waits for it only where it reads."""
 
     def __init__(self, value: Tensor):
         self._value, self._copied = value, None
@@ -42,59 +38,64 @@ class OnItsWay:
         return self._value
 
 
+def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
+    """The size of a single sweep; None where two are cheaper, or the objective cannot be known chunk by chunk."""
+    head = batch.head
+    if not (any(batch.needs) and len(head.hidden)) or needs_whole_batch(config):
+        return None
+    (n_rows, dim), vocab_size = head.hidden.shape, vocab_size_of(head.weight, head.shard)
+    size = tiles.single_sweep_plan(
+        n_rows, vocab_size, dim, head.hidden.device, head.weight_dtype, config.workspace_mib,
+        n_tokens=batch.n_rows, trains_weight=batch.needs.weight,
+    )  # fmt: skip
+    if size is not None and needs_whole_sequences(config):
+        longest = max(high - low for low, high in zip(batch.bounds, batch.bounds[1:], strict=False))
+        return size if longest <= size.rows else None
+    return size
+
+
 def single_sweep(
-    batch: Batch, config: GRPOLossConfig, needs: list[bool], n_rows: int, shard: int,
-    finish: Callable[[PerRow, Objective, tuple[Tensor, ...]], tuple[Tensor, ...]],
-) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """What ``finish`` makes of the rows, their objective, and the gradients of (hidden, weight, bias), hidden's
-    with ``n_rows`` rows; None where the vocabulary must be swept twice.
+    batch: Batch, config: GRPOLossConfig, size: tiles.SweepSize, finish: Callable[[PerRow, HeadGradients], Results]
+) -> Results | None:
+    """What ``finish`` makes of the rows and the gradients; None where an anchor was too far off.
 
     A GPU decides that before the last chunk's GEMMs, and is asked after ``finish``: it has work until it has answered.
     """
     head = batch.head
-    device, vocab_size = head.hidden.device, vocab_size_of(head.weight, shard)
-    plan = tiles.single_sweep_plan(
-        len(head.hidden), vocab_size, head.hidden.shape[1], device, head.weight_dtype, config.workspace_mib,
-        n_tokens=n_rows, trains_weight=needs[1],
-    )  # fmt: skip
-    if plan is None or not (any(needs) and len(head.hidden)) or needs_whole_batch(config):
-        return None
-    chunks = _chunks(batch, plan.rows, config)
-    if chunks is None:
-        return None
-    grads = Gradients(head, needs, plan.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
-    sweep, all_reduce = sweeps.backend(head), reducer(shard)
-    space = sweep.workspace(plan.rows, len(head.weight), head.hidden, plan.dtype)
-    fused = shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
+    on_cpu = head.hidden.device.type == "cpu"
+    chunks = _chunks(batch, size.rows, config)
+    grads = Gradients(head, batch.needs, size.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
+    sweep, all_reduce = sweeps.backend(head), reducer(head.shard)
+    space = sweep.workspace(size.rows, len(head.weight), head.hidden, size.dtype)
+    fused = head.shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
     target_logits = all_reduce(sweep.target_logits(head), "sum")
     anchors = _anchors(target_logits, batch.vectors)
-    drops = device.type == "cpu" or batch.vectors.old is not None  # on-policy, no row loses its gradient
+    drops = on_cpu or batch.vectors.old is not None  # on-policy, no row loses its gradient
     parts = []
     for rows, lengths in chunks:
         chunk, anchor, vectors = head.rows(rows), anchors[rows], batch.vectors.rows(rows)
         exponentials = space[: len(chunk.hidden)]
-        sums = sweep.exponentials(chunk, target_logits[rows], anchor, exponentials, plan)
-        if shard >= 0:
+        sums = sweep.exponentials(chunk, target_logits[rows], anchor, exponentials, size)
+        if head.shard >= 0:
             sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
         found, objective, factors = statistics_and_objective(
             sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
         )
         parts.append((found, objective))
-        if device.type == "cpu" and not _anchored(found.total):
+        if on_cpu and not _anchored(found.total):
             return None
         if rows.stop == len(head.hidden):
-            anchored = OnItsWay(_anchored(torch.cat([found.total for found, _ in parts])))
-        dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, plan, drops=drops)
+            anchored = HostCopy(_anchored(torch.cat([found.total for found, _ in parts])))
+        dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, size, drops=drops)
         # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
-        drops = drops and (dropped or device.type == "cpu")
+        drops = drops and (dropped or on_cpu)
     del space, exponentials
     found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
     objective = Objective(
         *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
     )
-    spread = None if len(batch.rows) == n_rows else (batch.rows, n_rows)
-    per_row = PerRow(found.logprobs, found.entropy, None)
-    results = finish(per_row, objective, grads.results(spread, shard))
+    per_row = PerRow(found.logprobs, found.entropy, None, objective)
+    results = finish(per_row, grads.results().spread(batch.rows, batch.n_rows))
     return results if anchored.read() else None
 
 
@@ -103,16 +104,13 @@ def _anchored(total: Tensor) -> Tensor:
     return (total.log().abs() < LARGEST_LOG_SUM).all()
 
 
-def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]] | None:
-    """Slices of at most ``size`` rows with the lengths of their completions; None if a completion must be whole and
-    does not fit."""
+def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]]:
+    """Slices of at most ``size`` rows with the lengths of their completions, which are whole where they must be."""
     lengths, bounds = batch.lengths, batch.bounds
     if not needs_whole_sequences(config):
         return [(rows, lengths[:0]) for rows in blocks(bounds[-1], size)]
     chunks, first, start = [], 0, 0
     for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if high - low > size:
-            return None
         if high - start > size:
             chunks.append((slice(start, low), lengths[first:b]))
             first, start = b, low
@@ -129,9 +127,17 @@ def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
 
 
 def _add_gradients(
-    grads: Gradients, exponentials: Tensor, chunk: Head, anchor: Tensor, objective: Objective, factors: Factors,
-    rows: slice, plan: tiles.SweepSize, *, drops: bool,
-) -> bool:  # fmt: skip
+    grads: Gradients,
+    exponentials: Tensor,
+    chunk: Head,
+    anchor: Tensor,
+    objective: Objective,
+    factors: Factors,
+    rows: slice,
+    size: tiles.SweepSize,
+    *,
+    drops: bool,
+) -> bool:
     """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
     dropped, if ``drops``, that the objective gives no gradient."""
     sweep = sweeps.backend(chunk)
@@ -145,8 +151,8 @@ def _add_gradients(
     if len(index) == 0:
         return True
     if e is not None or chunk.softcap:
-        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, plan)
-    columns = blocks(len(chunk.weight), plan.columns)
+        sweep.reweigh(chunk, exponentials, anchor, factors.alpha, factors.beta, size)
+    columns = blocks(len(chunk.weight), size.columns)
     if grads.hidden is not None:
         part = torch.empty(chunk.hidden.shape, dtype=grads.hidden.dtype, device=grads.hidden.device)
         for block in columns:

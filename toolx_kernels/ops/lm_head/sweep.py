@@ -1,4 +1,4 @@
-"""The sweep over the LM head: torch or Triton."""
+"""Choice of the sweeps over the vocabulary: torch or Triton."""
 
 from __future__ import annotations
 

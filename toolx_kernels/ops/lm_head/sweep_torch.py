@@ -42,7 +42,7 @@ class _Tiles:
         return self.space[: width * len(self.hidden)].view(width, -1).T
 
     def fill(self, columns: slice, z: Tensor) -> Tensor:
-        """The targets' logits are put in as ``target_logits`` has them: log-probs near 0 live off the difference."""
+        """With the exact logits of the targets: a log-prob near 0 is a small difference of logits."""
         self.logits(columns, z)
         place_targets(self.head.columns(columns), z, self.target_logits)
         return z

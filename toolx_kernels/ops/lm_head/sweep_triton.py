@@ -15,7 +15,7 @@ from torch import Tensor
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.head import Head
 from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, SweepSize
-from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, _capped, per_row_kernel, product_tile
+from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped, per_row_kernel, product_tile
 
 FUSES_OBJECTIVE = True
 ONLINE, EXPONENTIALS, GRADIENTS = (tl.constexpr(mode) for mode in range(3))  # what a sweep makes of its logits
@@ -69,9 +69,9 @@ def sweep_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + first_v + token).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        acc = _capped(acc, softcap)
+        acc = capped(acc, softcap)
     if MODE != GRADIENTS:
-        # The target's logit as target_logits_kernel has it: log-probs near 0 live off the difference to the others.
+        # The exact logit of the target: a log-prob near 0 is a small difference of logits.
         local = tl.load(targets_ptr + first_n + row) - start - first_v
         local = tl.where((local >= 0) & (local < BLOCK_V), local, -1).to(tl.int32)
         exact = tl.load(target_logits_ptr + first_n + row)
@@ -170,7 +170,7 @@ def target_logits_kernel(
     if HAS_BIAS:
         z += tl.load(bias_ptr + local).to(tl.float32)
     if HAS_SOFTCAP:
-        z = _capped(z, softcap)
+        z = capped(z, softcap)
     tl.store(out_ptr + n, tl.where(inside, z * tl.load(scale_ptr + n), 0.0))
 
 
