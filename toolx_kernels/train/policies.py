@@ -18,6 +18,7 @@ from torch import Tensor
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
+from toolx_kernels.ops.lm_head.objective import loss_denominator
 from toolx_kernels.reference import GRPOOutput
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
@@ -147,11 +148,7 @@ class ClippedLoss:
     config: GRPOLossConfig
 
     def denominator(self, lengths: Sequence[int]) -> float:
-        if self.config.loss_type in ("grpo", "sapo", "luspo"):
-            return len(lengths)
-        if self.config.loss_type == "dr_grpo":
-            return len(lengths) * self.config.max_completion_length
-        return max(1, sum(lengths))
+        return loss_denominator(self.config.loss_type, lengths, self.config.max_completion_length)
 
     def __call__(self, hidden: Tensor, **batch) -> GRPOOutput:
         return linear_grpo_loss(hidden, config=self.config, **batch)
