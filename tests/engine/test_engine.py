@@ -12,7 +12,7 @@ from toolx_kernels.engine import engine as engine_module
 from toolx_kernels.engine import runner as runner_module
 from toolx_kernels.engine.scheduler import Scheduler
 from toolx_kernels.errors import InputError
-from toolx_kernels.models.bridge import _attention, head_of, toolx_attention
+from toolx_kernels.models.bridge import attention_function, head_of, toolx_attention
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
@@ -140,7 +140,7 @@ def test_a_callback_sees_every_completion_and_may_end_its_group(monkeypatch):
         seen.append((place, rollout, completion.ids))
         return place == 2
 
-    monkeypatch.setattr(engine_module, "MAX_ROWS", 10)  # so that some of the rows wait
+    monkeypatch.setattr(engine_module, "MAX_SEQUENCES", 10)  # so that some of them wait
     groups = RolloutEngine(model).generate(prompts(), 4, WARM, first_rollout=10, on_completion=callback)
     assert [g for i, g in enumerate(ids(groups)) if i != 2] == [g for i, g in enumerate(ids(expected)) if i != 2]
     ended = [c for c in groups[2].completions if c.finish_reason != "cancelled"]
@@ -175,7 +175,7 @@ def test_steps_in_buckets_give_what_exact_ones_give(architecture, monkeypatch):
     expected = RolloutEngine(model, page_size=8).generate(prompts(), 3, WARM)
     engine = RolloutEngine(model, page_size=8)
     engine.generate(prompts(), 1, WARM)
-    engine.runner.capture = FakeGraph
+    engine.runner.graphs.capture = FakeGraph
     FakeGraph.made = 0
     assert ids(engine.generate(prompts(), 3, WARM)) == ids(expected)
     made = FakeGraph.made
@@ -193,7 +193,7 @@ def test_steps_in_buckets_give_what_exact_ones_give(architecture, monkeypatch):
 def test_sizes_are_captured_when_they_come_for_the_third_time():
     engine = RolloutEngine(small_model("llama"), max_pages=8)
     engine.generate([[5]], 1, SamplingParams(1))
-    engine.runner.capture, FakeGraph.made = FakeGraph, 0
+    engine.runner.graphs.capture, FakeGraph.made = FakeGraph, 0
     two_steps = SamplingParams(3)
     engine.generate([[5]], 1, two_steps)
     assert FakeGraph.made == 0
@@ -201,7 +201,7 @@ def test_sizes_are_captured_when_they_come_for_the_third_time():
     assert FakeGraph.made == 1
     engine.generate([[5]] * 3, 1, two_steps)
     assert FakeGraph.made == 1 and len(engine.runner.graphs) == 1
-    engine.runner._baked = ()  # as when the pool moved
+    engine.runner.graphs._baked = ()  # as when the pool moved
     engine.generate([[5]], 1, two_steps)
     assert FakeGraph.made == 2, "it has come often enough"
 
@@ -227,7 +227,7 @@ def test_models_with_hooks_and_failed_captures_run_eagerly():
     expected = ids(RolloutEngine(model).generate(prompts(), 1, GREEDY))
     engine = RolloutEngine(model)
     engine.generate([[5]], 1, GREEDY)
-    engine.runner.capture = lambda *_: pytest.fail("a hook would run at the capture only")
+    engine.runner.graphs.capture = lambda *_: pytest.fail("a hook would run at the capture only")
     hook = model.model.norm.register_forward_hook(lambda *_: None)
     assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
     hook.remove()
@@ -235,7 +235,7 @@ def test_models_with_hooks_and_failed_captures_run_eagerly():
     def fails(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine.runner.capture = fails
+    engine.runner.graphs.capture = fails
     with pytest.warns(UserWarning, match="without CUDA graphs, because capturing one failed: operation not permitted"):
         assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
     assert ids(engine.generate(prompts(), 1, GREEDY)) == expected
@@ -248,9 +248,9 @@ def test_graphs_are_in_use_on_a_gpu_also_after_the_pool_has_grown():
     for n in (1, 3, 6):
         expected = RolloutEngine(model, page_size=8)
         expected.generate([[5]], 1, GREEDY)
-        expected.runner.capture = None
+        expected.runner.graphs.capture = None
         assert ids(engine.generate(prompts(), n, WARM)) == ids(expected.generate(prompts(), n, WARM))
-        assert engine.runner.graphs and engine.runner.capture is not None
+        assert engine.runner.graphs and engine.runner.graphs.capture is not None
 
 
 def test_a_pool_made_in_inference_mode_serves_outside_of_it():
@@ -539,7 +539,9 @@ def test_window_and_softcap_reach_the_context():
 
     module = type("Layer", (), {"layer_idx": 3})()
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    out, _ = _attention(module, query, key, key, None, scaling=0.5, toolx=Context(), softcap=2.0, sliding_window=7)
+    out, _ = attention_function(
+        module, query, key, key, None, scaling=0.5, toolx=Context(), softcap=2.0, sliding_window=7
+    )
     assert seen == [(3, (5, 4, 8), (5, 2, 8), 0.5, 2.0, 7)]
     assert torch.equal(out, query.transpose(1, 2))
 

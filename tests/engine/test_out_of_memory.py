@@ -7,9 +7,10 @@ import torch
 
 from tests.engine.test_engine import GREEDY, WARM, assert_empty, ids, prompts, small_model
 from tests.ops.cases import DEVICE
-from toolx_kernels.engine import RolloutEngine, pages
+from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.engine import runner as runner_module
 from toolx_kernels.engine.pages import PagePool
+from toolx_kernels.engine.pool_size import pages_of, pages_wanted
 from toolx_kernels.engine.runner import Runner
 from toolx_kernels.errors import InputError, out_of_memory
 
@@ -97,7 +98,7 @@ def test_a_pool_in_which_a_row_fits_alone_is_the_smallest(monkeypatch, max_pages
     engine = RolloutEngine(model, page_size=8, max_pages=max_pages)
     with pytest.warns(UserWarning, match="the KV pool has"):
         assert ids(engine.generate(prompts(), 2, GREEDY)) == expected
-    assert engine.pool.n_pages == 8 == pages.pages_of_row(40, 20, 8)
+    assert engine.pool.n_pages == 8 == pages_of(40, 20, 8)
     has_pages(monkeypatch, 7)
     engine = RolloutEngine(model, page_size=8, max_pages=max_pages)
     with pytest.raises(InputError, match="A pool of 8 pages of 8 tokens takes"):
@@ -115,7 +116,7 @@ def test_a_pool_that_failed_half_way_is_not_used(monkeypatch):
     def fails_once(pool, n_pages):
         if n_pages > 40:
             pool.key_caches[0] = pool.key_caches[0].new_full((n_pages, *pool.key_caches[0].shape[1:]), torch.nan)
-            raise InputError("no memory")
+            raise ERRORS[1]
         enlarge(pool, n_pages)
 
     monkeypatch.setattr(PagePool, "enlarge", fails_once)
@@ -183,6 +184,6 @@ def test_prompts_that_do_not_fit_are_computed_in_pieces(monkeypatch, error):
 
 def test_pages_wanted_count_a_shared_prompt_once():
     # 75 pages of each prompt of 1200 tokens, and 16 for the 255 tokens that each of 320 rows writes behind it
-    assert pages.pages_wanted([1200] * 32, 10, [256] * 32, 16, max_rows=512) == 32 * 75 + 320 * 16
-    assert pages.pages_wanted([1200] * 32, 10, [256] * 32, 16, max_rows=100) == 32 * 75 + 100 * 16
-    assert pages.pages_wanted([5, 40], 1, [20, 3], 8, max_rows=512) == 0 + 5 + 2 * 3
+    assert pages_wanted([1200] * 32, 10, [256] * 32, 16, max_sequences=512) == 32 * 75 + 320 * 16
+    assert pages_wanted([1200] * 32, 10, [256] * 32, 16, max_sequences=100) == 32 * 75 + 100 * 16
+    assert pages_wanted([5, 40], 1, [20, 3], 8, max_sequences=512) == 0 + 5 + 2 * 3

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolx_kernels.engine.graphs import Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.engine.pages import PagePool
-from toolx_kernels.engine.scheduler import DecodeInputs, Row, Scheduler
+from toolx_kernels.engine.scheduler import Scheduler
+from toolx_kernels.engine.sequence import Sequence
+from toolx_kernels.engine.step_inputs import DecodeInputs, Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.engine.types import SamplingParams
 
 STOP = 9
@@ -21,7 +22,7 @@ class Simulation:
 
     def __init__(self, pool, prompts, n, limit, draw, max_rows=8, cancels=lambda row: False):
         self.pool, self.draw = pool, draw
-        self.rows = [Row(g, list(p), limit, (0, 0, g, i)) for g, p in enumerate(prompts) for i in range(n)]
+        self.rows = [Sequence(g, list(p), limit, (0, 0, g, i)) for g, p in enumerate(prompts) for i in range(n)]
         params = SamplingParams(limit, stop_token_ids=(STOP,))
         self.ended = Counter()
         self.cancels = cancels
@@ -38,7 +39,7 @@ class Simulation:
 
     def run(self):
         scheduler, turns = self.scheduler, 0
-        while scheduler.waiting or len(scheduler.order):
+        while not scheduler.is_finished:
             places, chunk_of, chunks = scheduler.admit()
             for chunk in chunks:
                 self.prefill(chunk)
@@ -74,7 +75,7 @@ class Simulation:
         scheduler = self.scheduler
         assert sorted(places) == sorted(scheduler.order)
         for i, place in enumerate(places):
-            row, length = scheduler._rows[place], int(inputs.positions[i]) + 1
+            row, length = scheduler._sequences[place], int(inputs.positions[i]) + 1
             made = scheduler._tokens[place, : length - len(row.prompt)].tolist()
             assert self.read(inputs.block_table[i], length) == row.prompt + made
             assert inputs.streams[i].tolist() == [*row.stream, length]
@@ -87,7 +88,7 @@ class Simulation:
         assert inputs.cu_groups[0] == 0 and inputs.cu_groups[-1] == len(inputs.ids)
 
     def check_pages(self):
-        holders = Counter(page for row in self.scheduler._rows if row for page in row.pages)
+        holders = Counter(page for row in self.scheduler._sequences if row for page in row.pages)
         assert self.pool.references == [holders[page] for page in range(self.pool.n_pages)]
         assert sorted(self.pool.free) == [page for page in range(self.pool.n_pages) if not holders[page]]
 
@@ -181,7 +182,7 @@ def test_a_prompt_is_computed_once_across_groups_and_calls():
 
 def test_a_row_that_was_preempted_goes_on_from_its_tokens():
     pool = make_pool(4)
-    rows = [Row(0, [1, 2, 3], 6, (0, 0, 0, 0)), Row(1, [3, 2, 1], 6, (0, 0, 1, 0))]
+    rows = [Sequence(0, [1, 2, 3], 6, (0, 0, 0, 0)), Sequence(1, [3, 2, 1], 6, (0, 0, 1, 0))]
     scheduler = Scheduler(pool, rows, SamplingParams(6), 2, lambda row: False)
     scheduler._done, scheduler._done_tokens = 1, 1  # as if rows were short
     places, _, _ = scheduler.admit()
@@ -206,14 +207,14 @@ def test_a_thousand_groups_leave_an_empty_pool():
 
 def test_a_prompt_is_read_once_for_siblings_that_start_later():
     pool = make_pool(60)
-    rows = [Row(g, [g] * 9, 4, (0, 0, g, i)) for i in range(2) for g in (1, 2)]  # siblings are not neighbours
+    rows = [Sequence(g, [g] * 9, 4, (0, 0, g, i)) for i in range(2) for g in (1, 2)]  # siblings are not neighbours
     scheduler = Scheduler(pool, rows, SamplingParams(4), 4, lambda row: False)
     places, _, chunks = scheduler.admit()
     assert [chunk.start for chunk in chunks] == [0, 0, 8, 8]
     scheduler.record(places, np.array([5] * 4), np.zeros((4, 4)))
     scheduler.grow()
     places, inputs = scheduler.decode_inputs()
-    assert [scheduler._rows[place].group for place in places] == [1, 1, 2, 2]
+    assert [scheduler._sequences[place].group for place in places] == [1, 1, 2, 2]
     assert inputs.cu_groups.tolist() == [0, 2, 4] and inputs.prefix_lens.tolist() == [8] * 4
 
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from toolx_kernels.engine.pages import physical_memory
+    from toolx_kernels.engine.pool_size import physical_memory
     from toolx_kernels.models.config import config_of
     from toolx_kernels.train.memory.at_hand import work_at_hand
     from toolx_kernels.train.memory.plan import GIB

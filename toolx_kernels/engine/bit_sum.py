@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
-
-
 MULTIPLIER = 2654435761
 
 

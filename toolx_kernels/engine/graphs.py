@@ -1,97 +1,98 @@
-"""CUDA graphs of decode steps: shapes in buckets, static buffers, capture."""
+"""CUDA graphs of decode steps: captured when sizes come back, kept until what is baked into them changes."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import warnings
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
-from toolx_kernels.engine.pages import power_of_two
-from toolx_kernels.engine.scheduler import DecodeInputs
+from toolx_kernels.engine.fingerprint import Fingerprint
+from toolx_kernels.engine.pages import PagePool
+from toolx_kernels.engine.step_inputs import Sizes
+from toolx_kernels.engine.types import SamplingParams
+from toolx_kernels.ops.attention.paged import has_kernel
 
-ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
+MAX_GRAPHS = 64  # kept at a time
+CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
 
-
-LEAST_WIDTH = 64  # columns of a graph's block table
-
-
-SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
-
-
-class Sizes(NamedTuple):
-    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
-
-    rows: int
-    groups: int
-    width: int
-    siblings: int
+Replay = Callable[[Tensor], Tensor]  # of a step: takes its packed inputs to its results
 
 
-def bucket(exact: Sizes) -> Sizes:
-    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
+class Graphs:
+    """The graphs of a runner, by the sizes of a step and the sampling parameters.
 
-    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
-    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
+    A graph repeats what was captured, whatever has changed since: so all that a step reads comes in one buffer, and
+    all graphs go when the memory that they read has moved. A capture takes as long as ten replays or more.
+
+    ``capture`` makes a replayable function of a step, the buffer that it reads, a memory pool for graphs and the stream
+    to capture on; None runs every step eagerly.
     """
-    rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
-    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
-    width = power_of_two(max(exact.width, LEAST_WIDTH))
-    siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
-    return Sizes(rows, groups, width, siblings)
 
+    def __init__(self, capture: Callable[..., Replay] | None, device: torch.device):
+        self.capture, self.device = capture, device
+        self.in_use = False  # in this call
+        self._graphs: dict[tuple, Replay] = {}  # the one used last stands last
+        self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
+        self._baked: tuple = ()
+        self._memory: Any = None
+        self._stream = torch.cuda.Stream(device) if capture and device.type == "cuda" else None
 
-class Parts(NamedTuple):
-    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
+    def __len__(self) -> int:
+        return len(self._graphs)
 
-    ids: np.ndarray | Tensor  # (R) int64, as the next three
-    positions: np.ndarray | Tensor  # (R)
-    slots: np.ndarray | Tensor  # (R)
-    streams: np.ndarray | Tensor  # (R, 5)
-    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
-    prefix_lens: np.ndarray | Tensor  # (R)
-    cu_groups: np.ndarray | Tensor  # (G + 1)
-    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
-    block_table: np.ndarray | Tensor  # (R, W)
+    def start(self, params: SamplingParams, weights: Fingerprint, pool: PagePool) -> None:
+        """Before the steps of a call: drops graphs that read what has moved, and decides whether there are any."""
+        if self.capture is None:
+            self.in_use = False
+            return
+        self._params = (params.temperature, params.top_k, params.top_p, params.min_p)
+        self._made_room = False
+        baked = (weights.settings, weights.places, tuple(c.data_ptr() for c in (*pool.key_caches, *pool.value_caches)))
+        if baked != self._baked:
+            self._graphs.clear()
+            self._baked = baked
+            # a pool that all graphs have left cannot be captured into again
+            self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        # Hooks are Python, which a graph does not repeat; and attention without a kernel waits for the device.
+        hooks = weights.hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        cache = pool.key_caches[0]
+        self.in_use = has_kernel(cache.dtype, cache.shape[-1]) and not hooks
 
-
-def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
-    """The parts of a buffer of ``buffer_length(sizes)`` int64."""
-    rows, width = sizes.rows, sizes.width
-    wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)
-    bounds = np.cumsum([0, rows, rows, sizes.groups + 1, rows + 1, rows * width])
-    seq_lens, prefix_lens, cu_groups, cu_rows, table = (narrow[i:j] for i, j in itertools.pairwise(bounds))
-    return Parts(
-        *wide[: 3 * rows].reshape(3, rows), wide[3 * rows :].reshape(rows, 5),
-        seq_lens, prefix_lens, cu_groups, cu_rows, table.reshape(rows, width),
-    )  # fmt: skip
-
-
-def buffer_length(sizes: Sizes) -> int:
-    narrow = 3 * sizes.rows + sizes.groups + 2 + sizes.rows * sizes.width
-    return 8 * sizes.rows + math.ceil(narrow / 2)
-
-
-def pack(inputs: DecodeInputs, parts: Parts) -> None:
-    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
-    (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
-    parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
-    parts.slots[n_rows:] = -1  # writes nothing
-    parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
-    parts.ids[n_rows:], parts.positions[n_rows:], parts.prefix_lens[n_rows:] = 0, 0, 0
-    parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
-    parts.cu_groups[:n_bounds], parts.cu_groups[n_bounds:] = inputs.cu_groups, len(parts.ids)
-    parts.cu_rows[:] = np.arange(len(parts.cu_rows))
-    parts.block_table[:n_rows, :width], parts.block_table[n_rows:, 0] = inputs.block_table, 0
+    def graph_of(self, step: Callable[[Tensor, Sizes], Tensor], sizes: Sizes, packed: Tensor) -> Replay | None:
+        """The graph of ``step`` in these sizes, captured with ``packed`` in the buffer; None: run this one eagerly."""
+        if not self.in_use:
+            return None
+        key = (sizes, self._params)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            self._uses[key] += 1
+            if self._uses[key] < CAPTURED_AT_USE:
+                return None
+            if not self._made_room:  # within a capture the allocator cannot give back what it has cached
+                torch.cuda.empty_cache()
+                self._made_room = True
+            buffer = packed.to(self.device, non_blocking=True)
+            try:
+                graph = self.capture(partial(step, sizes=sizes), buffer, self._memory, self._stream)
+            except RuntimeError as error:
+                warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
+                self.capture, self.in_use = None, False
+                return None
+            if len(self._graphs) == MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
+        return graph
 
 
 def capture_cuda_graph(
-    step: Callable[[Tensor], Tensor], buffer: Tensor, memory, stream: torch.cuda.Stream
-) -> Callable[[Tensor], Tensor]:
+    step: Callable[[Tensor], Tensor], buffer: Tensor, memory: Any, stream: torch.cuda.Stream
+) -> Replay:
     """A function that copies a pinned tensor over ``buffer`` and repeats ``step(buffer)`` as a CUDA graph.
 
     All graphs work in the same ``memory``, so a result must be read before any of them runs again; and all are

@@ -1,6 +1,6 @@
 """The page pool: KV memory in pages of equal size, reference-counted, with a cache of prefixes in what is free.
 
-A page is *held* by the rows that read it and *free* when nobody holds it. A full page can be remembered under its
+A page is *held* by the sequences that read it and *free* when nobody holds it. A full page can be remembered under its
 tokens and those before it; it stays findable after its last holder let go, until its memory is needed. So siblings
 share their prompt, prompts share what they begin with, and a later call finds the prompts of an earlier one.
 """
@@ -8,7 +8,6 @@ share their prompt, prompts share what they begin with, and a later call finds t
 from __future__ import annotations
 
 import itertools
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -16,20 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolx_kernels.errors import MEMORY_ERRORS, InputError, out_of_memory
-
-# A pool takes at most one part in so many of the memory: a host has other work than this.
-CPU_POOL_SHARE = 8
-GPU_POOL_SHARE = 4
+from toolx_kernels.errors import InputError
 
 
 class PagePool:
     """``key_caches[layer]`` and ``value_caches[layer]`` are (pages, page_size, Hkv, Dh).
 
     ``peak`` is the most pages that were held at once.
-
-    Raises:
-        InputError: the memory cannot be had.
     """
 
     def __init__(self, n_pages: int, page_size: int, n_layers: int, n_kv_heads: int, head_dim: int, like: Tensor):
@@ -47,25 +39,17 @@ class PagePool:
         self.enlarge(n_pages)
 
     def enlarge(self, n_pages: int) -> None:
-        """Adds pages, up to ``n_pages`` in all; what the present ones hold stays. Raises as the constructor does."""
-        added = n_pages - self.n_pages
-        try:
-            for caches in (self.key_caches, self.value_caches):
-                for layer, cache in enumerate(caches):
-                    caches[layer] = cache.new_zeros(n_pages, *cache.shape[1:])
-                    caches[layer][: self.n_pages] = cache
-        except MEMORY_ERRORS as error:
-            if not out_of_memory(error):
-                raise
-            n_bytes = 2 * len(self.key_caches) * n_pages * cache.shape[1:].numel() * cache.itemsize
-            raise InputError(
-                f"A pool of {n_pages} pages of {self.page_size} tokens takes {n_bytes / 2**30:.2f} GiB, which "
-                f"{cache.device} does not have: lower max_pages, max_new_tokens or the length of the prompts."
-            ) from error
+        """Adds pages, up to ``n_pages`` in all; what the present ones hold stays. Not to be used after it failed."""
+        if n_pages <= self.n_pages:
+            return
+        for caches in (self.key_caches, self.value_caches):
+            for layer, cache in enumerate(caches):
+                caches[layer] = cache.new_zeros(n_pages, *cache.shape[1:])
+                caches[layer][: self.n_pages] = cache
         self.free.update(dict.fromkeys(range(self.n_pages, n_pages)))
         for page in range(n_pages - 1, self.n_pages - 1, -1):
             self.free.move_to_end(page, last=False)
-        self.references += [0] * added
+        self.references += [0] * (n_pages - self.n_pages)
         self.n_pages = n_pages
 
     @property
@@ -160,34 +144,3 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The host does not wait for the copy: it goes on with its work while the device does what it has."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def pages_of_row(prompt: int, limit: int, page_size: int) -> int:
-    """Pages of one row at its longest: ``prompt`` tokens and ``limit`` more, of which the last is never written."""
-    return -(-(prompt + limit - 1) // page_size)
-
-
-def pages_wanted(prompts: Sequence[int], n: int, limits: Sequence[int], page_size: int, max_rows: int) -> int:
-    """Pages with which all ``n`` rows of each prompt run at once, as far as at most ``max_rows`` do.
-
-    ``prompts`` holds lengths. The full pages of a prompt are there once, what follows is each row's own.
-    """
-    prefixes = [length // page_size for length in prompts]
-    of_row = [pages_of_row(length, limit, page_size) for length, limit in zip(prompts, limits, strict=True)]
-    own = max(whole - shared for whole, shared in zip(of_row, prefixes, strict=True))
-    return sum(prefixes) + own * min(max_rows, n * len(prompts))
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below ``n``."""
-    return 1 << (n - 1).bit_length()
-
-
-def pool_budget(memory: int, device: str) -> int:
-    """Bytes that a pool takes at most of a device's memory ("cpu" or "cuda"), where it is not told otherwise."""
-    return memory // (GPU_POOL_SHARE if device == "cuda" else CPU_POOL_SHARE)
-
-
-def physical_memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,28 +1,23 @@
-"""Runs the model on pages: prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
+"""The runner of the model on pages: prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
 
-A graph repeats what was captured, whatever has changed since. So all that a step reads comes in one buffer, in sizes
-rounded up to a few buckets, and a graph is kept under everything else that is baked into it. The rows that fill a
-bucket up write nothing, see one token of page 0, and nobody reads what they sample. A capture takes as long as ten
-replays or more, so sizes that do not come back run eagerly.
+All that a step reads comes in one buffer, in sizes rounded up to a few buckets. The rows that fill a bucket up write
+nothing, see one token of page 0, and nobody reads what they sample.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from toolx_kernels.engine.fingerprint import Fingerprint
-from toolx_kernels.engine.graphs import Sizes, bucket, buffer_length, pack, parts_of
+from toolx_kernels.engine.graphs import Graphs, Replay
 from toolx_kernels.engine.pages import PagePool, on_device
-from toolx_kernels.engine.scheduler import Chunk, DecodeInputs
+from toolx_kernels.engine.scheduler import Chunk
+from toolx_kernels.engine.step_inputs import DecodeInputs, Sizes, bucket, buffer_length, pack, parts_of
 from toolx_kernels.engine.types import SamplingParams
 from toolx_kernels.models.bridge import head_of, run_body
 from toolx_kernels.ops.attention.paged import PagedContext
@@ -32,50 +27,34 @@ from toolx_kernels.ops.lm_head.sampling import sample
 # host has launched the next.
 MAX_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
-MAX_GRAPHS = 64  # kept at a time
-CAPTURED_AT_USE = 3  # of its sizes; before, a step runs eagerly, which takes as long as five replays
 
 
 class Runner:
     """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
 
     Args:
-        capture: makes a replayable function of a step, the buffer that it reads, a memory pool for graphs and the
-            stream to capture on; None runs every step eagerly.
+        capture: see ``Graphs``.
         compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, capture: Callable | None = None, compile: bool = False):
-        self.model, self.pool, self.capture = model, pool, capture
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: PagePool,
+        capture: Callable[..., Replay] | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.pool = model, pool
         self._body = torch.compile(run_body, dynamic=True) if compile else run_body
         self.device = pool.key_caches[0].device
         self.prefill_tokens = MAX_PREFILL_TOKENS[self.device.type]
-        self.graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}  # the one used last stands last
-        self._uses: Counter[tuple] = Counter()  # of the sizes that graphs are kept for
-        self._baked: tuple = ()
-        self._memory = None
+        self.graphs = Graphs(capture, self.device)
         self._packed_sizes: Sizes | None = None  # of the buffer that the steps' inputs are packed into
-        self._stream = torch.cuda.Stream(self.device) if capture and self.device.type == "cuda" else None
 
     def start(self, params: SamplingParams, weights: Fingerprint) -> None:
         """To be called before the steps of a call, whose parameters and weights do not change."""
         self.params, self.head = params, head_of(self.model)
-        self._made_room = False
-        if self.capture is None:
-            self._captures = False
-            return
-        caches = tuple(cache.data_ptr() for cache in (*self.pool.key_caches, *self.pool.value_caches))
-        baked = (weights.settings, weights.places, caches)
-        if baked != self._baked:
-            self.graphs.clear()
-            self._baked = baked
-            # a pool that all graphs have left cannot be captured into again
-            self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        # Hooks are Python, which a graph does not repeat; and our attention hands float64 and larger heads on to plain
-        # torch, which waits for the device.
-        hooks = weights.hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        cache = self.pool.key_caches[0]
-        self._captures = cache.dtype != torch.float64 and cache.shape[-1] <= 256 and not hooks
+        self.graphs.start(params, weights, self.pool)
 
     # ---- prefill
 
@@ -120,42 +99,18 @@ class Runner:
 
     def decode(self, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
         """The next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
-        n_rows, width = inputs.block_table.shape
-        exact = Sizes(n_rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
+        exact = Sizes.of(inputs)
         sizes = bucket(exact)
-        if not self._captures:
+        if not self.graphs.in_use:
             sizes = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
         if sizes != self._packed_sizes:
             self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
             self._parts, self._packed_sizes = parts_of(self._packed.numpy(), sizes), sizes
         pack(inputs, self._parts)  # the device has read what was in there: the result of every step is waited for
-        graph = self._graph(sizes, self._packed) if self._captures else None
+        graph = self.graphs.graph_of(self._step, sizes, self._packed)
         if graph:
-            return _as_numpy(graph(self._packed), n_rows)
-        return _as_numpy(self._step(self._packed.to(self.device, non_blocking=True), sizes), n_rows)
-
-    def _graph(self, sizes: Sizes, flat: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The graph for steps of these sizes, captured with ``flat`` in the buffer; None: this one runs eagerly."""
-        key = (sizes, self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
-        graph = self.graphs.pop(key, None)
-        if graph is None:
-            self._uses[key] += 1
-            if self._uses[key] < CAPTURED_AT_USE:
-                return None
-            if not self._made_room:  # within a capture the allocator cannot give back what it has cached
-                torch.cuda.empty_cache()
-                self._made_room = True
-            try:
-                step = partial(self._step, sizes=sizes)
-                graph = self.capture(step, flat.to(self.device, non_blocking=True), self._memory, self._stream)
-            except RuntimeError as error:
-                warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
-                self.capture, self._captures = None, False
-                return None
-            if len(self.graphs) == MAX_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
-        self.graphs[key] = graph
-        return graph
+            return _as_numpy(graph(self._packed), exact.rows)
+        return _as_numpy(self._step(self._packed.to(self.device, non_blocking=True), sizes), exact.rows)
 
     def sample(self, hidden: Tensor, chunk_of: Sequence[int], streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (R) and statistics (R, 4) of rows that go on from ``hidden[chunk_of]``; hidden is (chunks, D)."""
@@ -210,9 +165,3 @@ def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chun
 def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     tokens, *stats = result.cpu().numpy()[:, :n_rows]  # as a whole, which needs no kernel that gathers it
     return tokens.astype(np.int64), np.stack(stats).T
-
-
-# ---- the buffer of a step
-
-
-# ---- graphs

@@ -1,64 +1,52 @@
-"""Which rows run: admission, pages as rows grow, preemption when they run out, and the end of a row.
+"""The scheduler: which sequences run, which pages they get, which give theirs back, and how one ends.
 
-A row is one completion on its way. It waits, is admitted (what no page holds of it yet is prefilled), decodes, and is
-done. Siblings that are admitted together share all pages of their prompt and copy the partly filled last one when
-they first write. A running row has a place in plain arrays, because hundreds of rows take a step together; ``order``
-lists the places of the running rows, oldest first. In a step those stand side by side whose prompts lie in the same
-pages, whenever they were started.
+A sequence waits, is admitted (what no page holds of it yet is prefilled), decodes, and is done. Siblings that are
+admitted together share all pages of their prompt and copy the partly filled last one when they first write. A running
+sequence has a place in plain arrays, because hundreds take a step together; ``order`` lists the places of the running
+sequences, oldest first. In a step those stand side by side whose prompts lie in the same pages, whenever they were
+started.
 
-When a row needs a page and none is free, the youngest row gives its pages back and waits at the head of the queue
-with the tokens it has. The oldest row is never the one to go, so something always moves.
+When a sequence needs a page and none is free, the youngest gives its pages back and waits at the head of the queue with
+the tokens it has. The oldest is never the one to go, so something always moves.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from toolx_kernels.engine.pages import PagePool
-from toolx_kernels.engine.types import Completion, SamplingParams
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One completion. ``stream`` is (seed, step, row id, rollout index): the names of its random numbers."""
-
-    group: int  # its prompt's place in the call
-    prompt: list[int]
-    limit: int  # tokens it may get
-    stream: tuple[int, int, int, int]
-    completion: Completion = field(default_factory=Completion)
-    pages: list[int] = field(default_factory=list)
+from toolx_kernels.engine.pool_size import pages_of
+from toolx_kernels.engine.sequence import Sequence
+from toolx_kernels.engine.step_inputs import DecodeInputs
+from toolx_kernels.engine.types import SamplingParams
 
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """The tokens of a row from ``start`` on are to be prefilled, e.g. ``Chunk([5, 9, 7], [3], start=2)``."""
+    """The tokens of a sequence from ``start`` on are to be prefilled, e.g. ``Chunk([5, 9, 7], [3], start=2)``."""
 
     tokens: list[int]
     pages: list[int]
     start: int
 
 
-@dataclass(slots=True, frozen=True)
-class DecodeInputs:
-    """What one decode step of R rows in G groups reads."""
+class Started(NamedTuple):
+    """The sequences that start together."""
 
-    ids: np.ndarray  # (R) int64: the newest token of each row
-    positions: np.ndarray  # (R) int64
-    slots: np.ndarray  # (R) int64: where its key and value go
-    streams: np.ndarray  # (R, 5) int64: of the token to be sampled
-    block_table: np.ndarray  # (R, W) int32
-    cu_groups: np.ndarray  # (G + 1) int64
-    prefix_lens: np.ndarray  # (R) int64
+    places: np.ndarray
+    chunk_of: list[
+        int
+    ]  # of each sequence: the chunk at whose end its next token is sampled; siblings have one in common
+    chunks: list[Chunk]
 
 
 class Batch(NamedTuple):
-    """What stays from step to step as long as the same rows run."""
+    """What stays from step to step as long as the same sequences run."""
 
     running: np.ndarray  # places, oldest first
     order: np.ndarray  # of the step
@@ -70,25 +58,26 @@ STATS = ("logprobs", "lse", "entropies", "kept_mass")  # of a Completion, as the
 
 
 class Scheduler:
-    """Moves the rows of one call through a pool.
+    """Moves the sequences of one call through a pool.
 
-    ``on_completion`` is called with each row that is done; if it returns True, the rest of its group is cancelled.
+    ``on_completion`` is called with each sequence that is done; if it returns True, the rest of its group is cancelled.
     """
 
     def __init__(
         self,
         pool: PagePool,
-        rows: Sequence[Row],
+        sequences: list[Sequence],
         params: SamplingParams,
-        max_rows: int,
-        on_completion: Callable[[Row], bool],
+        max_sequences: int,
+        on_completion: Callable[[Sequence], bool],
     ):
-        self.pool, self.waiting, self.on_completion = pool, deque(rows), on_completion
+        self.pool, self.waiting, self.on_completion = pool, deque(sequences), on_completion
         self.order = np.empty(0, dtype=np.int64)
         self.preemptions = 0
-        n = min(max_rows, len(rows))
-        longest = max(row.limit for row in rows)
-        self._rows: list[Row | None] = [None] * n
+        n = min(max_sequences, len(sequences))
+        longest = max(seq.limit for seq in sequences)
+        most_pages = max(pages_of(len(seq.prompt), seq.limit, pool.page_size) for seq in sequences)
+        self._sequences: list[Sequence | None] = [None] * n
         self._vacant = list(range(n))[::-1]
         self._stops = np.array(params.stop_token_ids, dtype=np.int64)
         self._done = self._done_tokens = 0
@@ -98,75 +87,74 @@ class Scheduler:
         self._runs = np.zeros(n, dtype=bool)
         self._forked = np.zeros(n, dtype=bool)  # its last page may be shared, and it has yet to write there
         self._stream = np.zeros((n, 5), dtype=np.int64)
-        self._table = np.zeros((n, max(map(self._most_pages, rows))), dtype=np.int32)
+        self._table = np.zeros((n, most_pages), dtype=np.int32)
         self._tokens = np.zeros((n, longest), dtype=np.int64)
         self._stats = np.zeros((n, longest, len(STATS)))
         self._batch = Batch(self.order, self.order, self.order, self.order)
 
-    def _most_pages(self, row: Row) -> int:
-        return self.pool.pages_for(len(row.prompt) + row.limit - 1)  # the last token is never written
-
     # ---- admission
 
-    def admit(self) -> tuple[np.ndarray, list[int], list[Chunk]]:
-        """Starts waiting rows in order, as long as there are places, pages, and pages to grow into.
+    @property
+    def is_finished(self) -> bool:
+        return not (self.waiting or len(self.order))
 
-        Returns the places of the rows that start, for each the chunk at whose end its next token is sampled
-        (siblings have one in common), and these chunks.
-        """
-        starting, chunk_of, chunks = [], [], []
+    def admit(self) -> Started:
+        """Starts waiting sequences in order, as long as there are places, pages, and pages to grow into."""
+        starting: list[int] = []
+        chunk_of: list[int] = []
+        chunks: list[Chunk] = []
         leader = None
         if not (self.waiting and self._vacant):
-            return np.empty(0, dtype=np.int64), chunk_of, chunks
-        reserved = sum(self._growth(self._rows[place], self._length[place]) for place in self.order)
+            return Started(np.empty(0, dtype=np.int64), chunk_of, chunks)
+        reserved = sum(self._growth(self._sequences[place], self._length[place]) for place in self.order)
         while self.waiting and self._vacant:
-            row = self.waiting[0]
-            length = len(row.prompt) + len(row.completion.ids)
-            forked = leader is not None and leader.group == row.group and not row.completion.ids
-            tokens = [] if forked else row.prompt + row.completion.ids
+            seq = self.waiting[0]
+            length = len(seq.prompt) + len(seq.completion.ids)
+            forked = leader is not None and leader.group == seq.group and not seq.completion.ids
+            tokens = [] if forked else seq.prompt + seq.completion.ids
             # the last token is computed in any case: the next one is sampled from its hidden state
             found = self.pool.find(tokens[:-1])
             needed = 0 if forked else self.pool.pages_for(length) - len(found)
             copied = int(forked and length % self.pool.page_size > 0)
-            growth = self._growth(row, length) + copied
+            growth = self._growth(seq, length) + copied
             if needed + growth + reserved > len(self.pool.free) and (starting or len(self.order)):
                 self.pool.release(found)
                 break
             reserved += growth
             if forked:
-                row.pages = list(leader.pages)
-                self.pool.share(row.pages)
+                seq.pages = list(leader.pages)
+                self.pool.share(seq.pages)
             else:
-                row.pages = found + self.pool.allocate(needed)
-                self.pool.remember(tokens, row.pages)
-                chunks.append(Chunk(tokens, row.pages, len(found) * self.pool.page_size))
+                seq.pages = found + self.pool.allocate(needed)
+                self.pool.remember(tokens, seq.pages)
+                chunks.append(Chunk(tokens, seq.pages, len(found) * self.pool.page_size))
             starting.append(self._enter(self.waiting.popleft()))
             chunk_of.append(len(chunks) - 1)
-            leader = None if row.completion.ids else row
+            leader = None if seq.completion.ids else seq
         places = np.array(starting, dtype=np.int64)
         self.order = np.concatenate((self.order, places))
-        return places, chunk_of, chunks
+        return Started(places, chunk_of, chunks)
 
-    def _growth(self, row: Row, length: int) -> int:
-        """Pages that a row of ``length`` tokens will still ask for, if it ends when rows of this call end on average.
+    def _growth(self, seq: Sequence, length: int) -> int:
+        """Pages that a sequence of ``length`` tokens will still ask for, if it ends when others do on average.
 
         Until one has ended, each is thought to run to its limit: no page is promised twice without evidence.
         """
-        expected = self._done_tokens / self._done if self._done else row.limit
-        last = max(length, min(len(row.prompt) + row.limit, len(row.prompt) + int(expected) + 1) - 1)
+        expected = self._done_tokens / self._done if self._done else seq.limit
+        last = max(length, min(len(seq.prompt) + seq.limit, len(seq.prompt) + int(expected) + 1) - 1)
         return self.pool.pages_for(last) - self.pool.pages_for(length)
 
-    def _enter(self, row: Row) -> int:
-        place, completion = self._vacant.pop(), row.completion
+    def _enter(self, seq: Sequence) -> int:
+        place, completion = self._vacant.pop(), seq.completion
         made = len(completion.ids)
-        self._rows[place], self._runs[place] = row, True
-        self._prompt[place], self._limit[place] = len(row.prompt), row.limit
-        self._length[place] = len(row.prompt) + made
-        shared = tuple(row.pages[: len(row.prompt) // self.pool.page_size])
+        self._sequences[place], self._runs[place] = seq, True
+        self._prompt[place], self._limit[place] = len(seq.prompt), seq.limit
+        self._length[place] = len(seq.prompt) + made
+        shared = tuple(seq.pages[: len(seq.prompt) // self.pool.page_size])
         self._family[place] = self._families.setdefault(shared, len(self._families)) if shared else -1 - place
-        self._forked[place] = len(row.prompt) % self.pool.page_size > 0 and not made
-        self._stream[place, :4] = row.stream
-        self._table[place, : len(row.pages)], self._held[place] = row.pages, len(row.pages)
+        self._forked[place] = len(seq.prompt) % self.pool.page_size > 0 and not made
+        self._stream[place, :4] = seq.stream
+        self._table[place, : len(seq.pages)], self._held[place] = seq.pages, len(seq.pages)
         self._tokens[place, :made] = completion.ids
         for column, name in enumerate(STATS):
             self._stats[place, :made, column] = getattr(completion, name)
@@ -175,32 +163,32 @@ class Scheduler:
     # ---- decoding
 
     def grow(self) -> None:
-        """Gives every running row a page of its own for its newest token; may preempt the youngest rows."""
+        """Gives every running sequence a page of its own for its newest token; may preempt the youngest sequences."""
         copies = []
         at = (self._length - 1) // self.pool.page_size
         writing = self.order[((at >= self._held) | self._forked)[self.order]]
         for place, index in zip(writing.tolist(), at[writing].tolist(), strict=True):
-            row = self._rows[place]
-            while row is not None:  # None: it was preempted for an older one
-                shared = row.pages[index:]
+            seq = self._sequences[place]
+            while seq is not None:  # None: it was preempted for an older one
+                shared = seq.pages[index:]
                 if shared and not self.pool.is_shared(shared[0]):
                     break
                 if self.pool.free:
-                    row.pages[index:] = self.pool.allocate(1)
-                    copies += zip(shared, row.pages[index:], strict=False)
+                    seq.pages[index:] = self.pool.allocate(1)
+                    copies += zip(shared, seq.pages[index:], strict=False)
                     self.pool.release(shared)
-                    self._table[place, index], self._held[place] = row.pages[index], index + 1
+                    self._table[place, index], self._held[place] = seq.pages[index], index + 1
                     break
                 self._preempt(self.order[-1])
-                row = self._rows[place]
+                seq = self._sequences[place]
             self._forked[place] = False
         if copies:
             self.pool.copy(*zip(*copies, strict=True))
 
     def decode_inputs(self) -> tuple[np.ndarray, DecodeInputs]:
-        """The places of all running rows in the order of the step, (R), and its inputs."""
+        """The places of all running sequences in the order of the step, (R), and its inputs."""
         size = self.pool.page_size
-        if self._batch.running is not self.order:  # a new array whenever a row comes or goes
+        if self._batch.running is not self.order:  # a new array whenever a sequence comes or goes
             self._batch = self._new_batch()
         order = self._batch.order
         positions = self._length[order] - 1
@@ -224,12 +212,12 @@ class Scheduler:
         return Batch(self.order, order, bounds, shared)
 
     def streams(self, places: np.ndarray) -> np.ndarray:
-        """(R, 5) of the next tokens of these rows."""
+        """(R, 5) of the next tokens of these sequences."""
         self._stream[places, 4] = self._length[places]
         return self._stream[places]
 
     def record(self, places: np.ndarray, tokens: np.ndarray, stats: np.ndarray) -> None:
-        """Adds each place's next token, (R), and its statistics, (R, 4); ends the rows that are done."""
+        """Adds each place's next token, (R), and its statistics, (R, 4); ends the sequences that are done."""
         made = self._length[places] - self._prompt[places]
         self._tokens[places, made], self._stats[places, made] = tokens, stats
         self._newest[places] = tokens
@@ -240,27 +228,27 @@ class Scheduler:
             return
         done = [self._leave(places[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
         self._close_ranks()
-        for row in done:
+        for seq in done:
             self._done += 1
-            self._done_tokens += len(row.completion.ids)
-            if self.on_completion(row):
-                self._cancel(row.group)
+            self._done_tokens += len(seq.completion.ids)
+            if self.on_completion(seq):
+                self._cancel(seq.group)
 
     # ---- leaving
 
-    def _leave(self, place: int, reason: str) -> Row:
-        """The row takes what it has with it, and holds no pages any more; they can be found for a while."""
-        row, self._rows[place], self._runs[place] = self._rows[place], None, False
+    def _leave(self, place: int, reason: str) -> Sequence:
+        """The sequence takes what it has with it, and holds no pages any more; they can be found for a while."""
+        seq, self._sequences[place], self._runs[place] = self._sequences[place], None, False
         made = self._length[place] - self._prompt[place]
-        row.completion.ids = self._tokens[place, :made].tolist()
+        seq.completion.ids = self._tokens[place, :made].tolist()
         for column, name in enumerate(STATS):
-            setattr(row.completion, name, self._stats[place, :made, column].tolist())
-        row.completion.finish_reason = reason
-        self.pool.remember((row.prompt + row.completion.ids)[:-1], row.pages)  # the newest token is not written
-        self.pool.release(row.pages)
-        row.pages = []
+            setattr(seq.completion, name, self._stats[place, :made, column].tolist())
+        seq.completion.finish_reason = reason
+        self.pool.remember((seq.prompt + seq.completion.ids)[:-1], seq.pages)  # the newest token is not written
+        self.pool.release(seq.pages)
+        seq.pages = []
         self._vacant.append(place)
-        return row
+        return seq
 
     def _preempt(self, place: int) -> None:
         self.waiting.appendleft(self._leave(place, ""))
@@ -268,9 +256,9 @@ class Scheduler:
         self._close_ranks()
 
     def halve(self) -> bool:
-        """Puts the younger half of the running rows back into the queue, and no more than the others run from now on.
+        """Puts the younger half of the running sequences back into the queue; no more than the others run from now on.
 
-        False, and nothing happens, if only one row runs.
+        False, and nothing happens, if only one sequence runs.
         """
         n_kept = len(self.order) // 2
         if n_kept == 0:
@@ -282,13 +270,13 @@ class Scheduler:
 
     def _cancel(self, group: int) -> None:
         for place in self.order:
-            if self._rows[place].group == group:
+            if self._sequences[place].group == group:
                 self._leave(place, "cancelled")
         self._close_ranks()
-        for row in self.waiting:
-            if row.group == group:
-                row.completion.finish_reason = "cancelled"
-        self.waiting = deque(row for row in self.waiting if row.group != group)
+        for seq in self.waiting:
+            if seq.group == group:
+                seq.completion.finish_reason = "cancelled"
+        self.waiting = deque(seq for seq in self.waiting if seq.group != group)
 
     def _close_ranks(self) -> None:
         self.order = self.order[self._runs[self.order]]

@@ -78,6 +78,19 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in evaluation mode inside the block; each as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Within the block each layer of a forward keeps only its input; backward, in the block or after it, computes the
     rest again. The gradients are the same.
@@ -115,21 +128,17 @@ def check_supported(model: PreTrainedModel) -> None:
     ids = torch.arange(length, device=device) * 7919 % vocab_size
     places = torch.arange(length, device=device)
     context = PackedContext([(length, [])], device)
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with toolx_attention(model):
-            with torch.enable_grad():  # the way that training takes
-                hidden = run_body(model, ids, places, context).detach()
-            ours = linear_logits(hidden, **head_of(model)).log_softmax(-1)
-        theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
+        with evaluating(model):
+            with toolx_attention(model):
+                with torch.enable_grad():  # the way that training takes
+                    hidden = run_body(model, ids, places, context).detach()
+                ours = linear_logits(hidden, **head_of(model)).log_softmax(-1)
+            theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(
             f"{name} cannot be run with our attention ({error}): use Llama, Qwen2, Qwen3 or Gemma 3."
         ) from error
-    finally:
-        for module, mode in training:
-            module.training = mode
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
     difference = float((ours - theirs).abs().max())
     if not difference <= tolerance:
@@ -155,7 +164,7 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
-def _attention(
+def attention_function(
     module, query, key, value, attention_mask, scaling, toolx: AttentionContext, softcap=None, sliding_window=None, **_
 ):
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
@@ -164,4 +173,4 @@ def _attention(
 
 
 # No mask function is registered beside it, so transformers builds no masks: they are the context's business.
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attention_function)

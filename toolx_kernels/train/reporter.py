@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from toolx_kernels.engine.pages import physical_memory
+from toolx_kernels.engine.pool_size import device_memory
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.toolcall.datasets.report import dataset_report
@@ -90,7 +90,7 @@ class Reporter:
     def plan(self, work: Work) -> None:
         """Plans the run's memory from its settings, unless the model cannot be planned for."""
         device = self.model.device
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()
+        memory = device_memory(device)
         args = replace(self.args, dtype=str(self.model.dtype).removeprefix("torch."))
         try:
             self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, work=work)

@@ -11,7 +11,7 @@ import torch
 
 from tests.ops.attention.cases import make_case
 from toolx_kernels import reference
-from toolx_kernels.ops.attention import paged, paged_flash
+from toolx_kernels.ops.attention import paged, paged_flash, paged_torch
 
 PAGE = 256
 
@@ -203,10 +203,19 @@ def test_neither_old_chips_nor_old_nor_broken_nor_other_flash_attns(stand_in, mo
         assert not paged_flash.applies(query, cache)
 
 
-@pytest.mark.parametrize("page_size, expected", [(256, "flash-attn"), (16, "Triton")])
-def test_the_op_on_a_gpu_chooses(stand_in, monkeypatch, page_size, expected):
-    attention_triton = pytest.importorskip("toolx_kernels.ops.attention.paged_triton")
-    monkeypatch.setattr(paged_flash, "paged_attention", lambda *arguments: "flash-attn")
-    monkeypatch.setattr(attention_triton, "paged_attention", lambda *arguments: "Triton")
-    arguments = list(make_case([5], [1], page_size, dtype=torch.float16).tensors)
-    assert paged._on_cuda(*arguments, None, None, 1, 0.3, 0.0, 0) == expected
+@pytest.mark.parametrize(
+    "page_size, dim, dtype, expected",
+    [
+        (256, 8, torch.float16, "flash-attn"),
+        (16, 8, torch.float16, "Triton"),
+        (256, 264, torch.float16, "plain torch"),
+        (256, 8, torch.float64, "plain torch"),
+    ],
+    ids=str,
+)
+def test_the_op_on_a_gpu_chooses(stand_in, monkeypatch, page_size, dim, dtype, expected):
+    paged_triton = pytest.importorskip("toolx_kernels.ops.attention.paged_triton")
+    for module, name in ((paged_flash, "flash-attn"), (paged_triton, "Triton"), (paged_torch, "plain torch")):
+        monkeypatch.setattr(module, "paged_attention", lambda *arguments, name=name: name)
+    arguments = make_case([5], [1], page_size, dim=dim, dtype=dtype).tensors
+    assert paged.on_cuda(*arguments, None, None, 1, 0.3, 0.0, 0) == expected

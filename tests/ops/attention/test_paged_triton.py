@@ -214,12 +214,6 @@ def test_nothing_to_do():
     assert empty.shape == (0, 4, 8)
 
 
-def test_float64_is_left_to_the_default():
-    arguments = on_device(make_case(*CASES["chunked"], 7)[0])
-    expected = reference.paged_attention(*arguments, 0.3)
-    torch.testing.assert_close(run(arguments), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_a_cache_that_is_not_contiguous_is_refused():
     query, keys, *others = on_device(make_case([5], [1], 4, dtype=torch.float32)[0])
     with pytest.raises(InputError, match=r"shape \(5, 4, 2, 8\) has strides .* must be contiguous"):

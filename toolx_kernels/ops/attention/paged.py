@@ -11,6 +11,8 @@ from toolx_kernels import reference
 from toolx_kernels.ops import library
 from toolx_kernels.ops.attention import paged_torch
 
+LARGEST_HEAD = 256  # that attention on a GPU has kernels for
+
 
 def kv_write(
     key: Tensor,  # (T, Hkv, Dh)
@@ -69,21 +71,28 @@ def paged_attention(
     )  # fmt: skip
 
 
-def _on_cuda(query, key_cache, *others):
-    """flash-attn where it applies, else Triton."""
+def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a GPU has a kernel for such tensors: else plain torch serves, which waits for the device."""
+    return dtype != torch.float64 and head_dim <= LARGEST_HEAD
+
+
+def on_cuda(query, key_cache, *others):
+    """flash-attn where it applies, else Triton where it does."""
     from toolx_kernels.ops.attention import paged_flash
 
     if paged_flash.applies(query, key_cache):
-        from toolx_kernels.ops.attention.paged_flash import paged_attention as attend
-    else:
-        from toolx_kernels.ops.attention.paged_triton import paged_attention as attend
-    return attend(query, key_cache, *others)
+        return paged_flash.paged_attention(query, key_cache, *others)
+    if has_kernel(query.dtype, query.shape[-1]):
+        from toolx_kernels.ops.attention import paged_triton  # triton may be absent
+
+        return paged_triton.paged_attention(query, key_cache, *others)
+    return paged_torch.paged_attention(query, key_cache, *others)
 
 
 def _kv_write_triton(*arguments) -> None:
-    from toolx_kernels.ops.attention.paged_triton import kv_write  # triton may be absent
+    from toolx_kernels.ops.attention import paged_triton
 
-    kv_write(*arguments)
+    paged_triton.kv_write(*arguments)
 
 
 library.define(
@@ -98,7 +107,7 @@ library.define(
     "int window) -> Tensor",
     default=paged_torch.paged_attention,
     fake=lambda query, *_: query.new_empty(query.shape),
-    triton=_on_cuda,
+    triton=on_cuda,
 )
 
 

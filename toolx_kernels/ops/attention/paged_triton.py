@@ -18,11 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.ops.attention import paged_torch
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped
 
 EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
-LARGEST_HEAD = 256
 BLOCK_U = 512  # rows or groups that are looked at together; as many for any batch, or each would compile its own kernel
 
 
@@ -259,11 +257,6 @@ def paged_attention(
     scale, softcap, window,
 ):  # fmt: skip
     """See ``paged.paged_attention``; rows without keys get zeros."""
-    if query.dtype == torch.float64 or query.shape[-1] > LARGEST_HEAD:
-        return paged_torch.paged_attention(
-            query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-            scale, softcap, window,
-        )  # fmt: skip
     _check_contiguous(key_cache, value_cache)
     out = torch.empty_like(query)
     n_tokens, heads, dim = query.shape

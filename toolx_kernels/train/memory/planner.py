@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from transformers import PreTrainedConfig
 
-from toolx_kernels.engine.engine import MAX_ROWS, PAGE_SIZE
-from toolx_kernels.engine.pages import pages_of_row, pages_wanted, pool_budget, power_of_two
+from toolx_kernels.engine.engine import MAX_SEQUENCES, PAGE_SIZE
+from toolx_kernels.engine.pool_size import pages_of, pages_wanted, pool_pages
 from toolx_kernels.engine.runner import MAX_PREFILL_TOKENS
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import cache_shape
@@ -204,15 +204,14 @@ class Planner:
 
         def wanted(lengths: Sequence[int], n: int) -> int:
             limits = [limit(length) for length in lengths]
-            return pages_wanted(lengths, n, limits, PAGE_SIZE, MAX_ROWS) if lengths else 0
+            return pages_wanted(lengths, n, limits, PAGE_SIZE, MAX_SEQUENCES) if lengths else 0
 
         in_step = wanted(sampled, args.num_generations)
         at_once = [in_step, wanted([work.prompt_length] * work.eval_rows, 1)]
         for n in waves(args.probe_rollouts):
             at_once.append(wanted([work.prompt_length] * min(work.train_rows, max(1, MAX_ROLLOUTS // n)), n))
-        row = pages_of_row(longest := max(sampled), limit(longest), PAGE_SIZE)
-        budget = pool_budget(self.memory, self.device) // (token * PAGE_SIZE)
-        pages = max(row, min(power_of_two(max(at_once)), budget))
+        row = pages_of(longest := max(sampled), limit(longest), PAGE_SIZE)
+        pages = pool_pages(max(at_once), row, PAGE_SIZE * token, self.memory, self.device)
         cautious = args.needs_reference and args.demonstrations == "better" and args.verification == "cautious"
         kv = {
             "token": token,

@@ -1,0 +1,108 @@
+"""Sequences: completions in progress, made of the prompts of a call once these are checked."""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from toolx_kernels.engine.pool_size import pages_of
+from toolx_kernels.engine.types import Completion, SamplingParams
+from toolx_kernels.errors import InputError
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a prompt. ``stream``, (seed, step, row id, rollout index), names its random numbers."""
+
+    group: int  # its prompt's place in the call
+    prompt: list[int]
+    limit: int  # tokens it may get
+    stream: tuple[int, int, int, int]
+    completion: Completion = field(default_factory=Completion)
+    pages: list[int] = field(default_factory=list)
+
+
+class Capacity(NamedTuple):
+    """What a model and its page pool take."""
+
+    vocab_size: int
+    context: int  # tokens
+    page_size: int  # tokens
+    max_pages: int | None
+
+
+def sequences_of(
+    prompts: abc.Sequence[abc.Sequence[int]],
+    n: int,
+    params: SamplingParams,
+    capacity: Capacity,
+    *,
+    seed: int,
+    step: int,
+    row_ids: abc.Sequence[int] | None,
+    first_rollout: int | abc.Sequence[int],
+    limits: abc.Sequence[int] | None,
+) -> list[list[Sequence]]:
+    """``n`` sequences of each prompt. Arguments and errors are those of ``RolloutEngine.generate``."""
+    if n < 1:
+        raise InputError(f"n={n} completions per prompt: n must be at least 1.")
+    tokens = [_integers(ids) for ids in prompts]
+    rows = list(range(len(tokens))) if row_ids is None else _integers(row_ids)
+    firsts = _integers(first_rollout if hasattr(first_rollout, "__len__") else [first_rollout] * len(tokens))
+    most = [params.max_new_tokens] * len(tokens) if limits is None else _integers(limits)
+    for name, values in (("row_ids", rows), ("first_rollout", firsts), ("limits", most)):
+        if len(values) != len(tokens):
+            raise InputError(f"{len(values)} {name} for {len(tokens)} prompts: give one for each.")
+    most = [
+        min(limit, params.max_new_tokens, capacity.context - len(ids)) for ids, limit in zip(tokens, most, strict=True)
+    ]
+    words = {"seed": [seed], "step": [step], "row id": rows, "first_rollout": firsts}
+    _check_streams(words | {"last_rollout": (first + n - 1 for first in firsts)})
+    for token in params.stop_token_ids:
+        if not 0 <= token < capacity.vocab_size:
+            raise InputError(
+                f"stop token {token} is outside the vocabulary of {capacity.vocab_size}: it would never come."
+            )
+    groups = []
+    for place, (ids, limit, row, first) in enumerate(zip(tokens, most, rows, firsts, strict=True)):
+        _check_prompt(f"Prompt {place} (row {row})", ids, limit, capacity)
+        groups.append([Sequence(place, ids, limit, (seed, step, row, first + i)) for i in range(n)])
+    return groups
+
+
+def _check_streams(words: dict[str, abc.Iterable[int]]) -> None:
+    for name, given in words.items():
+        for word in given:
+            if not (isinstance(word, int) and 0 <= word < 2**32):
+                raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, as it names a stream.")
+
+
+def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> None:
+    vocab_size, context, page_size, max_pages = capacity
+    if not ids:
+        raise InputError(f"{name} is empty: give it at least one token.")
+    if not (_all_int(ids) and min(ids) >= 0 and max(ids) < vocab_size):
+        bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
+        raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
+    if len(ids) >= context:
+        raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
+    if limit < 1:
+        raise InputError(f"{name} has a limit of {limit} tokens: it must be at least 1.")
+    needed = pages_of(len(ids), limit, page_size)
+    if max_pages is not None and needed > max_pages:
+        raise InputError(
+            f"{name} with {len(ids)} tokens needs {needed} pages of {page_size} tokens, and max_pages is {max_pages}: "
+            "raise it or shorten the prompt."
+        )
+
+
+def _integers(values: Any) -> list[int]:
+    """The values of a list, an array or a tensor as Python numbers."""
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    return values if _all_int(values) else [v.item() if hasattr(v, "item") else v for v in values]
+
+
+def _all_int(values: list) -> bool:
+    """Without a line of Python for each: a call may bring a hundred thousand."""
+    return set(map(type, values)) <= {int}

@@ -1,0 +1,101 @@
+"""The inputs of a decode step: all in one buffer, in sizes rounded up to a few buckets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolx_kernels.engine.pool_size import power_of_two
+
+ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
+LEAST_WIDTH = 64  # columns of a graph's block table
+SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeInputs:
+    """What one decode step of R sequences in G groups reads."""
+
+    ids: np.ndarray  # (R) int64: the newest token of each sequence
+    positions: np.ndarray  # (R) int64
+    slots: np.ndarray  # (R) int64: where its key and value go
+    streams: np.ndarray  # (R, 5) int64: of the token to be sampled
+    block_table: np.ndarray  # (R, W) int32
+    cu_groups: np.ndarray  # (G + 1) int64
+    prefix_lens: np.ndarray  # (R) int64
+
+
+class Sizes(NamedTuple):
+    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
+
+    rows: int
+    groups: int
+    width: int
+    siblings: int
+
+    @classmethod
+    def of(cls, inputs: DecodeInputs) -> Sizes:
+        rows, width = inputs.block_table.shape
+        return cls(rows, len(inputs.cu_groups) - 1, width, int(np.diff(inputs.cu_groups).max()))
+
+
+def bucket(exact: Sizes) -> Sizes:
+    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
+
+    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
+    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
+    """
+    rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
+    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
+    width = power_of_two(max(exact.width, LEAST_WIDTH))
+    siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
+    return Sizes(rows, groups, width, siblings)
+
+
+class Parts(NamedTuple):
+    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
+
+    ids: np.ndarray | Tensor  # (R) int64, as the next three
+    positions: np.ndarray | Tensor  # (R)
+    slots: np.ndarray | Tensor  # (R)
+    streams: np.ndarray | Tensor  # (R, 5)
+    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
+    prefix_lens: np.ndarray | Tensor  # (R)
+    cu_groups: np.ndarray | Tensor  # (G + 1)
+    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
+    block_table: np.ndarray | Tensor  # (R, W)
+
+
+def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
+    """The parts of a buffer of ``buffer_length(sizes)`` int64."""
+    rows, width = sizes.rows, sizes.width
+    wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)
+    bounds = np.cumsum([0, rows, rows, sizes.groups + 1, rows + 1, rows * width])
+    seq_lens, prefix_lens, cu_groups, cu_rows, table = (narrow[i:j] for i, j in itertools.pairwise(bounds))
+    ids, positions, slots = wide[: 3 * rows].reshape(3, rows)
+    streams, block_table = wide[3 * rows :].reshape(rows, 5), table.reshape(rows, width)
+    return Parts(ids, positions, slots, streams, seq_lens, prefix_lens, cu_groups, cu_rows, block_table)
+
+
+def buffer_length(sizes: Sizes) -> int:
+    narrow = 3 * sizes.rows + sizes.groups + 2 + sizes.rows * sizes.width
+    return 8 * sizes.rows + math.ceil(narrow / 2)
+
+
+def pack(inputs: DecodeInputs, parts: Parts) -> None:
+    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
+    (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
+    parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
+    parts.slots[n_rows:] = -1  # writes nothing
+    parts.streams[:n_rows], parts.prefix_lens[:n_rows] = inputs.streams, inputs.prefix_lens
+    parts.ids[n_rows:], parts.positions[n_rows:], parts.prefix_lens[n_rows:] = 0, 0, 0
+    parts.seq_lens[:n_rows], parts.seq_lens[n_rows:] = inputs.positions + 1, 1
+    parts.cu_groups[:n_bounds], parts.cu_groups[n_bounds:] = inputs.cu_groups, len(parts.ids)
+    parts.cu_rows[:] = np.arange(len(parts.cu_rows))
+    parts.block_table[:n_rows, :width], parts.block_table[n_rows:, 0] = inputs.block_table, 0
