@@ -1,4 +1,4 @@
-"""Calling the reward functions that users bring, as TRL would: several with weights, plain or async, within a time."""
+"""The runner of users' reward functions, as in TRL: several with weights, plain or async, within a time limit."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class Completion(Protocol):
-    """What a reward function is told of a completion."""
+    """What a reward function gets of a completion."""
 
     ids: list[int]
     text: str  # for a string prompt

@@ -1,4 +1,4 @@
-"""Rewards for tool calls."""
+"""Rewards and correctness of completions that call tools."""
 
 from collections.abc import Sequence
 

@@ -152,14 +152,11 @@ class SelfExemplifyingReward:
             raise InputError(f"more_than={more_than!r} must be a whole number of examples, at least 0, such as 3")
         self.bonus, self.more_than, self.distinct = bonus, more_than, distinct
 
-    def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], *, answer: list, tools: list,
-        **columns: list,
-    ) -> list[float]:  # fmt: skip
+    def __call__(self, prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:
         """One reward for each completion; prompts and completions are strings or lists of chat messages."""
         sections = [parse_sections(completion_text(completion)) for completion in completions]
         answers = [part.answer or "" for part in sections]
-        right = no_think_reward(prompts, answers, completion_ids, answer=answer, tools=tools, **columns)
+        right = no_think_reward(prompts, answers, completion_ids, **columns)
         return [
             self._with_bonus(part.examples or [], prompt) if reward and part.in_order else 0.0
             for reward, part, prompt in zip(right, sections, prompts, strict=True)

@@ -41,6 +41,7 @@ class _Job:
 
     work: Callable[[], Any]  # not called if there is an error already
     convert: Callable[[Any], str]  # of what ``work`` returns, or of what that awaits
+    stateful: bool = False  # it shares the environment's state
     result: str = ""
     error: str | None = None
 
@@ -140,14 +141,10 @@ class Toolbox:
         """
         of_turns = [[_job(session, call) for call in calls] for session, calls in turns]
         queues: list[tuple[list[_Job], threading.Lock | None]] = []
-        for (session, calls), jobs in zip(turns, of_turns, strict=True):
-            ready = [
-                (job, call["name"] in session.stateful)
-                for job, call in zip(jobs, calls, strict=True)
-                if job.error is None
-            ]
-            queues.append(([job for job, stateful in ready if stateful], session.lock))
-            queues += [([job], None) for job, stateful in ready if not stateful]
+        for (session, _), jobs in zip(turns, of_turns, strict=True):
+            ready = [job for job in jobs if job.error is None]
+            queues.append(([job for job in ready if job.stateful], session.lock))
+            queues += [([job], None) for job in ready if not job.stateful]
         self._run([queue for queue in queues if queue[0]])
         return [[job.result if job.error is None else error_text(job.error) for job in jobs] for jobs in of_turns]
 
@@ -268,7 +265,7 @@ def _job(session: Session, call: dict) -> _Job:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         return _Job(str, _as_text, error=f"{name}: {error}")
-    return _Job(lambda: function(**arguments), _as_text)
+    return _Job(lambda: function(**arguments), _as_text, name in session.stateful)
 
 
 def _as_text(value: Any) -> str:
