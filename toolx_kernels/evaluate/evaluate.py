@@ -1,4 +1,4 @@
-"""Scoring a model: completions of rows, greedy or sampled, right or wrong, per tier or category."""
+"""Evaluation of a model: completions of rows, greedy or sampled, each judged right or wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from toolx_kernels.engine import SamplingParams
-from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollouter
@@ -33,10 +32,7 @@ def evaluate(
     A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
     gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the
     title of a bar, drawn on a terminal when it takes more than a moment.
-
-    Raises InputError for what ``check_sampling`` refuses; before anything runs.
     """
-    check_sampling(params.temperature, n, ks)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]
     total, off = n * len(fitting), progress is None
@@ -46,24 +42,11 @@ def evaluate(
             bar.update()
             return False
 
-        groups = rollouter.roll_out(
-            [rows[place] for place in fitting], [ids[place] for place in fitting], n, params, row_ids=fitting,
-            on_rollout=count,
-        )  # fmt: skip
+        fitting_rows, fitting_ids = [rows[place] for place in fitting], [ids[place] for place in fitting]
+        groups = rollouter.roll_out(fitting_rows, fitting_ids, n, params, row_ids=fitting, on_rollout=count)
     answers = [[Answer("", False, 0, TOO_LONG)] * n for _ in rows]
     for place, rollouts in zip(fitting, groups, strict=True):
         answers[place] = [
             Answer(r.text, bool(judge(r.answer_text, rows[place])), r.written, r.finish_reason) for r in rollouts
         ]
     return Scores(rows, answers, ks)
-
-
-def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
-    """Raises InputError for several greedy completions, which would all be the same, and for pass@k with k > n."""
-    if n < 1:
-        raise InputError(f"num_generations={n} must be at least 1.")
-    if temperature == 0 and n > 1:
-        raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
-    for k in ks:
-        if not 1 <= k <= n:
-            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")

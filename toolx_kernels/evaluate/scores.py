@@ -1,4 +1,4 @@
-"""What an evaluation found: every answer with its verdict, accuracy per category with intervals, and the files."""
+"""Scores of an evaluation: judged answers, accuracy per category with intervals, and the files of both."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolx_kernels.evaluate.intervals import Estimate, wilson
 from toolx_kernels.evaluate.tables import aligned, markdown
@@ -42,12 +43,15 @@ class Score:
     accuracy: Estimate
     pass_at: dict[int, Estimate]
 
-    def as_dict(self) -> dict:
-        """As JSON: intervals are lists of two numbers beside the values."""
-        described = {
-            "n": self.n, "samples": self.samples, "right": self.right, "accuracy": self.accuracy.value,
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON: intervals are lists of two numbers next to the values."""
+        described: dict[str, Any] = {
+            "n": self.n,
+            "samples": self.samples,
+            "right": self.right,
+            "accuracy": self.accuracy.value,
             "interval": self.accuracy[1:],
-        }  # fmt: skip
+        }
         if self.pass_at:
             described["pass_at"] = {k: {"value": at.value, "interval": at[1:]} for k, at in self.pass_at.items()}
         return described
@@ -92,13 +96,8 @@ class Scores:
     def _score(self, members: Sequence[int]) -> Score:
         right = [sum(answer.right for answer in self.answers[i]) for i in members]
         n, samples = len(members), len(self.answers[0])
-        return Score(
-            n,
-            samples,
-            sum(right),
-            wilson(sum(right) / (n * samples), n),
-            {k: wilson(math.fsum(pass_at_k(samples, c, k) for c in right) / n, n) for k in self.ks},
-        )
+        pass_at = {k: wilson(math.fsum(pass_at_k(samples, c, k) for c in right) / n, n) for k in self.ks}
+        return Score(n, samples, sum(right), wilson(sum(right) / (n * samples), n), pass_at)
 
 
 def part_of(row: Row) -> str | None:
@@ -134,22 +133,22 @@ def _cells(name: str, score: Score) -> list[str]:
 
 
 def notes(scores: Mapping[str, Scores]) -> list[str]:
-    """What a reader of the table must know, one sentence each."""
-    said = []
+    """Remarks on the table, one sentence each."""
+    remarks = []
     if any(len(of_dataset.parts) > 1 for of_dataset in scores.values()):
-        said.append("A dataset's own row is its micro-average: right answers over all answers, categories unweighted.")
+        remarks.append("A dataset's own row is its micro-average: right answers over all answers, categories unweighted.")
     if len(scores) > 1:
-        said.append("Datasets are not averaged with each other: what stands in one is no part of another's score.")
+        remarks.append("Datasets are not averaged with each other: what stands in one is no part of another's score.")
     for name, of_dataset in scores.items():
         if too_long := of_dataset.too_long:
             named = ", ".join(row.id for row in too_long[:5]) + (", ..." if len(too_long) > 5 else "")
-            said.append(
+            remarks.append(
                 f"{name}: {len(too_long)} of {len(of_dataset.rows)} prompts do not fit the model's context and "
                 f"count as wrong: {named}."
             )
         if of_dataset.cut_off:
-            said.append(f"{name}: {of_dataset.cut_off} completions were cut off at the limit of tokens.")
-    return said
+            remarks.append(f"{name}: {of_dataset.cut_off} completions were cut off at the limit of tokens.")
+    return remarks
 
 
 def describe(scores: Mapping[str, Scores]) -> str:
@@ -172,12 +171,12 @@ def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) 
         for name, of_dataset in scores.items()
     }
     lines = [
-        {"dataset": name, "id": row.id, "part": part_of(row), "sample": sample, "right": answer.right,
-         "tokens": answer.tokens, "finish_reason": answer.finish_reason, "text": answer.text}
+        {"dataset": name, "id": row.id, "part": part_of(row), "sample": sample}
+        | {key: getattr(answer, key) for key in ("right", "tokens", "finish_reason", "text")}
         for name, of_dataset in scores.items()
         for row, of_row in zip(of_dataset.rows, of_dataset.answers, strict=True)
         for sample, answer in enumerate(of_row)
-    ]  # fmt: skip
+    ]
     words = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     how = ", ".join(f"{name} {value}" for name, value in words.items() if value not in (None, ""))
     page = [markdown(table(scores)), *notes(scores), f"Settings: {how}."]
