@@ -1,14 +1,8 @@
-"""pytest-benchmark or its stand-in; a description of the machine without names of hosts, users and branches."""
+"""pytest-benchmark's description of the machine, without names of hosts, users and branches."""
 
 import pytest
 
-from bench import plain_benchmark
-from bench.loss.measure import machine
-
-
-def pytest_addoption(parser, pluginmanager):
-    if not pluginmanager.hasplugin("benchmark"):
-        pluginmanager.register(plain_benchmark)
+from bench.common.machine import machine
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,7 +11,6 @@ import argparse
 import fnmatch
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.common.machine import slug_of
 from bench.gpu.runner import ROOT, Bench, Journal, commit, find_all, read_journal, restart_with
 from bench.gpu.summary import summary
 
@@ -105,7 +105,7 @@ def folder_of(gpu: str) -> Path:
     if os.environ.get("OUT"):
         folder = Path(os.environ["OUT"])
     else:
-        folder = ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+        folder = ROOT / "bench" / "results" / slug_of(gpu)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -21,11 +21,10 @@ LISTED_FAILURES = 40
 
 def build(capability: str, *, toy: bool) -> Command:
     """The extension for this GPU, in place; it takes CPU time alone and runs beside the first facts."""
-    return Command(
-        "build", 60, [sys.executable, "setup.py", "build_ext", "--inplace", "--force"], exit_status,
-        env={"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": "8"}, beside="machine",
-        skip="toy: the extension is left as it is" if toy else "",
-    )  # fmt: skip
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+    env = {"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": "8"}
+    skip = "toy: the extension is left as it is" if toy else ""
+    return Command("build", 60, command, exit_status, env=env, beside="machine", skip=skip)
 
 
 def tests(name: str, seconds: float, *selection: str, workers: int, toy: bool, beside: str = "") -> Command:
@@ -43,25 +42,18 @@ def sanitizer(tool: str, seconds: float, *options: str, toy: bool) -> Command:
     next_to_nvcc = Path("/usr/local/cuda/bin/compute-sanitizer")
     binary = shutil.which("compute-sanitizer") or (str(next_to_nvcc) if next_to_nvcc.exists() else None)
     skip = "" if binary else "there is no compute-sanitizer here: it comes with the CUDA toolkit"
-    return Command(
-        tool,
-        seconds,
-        [
-            str(binary), "--tool", tool, "--target-processes", "all", "--launch-timeout", "120", "--print-limit", "20",
-            "--report-api-errors", "no", *options, *PYTEST, "-p", "bench.gpu.eager", EVERY_OP,
-        ],
-        sanitized,
-        # Without torch's cache every tensor is an allocation of its own, whose bounds the tool can see. Such an
-        # allocation is forbidden while a graph is captured, hence bench.gpu.eager.
-        env=QUIET | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        skip="toy: there is no GPU to watch" if toy else skip,
-    )  # fmt: skip
+    skip = "toy: there is no GPU to watch" if toy else skip
+    watched = [str(binary), "--tool", tool, *SANITIZER.split(), *options, *PYTEST, "-p", "bench.gpu.eager", EVERY_OP]
+    # Without torch's cache every tensor is an allocation of its own, whose bounds the tool can see. Such an
+    # allocation is forbidden while a graph is captured, hence bench.gpu.eager.
+    env = QUIET | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Command(tool, seconds, watched, sanitized, env=env, skip=skip)
 
 
-PYTEST = (
-    sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-    "-o", "faulthandler_timeout=60",  # a kernel that hangs cannot be interrupted: this names the test
-)  # fmt: skip
+SANITIZER = "--target-processes all --launch-timeout 120 --print-limit 20 --report-api-errors no"
+# A kernel that hangs cannot be interrupted: the timeout names the test.
+PYTEST_OPTIONS = "-v --tb=short -p no:cacheprovider --continue-on-collection-errors -o faulthandler_timeout=60"
+PYTEST = (sys.executable, "-m", "pytest", *PYTEST_OPTIONS.split())
 QUIET = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
 
 

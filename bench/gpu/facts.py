@@ -33,15 +33,15 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/exact", 10, rollout.exact),
         commands.tests("tests/every op", 60, commands.EVERY_OP, workers=6, toy=toy, beside="loss/exact bf16"),
         # fast
-        *(loss.timed(d, frozen=frozen) for d in (896, 1536) for frozen in (False, True)),
+        *(loss.timed(loss.case(d, frozen=frozen)) for d in (896, 1536) for frozen in (False, True)),
         loss.half_dead(896),
         Fact("loss/waits", 2, loss.waits),
         loss.kernels(896),
         loss.kernels(1536),
-        loss.timed(4096),
-        loss.timed(896, what="forward"),
-        loss.timed(896, dtype="float32", n=2048),
-        loss.timed(896, (Toolx,), n=65_536, seconds=5, rounds=3, label="length"),
+        loss.timed(loss.case(4096)),
+        loss.timed(loss.case(896, "forward")),
+        loss.timed(loss.case(896, n=2048, dtype="float32")),
+        loss.timed(loss.case(896, n=65_536), (Toolx,), seconds=5, rounds=3, label="length"),
         *(loss.tile(tile) for tile in candidates),
         Fact("rollout/first call", 8, rollout.first_call),
         rollout.timed(rollout.QWEN_05B, seconds=10),
@@ -51,8 +51,8 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         training.steps("0.5b", 60),
         Fact("train/kernels", 25, training.kernels),
         # whole
-        commands.tests("tests/rollout", 30, "tests/rollout", workers=12, toy=toy),
-        commands.tests("tests/ops", 60, "tests/ops", *ABOUT_NO_GPU, workers=12, toy=toy),
+        commands.tests("tests/engine", 30, "tests/engine", "tests/rollout", workers=12, toy=toy),
+        commands.tests("tests/ops", 60, "tests/ops", workers=12, toy=toy),
         commands.sanitizer("memcheck", 60, toy=toy),
         Fact("train/tiny", 60, training.tiny),
         training.steps("1.5b", 60),
@@ -65,21 +65,26 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         # picky and slow
         commands.sanitizer("racecheck", 90, "--kernel-name-exclude", commands.LIBRARY_KERNELS, toy=toy),
         commands.sanitizer("initcheck", 90, toy=toy),
-        commands.tests("tests/train", 150, "tests/train", workers=12, toy=toy),
+        commands.tests("tests/train", 150, "tests/train", "tests/models", "tests/evaluate", workers=12, toy=toy),
         commands.tests("tests/toolcall", 60, "tests/toolcall", workers=12, toy=toy),
     ]
     return [fact for fact in found if not (toy and re.search(SAME_AT_TOY_SIZE, fact.name))]
 
 
-ABOUT_NO_GPU = ("--ignore=tests/without_gpu/test_cross_compile.py", "--ignore=tests/without_gpu/test_jit_path.py")
 SAME_AT_TOY_SIZE = r"D=1536|D=4096|N=2048|1\.5b|3b$"  # as another fact
 
 
 CANDIDATES = (
-    TritonTile(128, 128, 64, 8, 3), TritonTile(128, 128, 64, 8, 4), TritonTile(128, 128, 64, 4, 3),
-    TritonTile(128, 128, 32, 8, 3), TritonTile(128, 256, 64, 8, 3), TritonTile(128, 256, 64, 8, 4),
-    TritonTile(256, 128, 64, 8, 3), TritonTile(64, 128, 64, 4, 4), TritonTile(64, 256, 64, 4, 4),
-)  # fmt: skip
+    TritonTile(128, 128, 64, 8, 3),
+    TritonTile(128, 128, 64, 8, 4),
+    TritonTile(128, 128, 64, 4, 3),
+    TritonTile(128, 128, 32, 8, 3),
+    TritonTile(128, 256, 64, 8, 3),
+    TritonTile(128, 256, 64, 8, 4),
+    TritonTile(256, 128, 64, 8, 3),
+    TritonTile(64, 128, 64, 4, 4),
+    TritonTile(64, 256, 64, 4, 4),
+)
 
 
 def compiled_part(bench: Bench) -> dict:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench.common import timing
 from bench.gpu.machine import median_seconds
 from bench.gpu.runner import Bench, Fact
-from bench.loss import measure
-from bench.loss.measure import Case
-from bench.loss.providers import PEERS, Floor, LiveFloor, PlainTorch, Provider, Toolx, make_problem
-from bench.plain_benchmark import PlainBenchmark
+from bench.loss.cases import Case, make_problem
+from bench.loss.measure import measure
+from bench.loss.providers import PEERS, Floor, LiveFloor, LossProvider, PlainTorch, Toolx
 from toolx_kernels import linear_grpo_loss, linear_logprob, reference
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import tiles
@@ -28,9 +29,13 @@ VOCAB = 151_936  # Qwen2.5's
 # through the workspace and once at the end.
 TOLERANCE = {torch.float32: (1e-4, 2e-5), torch.bfloat16: (1e-3, 4e-3), torch.float16: (1e-3, 4e-3)}
 FORMS = (
-    "on-policy", "frozen head", "clipped, with KL", "entropy bonus, softcap, bias", "temperature by row, mask, dead",
+    "on-policy",
+    "frozen head",
+    "clipped, with KL",
+    "entropy bonus, softcap, bias",
+    "temperature by row, mask, dead",
     "whole sequences",
-)  # fmt: skip
+)
 
 
 def exact(dtype: torch.dtype) -> Fact:
@@ -119,20 +124,28 @@ def name_of(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+def case(d: int, what: str = "both", n: int = 8192, **others) -> Case:
+    return Case(what, n, d, VOCAB, **others)
+
+
 def timed(
-    d: int, kinds: Sequence[type[Provider]] = (Toolx, Floor), *, what: str = "both", n: int = 8192,
-    dtype: str = "bfloat16", seconds: float = 3, rounds: int = 10, label: str = "time", **form,
-) -> Fact:  # fmt: skip
+    case: Case,
+    kinds: Sequence[type[LossProvider]] = (Toolx, Floor),
+    *,
+    seconds: float = 3,
+    rounds: int = 10,
+    label: str = "time",
+) -> Fact:
     """Medians of rounds in which all take turns; the memory of ours beyond inputs and gradients."""
-    head = "frozen" if form.get("frozen") else f"{form['dead']:.0%} dead" if form.get("dead") else "trained"
-    passes = "" if what == "both" else f" {what}"
-    shape = f"D={d}" + (f" N={n}" if n != 8192 else "") + (" fp32" if dtype == "float32" else "")
+    head = "frozen" if case.frozen else f"{case.dead:.0%} dead" if case.dead else "trained"
+    passes = "" if case.what == "both" else f" {case.what}"
+    n = "" if case.n == 8192 else f" N={case.n}"
+    dtype = " fp32" if case.dtype == "float32" else ""
 
     def find(bench: Bench) -> dict:
-        size = (64, 32, 500) if bench.toy else (n, d, VOCAB)
-        case = Case(what, *size, dtype, **form)
+        its_case = replace(case, n=64, d=32, v=500) if bench.toy else case
         chosen = [kind for kind in kinds if not (bench.toy and kind in PEERS)]
-        records = measure.measure(PlainBenchmark(), case, chosen, bench.device, 2 if bench.toy else rounds)
+        records = measure(its_case, chosen, bench.device, 2 if bench.toy else rounds)["records"]
         by_name = {record["provider"]: record for record in records}
         ours, floor = by_name[Toolx.name], by_name.get(Floor.name)
         found = {"ms": ours["ms"], "fastest_ms": min(ours["rounds_ms"])}
@@ -140,24 +153,20 @@ def timed(
             found |= {"floor_ms": floor["ms"], "to_floor": round(ours["ms"] / floor["ms"], 3)}
         if "mib_beyond_gradients" in ours:
             found["mib_beyond_gradients"] = ours["mib_beyond_gradients"]
-            found["workspace_mib"] = workspace_mib(bench, case)
+            found["workspace_mib"] = tiles.workspace_bytes(bench.device, its_case.n, its_case.v) >> 20
         others = [record for name, record in by_name.items() if name not in (Toolx.name, Floor.name)]
         wrong = [f"{name} is off by {error:.2g}" for name, error in ours["errors"].items()] if ours["wrong"] else []
         return found | ({"others": others} if others else {}) | {"failures": wrong}
 
-    return Fact(f"loss/{label} {shape} {head}{passes}", seconds, find)
-
-
-def workspace_mib(bench: Bench, case: Case) -> int:
-    return tiles.workspace_bytes(bench.device, case.n, case.v) >> 20
+    return Fact(f"loss/{label} D={case.d}{n}{dtype} {head}{passes}", seconds, find)
 
 
 def peers(d: int) -> Fact:
-    return timed(d, (Toolx, Floor, PlainTorch, *PEERS), label="peers", seconds=15, rounds=5)
+    return timed(case(d), (Toolx, Floor, PlainTorch, *PEERS), label="peers", seconds=15, rounds=5)
 
 
 def half_dead(d: int) -> Fact:
-    return timed(d, (Toolx, Floor, LiveFloor), dead=0.5)
+    return timed(case(d, dead=0.5), (Toolx, Floor, LiveFloor))
 
 
 def kernels(d: int) -> Fact:
@@ -173,14 +182,13 @@ def kernels(d: int) -> Fact:
     return Fact(f"loss/kernels D={d}", 2, find)
 
 
-def profiled(call, bench: Bench, listed: int = 16) -> dict:
+def profiled(call: Callable[[], object], bench: Bench, listed: int = 16) -> dict:
     cuda = bench.device.type == "cuda"
-    measure.seconds(call, bench.device)
-    wall = measure.seconds(call, bench.device)
+    timing.seconds(call, bench.device)
+    wall = timing.seconds(call, bench.device)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
         call()
-        if cuda:
-            torch.cuda.synchronize()
+        timing.synchronize(bench.device)
 
     def busy(event) -> float:
         return (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3

@@ -10,18 +10,30 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
-from importlib import metadata
 from statistics import median
 
 import torch
 
+from bench.common.machine import package_version
+from bench.common.timing import synchronize
 from bench.gpu import commands
-from bench.gpu.runner import Bench, Command, Fact, printed, synchronize
+from bench.gpu.runner import Bench, Command, Fact, printed
 
 PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "setuptools", "peft", "torchao", "flash-attn", "liger-kernel",
-    "cut-cross-entropy", "trl", "pytest", "pytest-xdist",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "setuptools",
+    "peft",
+    "torchao",
+    "flash-attn",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "pytest",
+    "pytest-xdist",
+)
 
 
 def facts(bench: Bench) -> Sequence[Fact | Command]:
@@ -53,15 +65,7 @@ def machine(bench: Bench) -> dict:
             "cuda": torch.version.cuda,
             "nvcc": nvcc_version() or "absent",
         }
-    return found | {package: version(package) for package in PACKAGES}
-
-
-def version(package: str) -> str:
-    """Not bench.loss.measure's, which imports the package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+    return found | {package: package_version(package) for package in PACKAGES}
 
 
 def nvcc_version() -> str | None:
@@ -102,5 +106,5 @@ def median_seconds(call: Callable[[], object], bench: Bench, rounds: int = 20) -
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
-    synchronize(bench)
+    synchronize(bench.device)
     return median(t if isinstance(t, float) else t[0].elapsed_time(t[1]) / 1e3 for t in times[2:])

@@ -9,13 +9,12 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
+from bench.common import timing
 from bench.gpu.loss import profiled
 from bench.gpu.runner import Bench, Fact
-from bench.loss import measure
-from bench.plain_benchmark import PlainBenchmark
-from bench.rollout import measure as measure_rollout
 from bench.rollout.cases import Case, make_prompts, model_of
-from bench.rollout.providers import PEERS, Sampler, ToolxCompiled
+from bench.rollout.measure import measure
+from bench.rollout.providers import PEERS, RolloutProvider, ToolxCompiled
 from toolx_kernels import RolloutEngine, SamplingParams, linear_logprob
 
 QWEN_05B = Case("qwen2.5-0.5b-shape", 32, 1000, 10, 256, limit_s=30.0)
@@ -24,12 +23,10 @@ TOY = Case("tiny", 2, 20, 3, 6)
 
 def exact(bench: Bench) -> dict:
     """Greedy tokens as ``generate`` has them; the sampler's log-probs as ``linear_logprob`` has them; fp32."""
-    sizes = dict(
-        vocab_size=20_011, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
+    sizes = dict(vocab_size=20_011, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     if bench.toy:
-        sizes |= dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+        sizes = dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
     failures, worst, graphs = [], 0.0, 0
     for config in (LlamaConfig(**sizes), Qwen2Config(**sizes)):
         torch.manual_seed(0)
@@ -53,10 +50,9 @@ def exact(bench: Bench) -> dict:
                 with torch.no_grad():
                     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
                     start = len(group.prompt_ids)
-                    now = linear_logprob(
-                        hidden[start - 1 : -1], model.lm_head.weight, ids[0, start:], temperature=0.8
-                    ).logprobs.cpu()  # fmt: skip
-                worst = max(worst, float((now - torch.tensor(completion.logprobs)).abs().max()))
+                    predicting = hidden[start - 1 : -1]
+                    now = linear_logprob(predicting, model.lm_head.weight, ids[0, start:], temperature=0.8).logprobs
+                worst = max(worst, float((now.cpu() - torch.tensor(completion.logprobs)).abs().max()))
         graphs += len(engine.runner.graphs)
     if not worst <= 1e-4:
         failures.append(f"log-probs differ from linear_logprob's by {worst:.2g}")
@@ -79,25 +75,28 @@ def first_call(bench: Bench) -> dict:
 
 
 def timed(
-    case: Case, peers: Sequence[type[Sampler]] = (), *, seconds: float = 40, rounds: int = 2, label: str = "time"
+    case: Case,
+    peers: Sequence[type[RolloutProvider]] = (),
+    *,
+    seconds: float = 40,
+    rounds: int = 2,
+    label: str = "time",
 ) -> Fact:
     """Whole calls of ours and peers in turn, the floor of a decode step, and KV memory."""
 
     def find(bench: Bench) -> dict:
         its_case = TOY if bench.toy else case
-        benchmark = PlainBenchmark()
-        kinds = peers if bench.device.type == "cuda" else ()
-        records = measure_rollout.measure(benchmark, its_case, kinds, bench.device, rounds)
-        ours, floor = records[0], benchmark.extra_info["floor"]
+        measured = measure(its_case, peers if bench.device.type == "cuda" else (), bench.device, rounds)
+        (ours, *others), floor = measured["records"], measured["floor"]
         found = {name: ours[name] for name in ("tokens_per_s", "step_ms", "prefill_s", "whole_s", "kv_mib", "peak_mib")}
         found |= {
             "step_to_floor": round(ours["step_ms"] / floor["ms"], 2),
             "share_of_bandwidth": round(floor["bytes_ms"] / ours["step_ms"], 3),
-            "kv_share": round(ours["kv_mib"] / benchmark.extra_info["rollout_case"]["kv_duplicated_mib"], 3),
+            "kv_share": round(ours["kv_mib"] / measured["case"]["kv_duplicated_mib"], 3),
             "note": ours["note"],
             "floor": floor,
         }
-        return found | ({"others": records[1:]} if records[1:] else {})
+        return found | ({"others": others} if others else {})
 
     return Fact(f"rollout/{label} {case.model}", seconds, find)
 
@@ -139,7 +138,7 @@ def ragged(bench: Bench) -> dict:
     for seed in range(4):
         prompts = make_prompts(case, model.get_output_embeddings().weight.shape[0], seed)
         call = lambda: engine.generate(prompts, case.n, SamplingParams(case.new), limits=limits)  # noqa: E731, B023
-        seconds.append(round(measure.seconds(call, bench.device), 3))
+        seconds.append(round(timing.seconds(call, bench.device), 3))
     tokens = case.n * sum(limits)
     return {
         "calls_s": seconds,

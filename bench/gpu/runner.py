@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from bench.common.timing import synchronize
+
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 10.0  # from the interrupt to the kill: pytest uses it to write what it has found so far
 PATIENCE = 2  # times the expected seconds, then a fact is given up
@@ -184,14 +186,14 @@ def measured(fact: Fact, journal: Journal, bench: Bench, limit: float, start_ane
     try:
         with time_limit(limit):
             found = fact.measure(bench)
-            synchronize(bench)
+            synchronize(bench.device)
         keep(journal, fact.name, began, found)
     except Exception as error:
         what = f"{type(error).__name__}: {str(error)[:400]}"
         trace = "".join(traceback.format_exception(error))[-2000:]
         journal.write(fact.name, "failed", seconds=round(time.monotonic() - began, 1), error=what, trace=trace)
         try:
-            synchronize(bench)
+            synchronize(bench.device)
         except Exception:  # an illegal access stays with the context until the process ends
             return False
     finally:
@@ -200,11 +202,6 @@ def measured(fact: Fact, journal: Journal, bench: Bench, limit: float, start_ane
             with suppress(Exception):
                 torch.cuda.empty_cache()
     return True
-
-
-def synchronize(bench: Bench) -> None:
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @contextmanager

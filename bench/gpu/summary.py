@@ -29,40 +29,50 @@ def within_workspace(*runs: Mapping) -> tuple[bool, str]:
 CLAIMS = (
     Claim(
         "a bounded workspace holds a chunk of them",
-        ("loss/time D=896 trained", "loss/length D=896 N=65536 trained"), within_workspace,
+        ("loss/time D=896 trained", "loss/length D=896 N=65536 trained"),
+        within_workspace,
     ),
     Claim(
-        "give the same bits on every run", ("loss/exact bf16", "loss/exact fp32", "loss/exact fp16"),
+        "give the same bits on every run",
+        ("loss/exact bf16", "loss/exact fp32", "loss/exact fp16"),
         lambda *runs: (not any("two runs differ" in f for run in runs for f in run["failures"]), "each form twice"),
     ),
     Claim(
-        "groups of equal reward never enter", ("loss/time D=896 trained", "loss/time D=896 50% dead"),
+        "groups of equal reward never enter",
+        ("loss/time D=896 trained", "loss/time D=896 50% dead"),
         lambda all_, half: (
-            half["ms"] < 0.65 * all_["ms"], f"{half['ms'] / all_['ms']:.2f} of the time with half of the groups dead",
+            half["ms"] < 0.65 * all_["ms"],
+            f"{half['ms'] / all_['ms']:.2f} of the time with half of the groups dead",
         ),
     ),
     Claim(
-        "a frozen head gets no weight gradient", ("loss/time D=896 trained", "loss/time D=896 frozen"),
+        "a frozen head gets no weight gradient",
+        ("loss/time D=896 trained", "loss/time D=896 frozen"),
         lambda trained, frozen: (frozen["ms"] < 0.8 * trained["ms"], f"{frozen['ms'] / trained['ms']:.2f} of the time"),
     ),
     Claim(
-        "`linear_logprob` on the same tokens gives the same log-probs (1e-4 in fp32, tested)", ("rollout/exact",),
+        "`linear_logprob` on the same tokens gives the same log-probs (1e-4 in fp32, tested)",
+        ("rollout/exact",),
         lambda run: (run["logprob_difference"] <= 1e-4, f"{run['logprob_difference']:.1e}"),
     ),
     Claim(
-        "Log-probs of bf16 heads err by at most 3e-5 against float64", ("loss/exact bf16",),
+        "Log-probs of bf16 heads err by at most 3e-5 against float64",
+        ("loss/exact bf16",),
         lambda run: (run["logprob"] < 3.5e-5, f"{run['logprob']:.1e}"),
     ),
     Claim(
-        "Greedy decoding gives what `generate` gives, token for token.", ("rollout/exact",),
+        "Greedy decoding gives what `generate` gives, token for token.",
+        ("rollout/exact",),
         lambda run: (not any("greedy" in failure for failure in run["failures"]), "Llama and Qwen2, six prompts"),
     ),
     Claim(
-        "a decode step with its sampling is one graph, kept for a few sizes", ("rollout/exact", "rollout/ragged"),
+        "a decode step with its sampling is one graph, kept for a few sizes",
+        ("rollout/exact", "rollout/ragged"),
         lambda run, ragged: (bool(run["graphs"]), f"{ragged['graphs']} graphs where 320 rows end one after the other"),
     ),
     Claim(
-        "Updates at a learning rate of 1e-6 arrive in each of them (tested)", ("train/steps 0.5b", "train/steps 3b"),
+        "Updates at a learning rate of 1e-6 arrive in each of them (tested)",
+        ("train/steps 0.5b", "train/steps 3b"),
         lambda *runs: (
             all(run["moved"] > 0 for run in runs),
             ", ".join(f"{run['optim']}: {run['moved']:.1%} of weights moved" for run in runs),
@@ -81,19 +91,23 @@ CLAIMS = (
         ("train/tiny",),
         lambda run: (run["eval_after"] > run["eval_before"], f"{run['eval_before']:.3f} -> {run['eval_after']:.3f}"),
     ),
-)  # fmt: skip
+)
 
 
 def summary(facts: Mapping[str, Mapping]) -> str:
     machine = facts.get("machine", {})
     told = {name: value for name, value in machine.items() if name not in ("fact", "status", "at", "seconds", "device")}
     text = [
-        f"# {machine.get('device', 'unknown machine')}", "", "; ".join(f"{k} {v}" for k, v in told.items()) + ".", "",
-        *(["Toy sizes: this shows that everything runs, and no figure means anything."] if machine.get("toy") else [
-            "| what the README says | holds | measured |", "|---|---|---|", *(claim_row(c, facts) for c in CLAIMS),
-        ]),
-        "", "| fact | result | seconds | found |", "|---|---|---|---|",
-    ]  # fmt: skip
+        f"# {machine.get('device', 'unknown machine')}",
+        "",
+        "; ".join(f"{k} {v}" for k, v in told.items()) + ".",
+        "",
+    ]
+    if machine.get("toy"):
+        text += ["Toy sizes: this shows that everything runs, and no figure means anything."]
+    else:
+        text += ["| what the README says | holds | measured |", "|---|---|---|", *(claim_row(c, facts) for c in CLAIMS)]
+    text += ["", "| fact | result | seconds | found |", "|---|---|---|---|"]
     text += [
         f"| {name} | {line['status']} | {line.get('seconds', '')} | {cell(words(figures(line)))} |"
         for name, line in facts.items()

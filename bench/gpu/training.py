@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import torch
 
+from bench.common.timing import peak, reset_peak, synchronize
 from bench.gpu.loss import profiled
 from bench.gpu.runner import Bench, Fact
-from bench.loss.measure import resident_bytes
 from bench.rollout.cases import model_of
 from bench.step.cases import SETTINGS, Case, Count, make_rows
 from bench.step.providers import Toolx
@@ -59,34 +58,6 @@ def runs() -> dict[str, Run]:
     }
 
 
-class Peak:
-    """The most memory in use, in ``bytes``, whoever sets torch's own record of it back meanwhile.
-
-    On a CPU the resident memory of the process as it is told after each step.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.bytes = device, 0
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        reset = torch.cuda.reset_peak_memory_stats
-
-        def look_first(device=None) -> None:
-            self.look()
-            reset(device)
-
-        if self.device.type == "cuda":
-            reset()
-        with mock.patch.object(torch.cuda, "reset_peak_memory_stats", look_first):
-            yield
-            self.look()
-
-    def look(self) -> None:
-        now = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes("VmHWM")
-        self.bytes = max(self.bytes, now)
-
-
 class Trained(Toolx):
     def __init__(self, options: dict, *others):
         self.options = options
@@ -107,19 +78,26 @@ def trainer_of(run: Run, device: torch.device) -> Iterator[tuple[Trained, Count]
 
 def take_steps(run: Run, device: torch.device) -> dict:
     """The steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
-    case = run.case
+    case, most = run.case, 0
     model = model_of(case.model, case.dtype, device)
     before = sampled_weights(model)
-    peak = Peak(device)
-    with peak.watched(), trainer_of(run, device) as (trainer, count):
+    reset_peak(device)
+    with trainer_of(run, device) as (trainer, count):
+
+        def look() -> None:
+            nonlocal most
+            most = max(most, peak(device), trainer.own_peak())
+
+        def begin() -> None:
+            look()
+            count.begin()
 
         def end() -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             count.end()
-            peak.look()
+            look()
 
-        trainer.run(count.begin, end)
+        trainer.run(begin, end)
     memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else sys.maxsize
     plan = plan_of(
         model.config, trainer.args, device=device.type, memory=memory, work=Work(case.length, case.length, 0, 0)
@@ -135,8 +113,8 @@ def take_steps(run: Run, device: torch.device) -> dict:
         "grad_norms": [update["grad_norm"] for update in trainer.updates()],
         "planned_bytes": plan.peak.device,
         "planned_host_bytes": plan.peak.host,
-        "measured_bytes": peak.bytes,
-        "planned_by_measured": round(plan.peak.device / peak.bytes, 3),
+        "measured_bytes": most,
+        "planned_by_measured": round(plan.peak.device / most, 3),
         "moved": sum(moved) / len(moved),
     }
 

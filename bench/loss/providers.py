@@ -1,6 +1,5 @@
 """Who is timed: ours, plain torch, the bare GEMMs, and other projects' fused losses, all on the same tensors.
 
-The work is one on-policy GRPO update of the LM head: N tokens of B completions of equal length, advantages given.
 A peer that stops at log-probs or cross-entropy gets the objective from :func:`grpo`, so its upstream gradient is the
 same vector that the fused losses compute. Peers run with their defaults unless a comment says why not.
 """
@@ -8,60 +7,16 @@ same vector that the fused losses compute. Peers run with their defaults unless 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.common.absent import Absent
+from bench.loss.cases import Problem
 from toolx_kernels import linear_grpo_loss, linear_logprob
-
-# Spread of the logits: entropies of a few nats, as in a trained model. On flat logits no probability would reach the
-# threshold below which cut-cross-entropy skips work, and its time would be that of the skipped work.
-LOGIT_STD = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One set of tensors that every provider is run on."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D); a frozen head does not require grad
-    targets: Tensor  # (N) int64, sampled from the head
-    advantages: Tensor  # (B) fp32, zero for dead completions
-    cu_seqlens: Tensor  # (B + 1) int32
-
-
-@lru_cache(maxsize=1)
-def _tensors(n, d, vocab, dtype, device) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(n, d, generator=g, device=device).to(dtype)
-    weight = (torch.randn(vocab, d, generator=g, device=device) * (LOGIT_STD / d**0.5)).to(dtype)
-    targets = [
-        torch.multinomial((rows @ weight.T).float().softmax(-1), 1, generator=g).squeeze(1)
-        for rows in hidden.split(max(1, 2**25 // vocab))
-    ]
-    return hidden, weight, torch.cat(targets)
-
-
-def make_problem(n: int, d: int, vocab: int, *, dtype, device, dead: float = 0.0, frozen: bool = False) -> Problem:
-    """Random tensors of one shape, the same on every call.
-
-    ``dead`` is the share of completions with advantage 0, rounded to whole ones of 16 or more; they are drawn anywhere.
-    """
-    hidden, weight, targets = _tensors(n, d, vocab, dtype, torch.device(device))
-    b = max(16, n // 1024)
-    g = torch.Generator().manual_seed(1)
-    advantages = torch.randn(b, generator=g)
-    advantages[torch.randperm(b, generator=g)[: round(dead * b)]] = 0
-    return Problem(
-        hidden.detach().requires_grad_(),
-        weight.detach().requires_grad_(not frozen),
-        targets,
-        advantages.to(device),
-        torch.arange(0, n + 1, n // b, dtype=torch.int32, device=device),
-    )
 
 
 def grpo(logprobs: Tensor, p: Problem) -> Tensor:
@@ -71,11 +26,7 @@ def grpo(logprobs: Tensor, p: Problem) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-class Absent(Exception):
-    """The provider cannot run here; the message says why."""
-
-
-class Provider:
+class LossProvider:
     """Log-probs, and a loss whose backward pass fills ``hidden.grad`` and ``weight.grad``."""
 
     name: str
@@ -93,7 +44,7 @@ class Provider:
 
     def stage(self, what: str, p: Problem) -> Callable[[], object]:
         """Prepares one call of a pass; what it returns is what gets timed."""
-        p.hidden.grad = p.weight.grad = None
+        p.forget_gradients()
         if what == "forward":
             inputs = replace(p, hidden=p.hidden.detach(), weight=p.weight.detach())
             return torch.no_grad()(lambda: self.logprobs(inputs))
@@ -102,19 +53,18 @@ class Provider:
         return lambda: self.loss(p).backward()
 
 
-class Toolx(Provider):
+class Toolx(LossProvider):
     name = "toolx"
 
     def logprobs(self, p):
         return linear_logprob(p.hidden, p.weight, p.targets).logprobs
 
     def loss(self, p):
-        return linear_grpo_loss(
-            p.hidden, p.weight, p.targets, cu_seqlens=p.cu_seqlens, advantages=p.advantages
-        ).loss  # fmt: skip
+        out = linear_grpo_loss(p.hidden, p.weight, p.targets, cu_seqlens=p.cu_seqlens, advantages=p.advantages)
+        return out.loss
 
 
-class PlainTorch(Provider):
+class PlainTorch(LossProvider):
     name = "plain torch"
 
     def logprobs(self, p):
@@ -122,7 +72,7 @@ class PlainTorch(Provider):
         return logits.gather(1, p.targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-class Floor(Provider):
+class Floor(LossProvider):
     """The GEMMs that no exact method can do without, into memory that is already there."""
 
     name = "floor"
@@ -161,7 +111,7 @@ class LiveFloor(Floor):
         return p.hidden.detach()[live]
 
 
-class CutCrossEntropy(Provider):
+class CutCrossEntropy(LossProvider):
     """On a CPU its Triton kernels cannot run; its own torch.compile version, which keeps the logits, stands in."""
 
     name = "cut-cross-entropy"
@@ -177,7 +127,7 @@ class CutCrossEntropy(Provider):
         return -self.call(p.hidden, p.weight, p.targets, reduction="none", impl=self.impl).float()
 
 
-class LigerGRPO(Provider):
+class LigerGRPO(LossProvider):
     """Computes its gradients in the forward pass, so it has no forward-only mode to time."""
 
     name = "Liger GRPO"
@@ -202,7 +152,7 @@ class LigerGRPO(Provider):
         return call(hidden, p.weight, targets, mask, p.advantages)[0]
 
 
-class LigerCrossEntropy(Provider):
+class LigerCrossEntropy(LossProvider):
     name = "Liger cross-entropy"
     package = "liger-kernel"
 
@@ -217,7 +167,7 @@ class LigerCrossEntropy(Provider):
         return -self.call(p.weight, p.hidden, p.targets)
 
 
-class TRL(Provider):
+class TRL(LossProvider):
     name = "TRL chunked"
     package = "trl"
     vocab_chunk = 32_768  # the trainers' own setting
@@ -231,7 +181,7 @@ class TRL(Provider):
         return self.call(p.hidden, p.weight, None, p.targets, 1.0, self.vocab_chunk, None, 1.0, ())[0]
 
 
-class TorchLinearCrossEntropy(Provider):
+class TorchLinearCrossEntropy(LossProvider):
     name = "torch linear_cross_entropy"
 
     def __init__(self, device):

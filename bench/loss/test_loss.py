@@ -11,7 +11,8 @@ from itertools import product
 import pytest
 import torch
 
-from bench.loss.measure import Case, measure
+from bench.loss.cases import Case
+from bench.loss.measure import measure
 from bench.loss.providers import OURS, PEERS
 
 SMOLLM2 = (576, 49_152)  # D, V
@@ -30,14 +31,14 @@ def default_cases() -> dict[str, list[Case]]:
     return {
         "measure": [
             Case("both", n, *shape, dtype, dead, frozen)
-            for shape in measured for dtype in dtypes for frozen in (False, True) for dead in (0.0, 0.5)
+            for shape, dtype, frozen, dead in product(measured, dtypes, (False, True), (0.0, 0.5))
         ],
         "pass": [Case(what, small, *main) for what in ("forward", "backward")]
         + [Case("both", small, *main, dtype) for dtype in dtypes]
         + [Case("both", small, *main, dead=dead) for dead in (0.5, 0.8)],
         "length": [Case("both", n, *main) for n in ((1024, 4096, 16_384, 65_536) if CUDA else (2048,))],
         "shape": [Case("both", *shape) for shape in (grid if CUDA else ((512, *QWEN_05B), (256, *QWEN_15B)))],
-    }  # fmt: skip
+    }
 
 
 def full_cases() -> dict[str, list[Case]]:
@@ -67,4 +68,5 @@ def test_loss(benchmark, case):
     # Some peers need half a minute for a large case on a CPU. There they run one variant of it, bf16 without dead rows
     # and with a trained head; the others run ours, plain torch and the floors.
     everyone = CUDA or FULL or case.n <= 1024 or case == Case(case.what, case.n, case.d, case.v)
-    measure(benchmark, case, OURS + PEERS if everyone else OURS, DEVICE)
+    kinds = OURS + PEERS if everyone else OURS
+    benchmark.extra_info["loss"] = measure(case, kinds, DEVICE, benchmark=benchmark)

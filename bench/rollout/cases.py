@@ -1,4 +1,4 @@
-"""The work that samplers are timed at, and the floor of one decode step of it.
+"""The work that rollout engines are timed at, and the floor of one decode step of it.
 
 The work is n samples of each prompt at temperature 1 from one model, with no stop token, so that all make equally many
 tokens.
@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
+from bench.common.tables import DTYPES
 from toolx_kernels.models.bridge import cache_shape
 from toolx_kernels.models.load import load_model
 
@@ -50,8 +52,7 @@ class Case:
         return self.prompts * self.n
 
     def __str__(self) -> str:
-        dtype = {"bfloat16": "bf16", "float32": "fp32"}[self.dtype]
-        return f"{self.model}-{self.prompts}x{self.length}-n{self.n}-new{self.new}-{dtype}"
+        return f"{self.model}-{self.prompts}x{self.length}-n{self.n}-new{self.new}-{DTYPES[self.dtype]}"
 
 
 @lru_cache(maxsize=1)
@@ -113,7 +114,7 @@ class Floor:
         return self.matrix.nbytes / read_s
 
 
-def _captured(call):
+def _captured(call: Callable[[], None]) -> Callable[[], None]:
     """``call`` as a CUDA graph: a floor does not pay for launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from bench.loss.measure import MIB, SLOW, added_peak, package_version, seconds, why_absent
-from bench.loss.providers import Absent
+from bench.common.absent import Absent, why_absent
+from bench.common.machine import package_version
+from bench.common.timing import MIB, SLOW, added_peak, seconds, take_rounds
 from bench.rollout.cases import Case, Floor, make_prompts, model_of, token_bytes
-from bench.rollout.providers import PEERS, Sampler, Toolx
+from bench.rollout.providers import PEERS, RolloutProvider, Toolx
 
 FLOOR_STEPS = 5  # of each round
 
@@ -31,18 +34,27 @@ def check_amount(completions: Sequence[Sequence[int]], case: Case, new: int) -> 
         raise RuntimeError(f"{sum(lengths)} tokens instead of {case.rows * new}")
 
 
-def measure(benchmark, case: Case, peers: Sequence[type[Sampler]], device: torch.device, rounds: int = 3) -> list[dict]:
-    """Times ours and ``peers``; a record each, which for one that cannot run has ``absent``, the reason, instead.
+def measure(
+    case: Case,
+    peers: Sequence[type[RolloutProvider]],
+    device: torch.device,
+    rounds: int = 3,
+    benchmark: Any | None = None,
+) -> dict:
+    """Times ours and ``peers``: a record each, which for one that cannot run has ``absent``, the reason, instead.
 
-    ``benchmark`` is pytest-benchmark's fixture. It times our whole call; all else runs in the set-up of its rounds.
+    ``benchmark``, pytest-benchmark's fixture, times our whole call too.
     """
     model = model_of(case.model, case.dtype, device)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     seed = iter(range(2 * rounds + 1))
     first = make_prompts(case, vocab_size, next(seed))
-    records, runners, times, floor_times = {}, {}, {}, {"gemms": [], "read": []}
+    records: dict[str, dict] = {}
+    runners: dict[str, RolloutProvider] = {}
+    times: dict[str, dict[str, list[float]]] = {}
+    floor_times: dict[str, list[float]] = {"gemms": [], "read": []}
 
-    def fail(name: str, kind: type[Sampler], error: Exception) -> None:
+    def fail(name: str, kind: type[RolloutProvider], error: Exception) -> None:
         if kind is Toolx:
             raise error
         records[name] = {"provider": name, "absent": why_absent(kind.package, error)}
@@ -62,7 +74,8 @@ def measure(benchmark, case: Case, peers: Sequence[type[Sampler]], device: torch
     floor.gemms(), floor.read()
 
     def run(name: str, what: str, prompts: list[list[int]]) -> None:
-        new, result = case.new if what == "whole" else 1, []
+        new = case.new if what == "whole" else 1
+        result: list[list[int]] = []
         times[name][what].append(seconds(lambda: result.extend(runners[name].generate(prompts, new)), device))
         check_amount(result, case, new)
 
@@ -71,7 +84,7 @@ def measure(benchmark, case: Case, peers: Sequence[type[Sampler]], device: torch
         slow = name != Toolx.name and bool(taken) and bool(ours) and taken[0] > SLOW * ours[0]
         return slow and (what == "prefill" or device.type == "cuda")
 
-    def others():
+    def others() -> tuple[str, str, list[list[int]]]:
         prompts = {what: make_prompts(case, vocab_size, next(seed)) for what in ("whole", "prefill")}
         for name in list(runners):
             try:
@@ -82,30 +95,30 @@ def measure(benchmark, case: Case, peers: Sequence[type[Sampler]], device: torch
                 fail(name, type(runners[name]), error)
         floor_times["gemms"].append(seconds(lambda: [floor.gemms() for _ in range(FLOOR_STEPS)], device) / FLOOR_STEPS)
         floor_times["read"].append(seconds(floor.read, device))
-        return (Toolx.name, "whole", prompts["whole"]), {}
+        return Toolx.name, "whole", prompts["whole"]
 
     try:
-        benchmark.pedantic(run, setup=others, rounds=rounds, iterations=1)
+        take_rounds(run, others, rounds, benchmark)
     finally:
         for provider in runners.values():
             provider.close()
     for name in runners:
         records[name] |= figures(case, times[name])
     duplicated = round(case.rows * (case.length + case.new) * token_bytes(model) / MIB, 1)
-    benchmark.extra_info |= {
-        "rollout_case": asdict(case) | {"kv_duplicated_mib": duplicated},
-        "rollout": list(records.values()),
+    return {
+        "case": asdict(case) | {"kv_duplicated_mib": duplicated},
+        "records": list(records.values()),
         "floor": floor_figures(floor, floor_times),
         "versions": {kind.package: package_version(kind.package) for kind in PEERS},
     }
-    return list(records.values())
 
 
 def admit(
-    kind: type[Sampler], model, case: Case, prompts: list[list[int]], device: torch.device
-) -> tuple[Sampler, dict]:
+    kind: type[RolloutProvider], model: PreTrainedModel, case: Case, prompts: list[list[int]], device: torch.device
+) -> tuple[RolloutProvider, dict]:
     """The provider after its first whole call, and its record with memory."""
-    provider, completions = kind(model, case), []
+    provider = kind(model, case)
+    completions: list[list[int]] = []
     try:
         peak = added_peak(lambda: completions.extend(provider.generate(prompts, case.new)), device)
         check_amount(completions, case, case.new)

@@ -12,17 +12,21 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from bench.loss.providers import Absent
+from bench.common.absent import Absent
 from bench.rollout.cases import Case, token_bytes
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.models.tiny import tiny_tokenizer
 
+# transformers' names for sampling from the model's own distribution.
+SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
-class Sampler:
+
+class RolloutProvider:
     """One way of sampling. ``kv_bytes`` is the most KV memory in use at once, where the provider lets one see it."""
 
     name: str
@@ -43,7 +47,7 @@ class Sampler:
         """Gives back the memory that is held between calls."""
 
 
-class Toolx(Sampler):
+class Toolx(RolloutProvider):
     name = "toolx"
 
     def __init__(self, model, case):
@@ -67,7 +71,7 @@ class ToolxCompiled(Toolx):
         self.engine = RolloutEngine(model, compile=True)
 
 
-class HFGenerate(Sampler):
+class HFGenerate(RolloutProvider):
     """Every sample is a row of its own from the start: it prefills each prompt n times."""
 
     name = "HF generate"
@@ -100,16 +104,20 @@ class HFGenerate(Sampler):
             ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, max_time=seconds,
-                num_return_sequences=self.case.n, pad_token_id=0, return_dict_in_generate=True,
+                **SAMPLING,
+                max_new_tokens=new,
+                max_time=seconds,
+                num_return_sequences=self.case.n,
+                pad_token_id=0,
+                return_dict_in_generate=True,
             ),
-        )  # fmt: skip
+        )
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
         self.kv_bytes = max(self.kv_bytes, kept)
         return output.sequences[:, width:].tolist()
 
 
-class TransformersBatching(Sampler):
+class TransformersBatching(RolloutProvider):
     """transformers' paged engine: prefills a prompt once and forks it, which shares its full pages of 256 tokens."""
 
     name = "transformers continuous batching"
@@ -127,9 +135,7 @@ class TransformersBatching(Sampler):
         # Without flash-attn it builds masks of (batch tokens, pool tokens): gigabytes at its default of 8,192.
         tokens = 8192 if self.flash else 2048
         return {
-            "generation_config": GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=self.case.n, eos_token_id=-1
-            ),
+            "generation_config": GenerationConfig(**SAMPLING, num_return_sequences=self.case.n, eos_token_id=-1),
             "continuous_batching_config": ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=tokens),
         }
 
@@ -165,7 +171,7 @@ class TransformersBatching(Sampler):
         self.model.destroy_cached_continuous_batching_manager()
 
 
-class FromFolder(Sampler):
+class FromFolder(RolloutProvider):
     """An engine that loads the model from a folder and keeps weights and a pool of its own on the GPU."""
 
     own_pool = True
@@ -177,19 +183,17 @@ class FromFolder(Sampler):
     def load(self) -> None:
         raise NotImplementedError
 
-    def start(self, engine: type, **options):
+    def start(self, engine: type, **options: object) -> Any:
+        context = math.ceil(1.04 * self.case.length) + self.case.new + 1
         with TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)  # nothing here is text, but a tokenizer must be there
-            return engine(folder, **options)
+            return engine(folder, max_model_len=context, max_num_seqs=self.case.rows, **options)
 
     def needed_bytes(self) -> int:
         """The weights, each row's cache unshared, and 4 GiB to work with."""
         kv = self.case.rows * (self.case.length + self.case.new) * token_bytes(self.model)
         return sum(p.nbytes for p in self.model.parameters()) + round(1.2 * kv) + 4 * 2**30
-
-    def context(self) -> int:
-        return math.ceil(1.04 * self.case.length) + self.case.new + 1
 
     def close(self):
         del self.engine
@@ -202,13 +206,11 @@ class VLLM(FromFolder):
     def load(self):
         from vllm import LLM, SamplingParams
 
-        options = {}
+        options: dict[str, object] = {}
         if self.model.device.type == "cuda":  # else it would take nine tenths of the memory from the others
             options["gpu_memory_utilization"] = min(0.9, self.needed_bytes() / torch.cuda.mem_get_info()[1])
-        self.engine = self.start(
-            LLM, dtype=self.case.dtype, max_model_len=self.context(), max_num_seqs=self.case.rows,
-            enable_prefix_caching=True, skip_tokenizer_init=True, **options,
-        )  # fmt: skip
+        options |= {"dtype": self.case.dtype, "enable_prefix_caching": True, "skip_tokenizer_init": True}
+        self.engine = self.start(LLM, **options)
         self.params = SamplingParams
 
     def generate(self, prompts, new):
@@ -232,10 +234,8 @@ class NanoVLLM(FromFolder):
         if self.model.config.model_type not in ("qwen2", "qwen3"):
             raise Absent(f"it runs Qwen models, not {self.model.config.model_type}")
         free, total = torch.cuda.mem_get_info()
-        self.engine = self.start(
-            LLM, max_model_len=self.context(), max_num_seqs=self.case.rows,
-            gpu_memory_utilization=min(0.9, (total - free + self.needed_bytes()) / total),
-        )  # fmt: skip
+        share = min(0.9, (total - free + self.needed_bytes()) / total)
+        self.engine = self.start(LLM, gpu_memory_utilization=share)
         self.params = SamplingParams
 
     def generate(self, prompts, new):

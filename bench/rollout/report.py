@@ -6,33 +6,32 @@ python -m bench.rollout.report FILE
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.loss.report import (
-    RESULTS,
-    absent,
-    colours_of,
-    command,
-    heading,
-    named_cases,
-    number,
-    ratio,
-    save_with_legend,
-    table,
-    write_versioned,
-)
+from bench.common.tables import DTYPES, Column, Report, Row, colours_of, named_cases, ratio, save_with_legend
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new")
-FLOOR = ("floor_ms", "floor_gemms_ms", "floor_kv_ms", "floor_bytes_ms", "bandwidth_gb_s")
-FIGURES = (
-    "provider", "tokens_per_s", "speedup_of_toolx", "whole_s", "prefill_s", "step_ms", "step_to_floor",
-    "share_of_bandwidth", "kv_mib", "kv_share", "kv_duplicated_mib", "peak_mib", *FLOOR, "note", "absent",
-)  # fmt: skip
-HEADINGS = (
-    "case", "provider", "tokens/s", "toolx is", "whole, s", "prefill, s", "step, ms", "/ floor", "of bandwidth",
-    "KV MiB", "of duplicated", "peak MiB",
-)  # fmt: skip
+COLUMNS = (
+    Column("tokens_per_s", "tokens/s", "{:,.0f}".format),
+    Column("speedup_of_toolx", "toolx is", "{:.2f} x".format),
+    Column("whole_s", "whole, s", "{:.3g}".format),
+    Column("prefill_s", "prefill, s", "{:.3g}".format),
+    Column("step_ms", "step, ms", "{:.3g}".format),
+    Column("step_to_floor", "/ floor", "{:.2f}".format),
+    Column("share_of_bandwidth", "of bandwidth", "{:.0%}".format),
+    Column("kv_mib", "KV MiB", "{:,.1f}".format),
+    Column("kv_share", "of duplicated", "{:.2f}".format),
+    Column("kv_duplicated_mib"),
+    Column("peak_mib", "peak MiB", "{:,.0f}".format),
+    Column("floor_ms"),
+    Column("floor_gemms_ms"),
+    Column("floor_kv_ms"),
+    Column("floor_bytes_ms"),
+    Column("bandwidth_gb_s"),
+    Column("note"),
+    Column("absent"),
+)
 LEGEND = """\
 Medians of alternating rounds in one process; random prompts, new ones each round; temperature 1 and no stop token, so
 that all do the same work. `toolx is`: our tokens per second over the provider's. `prefill`: the same call for one
@@ -48,37 +47,34 @@ starts and stops its thread in every call, as its `generate_batch` does.
 """
 
 
-def rows_of(benchmarks: Iterable[dict]) -> list[dict]:
-    """One dict for each provider and case, keys ``CASE + FIGURES``; the floor is a provider with a step alone."""
+def rows_of(measurements: Sequence[Mapping]) -> list[Row]:
+    """The floor is a provider that has a step alone."""
     rows = []
-    for info in (b["extra_info"] for b in benchmarks if "rollout" in b.get("extra_info", {})):
-        case, floor, records = info["rollout_case"], info["floor"], info["rollout"]
-        known = {key: case[key] for key in (*CASE, "kv_duplicated_mib")}
-        known |= {"floor_ms": floor["ms"], "bandwidth_gb_s": floor["bandwidth_gb_s"]}
+    for measured in measurements:
+        case, floor, records = measured["case"], measured["floor"], measured["records"]
+        known = case | {"floor_ms": floor["ms"], "bandwidth_gb_s": floor["bandwidth_gb_s"]}
         known |= {f"floor_{key}": floor[key] for key in ("gemms_ms", "kv_ms", "bytes_ms")}
         ours = {record["provider"]: record.get("tokens_per_s") for record in records}.get("toolx")
         for record in [*records, {"provider": "floor", "step_ms": floor["ms"]}]:
-            row = dict.fromkeys(CASE + FIGURES) | known
-            row |= {key: value for key, value in record.items() if key in FIGURES}
-            row["speedup_of_toolx"] = ratio(ours, row["tokens_per_s"])
-            row["step_to_floor"] = ratio(row["step_ms"], floor["ms"])
-            row["share_of_bandwidth"] = ratio(floor["bytes_ms"], row["step_ms"])
-            row["kv_share"] = ratio(row["kv_mib"], case["kv_duplicated_mib"])
-            rows.append(row)
+            ratios = {
+                "speedup_of_toolx": ratio(ours, record.get("tokens_per_s")),
+                "step_to_floor": ratio(record.get("step_ms"), floor["ms"]),
+                "share_of_bandwidth": ratio(floor["bytes_ms"], record.get("step_ms")),
+                "kv_share": ratio(record.get("kv_mib"), case["kv_duplicated_mib"]),
+            }
+            rows.append(known | record | ratios)
     return rows
 
 
-def case_name(row: dict) -> str:
-    dtype = {"bfloat16": "bf16", "float32": "fp32"}[row["dtype"]]
-    return f"{row['model']} {dtype}, {row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens"
+def case_name(row: Row) -> str:
+    work = f"{row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens"
+    return f"{row['model']} {DTYPES[row['dtype']]}, {work}"
 
 
-def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
-    lines = [*heading("Rollouts", machine, date, versions), LEGEND]
-    cases = named_cases(rows, case_name)
-    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in cases for at, row in enumerate(case)))
-    lines += ["", "Floors of a step:", ""]
-    for name, (row, *_) in cases:
+def notes(rows: list[Row]) -> list[str]:
+    """The floors, and what providers had to say."""
+    lines = ["", "Floors of a step:", ""]
+    for name, (row, *_) in named_cases(rows, case_name):
         lines.append(
             f"- {name}: {row['floor_ms']:.3g} ms, of which linear layers {row['floor_gemms_ms']:.3g} and keys and "
             f"values {row['floor_kv_ms']:.3g} at {row['bandwidth_gb_s']:.3g} GB/s; all bytes alone "
@@ -86,28 +82,10 @@ def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
         )
     if noted := dict.fromkeys(f"- {r['provider']} ({case_name(r)}): {r['note']}" for r in rows if r["note"]):
         lines += ["", "Notes:", "", *noted]
-    return "\n".join(lines + absent(rows, case_name)) + "\n"
+    return lines
 
 
-def cells(row: dict, name: str, first: bool) -> list[str]:
-    times = "" if row["speedup_of_toolx"] is None else f"{row['speedup_of_toolx']:.2f} x"
-    return [
-        name if first else "",
-        row["provider"],
-        number(row["tokens_per_s"], ",.0f"),
-        times,
-        number(row["whole_s"], ".3g"),
-        number(row["prefill_s"], ".3g"),
-        number(row["step_ms"], ".3g"),
-        number(row["step_to_floor"], ".2f"),
-        number(row["share_of_bandwidth"], ".0%"),
-        number(row["kv_mib"], ",.1f"),
-        number(row["kv_share"], ".2f"),
-        number(row["peak_mib"], ",.0f"),
-    ]
-
-
-def plot(rows: list[dict], folder: Path) -> None:
+def plot(rows: list[Row], folder: Path) -> None:
     """rollout.png: tokens per second on the left, the decode step and its floor on the right, a row of bars a case."""
     cases = named_cases(rows, case_name)
     colours = colours_of(row for _, case in cases for row in case if row["provider"] != "floor")  # before pyplot
@@ -132,14 +110,7 @@ def plot(rows: list[dict], folder: Path) -> None:
     save_with_legend(figure, colours, folder / "rollout.png")
 
 
-def write(record: dict, results: Path = RESULTS) -> Path:
-    """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
-    return write_versioned("rollout", record, CASE + FIGURES, rows_of, markdown, plot, results)
-
-
-def main() -> int:
-    return command("bench.rollout.report", __doc__, "rollout", rows_of, write)
-
+REPORT = Report("rollout", "Rollouts", LEGEND, CASE, COLUMNS, rows_of, case_name, plot, notes)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(REPORT.main())

@@ -39,4 +39,5 @@ def test_rollout(benchmark, case):
     # On a CPU transformers' engine lets every row attend to every other row's cache under a mask, which takes minutes
     # where the caches are large.
     peers = [kind for kind in PEERS if CUDA or case.length <= 100 or kind is not TransformersBatching]
-    measure(benchmark, case, [ToolxCompiled] * CUDA + peers, DEVICE)
+    kinds = [ToolxCompiled] * CUDA + peers
+    benchmark.extra_info["rollout"] = measure(case, kinds, DEVICE, benchmark=benchmark)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.common.tables import DTYPES
 from toolx_kernels.toolcall.datasets.builtin import train_rows
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.toolcall.rows import Row
@@ -77,9 +78,8 @@ class Case:
         return math.ceil(1.04 * self.length) + self.n * self.new
 
     def __str__(self) -> str:
-        dtype = {"bfloat16": "bf16", "float32": "fp32"}[self.dtype]
         extra = "-stop" * self.stop + f"-dead{self.dead:.0%}" * bool(self.dead)
-        return f"{self.model}-{self.prompts}x{self.length}-n{self.n}-new{self.new}-{dtype}{extra}"
+        return f"{self.model}-{self.prompts}x{self.length}-n{self.n}-new{self.new}-{DTYPES[self.dtype]}{extra}"
 
 
 def make_rows(case: Case, tokenizer: PreTrainedTokenizerBase) -> list[Row]:

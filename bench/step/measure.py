@@ -8,31 +8,31 @@ is no measurement but an error.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from bench.loss.measure import MIB, package_version, resident_bytes, why_absent
-from bench.loss.providers import Absent
+from bench.common.absent import Absent, why_absent
+from bench.common.machine import package_version
+from bench.common.timing import MIB, peak, reset_peak, synchronize, take_rounds
 from bench.step.cases import SETTINGS, Case, Count, Settings, make_rows
-from bench.step.providers import Stepper, Toolx
+from bench.step.providers import StepProvider, Toolx
 from toolx_kernels.models.load import load_model
 from toolx_kernels.toolcall.render import render_prompt
 
 START_S = 300.0  # to import, to load the model and to build the trainer
 
 
-def work(pipe: Connection, kind: type[Stepper], case: Case, settings: Settings, device: str) -> None:
+def work(pipe: Connection, kind: type[StepProvider], case: Case, settings: Settings, device: str) -> None:
     """What a trainer's process does. Sends ("ready", None) before each step, which begins when something comes back,
     ("step", its record) after it, ("done", updates) at the end, or ("failed", (why, the traceback))."""
     try:
@@ -61,29 +61,10 @@ def work(pipe: Connection, kind: type[Stepper], case: Case, settings: Settings, 
         pipe.send(("failed", (why_absent(kind.package, error), traceback.format_exc())))
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def reset_peak(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: torch.device) -> int:
-    """Bytes in use at most since ``reset_peak``: all of the process, or all that torch took of the GPU."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
-
-
 class Worker:
     """A trainer's process, seen from outside."""
 
-    def __init__(self, kind: type[Stepper], case: Case, settings: Settings, device: str):
+    def __init__(self, kind: type[StepProvider], case: Case, settings: Settings, device: str):
         self.kind, self.case, self.records, self.updates = kind, case, [], None
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
@@ -121,17 +102,21 @@ class Worker:
 
 
 def measure(
-    benchmark, case: Case, kinds: Sequence[type[Stepper]], device: torch.device, settings: Settings = SETTINGS
-) -> list[dict]:
-    """Times ``kinds``, of which ours comes first; a record each, which for one that cannot run has ``absent``, the
+    case: Case,
+    kinds: Sequence[type[StepProvider]],
+    device: torch.device,
+    settings: Settings = SETTINGS,
+    benchmark: Any | None = None,
+) -> dict:
+    """Times ``kinds``, of which ours comes first: a record each, which for one that cannot run has ``absent``, the
     reason, instead.
 
-    ``benchmark`` is pytest-benchmark's fixture. It times our steps; the others' run in the set-up of its rounds.
+    ``benchmark``, pytest-benchmark's fixture, times our steps too.
     """
     workers: dict[str, Worker] = {}
-    records = {}
+    records: dict[str, dict] = {}
 
-    def attempt(name: str, call) -> None:
+    def attempt(name: str, call: Callable[[], object]) -> None:
         try:
             call()
         except Absent as reason:
@@ -148,24 +133,22 @@ def measure(
             attempt(kind.name, lambda worker=worker: worker.expect(["ready"], START_S))
         take_steps(list(workers))
 
-        def others():
+        def others() -> tuple[list[str]]:
             take_steps([name for name in workers if name != Toolx.name])
-            return ([Toolx.name],), {}
+            return ([Toolx.name],)
 
-        benchmark.pedantic(take_steps, setup=others, rounds=case.rounds, iterations=1)
+        take_rounds(take_steps, others, case.rounds, benchmark)
     finally:
         for worker in workers.values():
             worker.close()
     for name, worker in workers.items():
         check_work(worker, case, settings)
         records[name] = {"provider": name} | figures(worker.records)
-    ordered = [records[kind.name] for kind in kinds]
-    benchmark.extra_info |= {
-        "step_case": asdict(case) | {"threads": torch.get_num_threads()},
-        "step": ordered,
+    return {
+        "case": asdict(case) | {"threads": torch.get_num_threads()},
+        "records": [records[kind.name] for kind in kinds],
         "versions": {name: package_version(name) for name in ("transformers", "trl", "accelerate")},
     }
-    return ordered
 
 
 def check_work(worker: Worker, case: Case, settings: Settings) -> None:

@@ -28,7 +28,7 @@ TRL_ROWS = 2  # completions in one forward and backward pass
 NO_TOKEN = -1  # the end of turn where completions are not to end
 
 
-class Stepper:
+class StepProvider:
     """A trainer of ``model`` on ``rows``, ``case.prompts`` of them in each step, in their order."""
 
     name: str
@@ -75,16 +75,25 @@ class InOrder:
         return True
 
 
-class Toolx(Stepper):
+class Toolx(StepProvider):
     name = "toolx"
     options: Mapping[str, object] = {}  # of ToolExpanderConfig, besides what all trainers are told
 
     def __init__(self, model, tokenizer, case, settings, rows, reward, folder):
         args = ToolExpanderConfig(
-            output_dir=str(folder), dtype=case.dtype, num_generations=case.n, prompts_per_step=case.prompts,
-            max_completion_length=case.new, max_steps=case.steps, lr_decay=1.0, hard_sampling="none",
-            micro_batch_tokens=case.group_tokens, log_completions=0, **asdict(settings), **self.options,
-        )  # fmt: skip
+            output_dir=str(folder),
+            dtype=case.dtype,
+            num_generations=case.n,
+            prompts_per_step=case.prompts,
+            max_completion_length=case.new,
+            max_steps=case.steps,
+            lr_decay=1.0,
+            hard_sampling="none",
+            micro_batch_tokens=case.group_tokens,
+            log_completions=0,
+            **asdict(settings),
+            **self.options,
+        )
         self.args = args
         self.trainer = ToolExpanderTrainer(
             model, reward, args, rows, rows[:1], tokenizer, prompt_order=InOrder(case.prompts)
@@ -116,7 +125,7 @@ class ToolxCheckpointing(Toolx):
     options = {"gradient_checkpointing": True}
 
 
-class TRL(Stepper):
+class TRL(StepProvider):
     """GRPOTrainer as it comes, sampling with ``generate``, without logs and checkpoints."""
 
     name = "TRL"
@@ -129,17 +138,27 @@ class TRL(Stepper):
         from trl import GRPOConfig, GRPOTrainer
 
         args = GRPOConfig(
-            output_dir=str(folder), use_cpu=model.device.type == "cpu", seed=0, report_to="none", disable_tqdm=True,
-            logging_steps=1, save_strategy="no", shuffle_dataset=False,
+            output_dir=str(folder),
+            use_cpu=model.device.type == "cpu",
+            seed=0,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            shuffle_dataset=False,
             # the weights are in the case's dtype already: no autocast, no copy in another
             bf16=False,
-            num_generations=case.n, max_completion_length=case.new, max_steps=case.steps,
-            per_device_train_batch_size=TRL_ROWS, gradient_accumulation_steps=case.rows // TRL_ROWS,
-            lr_scheduler_type="constant", gradient_checkpointing=self.gradient_checkpointing,
+            num_generations=case.n,
+            max_completion_length=case.new,
+            max_steps=case.steps,
+            per_device_train_batch_size=TRL_ROWS,
+            gradient_accumulation_steps=case.rows // TRL_ROWS,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=self.gradient_checkpointing,
             use_transformers_continuous_batching=self.continuous_batching,
             transformers_continuous_batching_config=self.pool(case) if self.continuous_batching else None,
             **asdict(settings),
-        )  # fmt: skip
+        )
         dataset = Dataset.from_list([{"prompt": row.messages} for row in rows])
         self.trainer = GRPOTrainer(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
         self.trainer.remove_callback(PrinterCallback)

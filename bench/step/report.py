@@ -6,32 +6,27 @@ python -m bench.step.report FILE
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.loss.report import (
-    RESULTS,
-    absent,
-    colours_of,
-    command,
-    heading,
-    named_cases,
-    number,
-    ratio,
-    save_with_legend,
-    table,
-    write_versioned,
-)
+from bench.common.tables import DTYPES, Column, Report, Row, colours_of, ratio, save_with_legend
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead", "threads")
-FIGURES = (
-    "provider", "step_s", "speedup_of_toolx", "rollout_s", "update_s", "tokens_per_s", "mean_tokens", "peak_mib",
-    "peak_of_toolx", "trained_tokens", "sharing", "sharing_possible", "mean_reward", "absent",
-)  # fmt: skip
-HEADINGS = (
-    "case", "provider", "step, s", "toolx is", "rollout, s", "update, s", "tokens/s", "tokens a completion",
-    "peak MiB", "toolx needs", "tokens trained on", "shared", "possible",
-)  # fmt: skip
+COLUMNS = (
+    Column("step_s", "step, s", "{:.3g}".format),
+    Column("speedup_of_toolx", "toolx is", "{:.2f} x".format),
+    Column("rollout_s", "rollout, s", "{:.3g}".format),
+    Column("update_s", "update, s", "{:.3g}".format),
+    Column("tokens_per_s", "tokens/s", "{:,.3g}".format),
+    Column("mean_tokens", "tokens a completion", "{:.3g}".format),
+    Column("peak_mib", "peak MiB", "{:,.0f}".format),
+    Column("peak_of_toolx", "toolx needs", "{:.2f}".format),
+    Column("trained_tokens", "tokens trained on", "{:,d}".format),
+    Column("sharing", "shared", "{:.2f} x".format),
+    Column("sharing_possible", "possible", "{:.2f} x".format),
+    Column("mean_reward"),
+    Column("absent"),
+)
 AXES = {"length": "tokens of a prompt", "n": "completions of a prompt", "new": "tokens of a completion"}
 LEGEND = """\
 Whole optimizer steps: rollout, reward, forward, backward, AdamW. Medians of steps after one to warm up; each trainer in
@@ -48,61 +43,34 @@ masters.
 """
 
 
-def rows_of(benchmarks: Iterable[dict]) -> list[dict]:
-    """One dict for each provider and case, keys ``CASE + FIGURES``."""
+def rows_of(measurements: Sequence[Mapping]) -> list[Row]:
     rows = []
-    for info in (b["extra_info"] for b in benchmarks if "step" in b.get("extra_info", {})):
-        case = {key: info["step_case"][key] for key in CASE}
-        ours = next(record for record in info["step"] if record["provider"] == "toolx")
-        for record in info["step"]:
-            row = dict.fromkeys(CASE + FIGURES) | case
-            row |= {key: value for key, value in record.items() if key in FIGURES}
-            row["speedup_of_toolx"] = ratio(row["step_s"], ours["step_s"])
-            row["peak_of_toolx"] = ratio(ours["peak_mib"], row["peak_mib"])
-            rows.append(row)
+    for measured in measurements:
+        ours = next(record for record in measured["records"] if record["provider"] == "toolx")
+        for record in measured["records"]:
+            ratios = {
+                "speedup_of_toolx": ratio(record.get("step_s"), ours["step_s"]),
+                "peak_of_toolx": ratio(ours["peak_mib"], record.get("peak_mib")),
+            }
+            rows.append(measured["case"] | record | ratios)
     return rows
 
 
-def case_name(row: dict) -> str:
-    dtype = {"bfloat16": "bf16", "float32": "fp32"}[row["dtype"]]
+def case_name(row: Row) -> str:
     extra = ", stop" * row["stop"] + f", {row['dead']:.0%} of groups dead" * bool(row["dead"])
     work = f"{row['prompts']} prompts of {row['length']}, {row['n']} x {row['new']} tokens"
-    return f"{row['model']} {dtype}, {work}{extra}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return f"{row['model']} {DTYPES[row['dtype']]}, {work}{extra}, {threads}"
 
 
-def markdown(rows: list[dict], machine: dict, versions: dict, date: str) -> str:
-    lines = [*heading("Optimizer steps", machine, date, versions), LEGEND]
-    cases = named_cases(rows, case_name)
-    lines += table(HEADINGS, (cells(row, name, at == 0) for name, case in cases for at, row in enumerate(case)))
-    return "\n".join(lines + absent(rows, case_name)) + "\n"
-
-
-def cells(row: dict, name: str, first: bool) -> list[str]:
-    return [
-        name if first else "",
-        row["provider"],
-        number(row["step_s"], ".3g"),
-        f"{row['speedup_of_toolx']:.2f} x",
-        number(row["rollout_s"], ".3g"),
-        number(row["update_s"], ".3g"),
-        number(row["tokens_per_s"], ",.3g"),
-        number(row["mean_tokens"], ".3g"),
-        number(row["peak_mib"], ",.0f"),
-        number(row["peak_of_toolx"], ".2f"),
-        number(row["trained_tokens"], ",d"),
-        f"{row['sharing']:.2f} x",
-        f"{row['sharing_possible']:.2f} x",
-    ]
-
-
-def series(rows: list[dict], x: str) -> list[dict]:
+def series(rows: list[Row], x: str) -> list[Row]:
     """The rows of cases that differ from the first one in ``x`` alone; a case that is there twice counts once."""
     present = [row for row in rows if not row["absent"]]
     fixed = [key for key in CASE if key != x]
-    best: dict[tuple, dict] = {}
+    best: dict[tuple, Row] = {}
     for start in present:
         alike = [row for row in present if all(row[key] == start[key] for key in fixed)]
-        found: dict[tuple, dict] = {}
+        found: dict[tuple, Row] = {}
         for row in alike:
             found.setdefault((row["provider"], row[x]), row)
         if len({value for _, value in found}) > len({value for _, value in best}):
@@ -110,7 +78,7 @@ def series(rows: list[dict], x: str) -> list[dict]:
     return sorted(best.values(), key=lambda row: row[x])
 
 
-def plot(rows: list[dict], folder: Path) -> None:
+def plot(rows: list[Row], folder: Path) -> None:
     """step.png: step time above and peak memory below, over what was varied (or over all of ``AXES``)."""
     varied = {x: label for x, label in AXES.items() if len({row[x] for row in series(rows, x)}) > 1} or AXES
     colours = colours_of(row for x in varied for row in series(rows, x))  # before pyplot, which takes a backend
@@ -130,14 +98,7 @@ def plot(rows: list[dict], folder: Path) -> None:
     save_with_legend(figure, colours, folder / "step.png")
 
 
-def write(record: dict, results: Path = RESULTS) -> Path:
-    """Writes the folder of the machine that ``record``, the parsed JSON, was measured on, and returns it."""
-    return write_versioned("step", record, CASE + FIGURES, rows_of, markdown, plot, results)
-
-
-def main() -> int:
-    return command("bench.step.report", __doc__, "step", rows_of, write)
-
+REPORT = Report("step", "Optimizer steps", LEGEND, CASE, COLUMNS, rows_of, case_name, plot)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(REPORT.main())

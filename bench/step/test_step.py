@@ -48,4 +48,5 @@ def parameters():
 
 @pytest.mark.parametrize("kind, case", parameters())
 def test_step(benchmark, kind, case):
-    measure(benchmark, case, (Toolx, *KINDS.get(kind, (TRL,))), DEVICE)
+    kinds = (Toolx, *KINDS.get(kind, (TRL,)))
+    benchmark.extra_info["step"] = measure(case, kinds, DEVICE, benchmark=benchmark)

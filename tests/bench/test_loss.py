@@ -1,27 +1,21 @@
-"""The benchmark's own machinery on tiny shapes: every provider that runs here is right, and the report says so."""
+"""The loss benchmark on tiny shapes: every provider that runs here is right, and the report says so."""
 
 import csv
 import json
-import subprocess
-import sys
-import time
 from dataclasses import asdict
-from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.loss import report
-from bench.loss.measure import TOLERANCE, Case, added_peak, errors, load, measure
-from bench.loss.providers import OURS, PEERS, Floor, LiveFloor, PlainTorch, Toolx, grpo, make_problem
-from bench.plain_benchmark import PlainBenchmark
+from bench.loss.cases import Case, make_problem
+from bench.loss.measure import TOLERANCE, errors, load, measure
+from bench.loss.providers import OURS, PEERS, Floor, LiveFloor, PlainTorch, Toolx, grpo
+from bench.loss.report import REPORT
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -58,16 +52,6 @@ def test_a_problem_is_the_same_each_time_and_dead_rows_are_dead():
     assert torch.equal(first.hidden.grad.abs().sum(1) == 0, dead)
 
 
-def test_peak_memory_is_what_a_call_adds():
-    assert added_peak(lambda: torch.ones(64 * 2**18), CPU) / 2**20 == pytest.approx(64, abs=4)
-
-
-def measured(case):
-    benchmark = PlainBenchmark()
-    measure(benchmark, case, OURS, CPU, rounds=2)
-    return {"name": str(case), "extra_info": benchmark.extra_info}
-
-
 class Broken(PlainTorch):
     name = "broken"
 
@@ -78,7 +62,8 @@ class Broken(PlainTorch):
 
 
 def test_a_provider_that_fails_at_a_size_is_named_and_the_others_are_timed():
-    records = {r["provider"]: r for r in measure(PlainBenchmark(), Case("both", 32, 16, 50), (Toolx, Broken), CPU)}
+    measured = measure(Case("both", 32, 16, 50), (Toolx, Broken), CPU)
+    records = {record["provider"]: record for record in measured["records"]}
     assert records["broken"]["absent"] == "RuntimeError: out of memory"
     assert len(records["toolx"]["rounds_ms"]) == 3 and records["toolx"]["ms"] > 0
 
@@ -88,13 +73,22 @@ def test_a_slow_peer_is_timed_once(monkeypatch):
         name = "slow"
 
         def loss(self, p):
-            time.sleep(0.1)
+            took.append(5.0)
             return super().loss(p)
 
+    took = []
+
+    def seconds(call, device):
+        took[:] = [1.0]
+        call()
+        return took[-1]
+
+    monkeypatch.setattr("bench.loss.measure.seconds", seconds)
     monkeypatch.setattr("bench.loss.measure.PEERS", (Slow,))
-    records = {r["provider"]: r for r in measure(PlainBenchmark(), Case("both", 32, 16, 50), (*OURS, Slow), CPU)}
-    assert len(records["slow"]["rounds_ms"]) == 1 and records["slow"]["ms"] >= 100
-    assert all(len(records[kind.name]["rounds_ms"]) == 3 for kind in (Toolx, PlainTorch, Floor))
+    measured = measure(Case("both", 32, 16, 50), (*OURS, Slow), CPU)
+    records = {record["provider"]: record for record in measured["records"]}
+    assert records["slow"]["rounds_ms"] == [5000]
+    assert all(records[kind.name]["rounds_ms"] == [1000] * 3 for kind in (Toolx, PlainTorch, Floor))
 
 
 def test_the_floor_is_the_gemms_and_nothing_else():
@@ -117,19 +111,18 @@ def test_the_floor_is_the_gemms_and_nothing_else():
 def test_report_writes_table_figures_and_plots(tmp_path):
     cases = [Case("both", n, 16, 50, dtype="float32", dead=dead) for n in (32, 64) for dead in (0.0, 0.5)]
     cases += [Case("forward", 32, 16, 50), Case("both", 32, 16, 50, frozen=True)]
-    benchmarks = [measured(case) for case in cases]
-    absent = {"provider": "peer", "absent": "needs peer, which is not installed"}
-    benchmarks[0]["extra_info"]["records"].append(absent)
+    measured = [measure(case, OURS, CPU, rounds=2) for case in cases]
+    measured[0]["records"].append({"provider": "peer", "absent": "needs peer, which is not installed"})
     # known times, so that the ratios are known: the floor takes 10 ms, toolx 12 and with dead rows 6
     times = {"toolx": 12.0, "plain torch": 20.0, "floor": 10.0, "floor, live rows": 5.0}
-    for info in (benchmark["extra_info"] for benchmark in benchmarks):
+    for info in measured:
         for record in info["records"]:
             if "ms" in record:
                 record["ms"] = times[record["provider"]] / (2 if info["case"]["dead"] else 1)
-    benchmarks.append({"name": "test_kv_write", "extra_info": {}})
+    benchmarks = [*({"extra_info": {"loss": info}} for info in measured), {"name": "test_kv_write", "extra_info": {}}]
     machine = {"slug": "some-cpu", "device": "Some CPU"}
     record = {"machine_info": machine, "datetime": "2026-01-02T03", "benchmarks": json.loads(json.dumps(benchmarks))}
-    folder = report.write(record, tmp_path)
+    folder = REPORT.write(record, tmp_path)
     plots = {"loss_dead.png", "loss_memory.png", "loss_time.png"} if find_spec("matplotlib") else set()
     assert {path.name for path in folder.iterdir()} == {"loss.csv", "loss.md"} | plots
     rows = list(csv.DictReader((folder / "loss.csv").open()))
@@ -142,24 +135,3 @@ def test_report_writes_table_figures_and_plots(tmp_path):
     assert "N=64 D=16 V=50 fp32 50% dead | toolx | 6" in text and "frozen head" in text
     assert "- peer: needs peer, which is not installed" in text and "2026-01-02" in text
     assert "wrong" not in text
-
-
-def test_pytest_alone_is_enough(tmp_path):
-    """Without pytest-benchmark its stand-in offers the fixture and writes the JSON that the report reads."""
-    out = tmp_path / "bench.json"
-    (tmp_path / "test_tiny.py").write_text(
-        "import torch\n"
-        "from bench.loss.measure import Case, measure\n"
-        "from bench.loss.providers import OURS\n"
-        "def test_tiny(benchmark):\n"
-        "    measure(benchmark, Case('both', 32, 16, 50), OURS, torch.device('cpu'))\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "bench.conftest", "-c", "/dev/null"]
-    done = subprocess.run(
-        [*command, f"--rootdir={tmp_path}", str(tmp_path), f"--benchmark-json={out}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads(out.read_text())
-    assert record["machine_info"]["torch"] == metadata.version("torch")
-    assert [r["provider"] for r in report.rows_of(record["benchmarks"])] == ["toolx", "plain torch", "floor"]

@@ -15,14 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from bench.loss import report
-from bench.loss.providers import Absent
-from bench.plain_benchmark import PlainBenchmark
-from bench.rollout import measure as measure_rollout
-from bench.rollout import report as report_rollout
+from bench.common.absent import Absent
+from bench.loss.report import REPORT as LOSS_REPORT
+from bench.rollout import measure as measuring
 from bench.rollout.cases import Case, Floor, make_prompts, model_of, token_bytes
 from bench.rollout.measure import measure
-from bench.rollout.providers import VLLM, FromFolder, HFGenerate, NanoVLLM, Sampler, Toolx, TransformersBatching
+from bench.rollout.providers import VLLM, FromFolder, HFGenerate, NanoVLLM, RolloutProvider, Toolx, TransformersBatching
+from bench.rollout.report import REPORT
 from tests.ops.cases import DEVICE
 
 TINY = Case("tiny", 3, 40, 4, 6, "float32")
@@ -109,7 +108,7 @@ def test_generate_takes_fewer_prompts_at_once_where_memory_is_short(monkeypatch)
     assert sizes == [3, 2, 1, 1, 1] and provider.note == "prompts at once, because of memory: 1"
 
 
-class Stops(Sampler):
+class Stops(RolloutProvider):
     """A peer that has had enough after its first whole call."""
 
     name = "stops"
@@ -132,7 +131,7 @@ class Lacks(FromFolder):
         import not_here_at_all  # noqa: F401
 
 
-class Fails(Sampler):
+class Fails(RolloutProvider):
     name = "fails"
 
     def generate(self, prompts, new):
@@ -142,15 +141,13 @@ class Fails(Sampler):
 @pytest.fixture(scope="module")
 def measured():
     Stops.calls = Stops.closed = 0
-    benchmark = PlainBenchmark()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_rollout, "SLOW", math.inf)  # however slow a peer is here, it takes part in both rounds
-        records = measure(benchmark, TINY, (HFGenerate, Stops, Lacks, Fails), DEVICE, rounds=2)
-    return {record["provider"]: record for record in records}, benchmark.extra_info
+        patch.setattr(measuring, "SLOW", math.inf)  # however slow a peer is here, it takes part in both rounds
+        return measure(TINY, (HFGenerate, Stops, Lacks, Fails), DEVICE, rounds=2)
 
 
 def test_a_provider_that_fails_is_named_with_its_reason_and_the_others_are_timed(measured):
-    records, info = measured
+    records = {record["provider"]: record for record in measured["records"]}
     assert records["stops"]["absent"] == "60 of 72 tokens after 300 s" and Stops.closed == 1
     assert records["lacks"]["absent"] == "not_here_at_all is not installed: pip install not-here-at-all"
     assert records["fails"]["absent"] == "RuntimeError: no kernel"
@@ -160,7 +157,7 @@ def test_a_provider_that_fails_is_named_with_its_reason_and_the_others_are_timed
         assert record["tokens_per_s"] == pytest.approx(72 / record["whole_s"], rel=5e-2)
         assert record["step_ms"] == pytest.approx(1e3 * (record["whole_s"] - record["prefill_s"]) / 5, abs=0.05)
     assert 0 < records["toolx"]["kv_mib"] < records["HF generate"]["kv_mib"]
-    floor = info["floor"]
+    floor = measured["floor"]
     assert 0 < floor["kv_ms"] < floor["ms"] == pytest.approx(floor["gemms_ms"] + floor["kv_ms"], abs=1e-3)
     assert floor["bytes_ms"] > floor["kv_ms"] and floor["bandwidth_gb_s"] > 0.1
 
@@ -171,7 +168,7 @@ def test_our_own_failure_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(Toolx, "generate", fails)
     with pytest.raises(RuntimeError, match="a bug"):
-        measure(PlainBenchmark(), TINY, (), DEVICE, rounds=1)
+        measure(TINY, (), DEVICE, rounds=1)
 
 
 @pytest.mark.parametrize("device, whole", [("cpu", 2), ("cuda", 1)])
@@ -190,11 +187,12 @@ def test_a_peer_that_is_much_slower_prefills_once_and_on_a_gpu_samples_once(monk
         call()
         return took[-1]
 
-    monkeypatch.setattr(measure_rollout, "seconds", seconds)
-    monkeypatch.setattr(measure_rollout, "added_peak", lambda call, device: call() or 0)
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    monkeypatch.setattr(measuring, "added_peak", lambda call, device: call() or 0)
     model, _ = tiny()
-    monkeypatch.setattr(measure_rollout, "model_of", lambda *_: model)
-    records = {r["provider"]: r for r in measure(PlainBenchmark(), TINY, (Slow,), torch.device(device), rounds=2)}
+    monkeypatch.setattr(measuring, "model_of", lambda *_: model)
+    measured = measure(TINY, (Slow,), torch.device(device), rounds=2)
+    records = {record["provider"]: record for record in measured["records"]}
     assert records["slow"]["whole_s"] == 5 and records["toolx"]["whole_s"] == 1
     assert {what: len(taken) for what, taken in records["slow"]["rounds_s"].items()} == {"whole": whole, "prefill": 1}
 
@@ -286,25 +284,23 @@ def test_an_engine_that_no_index_has_says_where_it_comes_from():
         NanoVLLM(tiny()[0], TINY)
 
 
-def test_each_report_takes_its_own_and_leaves_the_rest(measured, tmp_path, monkeypatch, capsys):
-    _, info = measured
-    loss = {"case": {}, "records": []}
+def test_each_report_takes_its_own_and_leaves_the_rest(measured, tmp_path, capsys):
+    info = json.loads(json.dumps(measured))
     record = {
         "machine_info": {"slug": "some-cpu", "device": "Some CPU", "torch": "2.13.0"},
         "datetime": "2026-01-02T03",
         "benchmarks": [
             {"name": "test_kv_write", "extra_info": {}},
-            {"name": "test_loss", "extra_info": loss},
-            {"name": "test_rollout", "extra_info": json.loads(json.dumps(info))},
+            {"name": "test_loss", "extra_info": {"loss": {"case": {}, "records": []}}},
+            {"name": "test_rollout", "extra_info": {"rollout": info}},
         ],
     }
     # known times, so that the ratios are known
-    info = record["benchmarks"][2]["extra_info"]
     info["floor"] |= {"ms": 10.0, "bytes_ms": 6.0}
-    info["rollout"][0] |= {"tokens_per_s": 3000.0, "step_ms": 12.0, "kv_mib": 0.25}
-    info["rollout"][1] |= {"tokens_per_s": 1000.0, "step_ms": 30.0, "note": "half of it at once"}
-    info["rollout_case"]["kv_duplicated_mib"] = 1.0
-    folder = report_rollout.write(record, tmp_path)
+    info["records"][0] |= {"tokens_per_s": 3000.0, "step_ms": 12.0, "kv_mib": 0.25}
+    info["records"][1] |= {"tokens_per_s": 1000.0, "step_ms": 30.0, "note": "half of it at once"}
+    info["case"]["kv_duplicated_mib"] = 1.0
+    folder = REPORT.write(record, tmp_path)
     plots = {"rollout.png"} if find_spec("matplotlib") else set()
     assert {path.name for path in folder.iterdir()} == {"rollout.csv", "rollout.md"} | plots
     rows = {row["provider"]: row for row in csv.DictReader((folder / "rollout.csv").open())}
@@ -319,7 +315,6 @@ def test_each_report_takes_its_own_and_leaves_the_rest(measured, tmp_path, monke
 
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(record))
-    monkeypatch.setattr(sys, "argv", ["report", str(path)])
-    assert report.main() == 0
+    assert LOSS_REPORT.main([str(path)]) == 0
     assert "holds no measurement of the loss" in capsys.readouterr().out
     assert {p.name for p in Path(folder).iterdir()} == {"rollout.csv", "rollout.md"} | plots

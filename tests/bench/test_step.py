@@ -11,12 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.loss.providers import Absent
-from bench.plain_benchmark import PlainBenchmark
-from bench.step import report as report_step
+from bench.common.absent import Absent
 from bench.step.cases import SETTINGS, Case, Count, Settings, make_rows
 from bench.step.measure import Worker, check_work, figures, measure, work
-from bench.step.providers import TRL, Stepper, Toolx, ToolxCheckpointing, TRLCheckpointing
+from bench.step.providers import TRL, StepProvider, Toolx, ToolxCheckpointing, TRLCheckpointing
+from bench.step.report import REPORT, series
 from bench.step.test_step import cases, scaled
 from tests.ops.cases import DEVICE
 from toolx_kernels.models.load import load_model
@@ -122,7 +121,7 @@ def test_both_sides_make_the_same_update_of_the_same_completions(peer, settings,
     assert our_record["trained_tokens"] == our_record["shared_tokens"] - case.rows  # the last token predicts nothing
 
 
-class Dies(Stepper):
+class Dies(StepProvider):
     name = "dies"
 
     def __init__(self, *others):
@@ -135,10 +134,9 @@ class Dies(Stepper):
 
 @pytest.mark.soak
 def test_each_trainer_runs_in_a_process_of_its_own_and_who_cannot_is_named():
-    benchmark = PlainBenchmark()
     kinds = (Toolx, Dies, *([TRL] if find_spec("trl") else []))
-    ours, dies, *peers = measure(benchmark, replace(TINY, rounds=2), kinds, DEVICE)
-    info = benchmark.extra_info
+    info = measure(replace(TINY, rounds=2), kinds, DEVICE)
+    ours, dies, *peers = info["records"]
     assert dies == {"provider": "dies", "absent": "its process ended with status 9"}
     assert [record["provider"] for record in peers] == (["TRL"] if find_spec("trl") else [])
     for record in (ours, *peers):
@@ -151,10 +149,10 @@ def test_each_trainer_runs_in_a_process_of_its_own_and_who_cannot_is_named():
         promised == pytest.approx(4 * (118 + 6) / (118 + 24), rel=0.03) and abs(ours["sharing"] / promised - 1) < 0.05
     )
     assert all(record["sharing"] <= 1 for record in peers)
-    assert info["step"][0] == ours and info["versions"].keys() == {"transformers", "trl", "accelerate"}
+    assert info["versions"].keys() == {"transformers", "trl", "accelerate"}
 
 
-class Lacks(Stepper):
+class Lacks(StepProvider):
     name = "lacks"
     package = "not-here-at-all"
 
@@ -242,37 +240,33 @@ def test_scaling_cases_vary_one_number_each():
 
 
 def test_the_report(tmp_path):
-    info = {
-        "step_case": asdict(TINY) | {"threads": torch.get_num_threads()},
-        "versions": {"transformers": "5.17.0", "trl": "1.16.0", "accelerate": "1.15.0"},
-    }
+    versions = {"transformers": "5.17.0", "trl": "1.16.0", "accelerate": "1.15.0"}
 
     def step(new, ours_s, theirs_s):
-        case = info["step_case"] | {"new": new}
+        case = asdict(TINY) | {"threads": torch.get_num_threads(), "new": new}
         common = dict(tokens_per_s=1.0, mean_tokens=6.0, mean_reward=0.5, sharing_possible=4.0, rollout_s=0.1)
         ours = {"provider": "toolx", "step_s": ours_s, "update_s": 1.0, "peak_mib": 600.0, "sharing": 3.9}
         theirs = {"provider": "TRL", "step_s": theirs_s, "update_s": 3.0, "peak_mib": 1000.0, "sharing": 0.9}
         counted = {"trained_tokens": 1234}
         records = [ours | common | counted, {"provider": "dies", "absent": "it died"}, theirs | common | counted]
-        return {"name": "test_step", "extra_info": info | {"step_case": case, "step": records}}
+        return {"extra_info": {"step": {"case": case, "records": records, "versions": versions}}}
 
     record = {
         "machine_info": {"slug": "some-cpu", "device": "Some CPU", "torch": "2.13.0"},
         "datetime": "2026-01-02T03",
         "benchmarks": [{"name": "other", "extra_info": {}}, step(6, 2.0, 8.0), step(12, 3.0, 15.0)],
     }
-    folder = report_step.write(json.loads(json.dumps(record)), tmp_path)
+    folder = REPORT.write(json.loads(json.dumps(record)), tmp_path)
     plots = {"step.png"} if find_spec("matplotlib") else set()
     assert {path.name for path in folder.iterdir()} == {"step.csv", "step.md"} | plots
     rows = list(csv.DictReader((folder / "step.csv").open()))
-    assert [(row["provider"], row["speedup_of_toolx"], row["peak_of_toolx"]) for row in rows] == [
-        ("toolx", "1.0", "1.0"), ("dies", "", ""), ("TRL", "4.0", "0.6"),
-        ("toolx", "1.0", "1.0"), ("dies", "", ""), ("TRL", "5.0", "0.6"),
-    ]  # fmt: skip
+    found = [(row["provider"], row["speedup_of_toolx"], row["peak_of_toolx"]) for row in rows]
+    ours, none = ("toolx", "1.0", "1.0"), ("dies", "", "")
+    assert found == [ours, none, ("TRL", "4.0", "0.6"), ours, none, ("TRL", "5.0", "0.6")]
     text = (folder / "step.md").read_text()
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     assert f"| tiny fp32, 2 prompts of 120, 4 x 6 tokens, {threads} | toolx | 2 | 1.00 x |" in text
     assert "|  | TRL | 15 | 5.00 x |" in text and "- dies: it died" in text and "2026-01-02" in text
-    scaling = report_step.series(report_step.rows_of(record["benchmarks"]), "new")
+    scaling = series(REPORT.rows(record), "new")
     assert [(row["new"], row["provider"]) for row in scaling] == [(6, "toolx"), (6, "TRL"), (12, "toolx"), (12, "TRL")]
-    assert {row["new"] for row in report_step.series(report_step.rows_of(record["benchmarks"]), "n")} == {6}
+    assert {row["new"] for row in series(REPORT.rows(record), "n")} == {6}

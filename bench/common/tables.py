@@ -1,0 +1,159 @@
+"""The report of one kind of benchmark: a table in CSV and Markdown, who is absent, and plots."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the CSV, and of the Markdown table where it has a ``heading``; ``text`` formats its values."""
+
+    name: str
+    heading: str = ""
+    text: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One kind of benchmark: its measurements are what ``extra_info`` holds under ``name``.
+
+    case       the columns that name a case; "provider" and ``columns`` follow
+    rows_of    from the measurements to a row for each case and provider; what is no column is left out
+    case_name  a case in words
+    plot       draws ``<name>*.png`` into a folder
+    notes      lines between the table and who is absent
+    """
+
+    name: str
+    title: str
+    legend: str
+    case: Sequence[str]
+    columns: Sequence[Column]
+    rows_of: Callable[[Sequence[Mapping]], list[Row]]
+    case_name: Callable[[Row], str]
+    plot: Callable[[list[Row], Path], None]
+    notes: Callable[[list[Row]], list[str]] = lambda rows: []
+
+    def measurements(self, record: Mapping) -> list[dict]:
+        """Of ``record``, the parsed JSON of pytest-benchmark, in which other kinds stand too."""
+        return [b["extra_info"][self.name] for b in record["benchmarks"] if self.name in b.get("extra_info", {})]
+
+    def rows(self, record: Mapping) -> list[Row]:
+        names = [*self.case, "provider", *(column.name for column in self.columns)]
+        return [{name: row.get(name) for name in names} for row in self.rows_of(self.measurements(record))]
+
+    def markdown(self, record: Mapping, rows: list[Row]) -> str:
+        machine = record["machine_info"]
+        names = ("cores", "threads", "python", "cuda", "torch", "triton")
+        facts = {name: machine[name] for name in names if name in machine} | self.measurements(record)[0]["versions"]
+        words = ", ".join(f"{name} {value}" for name, value in facts.items())
+        lines = [f"# {self.title} on {machine['device']}", "", f"{record['datetime'][:10]}; {words}.", "", self.legend]
+        shown = [column for column in self.columns if column.heading]
+        lines += table(
+            ["case", "provider", *(column.heading for column in shown)],
+            (
+                [name if at == 0 else "", named(row), *(text_of(row[column.name], column.text) for column in shown)]
+                for name, case in named_cases(rows, self.case_name)
+                for at, row in enumerate(case)
+            ),
+        )
+        return "\n".join([*lines, *self.notes(rows), *absent(rows, self.case_name)]) + "\n"
+
+    def write(self, record: Mapping, results: Path = RESULTS) -> Path:
+        """<name>.csv, <name>.md and the plots, in the folder of the machine that was measured on, which is returned."""
+        rows = self.rows(record)
+        folder = results / record["machine_info"]["slug"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{self.name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / f"{self.name}.md").write_text(self.markdown(record, rows), encoding="utf-8")
+        try:
+            self.plot(rows, folder)
+        except ModuleNotFoundError as error:
+            print(f"No plots: {error.name} is not installed.", file=sys.stderr)
+        return folder
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """The command line: reads the JSON, writes the report and prints it."""
+        program = f"python -m bench.{self.name}.report"
+        parser = argparse.ArgumentParser(prog=program, description=f"Writes bench/results/<machine>/{self.name}.*")
+        parser.add_argument("json", type=Path, help="what pytest wrote for --benchmark-json")
+        path = parser.parse_args(argv).json
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            measured = self.rows(record)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{program}: cannot use {path} ({error}): write it with pytest --benchmark-json.", file=sys.stderr)
+            return 2
+        if not measured:
+            print(f"{path} holds no measurement of the {self.name}, so its report stays as it is.")
+            return 0
+        print((self.write(record) / f"{self.name}.md").read_text(encoding="utf-8"))
+        return 0
+
+
+def ratio(value: float | None, divisor: float | None) -> float | None:
+    return round(value / divisor, 3) if value and divisor else None
+
+
+def text_of(value: Any, text: Callable[[Any], str]) -> str:
+    return "" if value is None else text(value)
+
+
+def named(row: Row) -> str:
+    return row["provider"] + (" (**wrong**)" if row.get("wrong") else "")
+
+
+def table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    rows = [headings, ["---"] * len(headings), *body]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def named_cases(rows: Iterable[Row], case_name: Callable[[Row], str]) -> list[tuple[str, list[Row]]]:
+    """The rows of those who were there, by the names of their cases."""
+    present = (row for row in rows if not row["absent"])
+    return [(name, list(case)) for name, case in groupby(present, key=case_name)]
+
+
+def absent(rows: Sequence[Row], case_name: Callable[[Row], str]) -> list[str]:
+    """The lines on who is absent and why; the case is named where a provider ran in others."""
+    reasons = {(r["provider"], r["absent"]): case_name(r) for r in rows if r["absent"]}
+    everywhere = {r["provider"] for r in rows} - {r["provider"] for r in rows if not r["absent"]}
+    lines = [
+        f"- {provider}{'' if provider in everywhere else f' ({case})'}: {reason}"
+        for (provider, reason), case in reasons.items()
+    ]
+    return ["", "Absent:", "", *lines] if lines else []
+
+
+def colours_of(rows: Iterable[Row]) -> dict[str, tuple]:
+    """A colour for each provider, in their order; no window is opened for what is drawn from here on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    names = dict.fromkeys(row["provider"] for row in rows)
+    return {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
+
+
+def save_with_legend(figure: Any, colours: Mapping[str, tuple], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, list(colours), loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,58 @@
+"""What all benchmarks share, and that every command line and import in words leads somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.common.tables import Column, table, text_of
+from bench.common.timing import added_peak, take_rounds
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/**/*.py")]
+
+
+def test_peak_memory_is_what_a_call_adds():
+    assert added_peak(lambda: torch.ones(64 * 2**18), torch.device("cpu")) / 2**20 == pytest.approx(64, abs=4)
+
+
+class Benchmark:
+    """pytest-benchmark's fixture, as its documentation has it."""
+
+    def pedantic(self, target, *, setup, rounds):
+        for _ in range(rounds):
+            args, kwargs = setup()
+            target(*args, **kwargs)
+
+
+@pytest.mark.parametrize("benchmark", [None, Benchmark()], ids=["alone", "timed"])
+def test_others_take_their_turn_before_ours(benchmark):
+    calls = []
+
+    def others():
+        calls.append("others")
+        return (len(calls),)
+
+    take_rounds(calls.append, others, 2, benchmark)
+    assert calls == ["others", 1, "others", 3]
+
+
+def test_a_value_that_is_missing_is_an_empty_cell():
+    column = Column("ms", "ms", "{:.1f}".format)
+    assert [text_of(value, column.text) for value in (None, 0.0)] == ["", "0.0"]
+    assert table(["a", "b"], [["1", ""]]) == ["| a | b |", "| --- | --- |", "| 1 |  |"]
+
+
+def test_what_is_shared_knows_no_benchmark_and_not_the_package():
+    for path in (ROOT / "bench/common").glob("*.py"):
+        assert set(re.findall(r"^\s*(?:from|import) ((?:bench|toolx)\S*)", path.read_text(), re.M)) <= {
+            f"bench.common.{other.stem}" for other in path.parent.glob("*.py")
+        }, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_that_a_command_line_names_exists(page):
+    for module in re.findall(r"(?:-m|from) ((?:bench|tests|toolx_kernels)[\w.]*)", page.read_text()):
+        assert importlib.util.find_spec(module.rstrip(".")), module
