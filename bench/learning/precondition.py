@@ -41,10 +41,10 @@ def main(output: str, *flags: str) -> None:
 
         drawn = [drawer.draw(row, 0, 0)[0] for row in rows]
         table, everything = HardSamples(rows, more), range(len(rows))
+        tries, rollouts = args.demonstration_tries, args.verify_rollouts
         chooser = VerifiedDemonstrations(
-            drawer, args.demonstration_tries, args.verify_rollouts,
-            lambda number: collector.attempt(VERIFY_STREAM + number, "verify"),
-        )  # fmt: skip
+            drawer, tries, rollouts, lambda number: collector.attempt(VERIFY_STREAM + number, "verify")
+        )
         chooser.choose(table, everything, 0)
         chosen = [table.demonstrations(row) for row in everything]
         counts = {

@@ -39,11 +39,13 @@ class Record:
 RECORDS = {
     # four examples of one's own take room
     "builtin": Record(
-        ("builtin",), 8, True,
+        ("builtin",),
+        8,
+        True,
         {"grpo": {}, "replace": {}, "add": {}, "distill": {}, "self-exemplify": {"max_completion_length": 320}},
     ),
     "smollm2": Record((), 2, False, {"grpo": {}, "replace": {}, "distill": {}}),
-}  # fmt: skip
+}
 WITHOUT_DECAY = ("grpo",)  # the recipes of all others have 0.8 a round
 
 
