@@ -78,7 +78,12 @@ class Reporter:
 
     @contextmanager
     def running(self, steps: int, done: int) -> Iterator[None]:
-        """Shows a progress bar of ``steps`` steps, of which ``done`` are done."""
+        """Shows a progress bar of ``steps`` steps, of which ``done`` are done.
+
+        Raises InputError when the step that is to be profiled never comes.
+        """
+        if self.args.profile_step > steps:
+            raise InputError(f"profile_step={self.args.profile_step} is beyond the {steps} steps of this run.")
         self._started = time.perf_counter() - self._earlier
         with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) as self._bar:
             yield

@@ -123,8 +123,7 @@ class ToolExpanderTrainer:
             cold_start = cold_start_examples(args, rows, task.demonstrations)
         self.cold_start = cold_start
         self.reporter = Reporter(self.run, self.model, args, task)
-        phases = self.reporter.phases
-        stops = stop_token_ids(self.model, self.tokenizer)
+        stops, phases = stop_token_ids(self.model, self.tokenizer), self.reporter.phases
         self.greedy = args.sampling(stops, greedy=True)
         self.collector = Collector(task, self.rollouter, args, stops, phases)
         self.learner = Learner(self.model, args, policy_loss or ClippedLoss(args.loss), phases, self._release_pools)
@@ -155,10 +154,6 @@ class ToolExpanderTrainer:
         self.stop = stop or self.stop
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
         resumed = self._resume()
-        if args.profile_step > rounds.planned_steps:
-            raise InputError(
-                f"profile_step={args.profile_step} is beyond the {rounds.planned_steps} steps of this run."
-            )
         report.plan(Work.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
         with report.running(rounds.planned_steps, rounds.step):
             if not resumed:
@@ -254,9 +249,8 @@ class ToolExpanderTrainer:
         self.reporter.doing("probing")
         with self._naming("the last probe"):
             found = rounds.measure()
-        counters = rounds.table.counters(after)
-        shown = counters | {"replaced": None, "without_demonstrations": None}
-        self.reporter.probe(rounds.step, found, after, rounds.table, shown, rounds.spent_tokens)
+        counters = rounds.table.counters(after) | {"replaced": None, "without_demonstrations": None}
+        self.reporter.probe(rounds.step, found, after, rounds.table, counters, rounds.spent_tokens)
         return counters
 
     def _verification(self, number: int) -> Attempt:
