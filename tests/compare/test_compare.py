@@ -2,7 +2,6 @@
 
 import json
 import math
-from statistics import stdev
 
 import pytest
 import yaml
@@ -10,7 +9,7 @@ import yaml
 from toolx_kernels.cli.main import main
 from toolx_kernels.compare.plot import LINE, _spread
 from toolx_kernels.compare.report import describe, figures, write_comparison
-from toolx_kernels.compare.runs import arms_of, collapse, oscillation, paired_difference, read_run
+from toolx_kernels.compare.runs import Point, arms_of, collapse, paired_difference, read_run
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import mean_of
 
@@ -32,7 +31,7 @@ def write_run(folder, seed=0, accuracies=(0.1, 0.3, 0.5), hard=(40, 30, 20), fin
         lines.append({"event": "probe", "step": 10 * i, "round": i, "rows": 50, "hard": count} | tokens)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
-        (folder / "summary.json").write_text("{}")
+        (folder / "summary.json").write_text(json.dumps({"eval_rows": config.get("eval_rows") or 480}))
     return folder
 
 
@@ -47,41 +46,38 @@ def test_the_mean_of_few_values():
 COLLAPSES = {
     "a steady rise": ([0.1, 0.2, 0.4, 0.5, 0.6], False),
     "to a third for good": ([0.1, 0.6, 0.2, 0.2, 0.2], True),
-    "for exactly a round": ([0.1, 0.6, 0.2, 0.2, 0.5], False),
+    "for exactly a round": ([0.1, 0.6, 0.2, 0.2, 0.55], False),
     "for a round and its end": ([0.1, 0.6, 0.2, 0.2, 0.2, 0.5], True),
-    "to exactly half": ([0.1, 0.6, 0.3, 0.3, 0.3], False),
-    "a dip inside": ([0.1, 0.6, 0.2, 0.31, 0.2, 0.2, 0.5], False),
-    "at the very end": ([0.1, 0.6, 0.5, 0.2, 0.2], False),
+    "by two standard errors": ([0.5, 0.401, 0.401, 0.401], False),
+    "by a little more": ([0.5, 0.4, 0.4, 0.4], True),
+    "a dip inside": ([0.1, 0.6, 0.2, 0.55, 0.2, 0.2, 0.55], False),
+    "at the very end": ([0.1, 0.6, 0.55, 0.2, 0.2], False),
     "of what was best before, not after": ([0.2, 0.15, 0.15, 0.15, 0.6], False),
+    "from a best of .05": ([0.05, 0.0, 0.0, 0.0], True),
+    "from a best that is hardly above nothing": ([0.049, 0.0, 0.0, 0.0], False),
     "nothing to lose": ([0.0, 0.0, 0.0, 0.0], False),
 }
 
 
+def curve(*accuracies):
+    """Evaluations every 10 steps."""
+    return [Point(10 * i, 0, accuracy) for i, accuracy in enumerate(accuracies)]
+
+
 @pytest.mark.parametrize("name", COLLAPSES)
 def test_collapse(name):
-    """Evaluations every 10 steps, rounds of 20: three of them span a round."""
+    """Rounds of 20 steps, which three evaluations span; two standard errors of .5 and .4 on 198 rows are .0995."""
     accuracies, expected = COLLAPSES[name]
-    assert collapse([(10 * i, accuracy) for i, accuracy in enumerate(accuracies)], round_steps=20) is expected
+    assert collapse(curve(*accuracies), round_steps=20, rows=198) is expected
+
+
+def test_few_rows_tell_no_collapse():
+    fall = curve(0.3, 0.6, 0.35, 0.35, 0.35)
+    assert collapse(fall, 20, rows=100) is True and collapse(fall, 20, rows=20) is False
 
 
 def test_collapse_without_a_curve():
-    assert collapse([], 10) is None
-
-
-def test_oscillation_is_the_deviation_of_changes():
-    assert oscillation([40, 30, 20, 10]) == 0.0, "a steady decline"
-    assert oscillation([40, 20, 30]) == pytest.approx(stdev([-20, 10]))
-    assert oscillation([40, 30]) is None and oscillation([]) is None
-
-
-def test_a_last_probe_within_a_round_is_no_part_of_oscillation(tmp_path):
-    folder = write_run(tmp_path / "a", accuracies=(0.1, 0.2, 0.3, 0.4), hard=(40, 20, 30, 29))
-    whole = read_run(folder).oscillation
-    assert whole == pytest.approx(stdev([-20, 10, -1]))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in lines if json.loads(line)["step"] <= 22 or json.loads(line)["event"] != "step"]
-    (folder / "metrics.jsonl").write_text("\n".join(line.replace('"step": 30', '"step": 22') for line in lines) + "\n")
-    assert read_run(folder).oscillation == pytest.approx(stdev([-20, 10]))
+    assert collapse([], 10, rows=100) is None and collapse(curve(0.5, 0.1), 10, rows=100) is None
 
 
 def test_a_run_is_read(tmp_path):
@@ -89,7 +85,19 @@ def test_a_run_is_read(tmp_path):
     assert (run.seed, run.step, run.tokens, run.finished) == (4, 20, 20_000, True)
     assert run.curves["accuracy"] == [(0, 0, 0.1), (10, 10_000, 0.3), (20, 20_000, 0.5)]
     assert run.curves["hard"][-1] == (20, 20_000, 20.0)
-    assert run.collapsed is False and run.oscillation == 0.0
+    assert run.collapsed is False
+
+
+def test_the_rows_of_an_evaluation_are_the_summarys_or_of_an_unfinished_run_the_configs(tmp_path):
+    fall = dict(accuracies=(0.1, 0.6, 0.3, 0.3), hard=(40, 30, 40, 40), eval_rows=30)
+    assert read_run(write_run(tmp_path / "finished", **fall)).collapsed is True
+    (tmp_path / "finished" / "summary.json").write_text('{"eval_rows": 10}')
+    assert read_run(tmp_path / "finished").collapsed is False, "the dataset had fewer rows than were asked for"
+    assert read_run(write_run(tmp_path / "unfinished", finished=False, **fall)).collapsed is True
+    assert read_run(write_run(tmp_path / "all rows", finished=False, **fall | {"eval_rows": None})).collapsed is None
+    (tmp_path / "finished" / "summary.json").write_text("[]")
+    with pytest.raises(InputError, match=r"summary\.json is damaged"):
+        read_run(tmp_path / "finished")
 
 
 def test_sampled_tokens_stand_in_for_spent_ones(tmp_path):
@@ -205,29 +213,27 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 def test_means_are_over_finished_runs(tmp_path):
     base, ours = two_arms(tmp_path)
-    curve = ours.mean_curve("accuracy")
-    assert [(step, tokens) for step, tokens, _ in curve] == [(0, 0), (10, 10_000), (20, 20_000)]
-    assert curve[-1][2] == mean_of([0.6, 0.8, 1.0]) and curve[0][2].value == pytest.approx(0.1)
+    means = ours.mean_curve("accuracy")
+    assert [(point.step, point.tokens) for point in means] == [(0, 0), (10, 10_000), (20, 20_000)]
+    assert means[-1].mean == mean_of([0.6, 0.8, 1.0]) and means[0].mean.value == pytest.approx(0.1)
     ours.runs = [run for run in ours.runs if not run.finished]
-    assert [mean.value for *_, mean in ours.mean_curve("hard")] == [40, 1], "none has finished: as far as they got"
+    assert [point.mean.value for point in ours.mean_curve("hard")] == [40, 1], "none has finished: as far as they got"
 
 
-def test_what_is_said_of_an_arm(tmp_path):
-    said = figures(two_arms(tmp_path))
-    base, ours = said["base"], said["ours"]
-    assert (base["runs"], base["finished"], base["pairs"], base["hard_difference"]) == (3, 3, None, None)
-    assert (ours["runs"], ours["finished"], ours["pairs"], ours["seeds"]) == (4, 3, 3, [0, 1, 2, 9])
-    assert base["accuracy_after"] == mean_of([0.5, 0.6, 0.7]) and base["hard_after"].value == 22
-    assert ours["hard_before"].value == 40 and ours["tokens"].value == 20_000 and ours["collapsed"] == 0
-    assert ours["oscillation"].value == pytest.approx(stdev([-5, -20]))
-    assert ours["accuracy_difference"].value == pytest.approx(0.2)
+def test_the_figures_of_an_arm(tmp_path):
+    base, ours = figures(two_arms(tmp_path)).values()
+    assert (base.runs, base.finished, base.pairs, base.hard_difference) == (3, 3, None, None)
+    assert (ours.runs, ours.finished, ours.pairs, ours.seeds) == (4, 3, 3, [0, 1, 2, 9])
+    assert base.accuracy_after == mean_of([0.5, 0.6, 0.7]) and base.hard_after.value == 22
+    assert ours.hard_before.value == 40 and ours.tokens.value == 20_000 and ours.collapsed == 0
+    assert ours.accuracy_difference.value == pytest.approx(0.2)
 
 
 def test_collapsed_runs_are_counted(tmp_path):
     falls = dict(accuracies=(0.1, 0.6, 0.1, 0.1), hard=(40, 30, 40, 40))
     stays = dict(accuracies=(0.1, 0.6, 0.6, 0.6), hard=(40, 30, 40, 40))
     arms = arms_of(runs_of(tmp_path, *((f"r-{i}", dict(seed=i) | (stays if i else falls)) for i in range(3))))
-    assert figures(arms)["r"]["collapsed"] == 1
+    assert figures(arms)["r"].collapsed == 1
 
 
 def test_the_files_say_what_the_figures_say(tmp_path):

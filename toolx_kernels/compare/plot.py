@@ -1,4 +1,4 @@
-"""The picture of several runs: accuracy and hard rows over steps and over tokens, and where every arm ended."""
+"""Plot of several runs: accuracy and hard rows over steps and over tokens, and where every arm ended."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def draw_comparison(arms: Sequence[Arm], path: Path) -> bool:
 
 
 def _caption(arms: Sequence[Arm]) -> str:
-    said = []
+    sentences = []
     if any(len(arm.runs) > 1 for arm in arms):
-        said.append("thick: mean over an arm's seeds with its 95 % interval (t); thin, small: single seeds")
+        sentences.append("thick: mean over an arm's seeds with its 95 % interval (t); thin, small: single seeds")
     if any(not run.finished for arm in arms for run in arm.runs):
-        said.append("dotted: unfinished")
-    return "; ".join(said)
+        sentences.append("dotted: unfinished")
+    return "; ".join(sentences)
 
 
 def _curves(axis, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> None:
@@ -73,12 +73,14 @@ def _curves(axis, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> 
         for run in arm.runs:
             _single(axis, run, curve, along, colour, marker, faint=several)
         if several and mean:
-            x = [step if along == "step" else tokens for step, tokens, _ in mean]
+            x = [getattr(point, along) for point in mean]
             style = {"color": colour, "marker": marker, "linestyle": "-" if arm.finished else ":"}
-            axis.plot(x, [m.value for *_, m in mean], markersize=4, linewidth=2.2, **style)
-            low, high = [m.low for *_, m in mean], [m.high for *_, m in mean]
+            axis.plot(x, [point.mean.value for point in mean], markersize=4, linewidth=2.2, **style)
+            low, high = [point.mean.low for point in mean], [point.mean.high for point in mean]
             axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        lasts = [m.value for *_, m in mean] or [run.curves[curve][-1].value for run in arm.runs if run.curves[curve]]
+        lasts = [point.mean.value for point in mean] or [
+            run.curves[curve][-1].value for run in arm.runs if run.curves[curve]
+        ]
         if lasts:
             labels.append((lasts[-1], arm.name, colour))
     values = [p.value for arm in arms for run in arm.runs for p in run.curves[curve]]
@@ -101,9 +103,15 @@ def _single(axis, run: Run, curve: str, along: str, colour: str, marker: str, fa
     points = run.curves[curve]
     x, y = [getattr(point, along) for point in points], [point.value for point in points]
     axis.plot(
-        x, y, color=colour, linestyle="-" if run.finished else ":", linewidth=0.8 if faint else 2.0,
-        alpha=0.4 if faint and run.finished else 0.9, marker="" if faint and len(points) > 1 else marker, markersize=4,
-    )  # fmt: skip
+        x,
+        y,
+        color=colour,
+        linestyle="-" if run.finished else ":",
+        linewidth=0.8 if faint else 2.0,
+        alpha=0.4 if faint and run.finished else 0.9,
+        marker="" if faint and len(points) > 1 else marker,
+        markersize=4,
+    )
     if not run.finished and points:
         axis.plot(x[-1], y[-1], marker=marker, color=colour, markerfacecolor="white", markersize=6)
 

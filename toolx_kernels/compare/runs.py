@@ -1,4 +1,4 @@
-"""Runs as their folders tell them, arms of runs that differ in the seed, and what is said of an arm."""
+"""Runs read from their folders, and arms of runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, mean_of
@@ -17,8 +17,16 @@ from toolx_kernels.train.run.folder import CONFIG, METRICS, SUMMARY, RunFolder
 
 # settings that tell two runs of one arm apart, besides the seed: where they ran, and what they kept
 INCIDENTAL = (
-    "seed", "output_dir", "resume", "overwrite", "device", "log_completions", "save_steps", "save_total_limit",
-)  # fmt: skip
+    "seed",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "log_completions",
+    "save_steps",
+    "save_total_limit",
+)
+LEAST_BEST = 0.05  # the accuracy that a run must have reached to collapse
 _CURVES = {"eval": "accuracy", "probe": "hard"}
 
 
@@ -30,13 +38,22 @@ class Point(NamedTuple):
     value: float
 
 
+class MeanPoint(NamedTuple):
+    """A mean over runs of a curve's values at a step, and of the tokens spent until then."""
+
+    step: int
+    tokens: float
+    mean: Estimate
+
+
 @dataclass(slots=True)
 class Run:
-    """What a run folder holds: accuracy on held-out rows, and hard rows, over the run."""
+    """Contents of a run folder: accuracy on ``eval_rows`` held-out rows, and hard rows, over the run."""
 
     path: Path
-    config: dict
+    config: dict[str, Any]
     finished: bool
+    eval_rows: int | None
     step: int = 0
     tokens: int = 0
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in _CURVES.values()})
@@ -47,19 +64,11 @@ class Run:
 
     @property
     def collapsed(self) -> bool | None:
-        """See ``collapse``."""
+        """See ``collapse``; None also where the folder does not tell the steps of a round or the rows evaluated."""
         probes = sorted({point.step for point in self.curves["hard"]})
-        if len(probes) < 2:
+        if len(probes) < 2 or not self.eval_rows:
             return None
-        return collapse([(p.step, p.value) for p in self.curves["accuracy"]], round_steps=probes[1] - probes[0])
-
-    @property
-    def oscillation(self) -> float | None:
-        """See ``oscillation``; without the last probe where it ends no whole round."""
-        probes = self.curves["hard"]
-        steps = [point.step for point in probes]
-        partial = len(steps) > 2 and steps[-1] - steps[-2] < steps[-2] - steps[-3]
-        return oscillation([point.value for point in probes[: -1 if partial else None]])
+        return collapse(self.curves["accuracy"], probes[1] - probes[0], self.eval_rows)
 
 
 @dataclass(slots=True)
@@ -82,44 +91,39 @@ class Arm:
         of_runs = (run.curves[curve][0] for run in self.finished if run.curves[curve])
         return [point.value for point in of_runs if point.step == 0]
 
-    def mean_curve(self, curve: str) -> list[tuple[float, float, Estimate]]:
-        """(step, mean tokens, mean with its interval) where all finished runs have a value.
-
-        Where none has finished, all runs are taken as far as they got together.
-        """
-        of_runs = [{p.step: p for p in run.curves[curve]} for run in self.finished or self.runs]
+    def mean_curve(self, curve: str) -> list[MeanPoint]:
+        """The means at the steps where all finished runs have a value; of all runs where none has finished."""
+        of_runs = [{point.step: point for point in run.curves[curve]} for run in self.finished or self.runs]
         steps = sorted(set.intersection(*(set(points) for points in of_runs)))
         return [
-            (step, fmean(points[step].tokens for points in of_runs), mean_of([p[step].value for p in of_runs]))
+            MeanPoint(step, fmean(points[step].tokens for points in of_runs), mean)
             for step in steps
+            if (mean := mean_of([points[step].value for points in of_runs]))
         ]
 
 
-def collapse(curve: Sequence[tuple[int, float]], round_steps: int) -> bool | None:
-    """Whether accuracy falls by more than half of its best and stays there for a round; None where no evaluation
-    but the first has another one a round after it, so that nobody could tell.
+def collapse(curve: Sequence[Point], round_steps: int, rows: int) -> bool | None:
+    """Whether accuracy falls by more than two standard errors from a best of at least .05 and stays there for a round.
 
-    ``curve`` holds (step, accuracy) of the evaluations in order. The run collapsed if after some evaluation at a step
-    s, every evaluation from s to the first at or beyond s + ``round_steps`` is below half of the best accuracy seen
-    before s. That last one must exist: a fall within the last round has not stayed for one.
+    ``curve`` holds the evaluations in order, each on ``rows`` rows. The run collapsed if, from some step s on, every
+    evaluation up to the first at or beyond s + ``round_steps`` is that far below the best before s. That last one must
+    exist: a fall within the last round has not stayed for one. The standard error is that of the difference of two
+    accuracies p and q of independent samples: sqrt(p (1 - p) / rows + q (1 - q) / rows).
+
+    Returns None where no evaluation but the first has another one a round after it, so that nobody could tell.
     """
     best = 0.0
-    for i, (start, accuracy) in enumerate(curve):
-        through = next((j for j in range(i, len(curve)) if curve[j][0] >= start + round_steps), None)
-        if through is not None and all(value < best / 2 for _, value in curve[i : through + 1]):
+    for i, point in enumerate(curve):
+        after = next((j for j in range(i, len(curve)) if curve[j].step >= point.step + round_steps), None)
+        if after is not None and best >= LEAST_BEST and all(_fell(best, p.value, rows) for p in curve[i : after + 1]):
             return True
-        best = max(best, accuracy)
-    told = any(last >= start + round_steps for start, _ in curve[1:] for last, _ in curve)
+        best = max(best, point.value)
+    told = any(last.step >= point.step + round_steps for point in curve[1:] for last in curve)
     return False if told else None
 
 
-def oscillation(hard: Sequence[float]) -> float | None:
-    """Standard deviation of the change in the hard count from one probe to the next.
-
-    A steady decline is no oscillation: the mean change is taken off. None below three probes.
-    """
-    changes = [after - before for before, after in zip(hard, hard[1:], strict=False)]
-    return stdev(changes) if len(changes) > 1 else None
+def _fell(before: float, after: float, rows: int) -> bool:
+    return before - after > 2 * math.sqrt((before * (1 - before) + after * (1 - after)) / rows)
 
 
 def paired_difference(arm: Arm, base: Arm, curve: str) -> tuple[int, Estimate | None]:
@@ -137,7 +141,8 @@ def read_run(path: Path) -> Run:
     """
     if not (path / CONFIG).is_file():
         raise InputError(f"There is no run in {path}: name a folder that toolx train wrote.")
-    run = Run(path, RunFolder(path).config(), finished=(path / SUMMARY).is_file())
+    config, finished = RunFolder(path).config(), (path / SUMMARY).is_file()
+    run = Run(path, config, finished, _eval_rows(path / SUMMARY) if finished else config.get("eval_rows"))
     if type(run.config.get("seed")) is not int:
         raise InputError(f"{path / CONFIG} names the seed {run.config.get('seed')!r}: give the number the run had.")
     metrics = path / METRICS
@@ -154,7 +159,15 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def _take(run: Run, record: dict) -> None:
+def _eval_rows(summary: Path) -> int | None:
+    """The rows that a finished run was evaluated on. An unfinished one has no more than its config asks for."""
+    try:
+        return json.loads(summary.read_bytes()).get("eval_rows")
+    except (ValueError, AttributeError):
+        raise InputError(f"{summary} is damaged: mend it, or leave this run out.") from None
+
+
+def _take(run: Run, record: dict[str, Any]) -> None:
     """Adds a line of the metrics to the run; ValueError, KeyError, TypeError or AttributeError where it is none."""
     event = record["event"]
     if event not in ("step", *_CURVES):
