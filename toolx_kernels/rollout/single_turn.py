@@ -37,16 +37,10 @@ class SingleTurn:
         """See ``Rollouter``."""
 
         def ended(place: int, index: int, completion: Completion) -> bool:
-            return on_rollout(place, index, self._rollout(completion))
+            return on_rollout is not None and on_rollout(place, index, self._rollout(completion))
 
         groups = self.engine.generate(
-            prompts,
-            n,
-            params,
-            row_ids=row_ids,
-            step=step,
-            first_rollout=first_rollout,
-            on_completion=ended if on_rollout else None,
+            prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout, on_completion=ended
         )
         return [[self._rollout(completion) for completion in group.completions] for group in groups]
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import Rollout, Rollouter
+from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -122,7 +122,7 @@ class Collector:
         streams: Sequence[int],
         step: int,
         first_rollout: int = 0,
-        on_rollout: Callable[[int, int, Rollout], bool] | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         rows = [self.task.rows[row] for row, _ in asked]
         prompts = [self.task.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
