@@ -40,15 +40,8 @@ def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Ten
     return torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    shard: VocabShard | None,
-) -> None:
-    """Raises InputError unless hidden (N, D), weight (V, D), targets (N) int64 and bias (V) fit together."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    """Raises InputError unless hidden (N, D), weight (V, D) and bias (V) fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[1] == 0:
         raise InputError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
@@ -58,16 +51,21 @@ def check_head(
             raise InputError(f"{name} is {tensor.dtype}: it must be fp32, bf16, fp16 or float64.")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: float64 goes with float64 only.")
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
+    check_devices(hidden.device, weight=weight, bias=bias)
+
+
+def check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard | None) -> None:
+    """Raises InputError unless targets (N) int64 fit hidden (N, D), and weight lies inside the shard's vocabulary."""
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise InputError(
             f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
             f"{len(hidden)} rows of hidden."
         )
-    if softcap is not None and not 0 <= softcap < float("inf"):
-        raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
-    check_devices(hidden.device, weight=weight, targets=targets, bias=bias)
+    check_devices(hidden.device, targets=targets)
     if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
         raise InputError(
             f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "

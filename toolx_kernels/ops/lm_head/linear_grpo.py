@@ -35,6 +35,7 @@ from toolx_kernels.ops.lm_head.checks import (
     check_bounds,
     check_first_derivative,
     check_head,
+    check_targets,
     check_values,
     check_vectors,
     given_denominator,
@@ -114,7 +115,8 @@ def linear_grpo_loss(
             without ``ref_logprobs``. Nothing has been computed then. A GPU is waited for once before the first GEMM,
             for the check of values and the number of rows together.
     """
-    check_head(hidden, weight, targets, bias, softcap, shard)
+    check_head(hidden, weight, bias, softcap)
+    check_targets(hidden, weight, targets, shard)
     check_vectors(
         hidden, cu_seqlens, config,
         per_completion={"rewards": rewards, "advantages": advantages},

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.ops import library
-from toolx_kernels.ops.lm_head.checks import check_first_derivative, check_head, check_values, row_temperatures
+from toolx_kernels.ops.lm_head.checks import (
+    check_first_derivative,
+    check_head,
+    check_targets,
+    check_values,
+    row_temperatures,
+)
 from toolx_kernels.ops.lm_head.head import (
     TRAINABLE,
     HeadInputs,
@@ -61,7 +67,8 @@ def linear_logprob(
         InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
             positive. On a GPU the check of values waits for the device.
     """
-    check_head(hidden, weight, targets, bias, softcap, shard)
+    check_head(hidden, weight, bias, softcap)
+    check_targets(hidden, weight, targets, shard)
     temperature = row_temperatures(temperature, hidden, targets)
     inputs = HeadInputs(hidden, weight, targets, temperature, bias, softcap or 0.0, -1 if shard is None else shard.key)
     logprobs, lse, entropies = torch.ops.toolx.linear_logprob(*inputs, entropy)

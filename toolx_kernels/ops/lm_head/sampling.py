@@ -58,7 +58,7 @@ def sample(
             f"{len(hidden)} rows of hidden."
         )
     check_devices(hidden.device, streams=streams)
-    check_head(hidden, weight, streams[:, 0], bias, softcap, None)
+    check_head(hidden, weight, bias, softcap)
     if len(weight) == 0:
         raise InputError("weight has no rows: there must be a token to sample.")
     if not 0 <= temperature < math.inf:
