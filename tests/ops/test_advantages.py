@@ -105,7 +105,7 @@ def test_the_kernel_agrees_with_the_definition(scale, min_std):
     for size, ids in ((4, None), (0, torch.tensor([3, 9, 3, 3, 9, -1, 9, 3], device=DEVICE))):
         groups = {"group_size": size} if ids is None else {"group_ids": ids}
         expected = reference.group_advantages(rewards.double(), **groups, scale=scale, min_std=min_std)
-        actual = advantages._advantages_triton(rewards, size, ids, scale, 1e-4, min_std)
+        actual = advantages.in_triton(rewards, size, ids, scale, 1e-4, min_std)
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 

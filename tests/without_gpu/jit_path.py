@@ -96,7 +96,7 @@ def logprobs(dtype):
 
 def give_advantages(scale):
     def run(patch, completions):
-        advantages._advantages_triton(torch.rand(completions), 4, None, scale, 1e-4, 0.0)
+        advantages.in_triton(torch.rand(completions), 4, None, scale, 1e-4, 0.0)
 
     return Case(run, [12], [4, 16, 2048])
 

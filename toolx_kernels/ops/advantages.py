@@ -73,7 +73,7 @@ def check_rewards(rewards: Tensor) -> None:
         raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite: a reward must be a number.")
 
 
-def _advantages(
+def in_torch(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float,
     check_finite: bool = True,
 ) -> Tensor:  # fmt: skip
@@ -148,12 +148,12 @@ if triton is not None:
         tl.store(out_ptr + i, tl.where(low == high, 0.0, advantage))
 
 
-def _advantages_triton(
+def in_triton(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, scale: str, eps: float, min_std: float,
     check_finite: bool = True,
 ) -> Tensor:  # fmt: skip
     if rewards.dtype != torch.float32:
-        return _advantages(rewards, group_size, group_ids, scale, eps, min_std, check_finite)
+        return in_torch(rewards, group_size, group_ids, scale, eps, min_std, check_finite)
     if check_finite:
         check_rewards(rewards)
     rewards, out = rewards.contiguous(), torch.empty_like(rewards)
@@ -169,7 +169,7 @@ def _advantages_triton(
 library.define(
     "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, str scale, float eps, float min_std, "
     "bool check_finite=True) -> Tensor",
-    default=_advantages,
+    default=in_torch,
     fake=lambda rewards, *_: rewards.new_empty(rewards.shape),
-    triton=_advantages_triton,
+    triton=in_triton,
 )

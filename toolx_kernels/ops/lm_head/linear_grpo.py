@@ -228,12 +228,12 @@ def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Bat
     call = live_rows.Call(targets, inputs.temperature, vocab_size, *vectors)
     live = live_rows.finder(inputs.hidden.device, dtype)(call, config, dtype)
     head = inputs.head()
-    seen = OnHost.read(live.facts)
-    rows = live.rows[: seen.computed_before[-1]]
-    if seen.wrong and given.rewards is not None:
+    on_host = OnHost.read(live.facts)
+    rows = live.rows[: on_host.computed_before[-1]]
+    if on_host.wrong and given.rewards is not None:
         check_rewards(given.rewards)
-    check_bounds(seen.cu_seqlens, n_rows)
-    if seen.wrong:
+    check_bounds(on_host.cu_seqlens, n_rows)
+    if on_host.wrong:
         check_advantages(given.advantages)
         computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
         check_values(targets, inputs.temperature, vocab_size, computed)
@@ -243,7 +243,7 @@ def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Bat
         head, logprobs = head.rows(rows), [pick(x, rows) for x in logprobs]
     vectors = RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *logprobs)
     needs = Trained() if gradients_in_backward(inputs, config) else Trained(*given.needs)
-    return Batch(head, vectors, live.facts[1, :-1], seen.computed_before, rows, n_rows, needs)
+    return Batch(head, vectors, live.facts[1, :-1], on_host.computed_before, rows, n_rows, needs)
 
 
 def gradients_in_backward(inputs: HeadInputs, config: GRPOLossConfig) -> bool:

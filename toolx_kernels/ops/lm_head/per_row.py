@@ -99,14 +99,14 @@ def statistics_and_objective(
     """All in one kernel where ``fused``, which only a token-by-token objective allows."""
     if fused:
         return fused_statistics(partials, anchor, target_logits, head, vectors, config)
-    found = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
-    objective = policy_objective(found.logprobs, found.entropy, vectors, lengths, config)
-    e = objective.entropy_coefficients
+    stats = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
+    objective = policy_objective(stats.logprobs, stats.entropy, vectors, lengths, config)
+    c, e = objective.coefficients, objective.entropy_coefficients
     factors = in_torch.factors_of(
-        found.logprobs, found.entropy, found.total.log(), objective.coefficients, objective.coefficients if e is None
-        else e, target_logits, head.scale, head.softcap, e is not None, bool(head.softcap),
+        stats.logprobs, stats.entropy, stats.total.log(), c, c if e is None else e, target_logits, head.scale,
+        head.softcap, e is not None, bool(head.softcap),
     )  # fmt: skip
-    return found, objective, Factors(*factors)
+    return stats, objective, Factors(*factors)
 
 
 if triton is not None:

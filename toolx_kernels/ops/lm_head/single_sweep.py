@@ -78,23 +78,23 @@ def single_sweep(
         sums = sweep.exponentials(chunk, target_logits[rows], anchor, exponentials, size)
         if head.shard >= 0:
             sums = all_reduce(torch.stack([part.sum(0) for part in sums]), "sum")[:, None]
-        found, objective, factors = statistics_and_objective(
+        stats, objective, factors = statistics_and_objective(
             sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
         )
-        parts.append((found, objective))
-        if on_cpu and not _anchored(found.total):
+        parts.append((stats, objective))
+        if on_cpu and not _anchored(stats.total):
             return None
         if rows.stop == len(head.hidden):
-            anchored = HostCopy(_anchored(torch.cat([found.total for found, _ in parts])))
+            anchored = HostCopy(_anchored(torch.cat([stats.total for stats, _ in parts])))
         dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, size, drops=drops)
         # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
         drops = drops and (dropped or on_cpu)
     del space, exponentials
-    found = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
+    stats = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
     objective = Objective(
         *(None if part[0] is None else torch.cat(part) for part in zip(*(o for _, o in parts), strict=True))
     )
-    per_row = PerRow(found.logprobs, found.entropy, None, objective)
+    per_row = PerRow(stats.logprobs, stats.entropy, None, objective)
     results = finish(per_row, grads.results().spread(batch.rows, batch.n_rows))
     return results if anchored.read() else None
 
