@@ -26,7 +26,7 @@ from toolx_kernels.models.bridge import check_supported, head_of, toolx_attentio
 from toolx_kernels.models.load import load_model
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.update.adamw import make_updater
+from toolx_kernels.train.update.adamw import make_optimizer
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -110,11 +110,11 @@ def test_updates_at_1e_6_arrive_in_every_adapter_weight(dtype, optim):
     model, args = adapted(dtype, optim=optim)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {FP32}
     assert model.dtype == dtype and logits(model).dtype == dtype
-    updater = make_updater(model, args, 1e-6)
+    optimizer = make_optimizer(model, args, 1e-6)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss_of(model).backward()
-    updater.collect()
-    assert updater.apply(1e9, (0, 0)) > 0
+    optimizer.collect()
+    assert optimizer.apply(1e9, (0, 0)) > 0
     for name, parameter in model.named_parameters():
         moved = float((parameter.detach() - before[name]).abs().median())
         assert 0.5e-6 < moved < 2e-6 if "lora_" in name else moved == 0, name
@@ -169,14 +169,14 @@ def test_the_reference_is_the_model_before_rl():
     before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
     cold, bare = logits(model), logits(small_model("llama").to(DEVICE))
     freeze_adapter(model)
-    updater = make_updater(model, args, 1e-2)
-    assert set(updater.parameters) == {name for name, (_, needed) in before.items() if needed}
+    optimizer = make_optimizer(model, args, 1e-2)
+    assert set(optimizer.parameters) == {name for name, (_, needed) in before.items() if needed}
     loss_of(model).backward()
-    updater.apply(1e9, (0, 0))
+    optimizer.apply(1e9, (0, 0))
     after = logits(model)
     assert not torch.equal(after, cold)
     loss_of(model).backward()
-    kept = {name: parameter.grad.clone() for name, parameter in updater.parameters.items()}
+    kept = {name: parameter.grad.clone() for name, parameter in optimizer.parameters.items()}
     with pytest.raises(ZeroDivisionError), reference_adapter(model):
         assert torch.equal(logits(model), cold) and not torch.equal(cold, bare)
         raise ZeroDivisionError
@@ -185,7 +185,7 @@ def test_the_reference_is_the_model_before_rl():
     for name, (parameter, needed) in before.items():
         assert present[name] is parameter and parameter.requires_grad == needed, name
     assert not any(p.requires_grad for name, p in present.items() if ".reference." in name)
-    assert all(torch.equal(p.grad, kept[name]) for name, p in updater.parameters.items())
+    assert all(torch.equal(p.grad, kept[name]) for name, p in optimizer.parameters.items())
 
 
 @needs_peft

@@ -212,8 +212,8 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
 def test_gradients_are_clipped(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_grad_norm=0.01)
     learner, seen = trainer.learner, []
-    apply = learner.updater.apply
-    learner.updater.apply = lambda norm, seed, _: seen.append((norm, seed)) or apply(norm, seed)
+    apply = learner.optimizer.apply
+    learner.optimizer.apply = lambda norm, seed, _: seen.append((norm, seed)) or apply(norm, seed)
     prompts, row = trainer.task.prompts, trainer.task.rows[0]
     batch = [PackedGroup(prompts.ids(row), [prompts.completion_ids(row.answer)])]
     assert learner.imitate(batch, 3)["grad_norm"] > 0.1

@@ -12,7 +12,7 @@ from toolx_kernels import RolloutEngine, SamplingParams, ToolExpanderConfig, lin
 from toolx_kernels.engine.runner import MAX_PREFILL_TOKENS, Runner
 from toolx_kernels.models.bridge import check_supported, checkpointed, head_of, toolx_attention
 from toolx_kernels.ops.attention import packed_flex
-from toolx_kernels.train.update.adamw import make_updater
+from toolx_kernels.train.update.adamw import make_optimizer
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 # ---- the device itself
@@ -146,7 +146,7 @@ def updates(optim, dtype, where):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = to_gpu(model) if where == "cuda" else model
     groups = [PackedGroup([5, 6, 7, 8], [[9, 10, 11], [12, 13]]), PackedGroup([5, 6, 7], [[9, 10], [12, 13, 14]])]
-    updater = make_updater(model, ToolExpanderConfig(optim=optim), 1e-2)
+    optimizer = make_optimizer(model, ToolExpanderConfig(optim=optim), 1e-2)
     for step in range(2):
         batch = pack(groups, where)
         with toolx_attention(model), checkpointed(model):
@@ -155,11 +155,11 @@ def updates(optim, dtype, where):
                 advantages=torch.tensor([1.0, -1.0, 0.5, -0.5], device=where), **head_of(model),
             )  # fmt: skip
             out.loss.backward()
-            updater.collect()
+            optimizer.collect()
         log.clear()
-        updater.apply(1.0, (0, step))
+        optimizer.apply(1.0, (0, step))
         assert step == 0 or len(waits()) <= 1, waits()  # to see that the norm is finite
-    updater.close()
+    optimizer.close()
     after = on_cpu({name: p.detach() for name, p in model.named_parameters()})
     return torch.cat([(after[name].float() - weight.float()).flatten() for name, weight in before.items()])
 

@@ -35,7 +35,7 @@ def imitate(
     learner.begin(args.cold_start_learning_rate)
     for step in range(1, args.cold_start_steps + 1):
         started, progress = time.perf_counter(), step / args.cold_start_steps
-        for parameters in learner.updater.optimizer.param_groups:
+        for parameters in learner.optimizer.base.param_groups:
             parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
         taken = islice(examples, args.cold_start_batch_size)
         batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)

@@ -292,7 +292,7 @@ class ToolExpanderTrainer:
                 self.rounds.step,
                 self.model,
                 self.tokenizer,
-                self.learner.updater,
+                self.learner.optimizer,
                 state,
                 keep=self.args.save_total_limit,
                 keep_first=self.args.needs_reference,
@@ -307,7 +307,7 @@ class ToolExpanderTrainer:
                 check_reference(self.run.path / "checkpoint-0", why)
             check_same_settings(checkpoint.path, checkpoint.state["settings"], self.args)
             self.task.check_same(self.run.path, checkpoint.state["data"])
-            checkpoint.copy_into(self.model, self.learner.updater)
+            checkpoint.copy_into(self.model, self.learner.optimizer)
             for name, part in self._parts().items():
                 part.load_state_dict(checkpoint.state[name])
             self.run.write_hard_samples(self.rounds.table.lines())

@@ -89,16 +89,16 @@ def test_the_published_table(name, monkeypatch):
 
 def trained(model, **args):
     """Optimizer states and gradients, in bytes, of a model after two micro-batches and a step."""
-    from toolx_kernels.train.update.adamw import make_updater
+    from toolx_kernels.train.update.adamw import make_optimizer
 
-    updater = make_updater(model, ToolExpanderConfig(**args), 1e-6)
+    optimizer = make_optimizer(model, ToolExpanderConfig(**args), 1e-6)
     gradients = 0
     for _ in range(2):
         sum(p.float().square().sum() for p in model.parameters() if p.requires_grad).backward()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        updater.collect()
-    updater.apply(1.0, (0, 0))
-    return gradients, sum(tensor.nbytes for tensor in updater.state_tensors().values())
+        optimizer.collect()
+    optimizer.apply(1.0, (0, 0))
+    return gradients, sum(tensor.nbytes for tensor in optimizer.state_dict().values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

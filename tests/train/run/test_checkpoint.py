@@ -43,10 +43,10 @@ class Moments:
             "b|exp_avg": torch.randn(5, 3, generator=g).to(DEVICE, torch.bfloat16),
         }
 
-    def state_tensors(self):
+    def state_dict(self):
         return self.tensors
 
-    def load_state_tensors(self, tensors):
+    def load_state_dict(self, tensors):
         self.tensors = {name: tensor.to(self.tensors[name].device, copy=True) for name, tensor in tensors.items()}
 
 
@@ -528,4 +528,4 @@ def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
     trainer.task.digests["rows to evaluate on"] = "other"
     with pytest.raises(InputError, match="two was run on other rows to evaluate on: resume with the same"):
         trainer.train()
-    assert trainer.rounds.step == 0 and not trainer.learner.updater.state_tensors()
+    assert trainer.rounds.step == 0 and not trainer.learner.optimizer.state_dict()

@@ -114,8 +114,8 @@ def test_a_second_update_is_clipped_against_the_policy_before_the_first():
     groups, config = some_groups(trained), GRPOLossConfig(epsilon=0.2, epsilon_high=0.2)
     old, before = log_probs(trained, groups), copy.deepcopy(trained)
     learner, norms = learner_of(trained, num_iterations=2), []
-    apply = learner.updater.apply
-    learner.updater.apply = lambda *args: norms.append(apply(*args))
+    apply = learner.optimizer.apply
+    learner.optimizer.apply = lambda *args: norms.append(apply(*args))
     with pytest.raises(TypeError):  # the spy gives no norm back: after the first update nothing more happens
         learner.improve(groups, 0)
     first, _ = naive_gradient(before, groups, None, config)
@@ -125,8 +125,8 @@ def test_a_second_update_is_clipped_against_the_policy_before_the_first():
     assert not math.isclose(second, naive_gradient(copy.deepcopy(trained), groups, None, config)[0], rel_tol=1e-3)
     trained = copy.deepcopy(before)
     learner, norms = learner_of(trained, num_iterations=2), []
-    apply = learner.updater.apply
-    learner.updater.apply = lambda *args: norms.append(apply(*args)) or norms[-1]
+    apply = learner.optimizer.apply
+    learner.optimizer.apply = lambda *args: norms.append(apply(*args)) or norms[-1]
     told = learner.improve(groups, 0)
     assert norms == pytest.approx([first, second], rel=1e-6)
     assert told["ratio"] != 1 and told["clip_low"] + told["clip_high"] > 0
@@ -193,13 +193,13 @@ def test_an_update_that_runs_out_of_memory_is_repeated_in_smaller_parts():
     gradients = []
 
     def spied(learner):
-        apply = learner.updater.apply
+        apply = learner.optimizer.apply
 
         def spy(*args):
             gradients.append([p.grad.clone() for p in learner.model.parameters()])
             return apply(*args)
 
-        learner.updater.apply = spy
+        learner.optimizer.apply = spy
         return learner
 
     groups = some_groups(model())
@@ -247,7 +247,7 @@ def test_memory_that_runs_out_in_the_optimizer_is_named():
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    learner.updater._update = runs_out
+    learner.optimizer._update = runs_out
     with pytest.raises(InputError, match="in the optimizer's update .*2.00 GiB.*adamw_8bit or adamw_offload"):
         learner.improve(groups, 0)
 

@@ -14,7 +14,7 @@ from tests.ops.cases import DEVICE
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.update import adamw, offload
-from toolx_kernels.train.update.adamw import make_updater, round_stochastically
+from toolx_kernels.train.update.adamw import make_optimizer, round_stochastically
 from toolx_kernels.train.update.schedule import ExponentialDecay
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -60,28 +60,28 @@ class Toy(nn.Module):
 def make(optim, dtype=FP32, model=None, learning_rate=1e-2, **settings):
     model = model or Toy(dtype)
     args = ToolExpanderConfig(optim=optim, **settings)
-    return model, make_updater(model, args, learning_rate)
+    return model, make_optimizer(model, args, learning_rate)
 
 
-def give(updater, step, micro_batches=1):
+def give(optimizer, step, micro_batches=1):
     """Backward passes whose gradients are random numbers; returns their float64 sum by name."""
     sums = {}
     for cut in range(micro_batches):
         g = torch.Generator().manual_seed(1000 * step + cut)
         loss = 0
-        for name, parameter in updater.parameters.items():
+        for name, parameter in optimizer.parameters.items():
             gradient = torch.randn(parameter.shape, generator=g).to(parameter)
             sums[name] = sums.get(name, 0) + gradient.double()
             loss = loss + (parameter * gradient).sum()
         loss.backward()
-        updater.collect()
+        optimizer.collect()
     return sums
 
 
-def run(updater, steps, max_grad_norm=1.0):
+def run(optimizer, steps, max_grad_norm=1.0):
     for step in steps:
-        give(updater, step, micro_batches=2)
-        updater.apply(max_grad_norm, (7, step))
+        give(optimizer, step, micro_batches=2)
+        optimizer.apply(max_grad_norm, (7, step))
 
 
 def values(model):
@@ -126,18 +126,18 @@ TOLERANCE = {
 
 @every_kind
 def test_agrees_with_float64(optim, dtype):
-    model, updater = make(optim, dtype, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
+    model, optimizer = make(optim, dtype, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
     start = values(model)
-    truth = Double({name: start[name] for name in updater.parameters}, 1e-2, (0.8, 0.9), 1e-6, 0.1)
+    truth = Double({name: start[name] for name in optimizer.parameters}, 1e-2, (0.8, 0.9), 1e-6, 0.1)
     for step in range(20):
-        expected = truth.step(give(updater, step), max_norm=3.0)
-        norm = updater.apply(3.0, (0, step))
+        expected = truth.step(give(optimizer, step), max_norm=3.0)
+        norm = optimizer.apply(3.0, (0, step))
         assert norm == pytest.approx(expected, rel=1e-5)
     moved = values(model)
     for name, true in truth.weights.items():
         error = float((moved[name].double() - true).norm() / (true - start[name].double()).norm())
         assert error <= TOLERANCE[optim, dtype], f"{name}: {error:.1e}"
-    for name, value in updater.state_tensors().items():
+    for name, value in optimizer.state_dict().items():
         if name.endswith("|step"):
             assert value == 20
         if name.endswith("|master"):
@@ -145,7 +145,7 @@ def test_agrees_with_float64(optim, dtype):
             error = float((value.to(DEVICE).double() - true).norm() / (true - start[name[:-7]].double()).norm())
             assert error <= 3e-6, f"{name}: {error:.1e}"
     assert torch.equal(moved["frozen"], start["frozen"])
-    assert set(updater.parameters) == {"embed.weight", "inner.weight", "inner.bias", "scale"}
+    assert set(optimizer.parameters) == {"embed.weight", "inner.weight", "inner.bias", "scale"}
 
 
 @every_kind
@@ -162,12 +162,12 @@ def test_an_update_at_1e_6_arrives(optim, dtype):
         def get_input_embeddings(self):
             return self.other
 
-    model, updater = make(optim, model=One(), learning_rate=1e-6)
+    model, optimizer = make(optim, model=One(), learning_rate=1e-6)
     start = model.weight.detach().double()
     for step in range(80):
         model.weight.sum().backward()
-        updater.collect()
-        updater.apply(1e9, (0, step))
+        optimizer.collect()
+        optimizer.apply(1e9, (0, step))
         if step == 0:
             first = (start - model.weight.detach().double()).mean()
     went = start - model.weight.detach().double()
@@ -195,41 +195,41 @@ def test_stochastic_rounding_is_right_on_average():
 
 @every_kind
 def test_ten_steps_are_five_and_five(optim, dtype, tmp_path):
-    model, updater = make(optim, dtype)
-    run(updater, range(10))
+    model, optimizer = make(optim, dtype)
+    run(optimizer, range(10))
 
     half, first = make(optim, dtype)
     run(first, range(5))
-    save_file({key: value.contiguous() for key, value in first.state_tensors().items()}, tmp_path / "state")
+    save_file({key: value.contiguous() for key, value in first.state_dict().items()}, tmp_path / "state")
     other = Toy(dtype)
     other.load_state_dict(half.state_dict())
     torch.manual_seed(12345)
     torch.rand(7)
     _, second = make(optim, dtype, model=other)
-    second.load_state_tensors(load_file(tmp_path / "state"))
-    assert_same(second.state_tensors(), first.state_tensors())
+    second.load_state_dict(load_file(tmp_path / "state"))
+    assert_same(second.state_dict(), first.state_dict())
     run(second, range(5, 10))
     assert_same(values(other), values(model))
-    assert_same(second.state_tensors(), updater.state_tensors())
+    assert_same(second.state_dict(), optimizer.state_dict())
 
 
 @every_kind
 def test_a_gradient_that_is_not_finite_changes_nothing(optim, dtype):
     def states():
-        return {key: value.clone() for key, value in updater.state_tensors().items()}
+        return {key: value.clone() for key, value in optimizer.state_dict().items()}
 
-    model, updater = make(optim, dtype)
+    model, optimizer = make(optim, dtype)
     for bad in (math.nan, math.inf):
-        run(updater, range(2))
+        run(optimizer, range(2))
         before, state = values(model), states()
-        give(updater, 3)
+        give(optimizer, 3)
         (model.scale.sum() * bad).backward()
-        updater.collect()
-        assert not math.isfinite(updater.apply(1.0, (7, 3)))
+        optimizer.collect()
+        assert not math.isfinite(optimizer.apply(1.0, (7, 3)))
         assert_same(values(model), before)
         assert_same(states(), state)
         assert all(p.grad is None for p in model.parameters())
-        run(updater, [4])
+        run(optimizer, [4])
         assert not torch.equal(model.scale, before["scale"]), "the next update is as ever"
         assert model.scale.isfinite().all()
 
@@ -238,24 +238,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optim, dtype):
 def test_states_that_found_no_memory_are_made_once_there_is_room(optim, dtype):
     expected, undisturbed = make(optim, dtype)
     run(undisturbed, [0])
-    model, updater = make(optim, dtype)
-    prepare, asked = updater._prepare, []
+    model, optimizer = make(optim, dtype)
+    prepare, asked = optimizer._prepare, []
 
     def runs_out_half_way(name):
         prepare(name)
-        if name == list(updater.parameters)[2] and not asked:
-            updater.optimizer.state[updater.parameters[name]].pop("exp_avg_sq")
+        if name == list(optimizer.parameters)[2] and not asked:
+            optimizer.base.state[optimizer.parameters[name]].pop("exp_avg_sq")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    updater._prepare = runs_out_half_way
-    give(updater, 0, micro_batches=2)
-    updater.apply(1.0, (7, 0), lambda reason: asked.append(reason) or True)
+    optimizer._prepare = runs_out_half_way
+    give(optimizer, 0, micro_batches=2)
+    optimizer.apply(1.0, (7, 0), lambda reason: asked.append(reason) or True)
     assert asked == ["CUDA out of memory. Tried to allocate 2.00 GiB."]
     assert_same(values(model), values(expected))
-    assert_same(updater.state_tensors(), undisturbed.state_tensors())
+    assert_same(optimizer.state_dict(), undisturbed.state_dict())
 
-    model, updater = make(optim, dtype)
-    prepare, asked, before = updater._prepare, [], values(model)
+    model, optimizer = make(optim, dtype)
+    prepare, asked, before = optimizer._prepare, [], values(model)
     held = []
 
     def holds_much(name):
@@ -263,24 +263,24 @@ def test_states_that_found_no_memory_are_made_once_there_is_room(optim, dtype):
         held.append(weakref.ref(much))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    updater._prepare = holds_much
-    give(updater, 0)
+    optimizer._prepare = holds_much
+    give(optimizer, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        updater.apply(1.0, (7, 0), lambda reason: held[-1]() is None and len(held) < 3)
+        optimizer.apply(1.0, (7, 0), lambda reason: held[-1]() is None and len(held) < 3)
     assert len(held) == 3, "what an attempt held is free when room is made for the next"
-    updater._prepare = runs_out_half_way
-    give(updater, 0)
+    optimizer._prepare = runs_out_half_way
+    give(optimizer, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        updater.apply(1.0, (7, 0))
+        optimizer.apply(1.0, (7, 0))
     assert_same(values(model), before)
 
 
 @every_kind
 def test_gradients_are_freed_one_by_one(optim, dtype, monkeypatch):
-    model, updater = make(optim, dtype)
-    run(updater, range(1))
+    model, optimizer = make(optim, dtype)
+    run(optimizer, range(1))
     live, references = [], []
-    take, update = updater._take, updater._update
+    take, update = optimizer._take, optimizer._update
 
     def spied_take():
         taken = take()
@@ -291,9 +291,9 @@ def test_gradients_are_freed_one_by_one(optim, dtype, monkeypatch):
         live.append(sum(size for reference, size in references if reference() is not None))
         update(*arguments)
 
-    monkeypatch.setattr(updater, "_take", spied_take)
-    monkeypatch.setattr(updater, "_update", spied_update)
-    run(updater, [1])
+    monkeypatch.setattr(optimizer, "_take", spied_take)
+    monkeypatch.setattr(optimizer, "_update", spied_update)
+    run(optimizer, [1])
     sizes = [size for _, size in references]
     assert len(sizes) == 4 and live == [sum(sizes[k:]) for k in range(4)]
     assert not any(reference() is not None for reference, _ in references)
@@ -301,8 +301,8 @@ def test_gradients_are_freed_one_by_one(optim, dtype, monkeypatch):
 
 @every_kind
 def test_dropped_gradients_leave_no_trace(optim, dtype):
-    model, updater = make(optim, dtype)
-    run(updater, range(3))
+    model, optimizer = make(optim, dtype)
+    run(optimizer, range(3))
     other, disturbed = make(optim, dtype)
     for step in range(3):
         give(disturbed, 50 + step)
@@ -312,44 +312,44 @@ def test_dropped_gradients_leave_no_trace(optim, dtype):
 
 
 @every_kind
-def test_a_closed_updater_lets_go_of_the_model(optim, dtype):
-    model, updater = make(optim, dtype)
-    run(updater, range(1))
-    updater.close()
+def test_a_closed_optimizer_lets_go_of_the_model(optim, dtype):
+    model, optimizer = make(optim, dtype)
+    run(optimizer, range(1))
+    optimizer.close()
     model(torch.arange(3, device=DEVICE)).float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters() if p.requires_grad)
 
 
 @every_kind
 def test_starts_from_the_weights_of_its_first_step(optim, dtype):
-    model, updater = make(optim, dtype, learning_rate=1e-6)
+    model, optimizer = make(optim, dtype, learning_rate=1e-6)
     with torch.no_grad():
         model.scale.fill_(100.0)  # a cold start, or a checkpoint
-    run(updater, range(1))
+    run(optimizer, range(1))
     assert float((model.scale.detach() - 100).abs().max()) <= 0.5
 
 
 @every_kind
 def test_schedules_set_the_rate(optim, dtype):
-    model, updater = make(optim, dtype, learning_rate=0.5)
-    schedule = ExponentialDecay(updater.optimizer, 0.5)
+    model, optimizer = make(optim, dtype, learning_rate=0.5)
+    schedule = ExponentialDecay(optimizer.base, 0.5)
     assert schedule.state_dict() == {"count": 0, "base_lrs": [0.5]}
-    run(updater, [0])
+    run(optimizer, [0])
     schedule.step()
-    assert [group["lr"] for group in updater.optimizer.param_groups] == [0.25]
+    assert [group["lr"] for group in optimizer.base.param_groups] == [0.25]
     before = model.scale.detach().double()
     model.scale.sum().backward()
     for _ in range(2):
-        updater.optimizer.param_groups[0]["lr"] = 0.0
-        updater.apply(1.0, (7, 1))
+        optimizer.base.param_groups[0]["lr"] = 0.0
+        optimizer.apply(1.0, (7, 1))
         assert torch.equal(model.scale.detach().double(), before), "a rate of 0 changes nothing"
-    _, updater = make(optim, dtype, learning_rate=0.5)
-    LambdaLR(updater.optimizer, lambda step: 0.125)
-    assert [group["lr"] for group in updater.optimizer.param_groups] == [0.0625]
+    _, optimizer = make(optim, dtype, learning_rate=0.5)
+    LambdaLR(optimizer.base, lambda step: 0.125)
+    assert [group["lr"] for group in optimizer.base.param_groups] == [0.0625]
 
 
 def test_adamw_is_torchs_to_the_bit():
-    model, updater = make("adamw", weight_decay=0.1)
+    model, optimizer = make("adamw", weight_decay=0.1)
     theirs = Toy()
     trained = [p for p in theirs.parameters() if p.requires_grad]
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -361,7 +361,7 @@ def test_adamw_is_torchs_to_the_bit():
         norm = torch.nn.utils.clip_grad_norm_(trained, bound)
         torchs.step()
         torchs.zero_grad()
-        assert updater.apply(bound, (0, step)) == float(norm)
+        assert optimizer.apply(bound, (0, step)) == float(norm)
     assert_same(values(model), values(theirs))
 
 
@@ -372,9 +372,9 @@ def test_offload_is_adamw_to_the_bit(dtype, monkeypatch):
     In one micro-batch alone: those of later ones are added to their own micro-batch first, and not to the sum so far.
     """
     monkeypatch.setattr(offload, "BUFFER_BYTES", 40)
-    (model, updater), (other, offloaded) = make("adamw", dtype), make("adamw_offload", dtype)
+    (model, optimizer), (other, offloaded) = make("adamw", dtype), make("adamw_offload", dtype)
     for step in range(4):
-        for toy, its in ((model, updater), (other, offloaded)):
+        for toy, its in ((model, optimizer), (other, offloaded)):
             for cut in range(3):
                 ids = torch.arange(step, step + 3 + cut, device=DEVICE)
                 toy.head(toy.scale * toy.inner(toy.embed(ids).detach())).square().mean().backward()
@@ -383,7 +383,7 @@ def test_offload_is_adamw_to_the_bit(dtype, monkeypatch):
                 its.collect()
                 if its is offloaded:
                     assert all(p.grad is None for p in toy.parameters())
-        norms = [its.apply(1.0, (0, step)) for its in (updater, offloaded)]
+        norms = [its.apply(1.0, (0, step)) for its in (optimizer, offloaded)]
         assert norms[0] == norms[1] if DEVICE.type == "cpu" else norms[0] == pytest.approx(norms[1], rel=1e-5)
     if DEVICE.type == "cpu":
         assert_same(values(other), values(model))
@@ -393,38 +393,38 @@ def test_offload_is_adamw_to_the_bit(dtype, monkeypatch):
 
 
 def test_offload_gradients_leave_while_backward_runs():
-    model, updater = make("adamw_offload")
+    model, optimizer = make("adamw_offload")
     present = []
     model.embed.weight.register_hook(
-        lambda _: present.append([p.grad is not None for p in updater.parameters.values()])
+        lambda _: present.append([p.grad is not None for p in optimizer.parameters.values()])
     )
     model(torch.arange(4, device=DEVICE)).sum().backward()
-    names = [name for name, p in updater.parameters.items() if p.grad is not None]
+    names = [name for name, p in optimizer.parameters.items() if p.grad is not None]
     assert names == ["embed.weight"] and not any(map(any, present))
-    updater.collect()
+    optimizer.collect()
     assert model.embed.weight.grad is None
 
 
 def test_offload_reports_what_fails_in_its_thread():
-    model, updater = make("adamw_offload")
-    updater._sums["scale"] = torch.zeros(64)
+    model, optimizer = make("adamw_offload")
+    optimizer._sums["scale"] = torch.zeros(64)
     broken = torch.Tensor.add_
-    transfer = updater._transfer
+    transfer = optimizer._transfer
     transfer.fetch(torch.ones(64, device=DEVICE), torch.zeros(64), lambda place, arrived: broken(place, "no tensor"))
     with pytest.raises(TypeError):
-        updater.apply(1.0, (0, 0))
+        optimizer.apply(1.0, (0, 0))
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_offload"])
 def test_many_micro_batches_of_bfloat16_add_up_in_fp32(optim):
-    model, updater = make(optim, BF16)
-    exact = give(updater, 0, micro_batches=64)
-    rounded = {name: torch.zeros_like(p) for name, p in updater.parameters.items()}
+    model, optimizer = make(optim, BF16)
+    exact = give(optimizer, 0, micro_batches=64)
+    rounded = {name: torch.zeros_like(p) for name, p in optimizer.parameters.items()}
     for cut in range(64):
         g = torch.Generator().manual_seed(cut)
-        for name, p in updater.parameters.items():
+        for name, p in optimizer.parameters.items():
             rounded[name] += torch.randn(p.shape, generator=g).to(p)
-    for name, gradient in updater._take().items():
+    for name, gradient in optimizer._take().items():
         error = float((gradient.to(DEVICE).double() - exact[name]).norm() / exact[name].norm())
         in_bf16 = float((rounded[name].double() - exact[name]).norm() / exact[name].norm())
         assert error < 1e-6 and in_bf16 > 5e-3, f"{name}: {error:.1e}, in bfloat16 {in_bf16:.1e}"
@@ -434,10 +434,10 @@ def test_many_micro_batches_of_bfloat16_add_up_in_fp32(optim):
 def test_rounding_is_a_function_of_seed_and_step(optim):
     def once(seed, disturbance):
         torch.manual_seed(disturbance)
-        model, updater = make(optim, BF16, learning_rate=1e-4)
-        give(updater, 0)
+        model, optimizer = make(optim, BF16, learning_rate=1e-4)
+        give(optimizer, 0)
         before = torch.get_rng_state()
-        updater.apply(1.0, seed)
+        optimizer.apply(1.0, seed)
         assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
         return model.inner.weight.detach().clone()
 
@@ -448,9 +448,9 @@ def test_rounding_is_a_function_of_seed_and_step(optim):
 
 def test_large_weights_are_rounded_in_pieces(monkeypatch):
     def once():
-        model, updater = make("adamw_stochastic", BF16)
-        run(updater, range(3))
-        return updater.state_tensors(), values(model)
+        model, optimizer = make("adamw_stochastic", BF16)
+        run(optimizer, range(3))
+        return optimizer.state_dict(), values(model)
 
     states, weights = once()
     seen = []
@@ -476,15 +476,15 @@ def test_says_that_torchao_is_missing(monkeypatch):
 
 
 def test_refuses_the_state_of_another_run():
-    _, updater = make("adamw", BF16)
-    run(updater, range(1))
-    state = updater.state_tensors()
+    _, optimizer = make("adamw", BF16)
+    run(optimizer, range(1))
+    state = optimizer.state_dict()
     _, fresh = make("adamw", FP32)
     with pytest.raises(InputError, match="holds float32 .* and this optimizer needs nothing"):
-        fresh.load_state_tensors(state)
+        fresh.load_state_dict(state)
     with pytest.raises(InputError, match="of a parameter lm_head.weight that is not trained here"):
-        fresh.load_state_tensors({"lm_head.weight|step": torch.zeros(())})
+        fresh.load_state_dict({"lm_head.weight|step": torch.zeros(())})
     _, fresh = make("adamw", BF16)
     short = {key: value for key, value in state.items() if key != "scale|exp_avg"}
     with pytest.raises(InputError, match=r"holds nothing as scale\|exp_avg, and this optimizer needs float32 \(64,\)"):
-        fresh.load_state_tensors(short)
+        fresh.load_state_dict(short)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from toolx_kernels import ToolExpanderConfig
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.update.schedule import ExponentialDecay
 
@@ -50,7 +51,7 @@ def test_it_resumes_to_the_last_bit():
 @pytest.mark.parametrize("factor, floor", [(0.0, 0.0), (1.1, 0.0), (float("nan"), 0.0), (0.8, -0.1), (0.8, 1.5)])
 def test_what_is_no_decay_is_refused(factor, floor):
     with pytest.raises(InputError, match="lr_decay|min_lr_rate"):
-        ExponentialDecay(optimizer(1.0), factor, floor)
+        ToolExpanderConfig(lr_decay=factor, min_lr_rate=floor)
 
 
 def test_a_state_of_something_else_is_refused():

@@ -39,14 +39,14 @@ class DamagedError(InputError):
 
 
 class OptimizerState(Protocol):
-    """What a checkpoint needs of an ``Updater``.
+    """What a checkpoint needs of an ``Optimizer``.
 
-    ``load_state_tensors`` copies what it is given: that may be backed by the checkpoint's file.
+    ``load_state_dict`` copies what it is given: that may be backed by the checkpoint's file.
     """
 
-    def state_tensors(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Checkpoint:
 
     state        of each part of the run by name, as it was given to ``save_checkpoint``
     weights      by the names of ``weights_of``
-    optimizer    as ``OptimizerState.state_tensors`` gave it
+    optimizer    as ``OptimizerState.state_dict`` gave it
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Checkpoint:
 
     def copy_into(self, model: PreTrainedModel, optimizer: OptimizerState) -> None:
         _copy(self.weights, model)
-        optimizer.load_state_tensors(self.optimizer)
+        optimizer.load_state_dict(self.optimizer)
 
 
 # ---- which there are
@@ -112,7 +112,7 @@ def save_checkpoint(
     if not run.is_dir():
         raise gone(run)
     final = run / f"checkpoint-{step}"
-    tensors = optimizer.state_tensors()
+    tensors = optimizer.state_dict()
     needed = sum(tensor.nbytes for tensor in tensors.values())
     needed += sum({tensor.data_ptr(): tensor.nbytes for tensor in weights_of(model).values()}.values())
     try:

@@ -1,4 +1,4 @@
-"""The optimizers that ``optim`` names, each as an :class:`Updater`.
+"""AdamW in its forms, as the setting ``optim`` names them.
 
 Bytes per trained parameter, weight + gradient + the rest:
 
@@ -28,13 +28,13 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.reference import compute_dtype
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.update.offload import OffloadedAdamW
-from toolx_kernels.train.update.optimizer import Updater, moments, seeded
+from toolx_kernels.train.update.optimizer import Optimizer, moments, seeded
 
 CHUNK = 1 << 22  # weights that are in fp32 at a time while they are rounded
 
 
-def make_updater(model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float) -> Updater:
-    """The updater of the parameters of ``model`` that need a gradient, as ``args.optim`` names it.
+def make_optimizer(model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float) -> Optimizer:
+    """The optimizer that ``args.optim`` names, of the parameters of ``model`` that need a gradient.
 
     Raises:
         InputError: the optimizer needs a package that is not installed, or another dtype of the weights.
@@ -48,7 +48,7 @@ def make_updater(model: PreTrainedModel, args: ToolExpanderConfig, learning_rate
     return kinds[args.optim](model, args, learning_rate)
 
 
-class AdamW(Updater):
+class AdamW(Optimizer):
     """torch's fused AdamW; weights below fp32 have fp32 masters, and gradients that are added up in fp32."""
 
     def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
@@ -66,7 +66,7 @@ class AdamW(Updater):
 
     def _prepare(self, name: str) -> None:
         parameter = self.parameters[name]
-        state, dtype = self.optimizer.state[parameter], compute_dtype(parameter)
+        state, dtype = self.base.state[parameter], compute_dtype(parameter)
         if not state:
             state |= moments(parameter, dtype, parameter.device)
             if parameter.dtype != dtype:
@@ -74,14 +74,14 @@ class AdamW(Updater):
 
     def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
         parameter = self.parameters[name]
-        state = self.optimizer.state[parameter]
+        state = self.base.state[parameter]
         weight = state.get("master", parameter)
         self._fused_adamw(weight, gradient.mul_(clip), state["exp_avg"], state["exp_avg_sq"], state["step"])
         if weight is not parameter:
             parameter.copy_(weight)
 
 
-class StochasticAdamW(Updater):
+class StochasticAdamW(Optimizer):
     """AdamW with fp32 moments on bfloat16 weights that are rounded stochastically: right on average, without masters.
 
     Raises:
@@ -103,13 +103,13 @@ class StochasticAdamW(Updater):
 
     def _prepare(self, name: str) -> None:
         parameter = self.parameters[name]
-        state = self.optimizer.state[parameter]
+        state = self.base.state[parameter]
         if not state:
             state |= moments(parameter, torch.float32, parameter.device)
 
     def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
         parameter = self.parameters[name]
-        state = self.optimizer.state[parameter]
+        state = self.base.state[parameter]
         flat = [t.reshape(-1).split(CHUNK) for t in (gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, gradients, first, second in zip(parameter.detach().view(-1).split(CHUNK), *flat, strict=True):
             exact = weight.float()
@@ -128,7 +128,7 @@ def round_stochastically(exact: Tensor) -> Tensor:
     return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-class AdamW8bit(Updater):
+class AdamW8bit(Optimizer):
     """torchao's AdamW with 8-bit moments; bfloat16 weights are rounded stochastically.
 
     Moments of parameters with fewer than 4096 elements, or whose number 256 does not divide, stay in the dtype of the
@@ -139,7 +139,7 @@ class AdamW8bit(Updater):
         InputError: torchao is not installed.
     """
 
-    def _optimizer(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
+    def _make_base(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
         if importlib.util.find_spec("torchao") is None:
             raise InputError("optim='adamw_8bit' needs torchao: pip install 'toolx_kernels[optim]'.")
         from torchao.optim import AdamW8bit as EightBit
@@ -159,20 +159,20 @@ class AdamW8bit(Updater):
     def _prepare(self, name: str) -> None:
         # torchao makes the states in its step: one of rate 0 with a gradient of zeros leaves the weight as it is
         parameter = self.parameters[name]
-        if not self.optimizer.state[parameter]:
+        if not self.base.state[parameter]:
             self._step(parameter, torch.zeros_like(parameter), 0.0)
-            self.optimizer.state[parameter]["step"].zero_()
+            self.base.state[parameter]["step"].zero_()
 
     def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
-        self._step(self.parameters[name], gradient.mul_(clip), self.optimizer.param_groups[0]["lr"])
+        self._step(self.parameters[name], gradient.mul_(clip), self.base.param_groups[0]["lr"])
 
     def _step(self, parameter: Tensor, gradient: Tensor, rate: float) -> None:
-        group = self.optimizer.param_groups[0]
+        group = self.base.param_groups[0]
         before = dict(group)
         group |= {"params": [parameter], "lr": torch.tensor(rate, dtype=torch.float32)}
         parameter.grad = gradient
         try:
-            self.optimizer.step()
+            self.base.step()
         finally:
             parameter.grad = None
             group |= before

@@ -22,7 +22,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies import PolicyLoss
-from toolx_kernels.train.update.adamw import make_updater
+from toolx_kernels.train.update.adamw import make_optimizer
 from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, micro_batches, pack
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.update.schedule import ExponentialDecay
@@ -68,7 +68,7 @@ class Learner:
 
     The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
 
-    updater        of the present kind of update; ``begin`` makes another
+    optimizer        of the present kind of update; ``begin`` makes another
     schedule       of the learning rate
     token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
     reference      the model before RL; to be set where ``args.beta`` or another part of the run needs it
@@ -94,12 +94,12 @@ class Learner:
 
     def begin(self, learning_rate: float) -> None:
         """From here on updates have a new optimizer, without any state yet."""
-        self.updater.close()
+        self.optimizer.close()
         self._new_optimizer(learning_rate)
 
     def _new_optimizer(self, learning_rate: float) -> None:
-        self.updater = make_updater(self.model, self.args, learning_rate)
-        self.schedule = ExponentialDecay(self.updater.optimizer, self.args.lr_decay, self.args.min_lr_rate)
+        self.optimizer = make_optimizer(self.model, self.args, learning_rate)
+        self.schedule = ExponentialDecay(self.optimizer.base, self.args.lr_decay, self.args.min_lr_rate)
 
     def state_dict(self) -> dict:
         """What a resumed run needs besides the weights and the optimizer's tensors."""
@@ -220,7 +220,7 @@ class Learner:
             return MicroBatchResult.together([self._backward(part, loss_of) for part in parts])
 
         def give_back(reason: str) -> bool:
-            self.updater.drop_gradients()
+            self.optimizer.drop_gradients()
             return self._made_room(reason) or self._halved(micro_batches(groups, self.token_budget), reason)
 
         return retry_with_less(work, give_back)
@@ -234,13 +234,13 @@ class Learner:
                 loss, result = loss_of(batch.hidden(self.model), batch)
             with self.phases.phase("backward"):
                 loss.backward()
-                self.updater.collect()
+                self.optimizer.collect()
         return result
 
     def _apply(self, result: MicroBatchResult, number: int) -> float:
         """Clips and applies the accumulated gradient; returns its norm before clipping."""
         if result.nonfinite or not math.isfinite(result.loss):
-            self.updater.drop_gradients()
+            self.optimizer.drop_gradients()
             raise DivergedError(
                 f"{result.nonfinite:.0f} of {result.live:.0f} tokens have a log-prob that is not a number"
                 if result.nonfinite
@@ -248,7 +248,7 @@ class Learner:
             )
         with self.phases.phase("optimizer"):
             norm = retry_with_less(
-                lambda: self.updater.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room),
+                lambda: self.optimizer.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room),
                 no_memory_for_update,
             )
         if not math.isfinite(norm):

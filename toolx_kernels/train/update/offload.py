@@ -1,4 +1,4 @@
-"""AdamW in the CPU's memory: the card holds the weights, and a gradient only until it has been copied away."""
+"""AdamW offloaded to the CPU's memory: the card holds the weights, and a gradient only until it has been copied."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.reference import compute_dtype
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.update.optimizer import Updater, moments
+from toolx_kernels.train.update.optimizer import Optimizer, moments
 
 BUFFERS = 4
 BUFFER_BYTES = 32 << 20
 STAGING_BYTES = BUFFERS * BUFFER_BYTES  # page-locked
 
 
-class OffloadedAdamW(Updater):
+class OffloadedAdamW(Optimizer):
     """torch's fused AdamW on the CPU, with masters, moments and sums of gradients there, all in fp32.
 
     A gradient leaves the card as soon as backward has completed it, while backward goes on; the input embedding's
@@ -76,14 +76,14 @@ class OffloadedAdamW(Updater):
 
     def _prepare(self, name: str) -> None:
         parameter = self.parameters[name]
-        state, dtype = self.optimizer.state[parameter], compute_dtype(parameter)
+        state, dtype = self.base.state[parameter], compute_dtype(parameter)
         if not state:
             cpu = torch.device("cpu")
             state |= moments(parameter, dtype, cpu)
             state["master"] = parameter.detach().to(cpu, dtype, copy=True)
 
     def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
-        state = self.optimizer.state[self.parameters[name]]
+        state = self.base.state[self.parameters[name]]
         weight = state["master"]
         self._fused_adamw(weight, gradient.mul_(clip), state["exp_avg"], state["exp_avg_sq"], state["step"])
         self._transfer.deliver(weight, self.parameters[name].detach())

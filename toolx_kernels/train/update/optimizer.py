@@ -1,10 +1,11 @@
-"""What all optimizers share: clip, update and free the gradients one parameter after the other; states by name."""
+"""Base of all optimizers: clips, applies and frees gradients one parameter at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,28 +14,28 @@ from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
+from toolx_kernels.errors import InputError, retry_with_less
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
-class Updater:
-    """Owns an optimizer and changes the weights of those parameters of ``model`` that need a gradient, tied ones once.
+class Optimizer:
+    """Changes the weights of those parameters of ``model`` that need a gradient, tied ones once.
 
     Args:
-        model: its gradients are added up in ``parameter.grad`` by ``backward()``, whose dtype the updater chooses.
-        args: betas, epsilon and weight decay; the optimizer's rates are ``optimizer.param_groups[*]["lr"]``, numbers
-            that a schedule may set at any time.
+        model: its gradients are added up in ``parameter.grad`` by ``backward()``, whose dtype the optimizer chooses.
+        args: betas, epsilon and weight decay.
+
+    ``base`` is torch's or torchao's optimizer: its ``state`` is the state, and its ``param_groups[*]["lr"]`` are the
+    rates, numbers that a schedule may set at any time.
 
     What a parameter needs besides its weight is made in the first ``apply``, from the weight that it has then. A model
-    has one updater at a time: ``close`` it before the next one is made.
+    has one optimizer at a time: ``close`` it before the next one is made.
     """
-
-    optimizer: torch.optim.Optimizer
 
     def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = self._optimizer(
+        self.base = self._make_base(
             list(self.parameters.values()),
             lr=learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
@@ -46,16 +47,16 @@ class Updater:
         """To be called after each micro-batch's ``backward()``."""
 
     def drop_gradients(self) -> None:
-        """What has been added up so far is forgotten, as where an update is begun again."""
+        """Forgets what has been added up so far, as where an update is begun again."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def close(self) -> None:
-        """Leaves the model's parameters as they were before this updater, but for their weights."""
+        """Leaves the model's parameters as they were before this optimizer, except for their weights."""
         self.drop_gradients()
 
     def apply(
-        self, max_grad_norm: float, seed: tuple[int, int], made_room: Callable[[str], bool] = lambda reason: False
+        self, max_grad_norm: float, seed: tuple[int, int], make_room: Callable[[str], bool] = lambda reason: False
     ) -> float:
         """One update with the gradients added up so far, each of which is freed as soon as it is used.
 
@@ -63,8 +64,8 @@ class Updater:
             max_grad_norm: gradients are scaled by ``min(1, max_grad_norm / (norm + 1e-6))``, as by
                 ``torch.nn.utils.clip_grad_norm_``; norm is the 2-norm of all of them together.
             seed: (run seed, step), which stochastic rounding is a function of. Global random states are left alone.
-            made_room: called with the reason where there is no memory for the first update's states; whether to try
-                once more.
+            make_room: called with the reason where there is no memory for the first update's states; returns whether
+                to try again.
 
         Returns:
             The norm before clipping. Where it is not finite, the gradients are dropped and nothing has been changed.
@@ -74,24 +75,24 @@ class Updater:
         known = float(norm)  # the one time that the device is waited for
         if math.isfinite(known):
             clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            self._prepare_all(gradients, made_room)  # out of memory here, nothing has been changed yet
+            self._prepare_all(gradients, make_room)  # out of memory here, nothing has been changed yet
             with torch.no_grad(), self._updating(seed):
                 for name in list(gradients):
                     self._update(name, gradients.pop(name), clip)
         return known
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The live states as plain tensors, ``"<parameter name>|<state key>"``; those of a subclass in their parts."""
-        found = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                for part, tensor in _plain(key, value):
-                    found[f"{name}|{part}"] = tensor
-        return found
+        return {
+            f"{name}|{part}": tensor
+            for name, parameter in self.parameters.items()
+            for key, value in self.base.state.get(parameter, {}).items()
+            for part, tensor in _plain(key, value)
+        }
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The states are those that ``state_tensors`` returned, to the bit.
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copies the states that ``state_dict`` returned, to the bit.
 
         Raises:
             InputError: a tensor is not one of this model's and optimizer's, or one is missing.
@@ -103,9 +104,9 @@ class Updater:
                     f"The optimizer's state is of a parameter {name} that is not trained here: resume with the model "
                     "and settings that the run was started with."
                 )
-        self.optimizer.state.clear()
+        self.base.state.clear()
         self._prepare_all(names)
-        mine = self.state_tensors()
+        mine = self.state_dict()
         for key in mine.keys() | tensors.keys():
             there, here = (_kind(where.get(key)) for where in (tensors, mine))
             if there != here:
@@ -117,27 +118,18 @@ class Updater:
             mine[key].copy_(tensor)
 
     @torch.no_grad()
-    def _prepare_all(self, names: Iterable[str], made_room: Callable[[str], bool] = lambda reason: False) -> None:
+    def _prepare_all(self, names: Iterable[str], make_room: Callable[[str], bool] = lambda reason: False) -> None:
+        def give_back(name: str, reason: str) -> bool:
+            self.base.state.pop(self.parameters[name], None)
+            return make_room(reason)
+
         with self._updating((0, 0)):  # not the step's noise, which is for rounding
             for name in names:
-                while reason := self._lacks_memory(name):
-                    if not made_room(reason):
-                        raise torch.OutOfMemoryError(reason)
-
-    def _lacks_memory(self, name: str) -> str | None:
-        """Makes the parameter's states; the reason where memory ran out. What that attempt held is free on return."""
-        try:
-            self._prepare(name)
-        except MEMORY_ERRORS as error:
-            self.optimizer.state.pop(self.parameters[name], None)
-            if not out_of_memory(error):
-                raise
-            return first_line(error)
-        return None
+                retry_with_less(partial(self._prepare, name), partial(give_back, name))
 
     # ---- what optimizers differ in
 
-    def _optimizer(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
+    def _make_base(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, fused=True, **settings)
 
     def _take(self) -> dict[str, Tensor]:
@@ -164,12 +156,10 @@ class Updater:
 
     def _fused_adamw(self, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor) -> None:
         """torch's AdamW on one weight and its moments, in place; ``step`` counts up."""
-        group = self.optimizer.param_groups[0]
-        adamw(
-            [weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, maximize=False,
-            beta1=group["betas"][0], beta2=group["betas"][1],
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-        )  # fmt: skip
+        group = self.base.param_groups[0]
+        beta1, beta2 = group["betas"]
+        options = dict(beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+        adamw([weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, maximize=False, **options)
 
 
 def moments(like: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -20,16 +20,9 @@ class ExponentialDecay:
         optimizer: its present rates are lr_0, one per parameter group.
         factor: in (0, 1].
         floor: share of lr_0 below which the rate does not fall, in [0, 1].
-
-    Raises:
-        InputError: factor or floor outside their ranges.
     """
 
     def __init__(self, optimizer: Optimizer, factor: float, floor: float = 0.0):
-        if not 0 < factor <= 1:
-            raise InputError(f"lr_decay={factor} must lie in (0, 1]; 1 keeps the learning rate.")
-        if not 0 <= floor <= 1:
-            raise InputError(f"min_lr_rate={floor} must lie in [0, 1]; 0 is no floor.")
         self.optimizer, self.factor, self.floor = optimizer, factor, floor
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.count = 0
