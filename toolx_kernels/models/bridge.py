@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,7 +148,7 @@ def check_supported(model: PreTrainedModel) -> None:
         )
 
 
-def head_of(model: PreTrainedModel) -> dict[str, Tensor | float | None]:
+def head_of(model: PreTrainedModel) -> dict[str, Any]:
     """The LM head as keyword arguments of our ops: ``weight`` (V, D), ``bias`` (V) or None, ``softcap`` or None."""
     head = model.get_output_embeddings()
     return {

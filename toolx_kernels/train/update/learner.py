@@ -68,16 +68,14 @@ class Learner:
 
     The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
 
-    optimizer        of the present kind of update; ``begin`` makes another
+    optimizer      of the present kind of update; ``begin`` makes another
     schedule       of the learning rate
     token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
-    reference      the model before RL; to be set where ``args.beta`` or another part of the run needs it
+    reference      the model before RL, where the run needs it
 
     ``make_room`` frees memory that an update does not need, and returns whether there was any; it is called when
     memory runs out, and before every update from then on.
     """
-
-    reference: ReferenceModel
 
     def __init__(
         self,
@@ -90,6 +88,7 @@ class Learner:
         self.model, self.args, self.loss, self.phases, self.make_room = model, args, loss, phases, make_room
         self.makes_room = False  # before every update
         self.token_budget = args.micro_batch_tokens
+        self.reference: ReferenceModel | None = None
         self._new_optimizer(args.learning_rate)
 
     def begin(self, learning_rate: float) -> None:
@@ -201,6 +200,7 @@ class Learner:
         )
 
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        assert self.reference is not None, "beta needs it"
         with torch.no_grad(), self.reference.active() as reference, toolx_attention(reference):
             hidden, head = batch.hidden(reference), head_of(reference)
             return linear_logprob(hidden, targets=batch.targets, temperature=self.args.temperature, **head).logprobs

@@ -1,18 +1,18 @@
-"""The model as it was before RL: what the KL term measures against, and what verifies demonstrations cautiously."""
+"""The reference model: the model before RL, for the KL term and for cautious verification of demonstrations."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.models.adapters import freeze_adapter, has_adapter, reference_adapter
-from toolx_kernels.rollout.rollout import Rollouter
+from toolx_kernels.rollout.rollout import Rollout, Rollouter
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.run.checkpoint import load_weights
 
 
@@ -34,7 +34,7 @@ class ReferenceModel:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """Inside, the model that comes is the one before RL."""
+        """Gives the model before RL, for as long as the context lasts."""
         if self._is_adapter:
             with reference_adapter(self.model):
                 yield self.model
@@ -42,17 +42,15 @@ class ReferenceModel:
             yield self.model
 
 
-@dataclass(slots=True)
 class ReferenceRollouter:
     """Runs ``rollouter``, which has its own engine, on the reference model."""
 
-    frozen: ReferenceModel
-    rollouter: Rollouter
+    def __init__(self, reference: ReferenceModel, rollouter: Rollouter):
+        self.reference, self.rollouter, self.engine = reference, rollouter, rollouter.engine
 
-    @property
-    def engine(self) -> RolloutEngine:
-        return self.rollouter.engine
+    def offer(self, rows: list[Row]) -> list[Row]:
+        return self.rollouter.offer(rows)
 
-    def roll_out(self, *args, **options):
-        with self.frozen.active():
+    def roll_out(self, *args: Any, **options: Any) -> list[list[Rollout]]:
+        with self.reference.active():
             return self.rollouter.roll_out(*args, **options)
