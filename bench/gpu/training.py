@@ -26,7 +26,7 @@ from toolx_kernels.cli import main as cli
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.memory.planner import plan_of
-from toolx_kernels.train.memory.work import Work
+from toolx_kernels.train.memory.workload import Workload
 
 SAMPLED = 4096  # entries of each parameter that are looked at for having moved
 PLAN_TOLERANCE = 0.1  # of the measured peak
@@ -100,7 +100,7 @@ def take_steps(run: Run, device: torch.device) -> dict:
         trainer.run(begin, end)
     memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else sys.maxsize
     plan = plan_of(
-        model.config, trainer.args, device=device.type, memory=memory, work=Work(case.length, case.length, 0, 0)
+        model.config, trainer.args, device=device.type, memory=memory, workload=Workload(case.length, case.length, 0, 0)
     )
     moved = [float((new != old).double().mean()) for new, old in zip(sampled_weights(model), before, strict=True)]
     return {

@@ -49,10 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     from toolx_kernels.engine.pool_size import physical_memory
     from toolx_kernels.models.config import config_of
-    from toolx_kernels.train.memory.at_hand import work_at_hand
     from toolx_kernels.train.memory.plan import GIB
     from toolx_kernels.train.memory.planner import Planner
-    from toolx_kernels.train.memory.work import Work
+    from toolx_kernels.train.memory.workload import Workload
     from toolx_kernels.train.run.folder import RunFolder
 
     if config.resume:
@@ -63,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     memory = round((given or 24) * GIB) if on_gpu or given else physical_memory()
     assert config.model  # config_from names one
     shape = config_of(config.model)
-    work = (None if prompt_length else work_at_hand(config, shape)) or Work.assumed(config, prompt_length or 1000)
-    planner = Planner(shape, device="cuda" if on_gpu else "cpu", memory=memory, work=work)
+    work = (None if prompt_length else Workload.local(config, shape)) or Workload.assumed(config, prompt_length or 1000)
+    planner = Planner(shape, device="cuda" if on_gpu else "cpu", memory=memory, workload=work)
     planned = planner.plan(config)
     better = None if planned.fits else planner.advice(config)
     if as_json:

@@ -23,7 +23,7 @@ from toolx_kernels.train.hard_sampling import HardSamples, Probe
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
 from toolx_kernels.train.memory.planner import plan_of
-from toolx_kernels.train.memory.work import Work
+from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.run.curves import draw_curves
 from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder
@@ -92,13 +92,13 @@ class Reporter:
         """Says on the bar what is going on."""
         self._bar.set_description(what)
 
-    def plan(self, work: Work) -> None:
+    def plan(self, workload: Workload) -> None:
         """Plans the run's memory from its settings, unless the model cannot be planned for."""
         device = self.model.device
         memory = device_memory(device)
         args = replace(self.args, dtype=str(self.model.dtype).removeprefix("torch."))
         try:
-            self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, work=work)
+            self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, workload=workload)
         except InputError:
             self._plan = None
 
@@ -222,7 +222,7 @@ class Reporter:
             "wall_seconds": round(time.perf_counter() - self._started, 1),
             "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
-            "memory": self._plan.beside(peaks) if self._plan else None,
+            "memory": self._plan.compared(peaks) if self._plan else None,
         }
         self.run.write_summary(summary)
         names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")

@@ -41,7 +41,7 @@ from toolx_kernels.train.collect import Collector, chosen_rollouter
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.demonstrators import HardSamplePolicy, chosen_hard_sample_policy
 from toolx_kernels.train.hard_sampling import Attempt, HardSamples
-from toolx_kernels.train.memory.work import Work
+from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.policies import (
     AdvantageShaper,
     ClippedLoss,
@@ -154,7 +154,7 @@ class ToolExpanderTrainer:
         self.stop = stop or self.stop
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
         resumed = self._resume()
-        report.plan(Work.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
+        report.plan(Workload.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
         with report.running(rounds.planned_steps, rounds.step):
             if not resumed:
                 report.beginning()

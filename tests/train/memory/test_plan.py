@@ -24,11 +24,12 @@ from toolx_kernels.train.memory import activations
 from toolx_kernels.train.memory import planner as plan_module
 from toolx_kernels.train.memory.activations import Activations, LiveBytes, meta_model, training_activations
 from toolx_kernels.train.memory.plan import GIB, OVERHEAD, Bytes
-from toolx_kernels.train.memory.planner import Planner, micro_batch, plan_of, step_prompts
-from toolx_kernels.train.memory.work import Work
+from toolx_kernels.train.memory.planner import GroupSize, Planner, micro_batch, plan_of, step_prompts
+from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.rows import load_rows
 from toolx_kernels.train.update.batch import PackedGroup, pack
+from toolx_kernels.train.update.offload import STAGING_BYTES
 
 QWEN2 = dict(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768)
 QWEN3 = dict(QWEN2, num_key_value_heads=8, head_dim=128)
@@ -53,7 +54,7 @@ ON_CPU = dict(device="cpu", memory=16 * GIB)
 
 
 def prompts(length):
-    return Work(length, length, 0, 0)
+    return Workload(length, length, 0, 0)
 
 
 def settings(**changed):
@@ -68,7 +69,7 @@ def test_the_published_table(name, monkeypatch):
     config, per_parameter, kv, rows = PUBLISHED[name]
     monkeypatch.setattr(plan_module, "training_activations", lambda *_, **__: Activations(0, 0))
     monkeypatch.setattr(plan_module, "inference_activations", lambda *_: 0)
-    planner = Planner(config, **ON_CARD, work=prompts(1200))
+    planner = Planner(config, **ON_CARD, workload=prompts(1200))
     for wanted, change in zip(
         per_parameter,
         ({}, {"optim": "adamw_stochastic"}, {"optim": "adamw_8bit"}, {"optim": "adamw_offload"}),
@@ -112,12 +113,12 @@ def test_weights_gradients_and_states_to_the_byte(architecture, optim, dtype):
         pytest.importorskip("torchao")
     model = small_model(architecture, tied=optim != "adamw_stochastic").to(getattr(torch, dtype))
     args = settings(optim=optim, dtype=dtype)
-    plan = plan_of(model.config, args, **ON_CARD, work=prompts(16))
+    plan = plan_of(model.config, args, **ON_CARD, workload=prompts(16))
     gradients, states = trained(model, optim=optim, dtype=dtype)
     assert plan.parts["weights"] == Bytes(sum(p.nbytes for p in model.parameters()))
     assert plan.parameters == plan.trained_parameters == sum(p.numel() for p in model.parameters())
     if optim == "adamw_offload":
-        assert plan.parts["optimizer states"].host - plan_module.STAGING_BYTES == states
+        assert plan.parts["optimizer states"].host - STAGING_BYTES == states
         assert plan.parts["gradients"].host == 4 * plan.parameters
     else:
         assert (plan.parts["gradients"], plan.parts["optimizer states"]) == (Bytes(gradients), Bytes(states))
@@ -200,22 +201,24 @@ def test_an_adapter_is_all_that_is_trained():
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     adapter = sum(8 * (m.in_features + m.out_features) for m in layers)
     plan = plan_of(
-        model.config, settings(use_peft=True, lora_r=8, dtype="bfloat16", beta=0.1), **ON_CARD, work=prompts(16)
+        model.config, settings(use_peft=True, lora_r=8, dtype="bfloat16", beta=0.1), **ON_CARD, workload=prompts(16)
     )
     assert (plan.trained_parameters, plan.parameters) == (adapter, sum(p.numel() for p in model.parameters()))
     assert plan.parts["weights"].device == 2 * plan.parameters + 4 * adapter
     assert plan.parts["gradients"].device == plan.parts["reference model"].device == 4 * adapter
-    some = plan_of(model.config, settings(use_peft=True, lora_target_modules=["q_proj"]), **ON_CARD, work=prompts(16))
+    some = plan_of(
+        model.config, settings(use_peft=True, lora_target_modules=["q_proj"]), **ON_CARD, workload=prompts(16)
+    )
     assert some.trained_parameters == 3 * 16 * (64 + 64)
     with pytest.raises(InputError, match="lora_target_modules: 'lm_head' is the head"):
-        plan_of(model.config, settings(use_peft=True, lora_target_modules=["lm_head"]), **ON_CARD, work=prompts(16))
+        plan_of(model.config, settings(use_peft=True, lora_target_modules=["lm_head"]), **ON_CARD, workload=prompts(16))
 
 
 @pytest.mark.parametrize(("n_probed", "n_evaluated"), [(0, 0), (40, 0), (0, 60)])
 def test_the_pool_is_the_engines(n_probed, n_evaluated):
     model = small_model("llama")
     args = settings(prompts_per_step=3, max_completion_length=12, num_generations=4, probe_rollouts=10)
-    plan = plan_of(model.config, args, **ON_CPU, work=Work(41, 41, n_probed, n_evaluated))
+    plan = plan_of(model.config, args, **ON_CPU, workload=Workload(41, 41, n_probed, n_evaluated))
     engine = RolloutEngine(model)
     params = SamplingParams(12, stop_token_ids=tuple(range(131)))  # all rows end at once
     engine.generate([[5 + i] * 41 for i in range(3)], 4, params)
@@ -228,7 +231,7 @@ def test_the_pool_is_the_engines(n_probed, n_evaluated):
 
 def test_demonstrations_lengthen_and_double_what_a_step_samples():
     """As the policies' groups are: all rows are taken to be hard."""
-    work, of = Work(100, 180, 0, 0), {}
+    work, of = Workload(100, 180, 0, 0), {}
     for form in ("none", "replace", "add", "distill"):
         of[form] = step_prompts(settings(hard_sampling=form, prompts_per_step=2, num_generations=5), work)
     assert of == {
@@ -238,10 +241,10 @@ def test_demonstrations_lengthen_and_double_what_a_step_samples():
         "distill": ([180, 100] * 2, [(100, 10)] * 2),
     }
     model = small_model("llama")
-    work, planned = Work(40, 70, 0, 0), {}
+    work, planned = Workload(40, 70, 0, 0), {}
     for form in of:
         args = settings(hard_sampling=form, prompts_per_step=2, num_generations=4, max_completion_length=12)
-        planned[form] = plan_of(model.config, args, **ON_CPU, work=work)
+        planned[form] = plan_of(model.config, args, **ON_CPU, workload=work)
         engine = RolloutEngine(model)
         engine.generate([[5] * n for n in step_prompts(args, work)[0]], 4, SamplingParams(12))
         caches = (*engine.pool.key_caches, *engine.pool.value_caches)
@@ -257,12 +260,12 @@ def test_what_rows_ask_is_read_from_them():
     rows, eval_rows = load_rows(args)
     prompts_of, index = Prompts(tiny_tokenizer(), 512), DemonstrationIndex(rows)
     raw = max(len(prompts_of.ids(row)) for row in rows)
-    work = Work.of(args, prompts_of, index, rows, eval_rows)
+    work = Workload.of(args, prompts_of, index, rows, eval_rows)
     assert (work.prompt_length, work.train_rows, work.eval_rows) == (raw, 30, 20)
     assert raw + 20 < work.shown_length <= 512 - 64
-    assert Work.of(replace(args, hard_sampling="none"), prompts_of, index, rows, eval_rows).shown_length == raw
-    assert Work.assumed(args, 1000) == Work(1000, 1000, 30, 20)
-    assert Work.assumed(ToolExpanderConfig(dataset="some/where"), 7) == Work(7, 7, 2048, 2048)
+    assert Workload.of(replace(args, hard_sampling="none"), prompts_of, index, rows, eval_rows).shown_length == raw
+    assert Workload.assumed(args, 1000) == Workload(1000, 1000, 30, 20)
+    assert Workload.assumed(ToolExpanderConfig(dataset="some/where"), 7) == Workload(7, 7, 2048, 2048)
 
 
 def test_the_command_counts_given_demonstrations(tmp_path, capsys):
@@ -285,9 +288,9 @@ def test_what_a_run_would_be_refused_for_is_not_planned():
     config = small_model("llama").config
     for change in ({"dtype": "float32"}, {"dtype": "bfloat16", "use_peft": True}):
         with pytest.raises(InputError, match="adamw_stochastic' rounds bfloat16 weights"):
-            plan_of(config, settings(optim="adamw_stochastic", **change), **ON_CARD, work=prompts(16))
+            plan_of(config, settings(optim="adamw_stochastic", **change), **ON_CARD, workload=prompts(16))
     with pytest.raises(InputError, match="prompt_length=128 fills the model's context of 128 tokens"):
-        plan_of(config, settings(), **ON_CARD, work=prompts(128))
+        plan_of(config, settings(), **ON_CARD, workload=prompts(128))
     with pytest.raises(InputError, match="prompt_length=0 must be at least 1"):
         prompts(0)
 
@@ -295,24 +298,24 @@ def test_what_a_run_would_be_refused_for_is_not_planned():
 def test_probes_and_evaluations_compute_more_prompts_than_a_step():
     config = small_model("llama").config
     args = settings(prompts_per_step=1, num_generations=2)
-    plan = plan_of(config, args, **ON_CARD, work=Work(64, 64, 30, 20))
+    plan = plan_of(config, args, **ON_CARD, workload=Workload(64, 64, 30, 20))
     phases = {name: plan.phases[name].device for name in ("rollout", "probe", "evaluation")}
     assert phases["rollout"] < phases["evaluation"] < phases["probe"]
-    most = plan_of(config, args, **ON_CARD, work=Work(64, 64, 1000, 1000)).phases
+    most = plan_of(config, args, **ON_CARD, workload=Workload(64, 64, 1000, 1000)).phases
     assert most["evaluation"] == most["probe"], "of more prompts than fit into one pass, a pass of the most tokens"
-    assert not {"probe", "evaluation"} & plan_of(config, args, **ON_CARD, work=prompts(64)).phases.keys()
+    assert not {"probe", "evaluation"} & plan_of(config, args, **ON_CARD, workload=prompts(64)).phases.keys()
 
 
 def test_a_model_whose_code_looks_at_numbers_cannot_be_planned_for():
     config = small_model("llama").config
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(InputError, match="A llama model cannot be planned for"):
-        plan_of(config, settings(), **ON_CARD, work=prompts(16))
+        plan_of(config, settings(), **ON_CARD, workload=prompts(16))
 
 
 def test_phases_do_not_peak_together():
     config = small_model("llama").config
-    plan = plan_of(config, settings(beta=0.1), **ON_CARD, work=prompts(64))
+    plan = plan_of(config, settings(beta=0.1), **ON_CARD, workload=prompts(64))
     parts = {name: part.device for name, part in plan.parts.items()}
     always = parts["weights"] + parts["optimizer states"] + parts["reference model"] + parts["KV pool"]
     assert parts["reference model"] == parts["weights"]
@@ -321,20 +324,20 @@ def test_phases_do_not_peak_together():
     assert plan.phases["forward"].device >= always + parts["gradients"] + parts["activations"] + parts["fused loss"]
     assert plan.phases["backward"].device >= always + parts["gradients"] + parts["activations"]
     assert plan.needed == max(phase.device for phase in plan.phases.values()) + OVERHEAD["cuda"]
-    offloaded = plan_of(config, settings(optim="adamw_offload"), device="cpu", memory=GIB, work=prompts(64))
+    offloaded = plan_of(config, settings(optim="adamw_offload"), device="cpu", memory=GIB, workload=prompts(64))
     assert offloaded.needed > plan.phases["rollout"].host + offloaded.parts["optimizer states"].host + OVERHEAD["cpu"]
 
 
 def test_micro_batches():
     def of(budget, prompt, limit=256):
-        return micro_batch([(prompt, 10)] * 32, limit, budget)
+        return micro_batch([GroupSize(prompt, 10)] * 32, limit, budget)
 
     assert of(4096, 1000) == (((1000, 10),), 3550)
     assert of(4096, 100) == (((100, 10),), 2650)
     assert of(4096, 100, 11) == (((100, 10),) * 20, 4000)
     assert of(2048, 1000) == (((1000, 4),), 2020)
     assert of(5, 1000) == (((1000, 1),), 1255)
-    assert micro_batch([(100, 4), (300, 4)] * 2, 11, 600) == (((100, 4), (300, 4)), 480)
+    assert micro_batch([GroupSize(100, 4), GroupSize(300, 4)] * 2, 11, 600) == (((100, 4), (300, 4)), 480)
 
 
 def test_advice_is_the_least_change_that_fits():
@@ -342,7 +345,7 @@ def test_advice_is_the_least_change_that_fits():
     config.update(dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4000))
     args = settings(prompts_per_step=8, max_completion_length=64, micro_batch_tokens=2048)
 
-    planner = Planner(config, device="cuda", memory=GIB, work=prompts(40))
+    planner = Planner(config, device="cuda", memory=GIB, workload=prompts(40))
 
     def advice(memory):
         planner.memory = memory
@@ -446,9 +449,9 @@ def test_peak_memory_by_phase_beside_the_plan():
     assert 60 * mib < seen.peaks["forward"] - base < 80 * mib
     assert 120 * mib < seen.peaks["backward"] - base < 150 * mib
     assert abs(seen.peaks["rollout"] - base) < 20 * mib
-    plan = plan_of(small_model("llama").config, settings(), **ON_CPU, work=prompts(16))
-    beside = plan.beside(seen.peaks | {"evaluation": 5})
+    plan = plan_of(small_model("llama").config, settings(), **ON_CPU, workload=prompts(16))
+    beside = plan.compared(seen.peaks | {"evaluation": 5})
     assert list(beside) == ["rollout", "forward", "backward", "optimizer", "peak"]
     assert beside["peak"]["planned"] == plan.needed and beside["peak"]["measured"] == seen.peaks["backward"]
     assert beside["rollout"]["planned_by_measured"] == round(beside["rollout"]["planned"] / seen.peaks["rollout"], 3)
-    assert plan.beside({}) == {}
+    assert plan.compared({}) == {}

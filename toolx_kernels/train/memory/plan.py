@@ -1,4 +1,4 @@
-"""Memory of a run: what it is planned to take, and what it is seen to take."""
+"""Planned and measured memory of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OVERHEAD = {"cuda": 1 << 30, "cpu": 500 << 20}
 
 
 class Bytes(NamedTuple):
-    """On the device that the model is on, and beside it in the CPU's memory."""
+    """Bytes on the device that the model is on, and in the CPU's memory next to it."""
 
     device: int
     host: int = 0
@@ -28,9 +28,9 @@ class Bytes(NamedTuple):
 class MemoryPlan:
     """The memory of a run, in bytes.
 
-    parts     what is there, by name; ``gradients`` only from the first backward of a step to its update
-    phases    the peak of each phase of a step, with all parts that are there then
-    memory    of the device, which the verdict is about
+    parts     by name; ``gradients`` only from the first backward of a step to its update
+    phases    the peak of each phase of a step, with all parts that exist then
+    memory    of the device, to which ``needed`` is compared
     kv        bytes of a token's keys and values, and of a step's rows when they share prompts and when they do not
     """
 
@@ -45,13 +45,13 @@ class MemoryPlan:
 
     @property
     def peak(self) -> Bytes:
-        """Of all tensors: on a GPU what ``torch.cuda.max_memory_allocated`` is to tell."""
+        """Of all tensors: on a GPU what ``torch.cuda.max_memory_allocated`` should give."""
         return Bytes(max(p.device for p in self.phases.values()), max(p.host for p in self.phases.values()))
 
     @property
     def needed(self) -> int:
-        """Of the device's memory, what surrounds the tensors included; a CPU has no other memory than its own."""
-        return max(self._seen(phase) for phase in self.phases.values()) + (
+        """Bytes of the device's memory, what surrounds the tensors included; a CPU's is all the memory there is."""
+        return max(self._measurable(phase) for phase in self.phases.values()) + (
             OVERHEAD["cuda"] if self.device == "cuda" else 0
         )
 
@@ -59,13 +59,15 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.needed <= self.memory
 
-    def _seen(self, phase: Bytes) -> int:
-        """What ``Phases`` sees of a phase."""
+    def _measurable(self, phase: Bytes) -> int:
+        """The bytes that ``Phases`` would measure of a phase."""
         return phase.device if self.device == "cuda" else phase.device + phase.host + OVERHEAD["cpu"]
 
-    def beside(self, measured: Mapping[str, int]) -> dict[str, dict[str, float]]:
-        """Planned and measured bytes, and their ratio, by phase and of all; ``measured`` as ``Phases.peaks``."""
-        both = {name: (self._seen(phase), measured[name]) for name, phase in self.phases.items() if name in measured}
+    def compared(self, measured: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """Planned and measured bytes, and their ratio, by phase and in all; ``measured`` as ``Phases.peaks``."""
+        both = {
+            name: (self._measurable(phase), measured[name]) for name, phase in self.phases.items() if name in measured
+        }
         if both:
             both["peak"] = tuple(map(max, zip(*both.values(), strict=True)))
         return {

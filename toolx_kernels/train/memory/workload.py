@@ -1,0 +1,101 @@
+"""Workload of a run: prompt lengths, and rows sampled together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolx_kernels.errors import LOADING_ERRORS, InputError
+from toolx_kernels.models.load import latest_checkpoint
+from toolx_kernels.models.tiny import is_tiny, tiny_tokenizer
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
+from toolx_kernels.train.collect import MAX_ROLLOUTS
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.demonstrators import RandomDemonstrations
+from toolx_kernels.train.rows import MADE_UP, MADE_UP_EVAL_ROWS, MADE_UP_TRAIN_ROWS, load_demonstrations, load_rows
+
+MOST_SHOWN = 256  # rows whose prompts with demonstrations are measured
+LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are measured
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Rows and prompts of one run.
+
+    prompt_length    tokens of the longest prompt
+    shown_length     tokens of the longest prompt with the demonstrations that a hard row gets
+    train_rows       rows that a probe samples
+    eval_rows        rows that an evaluation samples
+    """
+
+    prompt_length: int
+    shown_length: int
+    train_rows: int
+    eval_rows: int
+
+    def __post_init__(self):
+        if self.prompt_length < 1:
+            raise InputError(f"prompt_length={self.prompt_length} must be at least 1 token.")
+
+    @classmethod
+    def of(
+        cls,
+        args: ToolExpanderConfig,
+        prompts: Prompts,
+        index: DemonstrationIndex,
+        rows: Sequence[Row],
+        eval_rows: Sequence[Row],
+    ) -> Workload:
+        """The workload of these rows."""
+        longest = max(len(prompts.ids(row)) for row in rows)
+        shown = longest
+        if args.hard_sampling != "none":
+            fitting = partial(prompts.fitting, room=args.max_completion_length)
+            drawn = RandomDemonstrations.of(args, index, fitting)
+            shown = max(longest, *(len(prompts.ids(row, drawn.draw(row, 0, 0)[0])) for row in rows[:MOST_SHOWN]))
+        return cls(longest, shown, len(rows), len(eval_rows))
+
+    @classmethod
+    def assumed(cls, args: ToolExpanderConfig, prompt_length: int) -> Workload:
+        """The workload of unknown rows: prompts of ``prompt_length`` tokens, demonstrations included, and as many as
+        the config says, else as many as are ever sampled together."""
+        train, held_out = (MADE_UP_TRAIN_ROWS, MADE_UP_EVAL_ROWS) if args.dataset in MADE_UP else [MAX_ROLLOUTS] * 2
+        return cls(prompt_length, prompt_length, args.train_rows or train, args.eval_rows or held_out)
+
+    @classmethod
+    def local(cls, args: ToolExpanderConfig, config: PreTrainedConfig) -> Workload | None:
+        """The workload of the run's rows if they and the tokenizer are on this machine, else None; loads no weights."""
+        named = (args.dataset, args.eval_dataset, args.demonstration_dataset)
+        if not all(map(_is_local, named)):
+            return None
+        tokenizer = _local_tokenizer(args.model) if args.model else None
+        if tokenizer is None:
+            return None
+        rows, eval_rows = load_rows(args)
+        prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
+        index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
+        return cls.of(args, prompts, index, rows, eval_rows)
+
+
+def _is_local(dataset: str | None) -> bool:
+    file = Path(dataset or "")
+    return dataset is None or dataset in MADE_UP or (file.is_file() and file.stat().st_size <= LARGEST_DATASET)
+
+
+def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    if is_tiny(name):
+        return tiny_tokenizer()
+    path = Path(name)
+    if not path.is_dir():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(latest_checkpoint(path) or path)
+    except LOADING_ERRORS:
+        return None  # a folder with a config alone can be planned for
