@@ -6,14 +6,13 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 from functools import cache
+from typing import Literal, get_args
 
 from toolx_kernels.errors import InputError
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-
-
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+LOSS_TYPES = get_args(LossType)
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-
 
 CHOICES = {
     "loss_type": LOSS_TYPES,
@@ -107,7 +106,7 @@ class GRPOLossConfig:
     workspace_mib: int | None = None
     key: str = field(init=False, repr=False, compare=False, default="")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         if self.loss_type == "gspo":
             raise InputError(
@@ -128,7 +127,7 @@ class GRPOLossConfig:
         self._check_combinations()
         object.__setattr__(self, "key", json.dumps(values))
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         for name in ("epsilon", "epsilon_high", "beta", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise InputError(f"{name}={value} must not be negative.")
@@ -149,7 +148,7 @@ class GRPOLossConfig:
         if self.max_completion_length is not None and not self.max_completion_length > 0:
             raise InputError(f"max_completion_length={self.max_completion_length} must be positive.")
 
-    def _check_combinations(self):
+    def _check_combinations(self) -> None:
         if self.delta is not None and self.loss_type not in CLIPPED_LOSS_TYPES:
             raise InputError(f"delta={self.delta} bounds a clipped ratio, which loss_type={self.loss_type!r} has not.")
         if self.delta is not None and not self.delta > 1 + self.clip_high:

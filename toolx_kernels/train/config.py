@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.loss_config import GRPOLossConfig, LossType
 from toolx_kernels.settings import NO_LIMIT_OR_POSITIVE, POSITIVE, SHARE, Bounds, Settings, setting
 
 if TYPE_CHECKING:  # it loads torch, and a parser of flags is made without
@@ -159,9 +159,7 @@ class RewardSettings(Settings):
 class LossSettings(Settings):
     """The loss, and how often a batch is learned from."""
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = setting(
-        "grpo", "the objective, and how token losses are averaged"
-    )
+    loss_type: LossType = setting("grpo", "the objective, and how token losses are averaged")
     epsilon: float = setting(0.2, "lower clip", unbounded=BY_LOSS)
     epsilon_high: float | None = setting(0.26, "upper clip", unbounded=BY_LOSS)
     delta: float | None = setting(None, "two-sided clip", unbounded=BY_LOSS)
