@@ -84,10 +84,12 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.files import check_new, new_folder
     from toolx_kernels.models.load import load_model, stop_token_ids
     from toolx_kernels.rollout.prompts import Prompts
+    from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
     from toolx_kernels.rollout.tool_loop import ToolLoop
     from toolx_kernels.toolcall.datasets.builtin_turns import MAX_TURNS, Registry
     from toolx_kernels.toolcall.rewards import is_correct
+    from toolx_kernels.toolcall.rows import Row
     from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
     from toolx_kernels.train.rows import MADE_UP, load_eval_rows, some_rows, split_rows
 
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     length = args.max_completion_length or max(trained.get("max_completion_length", 0), MAX_COMPLETION_LENGTH)
     sampling = SamplingParams(length, temperature=args.temperature)
 
-    def rows_of(dataset: str):
+    def rows_of(dataset: str) -> list[Row]:
         if args.split == "held-out" and dataset not in MADE_UP:
             return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
         return load_eval_rows(dataset, args.eval_rows)
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     engine = RolloutEngine(model, seed=args.seed)
     in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
-    def rollouter_of(dataset: str):
+    def rollouter_of(dataset: str) -> Rollouter:
         return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, tokenizer)
 
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolx_kernels.compare.runs import Arm, Run, paired_difference
 from toolx_kernels.evaluate.intervals import mean_of
 from toolx_kernels.evaluate.tables import estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that fades on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -61,7 +65,7 @@ def _caption(arms: Sequence[Arm]) -> str:
     return "; ".join(sentences)
 
 
-def _curves(axis, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> None:
+def _curves(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> None:
     """One panel of curves, with the arms' names at the ends of their lines."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -99,7 +103,7 @@ def _curves(axis, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> 
         axis.text(1.015, place, name, color=colour, transform=axis.transAxes, va="center", fontweight="bold")
 
 
-def _single(axis, run: Run, curve: str, along: str, colour: str, marker: str, faint: bool) -> None:
+def _single(axis: Axes, run: Run, curve: str, along: str, colour: str, marker: str, faint: bool) -> None:
     points = run.curves[curve]
     x, y = [getattr(point, along) for point in points], [point.value for point in points]
     axis.plot(
@@ -116,7 +120,7 @@ def _single(axis, run: Run, curve: str, along: str, colour: str, marker: str, fa
         axis.plot(x[-1], y[-1], marker=marker, color=colour, markerfacecolor="white", markersize=6)
 
 
-def _ends(axis, arms: Sequence[Arm], styles: dict, curve: str) -> None:
+def _ends(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str) -> None:
     """Where the runs of every arm ended: seeds, mean and interval, in figures too, with the difference to the first."""
     digits = 3 if curve == "accuracy" else 1
     seen = [value for arm in arms for value in arm.ends(curve).values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.rewards import is_correct
 from toolx_kernels.toolcall.rows import Row
 
-Judge = Callable[[str | list[str], Row], bool]  # of a text, or of the turns' texts
+Judge = Callable[[Any, Row], bool]  # of a text, or of the turns' texts
 
 
 def evaluate(
@@ -38,7 +39,7 @@ def evaluate(
     total, off = n * len(fitting), progress is None
     with tqdm(total=total, desc=progress, unit="answer", delay=2, disable=off or None, dynamic_ncols=True) as bar:
 
-        def count(*_) -> bool:
+        def count(*_: object) -> bool:
             bar.update()
             return False
 

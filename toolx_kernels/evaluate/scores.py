@@ -136,7 +136,9 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
     """Remarks on the table, one sentence each."""
     remarks = []
     if any(len(of_dataset.parts) > 1 for of_dataset in scores.values()):
-        remarks.append("A dataset's own row is its micro-average: right answers over all answers, categories unweighted.")
+        remarks.append(
+            "A dataset's own row is its micro-average: right answers over all answers, categories unweighted."
+        )
     if len(scores) > 1:
         remarks.append("Datasets are not averaged with each other: what stands in one is no part of another's score.")
     for name, of_dataset in scores.items():

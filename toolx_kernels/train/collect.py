@@ -15,7 +15,7 @@ from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import RolloutSettings, ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
@@ -35,7 +35,7 @@ class Collector:
         self,
         task: Task,
         rollouter: Rollouter,
-        args: ToolExpanderConfig,
+        args: RolloutSettings,
         stop_token_ids: tuple[int, ...],
         phases: Phases,
     ):

@@ -20,7 +20,7 @@ from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.ops.lm_head.linear_grpo import linear_grpo_loss
 from toolx_kernels.ops.lm_head.objective import loss_denominator
 from toolx_kernels.reference import GRPOOutput
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import RewardSettings, ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 
 # ---- which prompts a step learns from
@@ -91,7 +91,7 @@ class GroupRelative:
     """How much better a rollout is than its siblings (``group_advantages``)."""
 
     scale: str = "group"
-    min_std: float = 0.0  # of a group's rewards; see ToolExpanderConfig.min_reward_std
+    min_std: float = 0.0  # of a group's rewards; see RewardSettings.min_reward_std
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
@@ -119,7 +119,7 @@ def give_advantages(groups: Sequence[ScoredGroup], shaper: AdvantageShaper) -> N
         group.advantages = [next(advantages) for _ in group.rollouts]
 
 
-def chosen_advantage_shaper(args: ToolExpanderConfig) -> AdvantageShaper:
+def chosen_advantage_shaper(args: RewardSettings) -> AdvantageShaper:
     relative = GroupRelative(args.scale_rewards, args.min_reward_std)
     return DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
 

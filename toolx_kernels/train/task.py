@@ -13,12 +13,12 @@ from toolx_kernels.toolcall.reward_runner import RewardFunctions
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import RewardSettings
 from toolx_kernels.train.rows import digest, shared_rows
 
 
 def judge_and_rewards(
-    args: ToolExpanderConfig, reward_funcs: Callable | Sequence[Callable] | None
+    args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | None
 ) -> tuple[Judge, RewardFunctions]:
     """What is right and what is rewarded, by default in the form that ``args`` choose."""
     if reward_funcs is None:

@@ -26,14 +26,14 @@ from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.reference import compute_dtype
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import UpdateSettings
 from toolx_kernels.train.update.offload import OffloadedAdamW
 from toolx_kernels.train.update.optimizer import Optimizer, moments, seeded
 
 CHUNK = 1 << 22  # weights that are in fp32 at a time while they are rounded
 
 
-def make_optimizer(model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float) -> Optimizer:
+def make_optimizer(model: PreTrainedModel, args: UpdateSettings, learning_rate: float) -> Optimizer:
     """The optimizer that ``args.optim`` names, of the parameters of ``model`` that need a gradient.
 
     Raises:
@@ -51,7 +51,7 @@ def make_optimizer(model: PreTrainedModel, args: ToolExpanderConfig, learning_ra
 class AdamW(Optimizer):
     """torch's fused AdamW; weights below fp32 have fp32 masters, and gradients that are added up in fp32."""
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
+    def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
         super().__init__(model, args, learning_rate)
         for parameter in self.parameters.values():
             parameter.grad_dtype = compute_dtype(parameter)
@@ -88,7 +88,7 @@ class StochasticAdamW(Optimizer):
         InputError: the trained weights are not bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
+    def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
         super().__init__(model, args, learning_rate)
         others = {p.dtype for p in self.parameters.values()} - {torch.bfloat16}
         if others:

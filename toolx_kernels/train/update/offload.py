@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.reference import compute_dtype
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import UpdateSettings
 from toolx_kernels.train.update.optimizer import Optimizer, moments
 
 BUFFERS = 4
@@ -30,7 +30,7 @@ class OffloadedAdamW(Optimizer):
     updated weight goes back while the next one is computed. Where the model is on the CPU, the same is done there.
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
+    def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
         super().__init__(model, args, learning_rate)
         self._sums: dict[str, Tensor] = {}
         self._transfer = Transfer(self.device)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError, retry_with_less
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import UpdateSettings
 
 
 class Optimizer:
@@ -32,7 +32,7 @@ class Optimizer:
     has one optimizer at a time: ``close`` it before the next one is made.
     """
 
-    def __init__(self, model: PreTrainedModel, args: ToolExpanderConfig, learning_rate: float):
+    def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self.base = self._make_base(
