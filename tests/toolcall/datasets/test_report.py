@@ -1,9 +1,6 @@
-import doctest
-
 import pytest
 
 from toolx_kernels.toolcall import Row, check_row
-from toolx_kernels.toolcall.datasets import report
 from toolx_kernels.toolcall.datasets.report import DatasetReport, dataset_report
 from toolx_kernels.toolcall.demonstrations import _Secret
 from toolx_kernels.toolcall.schema import arguments_fault
@@ -111,10 +108,6 @@ def test_a_report():
 def test_nothing_odd_takes_one_line():
     rows = [row("one", "a", ("a", {"n": 1})), row("two", "a", ("a", {"n": 2}))]
     assert dataset_report(rows).lines() == ["2 rows, 1 tools; rows by calls in the answer: 1 call: 2"]
-
-
-def test_the_example_in_the_docstring():
-    assert doctest.testmod(report).failed == 0 and doctest.testmod(report).attempted == 2
 
 
 @pytest.mark.parametrize(
