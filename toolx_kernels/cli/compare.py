@@ -11,7 +11,7 @@ from toolx_kernels.errors import InputError
 
 def add_flags(parser: Parser) -> None:
     parser.description = (
-        "Runs side by side: curves in one picture, final figures with 95 %% intervals in tables. Runs whose settings "
+        "Runs side by side: curves in one picture, final figures with 95 % intervals in tables. Runs whose settings "
         "differ only in the seed are one arm; differences are to the first arm, paired by seed."
     )
     parser.add_argument("runs", nargs="+", help="run folders of toolx train")

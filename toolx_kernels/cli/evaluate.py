@@ -17,7 +17,7 @@ MAX_COMPLETION_LENGTH = 256
 
 
 def add_flags(parser: Parser) -> None:
-    parser.description = "Accuracy per category with 95 %% intervals; of several samples a row also pass@k."
+    parser.description = "Accuracy per category with 95 % intervals; of several samples a row also pass@k."
     parser.flag("model", default=DEFAULT_MODEL, help=f"as for toolx train, or a run folder (default: {DEFAULT_MODEL})")
     parser.flag(
         "dataset",

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     planned = planner.plan(config)
     better = None if planned.fits else planner.advice(config)
     if as_json:
-        found = {"settings": better[0], "plan": better[1].to_dict()} if better else None
-        print(json.dumps(planned.to_dict() | {"work": asdict(work), "advice": found}, indent=2))
+        advice = {"settings": better[0], "plan": better[1].to_dict()} if better else None
+        print(json.dumps(planned.to_dict() | {"work": asdict(work), "advice": advice}, indent=2))
         return 0 if planned.fits else 1
     shown = f", {work.shown_length:,} with demonstrations" * (work.shown_length > work.prompt_length)
     print(f"{config.model}, {config.dtype}, {config.optim}; prompts of up to {work.prompt_length:,} tokens{shown}")

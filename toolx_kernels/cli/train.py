@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
 def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
     """The last line of a run."""
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
-    seen = summary["eval_rows_seen"]
+    trained_on = summary["eval_rows_seen"]
     hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
     return (
         f"accuracy on {summary['eval_rows']} rows of {config.eval_dataset or config.dataset} "
-        f"{f'({seen} of them shown in training)' if seen else 'held out from training'}: "
+        f"{f'({trained_on} of them shown in training)' if trained_on else 'held out from training'}: "
         f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
         f"{summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
     )

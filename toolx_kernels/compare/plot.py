@@ -123,7 +123,7 @@ def _single(axis: Axes, run: Run, curve: str, along: str, colour: str, marker: s
 def _ends(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str) -> None:
     """Where the runs of every arm ended: seeds, mean and interval, in figures too, with the difference to the first."""
     digits = 3 if curve == "accuracy" else 1
-    seen = [value for arm in arms for value in arm.ends(curve).values()]
+    values = [value for arm in arms for value in arm.ends(curve).values()]
     for place, arm in enumerate(arms):
         colour, marker = styles[arm.name]
         ends = [*arm.ends(curve).values()]
@@ -141,9 +141,9 @@ def _ends(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str) -> None:
     axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
     for tick, arm in zip(axis.get_yticklabels(), arms, strict=True):
         tick.set(color=styles[arm.name][0], fontweight="bold")
-    if seen:
-        margin = 0.25 * (max(seen) - min(seen)) or 0.1 * max(seen) or 0.1
-        axis.set_xlim(max(0, min(seen) - margin), max(seen) + margin)
+    if values:
+        margin = 0.25 * (max(values) - min(values)) or 0.1 * max(values) or 0.1
+        axis.set_xlim(max(0, min(values) - margin), max(values) + margin)
     axis.set(ylim=(len(arms) - 0.5, -0.5), title=f"{TITLES[curve]} at the end, with 95 % interval")
     axis.grid(axis="x", alpha=0.25)
 

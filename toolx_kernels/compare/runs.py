@@ -118,8 +118,8 @@ def collapse(curve: Sequence[Point], round_steps: int, rows: int) -> bool | None
         if after is not None and best >= LEAST_BEST and all(_fell(best, p.value, rows) for p in curve[i : after + 1]):
             return True
         best = max(best, point.value)
-    told = any(last.step >= point.step + round_steps for point in curve[1:] for last in curve)
-    return False if told else None
+    spans_a_round = any(last.step >= point.step + round_steps for point in curve[1:] for last in curve)
+    return False if spans_a_round else None
 
 
 def _fell(before: float, after: float, rows: int) -> bool:
