@@ -63,10 +63,6 @@ class HeadInputs(NamedTuple):
         n = len(cls._fields)
         return cls(*arguments[:n]), arguments[n:]
 
-    @property
-    def trainable(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.hidden, self.weight, self.bias
-
     def head(self) -> Head:
         scale = self.temperature.to(compute_dtype(self.hidden)).reciprocal()
         bias = None if self.bias is None else self.bias.contiguous()
@@ -85,7 +81,7 @@ def results_of(grads: HeadGradients, inputs: HeadInputs) -> tuple[Tensor, ...]:
 
 def fake_results(inputs: HeadInputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """``results_of`` gradients, without their values."""
-    pairs = zip(inputs.trainable, needs, strict=True)
+    pairs = zip((inputs[at] for at in TRAINABLE), needs, strict=True)
     return tuple(like.new_empty(like.shape) if need else inputs.hidden.new_empty(0) for like, need in pairs)
 
 

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head.head import Head
-from toolx_kernels.ops.lm_head.objective import (
-    Objective,
-    RowVectors,
-    dual,
-    in_torch,
-    policy_objective,
-    token_objective,
-)
+from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, dual, in_torch, policy_objective, token_objective
 
 try:
     import triton
