@@ -1,9 +1,9 @@
-"""What a decoder holds during forward and backward, found by running it on torch's meta device.
+"""Activations of a decoder in forward and backward, in bytes, from a run on torch's meta device.
 
 Tensors of the meta device have shapes and storages but no memory, so a pass through a model of any size costs the
 time of its Python. What autograd saves is then what transformers' layers really save, RMSNorm's copies in fp32 and an
-architecture's extra norms included; no formula has to follow them. Attention alone is stood in for: which kernel
-torch takes depends on the device, and the meta device has none of them.
+architecture's extra norms included; no formula has to follow them. Only attention is replaced by a stand-in: the meta
+device has no attention kernels.
 
 Layers are alike, so two depths are traced and the rest is extrapolated.
 """
@@ -85,7 +85,7 @@ def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes that one pass holds beside weights and their gradients.
+    """Bytes that one pass holds besides weights and their gradients.
 
     saved     after the forward: what the backward needs
     training  the most at once in forward and backward, ``saved`` included
@@ -135,7 +135,7 @@ def training_activations(
 
 
 def inference_activations(model: PreTrainedModel, n_tokens: int) -> int:
-    """The most bytes at once in a forward over ``n_tokens`` that nobody differentiates, such as a prefill."""
+    """The most bytes at once in a forward over ``n_tokens`` without a backward, such as a prefill."""
 
     def pass_over() -> Activations:
         with LiveBytes(model) as live, toolx_attention(model), torch.no_grad():
@@ -162,7 +162,7 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
     def traced() -> Activations:
         try:
             return pass_over()
-        except Exception as error:  # and run by code that may look at numbers, which the meta device has none of
+        except Exception as error:  # the model's code may look at numbers, and the meta device has none
             raise InputError(
                 f"A {config.model_type} model cannot be planned for ({first_line(error)}): a run with it tells in its "
                 "summary.json what it took."
@@ -186,15 +186,15 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """``now``: bytes of the storages that came into being inside and are still there; ``peak``: the most of them.
+    """``now``: bytes of the storages that were created inside and are still alive; ``peak``: the most of them.
 
-    Gradients of ``model``'s parameters go as soon as they are complete: they are counted elsewhere.
+    Gradients of ``model``'s parameters are freed as soon as they are complete: they are counted elsewhere.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, object] = {}  # by address: a weak reference, or what was there before and stays
+        self._known: dict[int, object] = {}  # by address: a weak reference, or a storage from before
         self._hooks = [
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in model.parameters()

@@ -1,9 +1,10 @@
-"""How much of a device's arithmetic a step uses: its floating-point operations, beside what a bare GEMM achieves."""
+"""FLOPs of a step, and what a plain GEMM reaches per second."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,9 +17,9 @@ SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
 
 
 class Flops:
-    """Counts what has to be multiplied, whatever is computed twice: 2 a weight and token in a forward pass, 4 a visible
-    pair of tokens and element of a query, and twice of both in a backward pass, once of a frozen weight; a reference
-    model's forward is one more."""
+    """Counts necessary multiplications, without what is computed again: 2 per weight and token in a forward pass and 4
+    per visible pair of tokens and element of a query; twice of both in a backward pass, but once per frozen weight; one
+    more forward pass for a reference model."""
 
     def __init__(self, model: PreTrainedModel):
         decoder = model.get_decoder()
@@ -31,40 +32,45 @@ class Flops:
 
     def sampled(self, groups: Sequence[ScoredGroup]) -> int:
         """Sampling the groups' rollouts: one forward pass."""
-        total = 0
-        for group in groups:
-            tokens, targets, pairs = _counts(group)
-            total += 2 * self._linear * tokens + 2 * self._head * targets + self._pair * pairs
-        return total
+        return sum(
+            2 * self._linear * count.tokens + 2 * self._head * count.targets + self._pair * count.pairs
+            for count in map(_counts, groups)
+        )
 
     def trained(self, groups: Sequence[ScoredGroup], updates: int, *, reference: bool) -> int:
         """``updates`` forwards and backwards of packed groups, and one forward of a reference model."""
-        total = 0
-        for group in groups:
-            tokens, targets, pairs = _counts(group)
-            total += 2 * (2 * self._linear + self._trained_linear) * tokens
-            total += 2 * (2 * self._head + self._trained_head) * targets + 3 * self._pair * pairs
-        return updates * total + self.sampled(groups) * reference
+        update = sum(
+            2 * (2 * self._linear + self._trained_linear) * count.tokens
+            + 2 * (2 * self._head + self._trained_head) * count.targets
+            + 3 * self._pair * count.pairs
+            for count in map(_counts, groups)
+        )
+        return updates * update + self.sampled(groups) * reference
 
 
 def _elements(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Of all of them, and of those that are trained."""
+    """Elements of all weights, and of those that are trained."""
     return sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
 
 
-def _counts(group: ScoredGroup) -> tuple[int, int, int]:
-    """Tokens that pass through the decoder, targets, and pairs of tokens that see each other; the prompt once."""
+class Counts(NamedTuple):
+    """Of a group, whose prompt counts once."""
+
+    tokens: int  # that pass through the decoder
+    targets: int
+    pairs: int  # of tokens of which one sees the other
+
+
+def _counts(group: ScoredGroup) -> Counts:
     prompt, lengths = len(group.prompt), [len(rollout.ids) for rollout in group.rollouts]
     pairs = prompt * (prompt + 1) // 2 + sum((n - 1) * prompt + n * (n - 1) // 2 for n in lengths)
-    return prompt + sum(length - 1 for length in lengths), sum(lengths), pairs
+    return Counts(prompt + sum(length - 1 for length in lengths), sum(lengths), pairs)
 
 
 @torch.no_grad()
 def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square GEMM, the best of three: some hundredths of a second.
-
-    0 where there is no memory for its matrices.
-    """
+    """FLOPs per second of a square GEMM, the best of three; 0 without memory for its matrices. Takes some hundredths of
+    a second."""
     side, seconds = SIDE[device.type], []
     try:
         left, right, product = torch.ones(3, side, side, device=device, dtype=dtype)
