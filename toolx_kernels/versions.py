@@ -23,13 +23,14 @@ def standing(name: str, installed: str) -> str:
     """How ``installed``, such as ``2.11.0+cu130`` or ``absent``, stands to what is supported, in words for the user."""
     oldest, tested = SUPPORTED[name]
     series = _series(installed)
-    if series is None or series < _series(oldest):
+    if series < _series(oldest):
         return f"needs {oldest} or newer"
     if series > _series(tested[-1]):
         return f"newer than tested ({tested[-1]})"
     return "tested" if series in map(_series, tested) else f"supported (tested: {', '.join(tested)})"
 
 
-def _series(version: str) -> tuple[int, int] | None:
+def _series(version: str) -> tuple[int, int]:
+    """(0, 0) for what is not a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    return found and (int(found[1]), int(found[2]))
+    return (int(found[1]), int(found[2])) if found else (0, 0)

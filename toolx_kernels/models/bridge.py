@@ -167,8 +167,8 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
 def attention_function(
     module, query, key, value, attention_mask, scaling, toolx: AttentionContext, softcap=None, sliding_window=None, **_
 ):
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
-    out = toolx.attend(module.layer_idx, *packed, scaling, softcap or 0.0, sliding_window or 0)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
+    out = toolx.attend(module.layer_idx, query, key, value, scaling, softcap or 0.0, sliding_window or 0)
     return out[None], None
 
 

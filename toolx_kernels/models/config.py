@@ -29,6 +29,7 @@ def config_of(name: str) -> PreTrainedConfig:
     if name == SMOLLM2:
         return AutoConfig.for_model("llama", **SMOLLM2_SHAPE)
     path = Path(name)
+    source: Path | str
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"There is no file {name}: give the path of a .gguf file.")

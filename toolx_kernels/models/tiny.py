@@ -64,8 +64,8 @@ def is_tiny(name: str) -> bool:
 
 
 def _pieces() -> list[str]:
-    templates = (*builtin.MENTIONS, *builtin.OPENINGS, *builtin.DETERMINERS, *builtin.INTRODUCTIONS)
-    templates += (*builtin.SEPARATORS, *builtin.CALL_SEPARATORS)
+    templates = [*builtin.MENTIONS, *builtin.OPENINGS, *builtin.DETERMINERS, *builtin.INTRODUCTIONS]
+    templates += [*builtin.SEPARATORS, *builtin.CALL_SEPARATORS]
     literals = [literal for template in templates for literal, *_ in Formatter().parse(template)]
     words = [*builtin.VERBS, *builtin.NOUNS, *builtin.PARAMETERS, "currency", *builtin.CURRENCIES]
     words += [*builtin.BOOLEAN_WORDS.values(), *builtin.STRING_HEADS, *builtin.STRING_TAILS]

@@ -43,23 +43,24 @@ def group_advantages(
     """
     if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
-    if (group_size is None) == (group_ids is None):
-        raise InputError("Give either group_size or group_ids, so that the groups are known.")
     if scale not in ("group", "batch", "none"):
         raise InputError(f"scale={scale!r} is unknown: choose one of group, batch, none.")
     if not 0 <= min_std < math.inf:
         raise InputError(f"min_std={min_std} must be a finite number that is not negative: 0 for no lower bound.")
-    if group_ids is None:
+    if group_size is not None and group_ids is None:
         if group_size < 1 or rewards.shape[0] % group_size:
             raise InputError(f"group_size={group_size} does not divide the {len(rewards)} rewards.")
-    elif group_ids.shape != rewards.shape:
-        raise InputError(
-            f"group_ids {tuple(group_ids.shape)} must have one entry for each of the {len(rewards)} rewards."
-        )
-    elif group_ids.is_floating_point() or group_ids.device != rewards.device:
-        raise InputError(
-            f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
-        )
+    elif group_ids is not None and group_size is None:
+        if group_ids.shape != rewards.shape:
+            raise InputError(
+                f"group_ids {tuple(group_ids.shape)} must have one entry for each of the {len(rewards)} rewards."
+            )
+        if group_ids.is_floating_point() or group_ids.device != rewards.device:
+            raise InputError(
+                f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
+            )
+    else:
+        raise InputError("Give either group_size or group_ids, so that the groups are known.")
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
     return torch.ops.toolx.group_advantages(
         rewards.detach(), group_size or 0, group_ids, scale, eps, min_std, check_finite
