@@ -79,7 +79,9 @@ class VerifiedDemonstrations:
 class HardSamplePolicy(Protocol):
     """What happens to rows without a correct rollout."""
 
-    needs_probe: bool  # whether it acts on what a probe finds; otherwise a probe only measures
+    @property
+    def needs_probe(self) -> bool:
+        """Whether it acts on what a probe finds; otherwise a probe only measures."""
 
     def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         """Prepares the rows that a probe has just found hard."""

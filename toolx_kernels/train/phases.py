@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._running: list[str] = []
         self._since = 0.0
@@ -41,9 +40,9 @@ class Phases:
             self._switch()
             self._running.pop()
 
-    def since(self, before: Counter[str]) -> dict[str, float]:
+    def since(self, before: Mapping[str, float]) -> dict[str, float]:
         """The seconds that came since ``seconds`` was ``before``."""
-        return {name: spent - before[name] for name, spent in self.seconds.items() if spent > before[name]}
+        return {n: spent - before.get(n, 0.0) for n, spent in self.seconds.items() if spent > before.get(n, 0.0)}
 
     def _switch(self) -> None:
         """Books time and peak so far for the phase that ends or is interrupted, and begins anew."""
@@ -52,7 +51,7 @@ class Phases:
         now = time.perf_counter()
         if self._running:
             name = self._running[-1]
-            self.seconds[name] += now - self._since
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
             self.peaks[name] = max(self.peaks.get(name, 0), self._peak())
         self._since = now
         if self.device.type == "cuda":

@@ -29,7 +29,9 @@ from toolx_kernels.train.groups import ScoredGroup
 class PromptOrder(Protocol):
     """Which training rows come next, and which of the groups sampled for a step it learns from."""
 
-    max_batches: int  # of rows that one step may sample
+    @property
+    def max_batches(self) -> int:
+        """Batches of rows that one step may sample."""
 
     def rows(self, batch: int) -> list[int]:
         """Indices of batch number ``batch`` of the run; a pure function, so that a resumed run draws the same."""

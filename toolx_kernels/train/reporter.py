@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -96,7 +97,8 @@ class Reporter:
         """Plans the run's memory from its settings, unless the model cannot be planned for."""
         device = self.model.device
         memory = device_memory(device)
-        args = replace(self.args, dtype=str(self.model.dtype).removeprefix("torch."))
+        dtype: Any = str(self.model.dtype).removeprefix("torch.")
+        args = replace(self.args, dtype=dtype)
         try:
             self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, workload=workload)
         except InputError:
@@ -153,14 +155,14 @@ class Reporter:
         """Around the work of step ``number``: times it, and profiles the one that was asked for."""
         if self._gemm_speed is None:
             self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
-        profiled = number == self.args.profile_step
-        with torch.profiler.profile() if profiled else nullcontext() as profiler:
+        profiler = torch.profiler.profile() if number == self.args.profile_step else None
+        with profiler or nullcontext():
             started, before = time.perf_counter(), self.phases.seconds.copy()
             between = {name: spent for name, spent in self.phases.since(self._reported).items() if name in BETWEEN}
             yield
             self._step = time.perf_counter() - started, between | self.phases.since(before)
             self._reported = self.phases.seconds.copy()
-        if profiled:
+        if profiler:
             profiler.export_chrome_trace(str(self.run.path / TRACE))
 
     def metrics(
@@ -206,7 +208,7 @@ class Reporter:
 
     # ---- the end
 
-    def summary(self, eval_after: float, probed: dict, **values) -> dict:
+    def summary(self, eval_after: float | None, probed: dict, **values) -> dict:
         """Writes ``summary.json`` and ``curves.png``; ``probed`` counts the rows of the last probe."""
         task, peaks = self.task, self.phases.peaks
         summary = {

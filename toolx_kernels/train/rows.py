@@ -24,16 +24,17 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
     A built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
     ``eval_dataset`` is given.
     """
-    if made_up := MADE_UP.get(config.dataset):
+    dataset = config.dataset or "builtin"
+    if made_up := MADE_UP.get(dataset):
         train = made_up.train_rows(config.train_rows or MADE_UP_TRAIN_ROWS, config.seed)
     else:
-        train = _read(config.dataset)
+        train = _read(dataset)
     if config.calls is not None:
         train = with_calls(train, config.calls)
     if config.eval_dataset is not None:
         held_out = load_eval_rows(config.eval_dataset)
     elif made_up:
-        held_out = load_eval_rows(config.dataset, config.eval_rows)
+        held_out = load_eval_rows(dataset, config.eval_rows)
     else:
         train, held_out = split_rows(train, config.eval_fraction)
     return some_rows(train, config.train_rows, config.seed), some_rows(held_out, config.eval_rows)

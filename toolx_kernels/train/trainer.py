@@ -221,7 +221,7 @@ class ToolExpanderTrainer:
     # ---- its parts
 
     def _cold_start(self) -> None:
-        if self.args.cold_start_steps:
+        if self.args.cold_start_steps and self.cold_start is not None:
             with self._naming("the cold start"):
                 imitate(self.learner, self.task.prompts, self.cold_start, self.args, self.reporter)
 
@@ -243,7 +243,7 @@ class ToolExpanderTrainer:
             self._save()
         report.doing(f"round {index + 1}")
 
-    def _measure(self) -> dict[str, int]:
+    def _measure(self) -> dict[str, int | None]:
         """Probes the rows of the first round once more; counts them."""
         rounds, after = self.rounds, self.rounds.round + 1
         self.reporter.doing("probing")
@@ -258,6 +258,7 @@ class ToolExpanderTrainer:
         stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
         if self.args.verification == "cautious" and self._cautious is None:
             reference, rollouter = self.learner.reference, copy.copy(self.rollouter)
+            assert reference is not None  # args.needs_reference
             rollouter.engine = RolloutEngine(reference.model, seed=self.args.seed, compile=self.args.torch_compile)
             self._cautious = ReferenceRollouter(reference, rollouter)
         return self.collector.attempt(stream, "verify", self._cautious)

@@ -181,13 +181,13 @@ def resumable_checkpoint(run: Path, model: PreTrainedModel) -> Checkpoint | None
     Raises:
         InputError: it is damaged, of another format or of another model; names the older one that would serve.
     """
-    *older, last = checkpoints(run) or [None]
-    if last is None:
+    found = checkpoints(run)
+    if not found:
         return None
     try:
-        return _read(last, model)
+        return _read(found[-1], model)
     except DamagedError as error:
-        whole = next((path for path in reversed(older) if _is_whole(path)), None)
+        whole = next((path for path in reversed(found[:-1]) if _is_whole(path)), None)
         remedy = f"remove it, and --resume goes on from {whole.name}" if whole else "no older one is whole: start anew"
         raise InputError(f"{error}: {remedy}.") from None
 

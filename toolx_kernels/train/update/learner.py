@@ -131,7 +131,7 @@ class Learner:
 
     # ---- policy-gradient updates
 
-    def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, float | None]:
+    def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, Any]:
         """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
 
         The first update is of the policy as it is, so its ratio is exactly 1, and its forward pass gives the log-probs
