@@ -61,10 +61,15 @@ def packed_gradients(model, groups, scores=SCORES, budget=10**6):
         batch = pack(parts, model.device, model.dtype)
         with toolx_attention(model):
             linear_grpo_loss(
-                batch.hidden(model), targets=batch.targets, cu_seqlens=batch.cu_seqlens, mask=batch.mask,
-                advantages=batch.advantages, denominator=sum(map(len, scores)),
-                config=GRPOLossConfig(loss_type="grpo"), **head_of(model),
-            ).loss.backward()  # fmt: skip
+                batch.hidden(model),
+                targets=batch.targets,
+                cu_seqlens=batch.cu_seqlens,
+                mask=batch.mask,
+                advantages=batch.advantages,
+                denominator=sum(map(len, scores)),
+                config=GRPOLossConfig(loss_type="grpo"),
+                **head_of(model),
+            ).loss.backward()
     return gradients(model)
 
 
