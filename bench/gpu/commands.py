@@ -78,7 +78,9 @@ def tested(code: int | None, output: str) -> dict:
     reasons = {name: why for _, name, why in re.findall(r"^(FAILED|ERROR) (.+?)(?: - (.*))?$", output, re.MULTILINE)}
     for name in reasons:
         outcomes.setdefault(name, "ERROR")  # a file that could not be read
-    counts, absent, failed = Counter(), Counter(), defaultdict(list)
+    counts: Counter[str] = Counter()
+    absent: Counter[str] = Counter()
+    failed: defaultdict[str, list[str]] = defaultdict(list)
     for name, outcome in outcomes.items():
         why = reasons.get(name, "")
         if outcome in ("PASSED", "SKIPPED"):
@@ -96,8 +98,8 @@ def tested(code: int | None, output: str) -> dict:
     elif code not in (0, 1) or not outcomes:
         failures.append(f"pytest ended with status {code}: {last_line(output)}")
     named = [name for names in failed.values() for name in names]
-    found = {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": failures[:LISTED_FAILURES]}
-    return found | ({"left_out": dict(absent)} if absent else {}) | ({"failed_tests": named} if named else {})
+    totals = {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": failures[:LISTED_FAILURES]}
+    return totals | ({"left_out": dict(absent)} if absent else {}) | ({"failed_tests": named} if named else {})
 
 
 def text_of(name: str, output: str) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def read_journal(path: Path) -> dict[str, dict]:
     return facts
 
 
-def words(found: Mapping[str, object]) -> str:
+def words(found: Mapping[str, Any]) -> str:
     """What fits a line: failures first, then every plain value."""
     failures = [str(found[name]) for name in ("error",) if name in found] + list(map(str, found.get("failures", ())))
     plain = [

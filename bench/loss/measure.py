@@ -48,9 +48,7 @@ def errors(provider: LossProvider, dtype: torch.dtype, device: torch.device) -> 
 
 
 @lru_cache
-def load(
-    kind: type[LossProvider], dtype: torch.dtype, device: torch.device
-) -> tuple[LossProvider | None, dict[str, float] | str]:
+def load(kind: type[LossProvider], dtype: torch.dtype, device: torch.device) -> tuple[LossProvider | None, Any]:
     """The provider and its errors, or None and the reason why it cannot run here."""
     try:
         provider = kind(device)
@@ -80,7 +78,7 @@ def admit(
     finally:
         problem.forget_gradients()
     wrong = any(not error <= TOLERANCE[dtype] for error in found.values())
-    record = {"provider": kind.name, "errors": found, "wrong": wrong}
+    record: dict[str, Any] = {"provider": kind.name, "errors": found, "wrong": wrong}
     if not isinstance(provider, Floor) and case.what != "backward":
         gradients = problem.gradient_bytes() if case.what == "both" else 0
         record |= {"mib": round(peak / MIB, 1), "mib_beyond_gradients": round((peak - gradients) / MIB, 1)}

@@ -125,7 +125,7 @@ def admit(
     except Exception:
         provider.close()
         raise
-    record = {"provider": kind.name, "note": provider.note}
+    record: dict[str, Any] = {"provider": kind.name, "note": provider.note}
     if provider.kv_bytes is not None:
         record["kv_mib"] = round(provider.kv_bytes / MIB, 1)
     if not provider.own_pool:

@@ -83,7 +83,8 @@ class HFGenerate(RolloutProvider):
         self.kv_bytes = 0
 
     def generate(self, prompts, new):
-        started, completions = time.perf_counter(), []
+        started = time.perf_counter()
+        completions: list[list[int]] = []
         while len(completions) < len(prompts) * self.case.n:
             at = len(completions) // self.case.n
             left = self.case.limit_s - (time.perf_counter() - started)
@@ -149,7 +150,8 @@ class TransformersBatching(RolloutProvider):
 
     def generate(self, prompts, new):
         # generate_batch is the same, but keeps the forks' tokens to itself.
-        started, completions = time.perf_counter(), []
+        started = time.perf_counter()
+        completions: list[tuple[int, list[int]]] = []
         with self.model.continuous_batching_context_manager(persistent_manager=True, **self.settings()) as manager:
             self.note = f"attention: {self.model.config._attn_implementation}"
             order = manager.add_requests([list(ids) for ids in prompts], max_new_tokens=new)
@@ -175,6 +177,7 @@ class FromFolder(RolloutProvider):
     """An engine that loads the model from a folder and keeps weights and a pool of its own on the GPU."""
 
     own_pool = True
+    engine: Any
 
     def __init__(self, model, case):
         super().__init__(model, case)

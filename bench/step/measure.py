@@ -65,7 +65,9 @@ class Worker:
     """A trainer's process, seen from outside."""
 
     def __init__(self, kind: type[StepProvider], case: Case, settings: Settings, device: str):
-        self.kind, self.case, self.records, self.updates = kind, case, [], None
+        self.kind, self.case = kind, case
+        self.records: list[dict] = []
+        self.updates: list[dict] = []
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, kind, case, settings, device), daemon=True)
