@@ -18,8 +18,8 @@ ROWS = {"survey_kernel": 1, "place_rows_kernel": 1, "scale_kernel": 1}  # around
 LOGPROBS = {"target_logits_kernel": 1, "sweep_kernel": 2, "add_online_kernel": 1, "place_targets_kernel": 1}
 SINGLE = {"target_logits_kernel": 1, "sweep_kernel": 1, "place_targets_kernel": 1, "statistics_kernel": 1}
 LOSS = ROWS | SINGLE | {"finish_rows_kernel": 1}
-# rows of the weight and of the adapter are finished; a bias may have any number of elements, other gradients have 16 n
-EVERYTHING = LOSS | {"reweigh_kernel": 1, "finish_rows_kernel": 2, "scale_kernel": 2}
+# a bias may have any number of elements, other gradients have 16 n
+EVERYTHING = LOSS | {"reweigh_kernel": 1, "scale_kernel": 2}
 SAMPLE = {"sample_kernel": 1, "join_samples_kernel": 1}
 # of attention one kernel for keys that are split or a group's prefix, one for keys that are not or what follows it
 ATTENTION = {"attention_kernel": 2, "merge_kernel": 1}
