@@ -368,7 +368,7 @@ def pytest_configure() -> None:
 
     impl = torch.library.Library.impl
 
-    def noting(library, name, function, device, **options):
+    def noting(library, name, function, device="", **options):
         if library.ns == "toolx" and device in ("CompositeExplicitAutograd", "CUDA"):
             ops[name] = function  # the default, which that of CUDA follows where there is one
         return impl(library, name, function, device, **options)

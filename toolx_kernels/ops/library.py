@@ -8,7 +8,7 @@ The compiled part may be absent; ``compiled_error`` then says why and the defaul
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def arguments(kind: type) -> str:
+def arguments(kind: Any) -> str:
     """The fields of a NamedTuple as arguments of a schema; a default can only be None."""
     defaults = kind._field_defaults
     types = get_type_hints(kind)

@@ -89,4 +89,4 @@ class Gradients:
         head, (weight, bias) = self.head, self.whole
         hidden = None if self.hidden is None else reducer(head.shard)(self.hidden, "sum")
         pairs = ((hidden, head.hidden), (weight, head.weight), (bias, head.bias))
-        return HeadGradients(*(None if total is None else total.to(like.dtype) for total, like in pairs))
+        return HeadGradients(*(None if x is None or like is None else x.to(like.dtype) for x, like in pairs))

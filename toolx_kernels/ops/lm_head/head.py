@@ -81,8 +81,9 @@ def results_of(grads: HeadGradients, inputs: HeadInputs) -> tuple[Tensor, ...]:
 
 def fake_results(inputs: HeadInputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """``results_of`` gradients, without their values."""
-    pairs = zip((inputs[at] for at in TRAINABLE), needs, strict=True)
-    return tuple(like.new_empty(like.shape) if need else inputs.hidden.new_empty(0) for like, need in pairs)
+    empty = inputs.hidden.new_empty
+    pairs = zip((inputs.hidden, inputs.weight, inputs.bias), needs, strict=True)
+    return tuple(empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in pairs)
 
 
 def for_autograd(results: Sequence[Tensor], needs: Sequence[bool], n_inputs: int) -> list[Tensor | None]:

@@ -237,11 +237,11 @@ def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Bat
         check_advantages(given.advantages)
         computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
         check_values(targets, inputs.temperature, vocab_size, computed)
-    logprobs = (given.old_logprobs, given.ref_logprobs, given.sampler_logprobs)
-    logprobs = [x if x is None else x.to(dtype).contiguous() for x in logprobs]
+    logprobs = given.old_logprobs, given.ref_logprobs, given.sampler_logprobs
+    others = [None if x is None else x.to(dtype).contiguous() for x in logprobs]
     if len(rows) < n_rows:
-        head, logprobs = head.rows(rows), [pick(x, rows) for x in logprobs]
-    vectors = RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *logprobs)
+        head, others = head.rows(rows), [pick(x, rows) for x in others]
+    vectors = RowVectors(live.advantages[: len(rows)], live.weights[: len(rows)], *others)
     needs = Trained() if gradients_in_backward(inputs, config) else Trained(*given.needs)
     return Batch(head, vectors, live.facts[1, :-1], on_host.computed_before, rows, n_rows, needs)
 

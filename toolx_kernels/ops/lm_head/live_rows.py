@@ -178,7 +178,7 @@ if triton is not None:
         flags = {"EVERY_ROW": config.computes_every_row, "HAS_MASK": mask is not None, "BLOCK": 512}
         absent = targets  # never read
         mask = absent if mask is None else mask
-        facts = targets.new_empty(4, n_completions + 1)
+        facts = call.targets.new_empty(4, n_completions + 1)
         survey_kernel[(n_completions,)](
             cu_seqlens, advantages, absent if rewards is None else rewards, mask, targets, temperature, facts,
             n_rows, call.vocab_size, HAS_REWARDS=rewards is not None, **flags,

@@ -11,7 +11,7 @@ end: through the log-ratio, which at sequence level is shared by the whole compl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ _twin_globals = {
 }
 
 
-def dual(function: FunctionType):
+def dual(function: Callable) -> Callable:
     """Compiles ``function`` for Triton kernels and puts its torch twin into ``in_torch`` under the same name."""
     twin = FunctionType(function.__code__, _twin_globals, function.__name__)
     _twin_globals[function.__name__] = twin
@@ -323,6 +323,7 @@ def loss_denominator(
     if loss_type in ("grpo", "sapo", "luspo"):
         return len(lengths)
     if loss_type == "dr_grpo":
+        assert max_completion_length is not None  # GRPOLossConfig demands it
         return len(lengths) * max_completion_length
     return lengths.sum().clamp(min=1) if isinstance(lengths, Tensor) else max(1, sum(lengths))
 

@@ -11,7 +11,7 @@ from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import sweep as sweeps
 from toolx_kernels.ops.lm_head import sweep_torch, tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
-from toolx_kernels.ops.lm_head.head import Head, HeadGradients, Trained, blocks
+from toolx_kernels.ops.lm_head.head import Head, HeadGradients, Trained, blocks, pick
 from toolx_kernels.ops.lm_head.live_rows import Batch
 from toolx_kernels.ops.lm_head.objective import policy_objective
 from toolx_kernels.ops.lm_head.per_row import PerRow
@@ -29,7 +29,7 @@ def two_sweeps(batch: Batch, config: GRPOLossConfig) -> tuple[PerRow, HeadGradie
         logprobs, lse = stats.logprobs[kept], stats.lse[kept]
         grads = recompute_gradients(
             batch.head.rows(kept),
-            TokenStats(logprobs, lse, None if e is None else stats.entropy[kept]),
+            TokenStats(logprobs, lse, None if e is None else pick(stats.entropy, kept)),
             TokenStats(c[kept], torch.zeros_like(lse), None if e is None else e[kept]),
             batch.needs,
             config.workspace_mib,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class VocabShard:
     start: int
     vocab_size: int
     all_reduce: Callable[[Tensor, str], Tensor]
+    key: int = field(init=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "key", len(_shards))
