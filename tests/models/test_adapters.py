@@ -40,7 +40,8 @@ def adapted(dtype=FP32, architecture="llama", seed=0, trained=True, model=None, 
     """A small model with an adapter; ``trained``: one that has an effect."""
     model = model or small_model(architecture).to(DEVICE, dtype)
     args = ToolExpanderConfig(use_peft=True, lora_r=4, lora_alpha=8, seed=seed, model="a-base", **settings)
-    add_adapter(model, args)
+    targets = args.lora_target_modules
+    add_adapter(model, rank=4, alpha=8, target_modules=targets, seed=seed, name="a-base")
     if trained:
         change(model)
     return model, args
@@ -250,7 +251,7 @@ def test_names_a_base_model_that_has_no_folder(tmp_path):
 @needs_peft
 def test_an_adapter_of_the_tiny_model_names_the_seed_of_its_weights(tmp_path):
     model, _ = load_model("tiny", seed=3)
-    add_adapter(model, ToolExpanderConfig(model="tiny", seed=3, use_peft=True))
+    add_adapter(model, rank=4, alpha=8, seed=3, name="tiny")
     change(model, seed=1)
     save_adapter(model, tmp_path)
     assert base_of(tmp_path) == "tiny:3"
@@ -271,7 +272,7 @@ def test_an_adapter_of_the_tiny_model_names_the_seed_of_its_weights(tmp_path):
 def test_refuses_targets(target, message):
     model = small_model("llama", tied=False)
     with pytest.raises(InputError, match=message):
-        add_adapter(model, ToolExpanderConfig(use_peft=True, lora_target_modules=["v_proj", target]))
+        add_adapter(model, rank=4, alpha=8, target_modules=["v_proj", target])
     assert all(p.requires_grad for p in model.parameters()) and not adapters.has_adapter(model)
 
 
@@ -289,7 +290,7 @@ def test_refuses_files_of_another_adapter(tmp_path):
     model, _ = adapted()
     save_adapter(model, tmp_path / "good")
     other = small_model("llama")
-    add_adapter(other, ToolExpanderConfig(use_peft=True, lora_r=2))
+    add_adapter(other, rank=2, alpha=8)
     before = logits(model)
     with pytest.raises(InputError, match=r"lora_A.weight is \(4, .*this model's is \(2, .*use the lora_r and"):
         load_adapter_weights(tmp_path / "good", other)
@@ -306,4 +307,4 @@ def test_refuses_files_of_another_adapter(tmp_path):
 def test_says_that_peft_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"use_peft=True needs peft: pip install 'toolx_kernels\[lora\]'"):
-        add_adapter(small_model("llama"), ToolExpanderConfig(use_peft=True))
+        add_adapter(small_model("llama"), rank=4, alpha=8)

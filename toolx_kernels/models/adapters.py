@@ -19,42 +19,47 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.train.config import ToolExpanderConfig
 
 TRAINED, REFERENCE = "default", "reference"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # which peft's files put before the names of a model's modules
 
 
-def add_adapter(model: PreTrainedModel, args: ToolExpanderConfig) -> None:
-    """Adds an adapter as ``args.lora_*`` say; from here on its parameters alone need a gradient.
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int,
+    target_modules: list[str] | None = None,
+    seed: int = 0,
+    name: str | None = None,
+) -> None:
+    """Adds an adapter to a model, whose parameters alone need a gradient from here on.
 
-    Its output is zero until it is trained, and its random half is a function of ``args.seed``. Without
-    ``lora_target_modules`` every linear layer but the head has one. There is no dropout: the policy that is trained is
-    the one that sampled.
+    Its output is zero until it is trained. There is no dropout: the policy that is trained is the one that sampled.
+
+    Args:
+        target_modules: the linear layers that have one; None: all but the head.
+        seed: its random half is a function of it.
+        name: of the base model, for ``load_model``; by default the one that transformers gave it.
 
     Raises:
         InputError: peft is not installed, or a target is the head, is no linear layer or is none of the model's
             modules. The model is as it was then.
     """
     require_peft("use_peft=True")
-    check_targets(model, args.lora_target_modules)
+    check_targets(model, target_modules)
     from peft import LoraConfig
 
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=args.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(args.seed)
+        torch.random.default_generator.manual_seed(seed)
         _add(model, config, TRAINED)
-    is_folder = (Path(model.name_or_path) / "config.json").is_file()
-    name = args.model or model.name_or_path
+    loaded_from = str(model.name_or_path)
+    name = name or loaded_from
     if name == "tiny":  # whose weights are a function of the seed
-        name = f"tiny:{args.seed}"
-    config.base_model_name_or_path = model.name_or_path if is_folder else name
+        name = f"tiny:{seed}"
+    config.base_model_name_or_path = loaded_from if (Path(loaded_from) / "config.json").is_file() else name
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -71,7 +76,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         _add(model, config, TRAINED)
     except LOADING_ERRORS as error:
         raise InputError(
@@ -92,7 +97,7 @@ def base_of(folder: Path) -> str:
     from peft import PeftConfig
 
     try:
-        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     except LOADING_ERRORS as error:
         raise InputError(
             f"{folder} holds no readable adapter_config.json ({first_line(error)}): give another."

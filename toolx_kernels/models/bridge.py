@@ -46,7 +46,7 @@ class AttentionContext(Protocol):
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
     """Last hidden states (N, D) of N packed tokens, inside ``with toolx_attention(model)``.
 
-    Backward adds the gradient of the embedding straight to its ``weight.grad`` (``ops.rows.embed``).
+    Backward adds the gradient of the embedding straight to its ``weight.grad`` (``embed``).
     """
     if torch.is_grad_enabled():
         inputs = {"inputs_embeds": embed(model.get_input_embeddings(), input_ids[None])}

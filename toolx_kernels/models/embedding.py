@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -42,7 +44,7 @@ class _Lookup(torch.autograd.Function):
 class _SparseGradient(TorchFunctionMode):
     """While it is on, looking rows of ``weight`` up leaves no (V, D) gradient behind in autograd."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = weight
 
@@ -75,7 +77,7 @@ def embed(
         return embedding(ids)
 
 
-def _is_plain(embedding: nn.Module) -> bool:
+def _is_plain(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
     if not (isinstance(embedding, nn.Embedding) and torch.is_grad_enabled()):
         return False
     weight = embedding.weight

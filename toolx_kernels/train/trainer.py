@@ -344,5 +344,12 @@ def _trainable(
             "or merge the adapter into it first (peft's merge_and_unload)."
         )
     if args.use_peft:
-        add_adapter(model, args)
+        add_adapter(
+            model,
+            rank=args.lora_r,
+            alpha=args.lora_alpha,
+            target_modules=args.lora_target_modules,
+            seed=args.seed,
+            name=args.model,
+        )
     return model.eval(), tokenizer

@@ -325,7 +325,7 @@ def linear_flops(of, groups, targets):
 def test_flops_are_those_of_the_matrix_products(adapter):
     of = small_model("llama", tied=False).to(DEVICE)
     if adapter:
-        add_adapter(of, ToolExpanderConfig(use_peft=True, lora_r=4))
+        add_adapter(of, rank=4, alpha=32)
     groups = groups_of((9, [4, 7]), (5, [1]))
     tokens, targets = 9 + 3 + 6 + 5, 12
     pairs = 9 * 10 // 2 + (3 * 9 + 4 * 3 // 2) + (6 * 9 + 7 * 6 // 2) + 5 * 6 // 2
