@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from toolx_kernels import paged_attention
+from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.attention.paged_torch import paged_attention as in_torch
 
 HEADS, KV_HEADS, DIM, PAGE = 9, 3, 64, 16
@@ -47,7 +48,7 @@ CASES = {
 
 def plain_torch(*tensors_and_scale, max_queries, cu_groups=None, prefix_lens=None):
     *tensors, scale = tensors_and_scale
-    return in_torch(*tensors, cu_groups, prefix_lens, max_queries, scale, 0.0, 0)
+    return in_torch(PagedCall(*tensors, cu_groups, prefix_lens, max_queries, scale, 0.0, 0))
 
 
 @pytest.mark.parametrize("provider", [paged_attention, plain_torch], ids=["toolx", "plain torch"])

@@ -88,7 +88,7 @@ class Simulation:
         assert inputs.cu_groups[0] == 0 and inputs.cu_groups[-1] == len(inputs.ids)
 
     def check_pages(self):
-        holders = Counter(page for row in self.scheduler._sequences if row for page in row.pages)
+        holders = Counter(page for row in self.scheduler._sequences.values() for page in row.pages)
         assert self.pool.references == [holders[page] for page in range(self.pool.n_pages)]
         assert sorted(self.pool.free) == [page for page in range(self.pool.n_pages) if not holders[page]]
 

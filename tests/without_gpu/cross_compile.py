@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from toolx_kernels.engine import bit_sum, bit_sum_triton
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import advantages
-from toolx_kernels.ops.attention import paged_triton
+from toolx_kernels.ops.attention import paged_tiles, paged_triton
 from toolx_kernels.ops.lm_head import live_rows, per_row, sampling_triton, scaling, sweep_triton, tiles
 from toolx_kernels.ops.triton_common import OF_HEAD
 
@@ -173,11 +173,11 @@ def attention_cases(chip: int, every: bool):
                 hardest = what == "prefill" and dim > 64
                 if not (hardest or every):
                     continue
-                tile = paged_triton.choose_tile((chip // 10, chip % 10), ELEMENTS[dtype], dim, 7, queries)
+                tile = paged_tiles.choose_tile((chip // 10, chip % 10), ELEMENTS[dtype], dim, 7, queries)
                 constants = {
                     "PREFIX": queries == 1, "GROUPED": queries == 1, "DIRECT": queries > 1,
                     "HAS_WINDOW": True, "HAS_SOFTCAP": True, "D": dim, "BLOCK_D": dim,
-                    "PRECISION": paged_triton.dot_precision(ELEMENTS[dtype], dim, tile.block_m),
+                    "PRECISION": paged_tiles.dot_precision(ELEMENTS[dtype], dim, tile.block_m),
                     "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **sizes,
                 }  # fmt: skip
                 yield f"attention {what} {dim}", "attention_kernel", constants, dtype, (tile.warps, tile.stages)

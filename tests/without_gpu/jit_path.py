@@ -38,6 +38,7 @@ from toolx_kernels import linear_grpo_loss, linear_logprob
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops import advantages
 from toolx_kernels.ops.attention import paged_triton
+from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.lm_head import sampling, sampling_triton, scaling
 
 PROCESSORS = 132  # of an H100
@@ -120,7 +121,7 @@ def attend(dtype, heads, dim, sizes, others, window=0, softcap=0.0):
         shared = groups[0][0] > 0
         sharing = case.sharing.values() if shared else (None, None)
         most = 16 if shared else int(case.tensors[-1].diff().max())
-        paged_triton.paged_attention(*case.tensors, *sharing, most, 0.1, softcap, window)
+        paged_triton.paged_attention(PagedCall(*case.tensors, *sharing, most, 0.1, softcap, window))
 
     return Case(run, sizes, others)
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.without_gpu.cross_compile import CHIPS, LEAST, SHARED_BYTES, kernels
-from toolx_kernels.ops.attention import paged_triton
+from toolx_kernels.ops.attention import paged_tiles
 from toolx_kernels.ops.lm_head import tiles
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_every_kernel_fits_the_chip_with_least_to_spare(on_least):
 def test_sm_89_takes_the_tiles_of_sm_86():
     """It has the instructions, registers and shared memory of sm_86, for which they are compiled."""
     assert all(tiles.TRITON_TILES[89, size] == tiles.TRITON_TILES[86, size] for size in (2, 4))
-    assert not {chip for chip, *_ in paged_triton.TILES_OF_CHIP} & {86, 89}
+    assert not {chip for chip, *_ in paged_tiles.TILES_OF_CHIP} & {86, 89}
 
 
 @pytest.mark.parametrize("name", ["reweigh_kernel", "move_rows_kernel"])

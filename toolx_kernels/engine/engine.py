@@ -162,9 +162,8 @@ class RolloutEngine:
                 evaluating(self.model),
                 toolx_attention(self.model),
             ):
-                runner = self._runner_for(groups)
+                runner = self._runner_for(groups, params)
                 scheduler = Scheduler(runner.pool, list(chain(*groups)), params, self._max_sequences, ended)
-                runner.start(params, self._weights)
                 while not scheduler.is_finished:
                     self._prefill(runner, scheduler)
                     self._decode(runner, scheduler)
@@ -212,8 +211,8 @@ class RolloutEngine:
 
         scheduler.record(*retry_with_less(next_tokens, give_back))
 
-    def _runner_for(self, groups: list[list[Sequence]]) -> Runner:
-        """The kept runner and pool, which forgets its prompts where the weights changed; or new ones."""
+    def _runner_for(self, groups: list[list[Sequence]], params: SamplingParams) -> Runner:
+        """A runner ready for a call: the kept one, which forgets its prompts if the weights changed, or a new one."""
         weight = next(self.model.parameters())
         weights = fingerprint(self.model)
         if self.runner is not None:
@@ -227,6 +226,7 @@ class RolloutEngine:
         if self.runner is None:
             capture = capture_cuda_graph if weight.device.type == "cuda" else None
             self.runner = Runner(self.model, pool, capture, self.compile)
+        self.runner.start(params, weights)
         return self.runner
 
     def _pool_for(self, groups: list[list[Sequence]], weight: torch.Tensor) -> PagePool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Graphs:
 
     def graph_of(self, step: Callable[[Tensor, Sizes], Tensor], sizes: Sizes, packed: Tensor) -> Replay | None:
         """The graph of ``step`` in these sizes, captured with ``packed`` in the buffer; None: run this one eagerly."""
-        if not self.in_use:
+        if not self.in_use or self.capture is None:
             return None
         key = (sizes, self._params)
         graph = self._graphs.pop(key, None)
@@ -79,7 +78,7 @@ class Graphs:
                 self._made_room = True
             buffer = packed.to(self.device, non_blocking=True)
             try:
-                graph = self.capture(partial(step, sizes=sizes), buffer, self._memory, self._stream)
+                graph = self.capture(lambda inputs: step(inputs, sizes), buffer, self._memory, self._stream)
             except RuntimeError as error:
                 warnings.warn(f"Decoding runs without CUDA graphs, because capturing one failed: {error}", stacklevel=2)
                 self.capture, self.in_use = None, False

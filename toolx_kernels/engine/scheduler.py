@@ -77,7 +77,7 @@ class Scheduler:
         n = min(max_sequences, len(sequences))
         longest = max(seq.limit for seq in sequences)
         most_pages = max(pages_of(len(seq.prompt), seq.limit, pool.page_size) for seq in sequences)
-        self._sequences: list[Sequence | None] = [None] * n
+        self._sequences: dict[int, Sequence] = {}  # by place
         self._vacant = list(range(n))[::-1]
         self._stops = np.array(params.stop_token_ids, dtype=np.int64)
         self._done = self._done_tokens = 0
@@ -103,26 +103,26 @@ class Scheduler:
         starting: list[int] = []
         chunk_of: list[int] = []
         chunks: list[Chunk] = []
-        leader = None
+        leader: Sequence | None = None
         if not (self.waiting and self._vacant):
             return Started(np.empty(0, dtype=np.int64), chunk_of, chunks)
-        reserved = sum(self._growth(self._sequences[place], self._length[place]) for place in self.order)
+        reserved = sum(self._growth(self._sequences[place], self._length[place]) for place in self.order.tolist())
         while self.waiting and self._vacant:
             seq = self.waiting[0]
             length = len(seq.prompt) + len(seq.completion.ids)
-            forked = leader is not None and leader.group == seq.group and not seq.completion.ids
+            forked = leader if leader and leader.group == seq.group and not seq.completion.ids else None
             tokens = [] if forked else seq.prompt + seq.completion.ids
             # the last token is computed in any case: the next one is sampled from its hidden state
             found = self.pool.find(tokens[:-1])
             needed = 0 if forked else self.pool.pages_for(length) - len(found)
-            copied = int(forked and length % self.pool.page_size > 0)
+            copied = int(forked is not None and length % self.pool.page_size > 0)
             growth = self._growth(seq, length) + copied
             if needed + growth + reserved > len(self.pool.free) and (starting or len(self.order)):
                 self.pool.release(found)
                 break
             reserved += growth
             if forked:
-                seq.pages = list(leader.pages)
+                seq.pages = list(forked.pages)
                 self.pool.share(seq.pages)
             else:
                 seq.pages = found + self.pool.allocate(needed)
@@ -164,11 +164,11 @@ class Scheduler:
 
     def grow(self) -> None:
         """Gives every running sequence a page of its own for its newest token; may preempt the youngest sequences."""
-        copies = []
+        copies: list[tuple[int, int]] = []
         at = (self._length - 1) // self.pool.page_size
         writing = self.order[((at >= self._held) | self._forked)[self.order]]
         for place, index in zip(writing.tolist(), at[writing].tolist(), strict=True):
-            seq = self._sequences[place]
+            seq = self._sequences.get(place)
             while seq is not None:  # None: it was preempted for an older one
                 shared = seq.pages[index:]
                 if shared and not self.pool.is_shared(shared[0]):
@@ -179,8 +179,8 @@ class Scheduler:
                     self.pool.release(shared)
                     self._table[place, index], self._held[place] = seq.pages[index], index + 1
                     break
-                self._preempt(self.order[-1])
-                seq = self._sequences[place]
+                self._preempt(int(self.order[-1]))
+                seq = self._sequences.get(place)
             self._forked[place] = False
         if copies:
             self.pool.copy(*zip(*copies, strict=True))
@@ -226,7 +226,7 @@ class Scheduler:
         ended = stopped | (made + 1 == self._limit[places])
         if not ended.any():
             return
-        done = [self._leave(places[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
+        done = [self._leave(int(places[i]), "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
         self._close_ranks()
         for seq in done:
             self._done += 1
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _leave(self, place: int, reason: str) -> Sequence:
         """The sequence takes what it has with it, and holds no pages any more; they can be found for a while."""
-        seq, self._sequences[place], self._runs[place] = self._sequences[place], None, False
+        seq, self._runs[place] = self._sequences.pop(place), False
         made = self._length[place] - self._prompt[place]
         seq.completion.ids = self._tokens[place, :made].tolist()
         for column, name in enumerate(STATS):
@@ -263,13 +263,13 @@ class Scheduler:
         n_kept = len(self.order) // 2
         if n_kept == 0:
             return False
-        for place in self.order[n_kept:][::-1]:
+        for place in self.order[n_kept:][::-1].tolist():
             self._preempt(place)
         self._vacant.clear()
         return True
 
     def _cancel(self, group: int) -> None:
-        for place in self.order:
+        for place in self.order.tolist():
             if self._sequences[place].group == group:
                 self._leave(place, "cancelled")
         self._close_ranks()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from toolx_kernels.engine.pool_size import power_of_two
 
 ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
 LEAST_WIDTH = 64  # columns of a graph's block table
 SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
+
+Array = Any  # numpy's where a step is packed, torch's where it is read
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,18 +62,18 @@ def bucket(exact: Sizes) -> Sizes:
 class Parts(NamedTuple):
     """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
 
-    ids: np.ndarray | Tensor  # (R) int64, as the next three
-    positions: np.ndarray | Tensor  # (R)
-    slots: np.ndarray | Tensor  # (R)
-    streams: np.ndarray | Tensor  # (R, 5)
-    seq_lens: np.ndarray | Tensor  # (R) int32, as all others
-    prefix_lens: np.ndarray | Tensor  # (R)
-    cu_groups: np.ndarray | Tensor  # (G + 1)
-    cu_rows: np.ndarray | Tensor  # (R + 1): every row has one query
-    block_table: np.ndarray | Tensor  # (R, W)
+    ids: Array  # (R) int64, as the next three
+    positions: Array  # (R)
+    slots: Array  # (R)
+    streams: Array  # (R, 5)
+    seq_lens: Array  # (R) int32, as all others
+    prefix_lens: Array  # (R)
+    cu_groups: Array  # (G + 1)
+    cu_rows: Array  # (R + 1): every row has one query
+    block_table: Array  # (R, W)
 
 
-def parts_of(buffer: np.ndarray | Tensor, sizes: Sizes) -> Parts:
+def parts_of(buffer: Array, sizes: Sizes) -> Parts:
     """The parts of a buffer of ``buffer_length(sizes)`` int64."""
     rows, width = sizes.rows, sizes.width
     wide, narrow = buffer[: 8 * rows], buffer[8 * rows :].view(torch.int32 if torch.is_tensor(buffer) else np.int32)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.ops.cases import DEVICE, assert_as_good
 from toolx_kernels import paged_attention, reference
+from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.attention.paged_torch import paged_attention as plain_torch
 
 SCALE = 0.3
@@ -75,7 +76,7 @@ def assert_as_good_as_torch(case: Case, softcap=0.0, window=0) -> Tensor:
     dtype = case.tensors[0].dtype
     mine = paged_attention(*case.tensors, SCALE, softcap, window, **case.sharing)
     truth = reference.paged_attention(*case.double().tensors, SCALE, softcap, window)
-    theirs = plain_torch(*case.tensors, None, None, len(truth), SCALE, softcap, window)
+    theirs = plain_torch(PagedCall(*case.tensors, None, None, len(truth), SCALE, softcap, window))
     assert truth.isfinite().all() and mine.dtype == dtype and mine.shape == truth.shape
     assert_as_good({"out": mine}, {"out": theirs}, {"out": truth}, TOLERANCE[dtype])
     # a norm would forgive a single wrong query

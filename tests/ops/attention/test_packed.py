@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ops.cases import DEVICE
 from toolx_kernels.ops.attention import packed_flex
 from toolx_kernels.ops.attention.packed import PADDED_WORK, PackedContext, check_flex, cut_into_blocks, like_sized
-from toolx_kernels.ops.attention.packed_flex import FLEX_BLOCK, block_mask, padded_length
+from toolx_kernels.ops.attention.packed_flex import BLOCK, block_mask, padded_length
 
 SCALE = 0.4
 LENGTHS = [(37, [6, 0, 12, 4]), (1, [3]), (5, [9, 9]), (130, [2, 300, 8])]  # N = 526, in 6 blocks of 128
@@ -104,7 +104,7 @@ def test_every_pair_of_the_block_mask_is_a_visible_one(window):
     visible = visible_by_hand(LENGTHS, window)
     mask = PackedContext(LENGTHS, DEVICE).flex_mask(window)
     length, n = mask.seq_lengths[0], len(visible)
-    assert length == 768 and mask.BLOCK_SIZE == (FLEX_BLOCK, FLEX_BLOCK)
+    assert length == 768 and mask.BLOCK_SIZE == (BLOCK, BLOCK)
     places = torch.arange(length, device=DEVICE)
     pairs = mask.mask_mod(None, None, places[:, None], places)
     assert pairs[:n, :n].cpu().equal(visible)
@@ -114,7 +114,7 @@ def test_every_pair_of_the_block_mask_is_a_visible_one(window):
     for kind in ("kv", "full_kv", "q", "full_q"):  # past a row's count the indices mean nothing
         ours_n, theirs_n = (getattr(m, f"{kind}_num_blocks") for m in (mask, theirs))
         assert ours_n.equal(theirs_n)
-        used = torch.arange(length // FLEX_BLOCK, device=DEVICE) < ours_n[..., None]
+        used = torch.arange(length // BLOCK, device=DEVICE) < ours_n[..., None]
         assert getattr(mask, f"{kind}_indices")[used].equal(getattr(theirs, f"{kind}_indices")[used])
     assert (mask.full_kv_num_blocks.sum() > 0) == (window == 0)
 
@@ -129,7 +129,7 @@ def test_a_block_mask_made_in_pieces_is_the_same(monkeypatch):
 
 def test_lengths_of_flex_are_few_and_whole_blocks():
     lengths = [padded_length(n) for n in range(1, 5000)]
-    assert all(n <= length and length % FLEX_BLOCK == 0 for n, length in enumerate(lengths, start=1))
+    assert all(n <= length and length % BLOCK == 0 for n, length in enumerate(lengths, start=1))
     assert sorted(set(lengths)) == [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
 
 
@@ -138,7 +138,7 @@ def flex(monkeypatch):
     """FlexAttention as a GPU would be given it; on a CPU uncompiled, which torch refuses to differentiate there."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(packed_flex, "kernel", lambda: torch_flex.flex_attention)
+        monkeypatch.setattr(packed_flex, "kernel", torch_flex.flex_attention)
     monkeypatch.setattr(packed_flex, "_gone", False)
     check_flex.cache_clear()
     with warnings.catch_warnings():
@@ -194,7 +194,7 @@ def wrong(query, key, value, *_, **__):
 @pytest.mark.parametrize("kernel, reason", [(fail, "no kernel for this card$"), (wrong, "results are off by")])
 def test_where_flex_fails_dense_blocks_take_over_with_one_warning(flex, monkeypatch, kernel, reason):
     monkeypatch.setattr(packed_flex, "applies", lambda query: not packed_flex._gone)
-    monkeypatch.setattr(packed_flex, "kernel", lambda: kernel)
+    monkeypatch.setattr(packed_flex, "kernel", kernel)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, _ = inputs_of(context, dtype=torch.float32)
     with pytest.warns(UserWarning, match=reason) as seen:
@@ -208,7 +208,7 @@ def test_running_out_of_memory_is_not_a_failing_flex(flex, monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(packed_flex, "applies", lambda query: True)
-    monkeypatch.setattr(packed_flex, "kernel", lambda: exhausted)
+    monkeypatch.setattr(packed_flex, "kernel", exhausted)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, _ = inputs_of(context, dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
@@ -229,7 +229,7 @@ def test_a_gpu_repeats_flex_to_the_bit(flex, dtype):
 def test_packs_below_two_blocks_take_dense_ones_and_compile_nothing():
     """So that checking a model, with a few tokens, does not."""
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    for n_tokens, flex in ((6, False), (2 * FLEX_BLOCK - 1, False), (2 * FLEX_BLOCK, True)):
+    for n_tokens, flex in ((6, False), (2 * BLOCK - 1, False), (2 * BLOCK, True)):
         on_gpu.shape = (n_tokens, 4, 64)
         assert packed_flex.applies(on_gpu) == flex
 

@@ -8,6 +8,7 @@ from tests.ops.cases import DEVICE
 from toolx_kernels import paged_attention, reference
 from toolx_kernels.ops import library
 from toolx_kernels.ops.attention import paged_torch
+from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.attention.paged_torch import masked_attention
 
 CASES = {
@@ -273,7 +274,8 @@ def test_plain_torch_multiplies_no_nan(window, softcap, monkeypatch):
     query, keys, values, table, *bounds = make_case([6, 15, 9], [6, 1, 0], 4, dtype=torch.float32).tensors
     unwritten = torch.full_like(keys[:1], torch.nan)
     caches = (torch.cat([unwritten, cache]) for cache in (keys, values))
-    paged_torch.paged_attention(query, *caches, table + 1, *bounds, None, None, 6, SCALE, softcap, window)
+    call = PagedCall(query, *caches, table + 1, *bounds, None, None, 6, SCALE, softcap, window)
+    paged_torch.paged_attention(call)
     assert seen[0].isfinite().all()
 
 

@@ -12,6 +12,7 @@ import torch
 from tests.ops.attention.cases import make_case
 from toolx_kernels import reference
 from toolx_kernels.ops.attention import paged, paged_flash, paged_torch
+from toolx_kernels.ops.attention.paged_call import PagedCall
 
 PAGE = 256
 
@@ -85,7 +86,7 @@ def install(monkeypatch, module):
 
 def run(arguments, groups=(None, None), max_queries=None, softcap=0.0, window=0):
     bound = int(arguments[5].diff().max()) if max_queries is None else max_queries
-    return paged_flash.paged_attention(*arguments, *groups, bound, 0.3, softcap, window)
+    return paged_flash.paged_attention(PagedCall(*arguments, *groups, bound, 0.3, softcap, window))
 
 
 def assert_agrees(out, arguments, softcap=0.0, window=0):

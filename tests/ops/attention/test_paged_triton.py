@@ -14,7 +14,8 @@ from toolx_kernels import reference
 from toolx_kernels.errors import InputError
 
 pytest.importorskip("triton")
-from toolx_kernels.ops.attention import paged_triton
+from toolx_kernels.ops.attention import paged_tiles, paged_triton
+from toolx_kernels.ops.attention.paged_call import PagedCall
 
 pytestmark = needs_triton
 OF_SPLITS = pytest.mark.parametrize(
@@ -31,7 +32,8 @@ def run(arguments, groups=NO_GROUPS, scale=0.3, softcap=0.0, window=0):
     """The kernels, with the bound that a caller who knows the lengths would give."""
     query, *_, cu = arguments
     bounds = cu if groups[0] is None else cu[groups[0].long()]
-    return paged_triton.paged_attention(*arguments, *groups, int(bounds.diff().max()), scale, softcap, window)
+    bound = int(bounds.diff().max())
+    return paged_triton.paged_attention(PagedCall(*arguments, *groups, bound, scale, softcap, window))
 
 
 def assert_agrees(out, arguments, scale=0.3, softcap=0.0, window=0):
@@ -208,10 +210,8 @@ def test_a_block_table_that_is_a_slice():
 def test_nothing_to_do():
     arguments = on_device(make_case([5], [1], 4, dtype=torch.float32)[0])
     query, keys, values, table, lens, cu = arguments
-    empty = paged_triton.paged_attention(
-        query[:0], keys, values, table[:0], lens[:0], cu[:1], *NO_GROUPS, 0, 0.3, 0.0, 0
-    )
-    assert empty.shape == (0, 4, 8)
+    nothing = PagedCall(query[:0], keys, values, table[:0], lens[:0], cu[:1], *NO_GROUPS, 0, 0.3, 0.0, 0)
+    assert paged_triton.paged_attention(nothing).shape == (0, 4, 8)
 
 
 def test_a_cache_that_is_not_contiguous_is_refused():
@@ -244,7 +244,8 @@ def test_a_launch_depends_on_no_value_of_the_device(monkeypatch, grouped):
     with monkeypatch.context() as patch:
         forbid_waiting(patch)
         for tensor in (*arguments[3:], *groups):
-            paged_triton.paged_attention(*arguments, *(groups if grouped else NO_GROUPS), 3, 0.3, 0.0, 5)
+            call = PagedCall(*arguments, *(groups if grouped else NO_GROUPS), 3, 0.3, 0.0, 5)
+            paged_triton.paged_attention(call)
             tensor.zero_()
     for kernel in (kernels["attention_kernel"], kernels["merge_kernel"]):
         per_call = len(kernel.grids) // 5
@@ -261,7 +262,7 @@ def test_a_batch_that_runs_dry_compiles_nothing_anew(monkeypatch):
         query, key = (torch.empty(rows, heads, 64, device=DEVICE) for heads in (14, 2))
         paged_triton.kv_write(key, key, cache, cache, n.long())
         arguments = query, cache, cache, n[:, None], n, numbers[: rows + 1], numbers[: rows // 10 + 2], n
-        paged_triton.paged_attention(*arguments, 16, 0.3, 0.0, 0)
+        paged_triton.paged_attention(PagedCall(*arguments, 16, 0.3, 0.0, 0))
     variants = {name: len(kernel.variants) for name, kernel in kernels.items()}
     assert variants == {"kv_write_kernel": 1, "attention_kernel": 2, "merge_kernel": 1}  # a prefix, and what follows
 
@@ -280,19 +281,19 @@ def test_a_captured_graph_serves_other_lengths():
 
 
 def test_splits_fill_the_gpu_once():
-    assert paged_triton.n_splits(2, 132) == paged_triton.MAX_SPLITS
-    assert paged_triton.n_splits(64, 132) == 4
-    assert paged_triton.n_splits(640, 132) == 1
+    assert paged_tiles.n_splits(2, 132) == paged_tiles.MAX_SPLITS
+    assert paged_tiles.n_splits(64, 132) == 4
+    assert paged_tiles.n_splits(640, 132) == 1
 
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (8, 6), (9, 0), (10, 3), (12, 0), (13, 0)])
 @pytest.mark.parametrize("sharing, queries", [(1, 1), (7, 1), (7, 10), (32, 1), (128, 1), (1, 4000)])
 def test_a_tile_holds_the_heads_of_a_query(capability, sharing, queries):
     for itemsize, block_d in itertools.product((2, 4), (16, 64, 128, 256)):
-        tile = paged_triton.choose_tile(capability, itemsize, block_d, sharing, queries)
+        tile = paged_tiles.choose_tile(capability, itemsize, block_d, sharing, queries)
         assert tile.block_m >= max(16, sharing)
         if itemsize == 4 and tile.block_m >= 64:  # tf32 by wgmma was wrong on an H200
-            assert paged_triton.dot_precision(itemsize, block_d, tile.block_m) == "ieee"
+            assert paged_tiles.dot_precision(itemsize, block_d, tile.block_m) == "ieee"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -1,4 +1,4 @@
-"""Attention of packed completions that share their prompt: one rule of who sees whom, and two ways to apply it.
+"""Attention of packed completions that share their prompt: one visibility rule, two implementations.
 
 Dense: blocks of queries over just the keys they may see, under a mask, on any device and in any dtype. Flex: torch's
 block-sparse FlexAttention over the whole pack, on a GPU. Windows go by position, never by packed index.
@@ -13,7 +13,6 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from toolx_kernels.errors import out_of_memory
@@ -55,12 +54,14 @@ class PackedContext:
     tokens: Tokens
     flex_masks: dict[int, BlockMask] = field(repr=False)  # by window
     dense_masks: dict[int, list[Tensor]] = field(repr=False)
-    _blocks: list[Blocks] | None
-    _inverse: Tensor | None  # (N) place of each packed token among all blocks' queries
+    _blocks: list[Blocks] | None = field(repr=False)
+    _inverse: Tensor = field(repr=False)  # with _blocks, (N) place of each packed token among all blocks' queries
 
     def __init__(self, lengths: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu"):
         self.lengths = [(prompt, list(completions)) for prompt, completions in lengths]
-        segment, prompts, position = [], [], []
+        segment: list[int] = []
+        prompts: list[int] = []
+        position: list[int] = []
         number = 0
         for prompt, completions in self.lengths:
             first = number
@@ -71,9 +72,11 @@ class PackedContext:
                 number += 1
         self.tokens = Tokens(*(torch.tensor(column, device=device) for column in (segment, prompts, position)))
         self.flex_masks, self.dense_masks = {}, {}
-        self._blocks = self._inverse = None
+        self._blocks = None
 
-    def attend(self, layer, query, key, value, scale, softcap, window):
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int
+    ) -> Tensor:
         if packed_flex.applies(query):
             try:
                 check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
@@ -131,15 +134,7 @@ class PackedContext:
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
         """As ``dense``."""
-        length = self.flex_mask(window).seq_lengths[0]
-
-        def padded(packed: Tensor) -> Tensor:  # (1, heads, length, Dh)
-            return F.pad(packed, (0, 0, 0, 0, 0, length - len(packed))).transpose(0, 1)[None]
-
-        score_mod = packed_flex.score_cap(softcap, query.device) if softcap else None
-        heads = padded(query), padded(key), padded(value)
-        out = packed_flex.kernel()(*heads, score_mod, self.flex_mask(window), scale, enable_gqa=True)
-        return out[0].transpose(0, 1)[: len(query)]
+        return packed_flex.attend(query, key, value, self.flex_mask(window), scale, softcap)
 
     def flex_mask(self, window: int) -> BlockMask:
         if window not in self.flex_masks:
@@ -151,15 +146,15 @@ def cut_into_blocks(lengths: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[
     """Queries and keys, as packed indices, of blocks that together hold every token once as a query.
 
     A prompt is a block. Of completions as many make a block as have half the prompt's tokens together: it computes
-    their queries over the prompt and over each other, hence at most half of it in vain, while the keys of the prompt
-    are copied twice per prompt length of queries.
+    their queries over the prompt and over each other, so at most half of the computed scores are masked out, while the
+    keys of the prompt are copied twice per prompt length of queries.
     """
     blocks, start = [], 0
     for prompt, completions in lengths:
         keys = range(start, start + prompt)
         blocks.append((list(keys), list(keys)))
         start += prompt
-        run = []
+        run: list[int] = []
         for place, length in enumerate(completions, start=1):
             run += range(start, start + length)
             start += length
@@ -192,7 +187,7 @@ def _padded(bucket: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tens
     return queries, keys, filled
 
 
-# ---- FlexAttention where it can be had
+# ---- the check of FlexAttention
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -221,7 +216,7 @@ def check_flex(
         results = []
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             for attend in (context.flex, context.dense):
-                out = attend(*inputs, scale, softcap, 0)
+                out = attend(inputs[0], inputs[1], inputs[2], scale, softcap, 0)
                 results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
         for ours, dense in zip(*results, strict=True):
             error = float((ours.float() - dense.float()).norm() / dense.float().norm())

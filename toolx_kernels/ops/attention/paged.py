@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from toolx_kernels import reference
 from toolx_kernels.ops import library
 from toolx_kernels.ops.attention import paged_torch
+from toolx_kernels.ops.attention.paged_call import PagedCall
 
 LARGEST_HEAD = 256  # that attention on a GPU has kernels for
 
@@ -63,12 +65,11 @@ def paged_attention(
     if max_queries is None:
         bounds = cu_seqlens_q if cu_groups is None else cu_seqlens_q[cu_groups.long()]
         max_queries = int(bounds.diff().max()) if len(bounds) > 1 else 0
-    # kernels accumulate in fp32
-    function = paged_torch.paged_attention if query.dtype == torch.float64 else torch.ops.toolx.paged_attention
-    return function(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-        scale, softcap, window,
-    )  # fmt: skip
+    rows = block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries
+    arguments = query, key_cache, value_cache, *rows, scale, softcap, window
+    if query.dtype == torch.float64:  # kernels accumulate in fp32
+        return in_torch(*arguments)
+    return torch.ops.toolx.paged_attention(*arguments)
 
 
 def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
@@ -76,20 +77,25 @@ def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype != torch.float64 and head_dim <= LARGEST_HEAD
 
 
-def on_cuda(query, key_cache, *others):
+def in_torch(*arguments: Any) -> Tensor:
+    return paged_torch.paged_attention(PagedCall(*arguments))
+
+
+def on_cuda(*arguments: Any) -> Tensor:
     """flash-attn where it applies, else Triton where it does."""
     from toolx_kernels.ops.attention import paged_flash
 
-    if paged_flash.applies(query, key_cache):
-        return paged_flash.paged_attention(query, key_cache, *others)
-    if has_kernel(query.dtype, query.shape[-1]):
+    call = PagedCall(*arguments)
+    if paged_flash.applies(call.query, call.key_cache):
+        return paged_flash.paged_attention(call)
+    if has_kernel(call.query.dtype, call.query.shape[-1]):
         from toolx_kernels.ops.attention import paged_triton  # triton may be absent
 
-        return paged_triton.paged_attention(query, key_cache, *others)
-    return paged_torch.paged_attention(query, key_cache, *others)
+        return paged_triton.paged_attention(call)
+    return paged_torch.paged_attention(call)
 
 
-def _kv_write_triton(*arguments) -> None:
+def _kv_write_triton(*arguments: Tensor) -> None:
     from toolx_kernels.ops.attention import paged_triton
 
     paged_triton.kv_write(*arguments)
@@ -105,7 +111,7 @@ library.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
     "int window) -> Tensor",
-    default=paged_torch.paged_attention,
+    default=in_torch,
     fake=lambda query, *_: query.new_empty(query.shape),
     triton=on_cuda,
 )
@@ -125,10 +131,21 @@ class PagedContext:
     cu_groups: Tensor | None = None  # (G + 1) int32: bounds of the rows that share a prefix
     prefix_lens: Tensor | None = None  # (R) int32
 
-    def attend(self, layer, query, key, value, scale, softcap, window):
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int
+    ) -> Tensor:
         caches = self.key_caches[layer], self.value_caches[layer]
         kv_write(key, value, *caches, self.slots)
         return paged_attention(
-            query, *caches, self.block_table, self.seq_lens, self.cu_seqlens_q, scale, softcap, window,
-            cu_groups=self.cu_groups, prefix_lens=self.prefix_lens, max_queries=self.max_queries,
-        )  # fmt: skip
+            query,
+            *caches,
+            self.block_table,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            scale,
+            softcap,
+            window,
+            cu_groups=self.cu_groups,
+            prefix_lens=self.prefix_lens,
+            max_queries=self.max_queries,
+        )

@@ -7,17 +7,19 @@ would not do: since 2.8.4 it reads the longest length back from the device, whic
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from toolx_kernels.ops.attention.paged_call import PagedCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_VERSION = (2, 6)  # the first with softcap, and with a log-sum-exp of packed queries
 
 
 @functools.cache
-def installed() -> Callable | None:
+def installed() -> Any:
     """``flash_attn_varlen_func``, or None."""
     try:
         import flash_attn
@@ -41,28 +43,25 @@ def applies(query: Tensor, key_cache: Tensor) -> bool:
     )
 
 
-def paged_attention(
-    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-    scale, softcap, window,
-):  # fmt: skip
-    """See ``attention.paged_attention``; rows without keys get zeros."""
-    out = torch.empty_like(query)
-    if query.numel() == 0 or len(seq_lens) == 0:
+def paged_attention(call: PagedCall) -> Tensor:
+    """See ``paged.paged_attention``; rows without keys get zeros."""
+    seq_lens, prefix_lens, cu_groups, window = call.seq_lens, call.prefix_lens, call.cu_groups, call.window
+    out = torch.empty_like(call.query)
+    if call.query.numel() == 0 or len(seq_lens) == 0:
         return out
-    attend = functools.partial(_attend, query, key_cache, value_cache, scale=scale, softcap=softcap)
+    attend = functools.partial(_attend, call)
     # a sliding window counts from each sibling's own length: for the group's queries as one sequence there is none
-    if cu_groups is None or window:
-        return out.copy_(attend(block_table, seq_lens, cu_seqlens_q, max_queries, window=window)[0])
+    if cu_groups is None or prefix_lens is None or window:
+        return out.copy_(attend(call.block_table, seq_lens, call.cu_seqlens_q, window=window)[0])
     shared_out, shared_lse = attend(
-        block_table[cu_groups[:-1].clamp(max=len(seq_lens) - 1).long()],
+        call.block_table[cu_groups[:-1].clamp(max=len(seq_lens) - 1).long()],
         _of_first_rows(prefix_lens, cu_groups),
-        cu_seqlens_q[cu_groups.long()],
-        max_queries,
+        call.cu_seqlens_q[cu_groups.long()],
         causal=False,
     )
-    page = torch.arange(block_table.shape[1], device=query.device) + (prefix_lens // key_cache.shape[1])[:, None]
-    own_pages = block_table.gather(1, page.clamp(max=block_table.shape[1] - 1).long())
-    own_out, own_lse = attend(own_pages, (seq_lens - prefix_lens).clamp(min=0), cu_seqlens_q, max_queries)
+    own = torch.arange(call.block_table.shape[1], device=out.device) + (prefix_lens // call.key_cache.shape[1])[:, None]
+    own_pages = call.block_table.gather(1, own.clamp(max=call.block_table.shape[1] - 1).long())
+    own_out, own_lse = attend(own_pages, (seq_lens - prefix_lens).clamp(min=0), call.cu_seqlens_q)
     share = torch.sigmoid(own_lse - shared_lse).T[..., None]  # of a token's weights, that of its own keys
     return out.copy_(torch.lerp(shared_out.float(), own_out.float(), share))
 
@@ -74,19 +73,27 @@ def _of_first_rows(per_row: Tensor, cu_groups: Tensor) -> Tensor:
 
 
 def _attend(
-    query, key_cache, value_cache, block_table, lengths, cu_queries, max_queries,
-    *, scale, softcap, window=0, causal=True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call: PagedCall, block_table: Tensor, lengths: Tensor, cu_queries: Tensor, *, window: int = 0, causal: bool = True
+) -> tuple[Tensor, Tensor]:
     """Output (T, H, Dh) and log-sum-exp (H, T) of rows with ``lengths`` keys each."""
-    if len(query) != len(lengths):  # of a bound of 1 flash-attn concludes that every row has one query
-        max_queries = max(2, max_queries)
+    # of a bound of 1 flash-attn concludes that every row has one query
+    max_queries = call.max_queries if len(call.query) == len(lengths) else max(2, call.max_queries)
     cu_keys = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     out, lse, _ = installed()(
-        query, key_cache, value_cache, cu_queries.int(), cu_keys, max_queries,
-        block_table.shape[1] * key_cache.shape[1], softmax_scale=scale, causal=causal,
-        window_size=(window - 1, 0) if window else (-1, -1), softcap=softcap, return_attn_probs=True,
+        call.query,
+        call.key_cache,
+        call.value_cache,
+        cu_queries.int(),
+        cu_keys,
+        max_queries,
+        block_table.shape[1] * call.key_cache.shape[1],
+        softmax_scale=call.scale,
+        causal=causal,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        softcap=call.softcap,
+        return_attn_probs=True,
         block_table=block_table,
-    )  # fmt: skip
+    )
     return out, lse.masked_fill(lse == torch.inf, -1e30)  # flash-attn's word for a query without keys
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from toolx_kernels.ops.attention.paged_call import PagedCall
+
 
 def masked_attention(
     query: Tensor,  # (R, H, Q, Dh)
@@ -28,11 +30,9 @@ def masked_attention(
     return out.unflatten(2, (group, -1)).flatten(1, 2) if group > 1 else out
 
 
-def paged_attention(
-    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-    scale, softcap, window,
-):  # fmt: skip
-    """In plain torch, which makes no use of shared prefixes."""
+def paged_attention(call: PagedCall) -> Tensor:
+    """See ``paged.paged_attention``; no use is made of shared prefixes."""
+    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, *_, scale, softcap, window = call
     query_lens = cu_seqlens_q.diff()
     seq_lens = torch.where(query_lens > 0, seq_lens, 0)  # of rows without queries nothing is read
     n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0

@@ -10,7 +10,6 @@ graph and replayed with other lengths.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,19 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.ops.attention.paged_call import PagedCall
+from toolx_kernels.ops.attention.paged_tiles import choose_tile, dot_precision, n_splits
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped
 
 EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
 BLOCK_U = 512  # rows or groups that are looked at together; as many for any batch, or each would compile its own kernel
-
-
-class AttentionTile(NamedTuple):
-    """At most ``block_m`` rows (query tokens times the heads that share a key) against ``block_n`` keys at a time."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
 
 
 # What varies from call to call of one model, and must not compile anything anew.
@@ -252,11 +244,9 @@ def kv_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
             )  # fmt: skip
 
 
-def paged_attention(
-    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, max_queries,
-    scale, softcap, window,
-):  # fmt: skip
+def paged_attention(call: PagedCall) -> Tensor:
     """See ``paged.paged_attention``; rows without keys get zeros."""
+    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, cu_groups, prefix_lens, *_ = call
     _check_contiguous(key_cache, value_cache)
     out = torch.empty_like(query)
     n_tokens, heads, dim = query.shape
@@ -264,19 +254,19 @@ def paged_attention(
     if query.numel() == 0 or n_rows == 0:
         return out
     sharing, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    grouped = cu_groups is not None
-    vectors = [seq_lens, cu_seqlens_q, *((cu_groups, prefix_lens) if grouped else (seq_lens, seq_lens))]
-    vectors = [vector.contiguous() for vector in vectors]
+    shared: tuple[Tensor, ...] = () if cu_groups is None or prefix_lens is None else (cu_groups, prefix_lens)
+    grouped = len(shared) > 0
+    vectors = [vector.contiguous() for vector in (seq_lens, cu_seqlens_q, *(shared or (seq_lens, seq_lens)))]
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     sizes = {
         "KV_HEADS": kv_heads, "SHARING": sharing, "D": dim, "BLOCK_D": block_d,
-        "PAGE_SIZE": key_cache.shape[1], "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0, "GROUPED": grouped,
-        "BLOCK_U": BLOCK_U,
+        "PAGE_SIZE": key_cache.shape[1], "HAS_WINDOW": call.window > 0, "HAS_SOFTCAP": call.softcap > 0,
+        "GROUPED": grouped, "BLOCK_U": BLOCK_U,
     }  # fmt: skip
 
     # (units, the most queries that one has for all that is known here)
-    levels = [(len(cu_groups) - 1, max_queries)] if grouped else []
-    levels.append((n_rows, min(max_queries, triton.cdiv(n_tokens, n_rows)) if grouped else max_queries))
+    levels = [(len(shared[0]) - 1, call.max_queries)] if grouped else []
+    levels.append((n_rows, min(call.max_queries, triton.cdiv(n_tokens, n_rows)) if grouped else call.max_queries))
     with torch.cuda.device_of(query):
         launches = []
         for n_units, queries in levels:
@@ -295,8 +285,9 @@ def paged_attention(
             attention_kernel[((n_tokens // block_q + n_units) * kv_heads, splits)](
                 query, key_cache, value_cache, block_table, *vectors,
                 partials if direct else partials[at:], lse if direct else lse[at:],
-                n_units, splits, n_tokens, scale, softcap, window, *query.stride(), block_table.stride(0),
-                *out.stride(), PREFIX=grouped and at == 0, DIRECT=direct, **sizes,
+                n_units, splits, n_tokens, call.scale, call.softcap, call.window,
+                *query.stride(), block_table.stride(0), *out.stride(),
+                PREFIX=grouped and at == 0, DIRECT=direct, **sizes,
                 PRECISION=dot_precision(query.element_size(), block_d, tile.block_m),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
@@ -308,60 +299,6 @@ def paged_attention(
                 H=heads, D=dim, BLOCK_R=block_r, BLOCK_D=block_d,
             )  # fmt: skip
     return out
-
-
-MAX_SPLITS = 32
-PROGRAMS_PER_PROCESSOR = 2
-
-
-def n_splits(n_programs: int, n_processors: int) -> int:
-    """Into how many parts the keys are cut so that ``n_programs`` without splits keep a GPU busy.
-
-    It depends on sizes that the host knows, never on lengths: a captured launch must fit whatever lengths come.
-    """
-    return min(MAX_SPLITS, max(1, PROGRAMS_PER_PROCESSOR * n_processors // n_programs))
-
-
-# Of up to 16 rows (decode), and the largest of more; by (bytes an element, BLOCK_D). Compiled without register spills
-# and within the shared memory of every chip (tests/without_gpu/test_cross_compile.py). fp32 takes many registers.
-TILES = {
-    (2, 64): (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    (2, 128): (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
-    (2, 256): (AttentionTile(16, 32, 4, 3), AttentionTile(64, 32, 8, 3)),
-    (4, 64): (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 4, 2)),
-    (4, 128): (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 8, 2)),
-    (4, 256): (AttentionTile(16, 16, 8, 2), AttentionTile(16, 16, 8, 2)),
-}
-# What serves one chip better; Hopper multiplies from shared memory.
-TILES_OF_CHIP = {
-    (80, 2, 128): (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 2)),
-    (90, 2, 128): (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-}
-
-
-def choose_tile(
-    capability: tuple[int, int] | None, itemsize: int, block_d: int, sharing: int, queries: int
-) -> AttentionTile:
-    """The tile for units of up to ``queries`` tokens with ``sharing`` heads each; None: the interpreter."""
-    wanted = triton.next_power_of_2(max(16, sharing * queries))
-    least = max(16, triton.next_power_of_2(sharing))
-    if capability is None:
-        return AttentionTile(max(least, min(wanted, 32)), 16, 4, 1)
-    key = (itemsize, max(64, block_d))
-    chip = capability[0] * 10 + capability[1]
-    few, many = TILES_OF_CHIP.get((chip, *key), TILES[key])
-    if wanted <= few.block_m:
-        return few
-    block_m = max(least, min(wanted, many.block_m))
-    return many._replace(block_m=block_m, warps=max(4, many.warps * block_m // many.block_m))
-
-
-def dot_precision(itemsize: int, block_d: int, block_m: int) -> str:
-    """fp32 is multiplied as three products of tf32, but for the largest heads, whose parts no registers hold.
-
-    Nor for 64 rows and more: those triton 3.6 multiplies by Hopper's wgmma, and results were off by 0.3 on an H200.
-    """
-    return "tf32x3" if itemsize == 4 and block_d <= 128 and block_m < 64 else "ieee"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Who sees whom in a pack."""
+"""Visibility in a pack: which keys a query sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_WINDOW = 2**30  # positions
 
 
 class Tokens(NamedTuple):
-    """What decides who sees whom, all of one shape, (N) for a pack."""
+    """What visibility depends on, all of one shape: (N) for a pack."""
 
     segment: Tensor  # a number of its own for each prompt and each completion of the pack
     prompt: Tensor  # the number of the prompt that the token belongs to or follows
