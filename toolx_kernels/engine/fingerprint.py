@@ -1,4 +1,4 @@
-"""Whether a model computes what it computed before: its weights, bit by bit, and the settings of its modules."""
+"""The fingerprint of what a model computes: its weights, bit by bit, and the settings of its modules."""
 
 from __future__ import annotations
 

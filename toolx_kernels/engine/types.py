@@ -1,4 +1,4 @@
-"""What goes into a rollout and what comes out."""
+"""Sampling parameters, completions and groups."""
 
 from __future__ import annotations
 
