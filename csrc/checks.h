@@ -12,6 +12,7 @@
 
 namespace toolx {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Not STD_TORCH_CHECK: its message leads with this source file's path and line, which a user cannot use.
@@ -62,7 +63,7 @@ inline KvLayout check_kv_write(
       ", ", key.size(2), ") heads and head dim, the cache (", key_cache.size(2), ", ", key_cache.size(3), ").");
   require(
       slots.size(0) == key.size(0), "kv_write: ", key.size(0), " tokens need as many slots; got ", slots.size(0), ".");
-  require(slots.scalar_type() == torch::headeronly::ScalarType::Long, "kv_write: slots must be int64.");
+  require(slots.scalar_type() == ScalarType::Long, "kv_write: slots must be int64.");
   require(
       key.scalar_type() == value.scalar_type() && key.scalar_type() == key_cache.scalar_type() &&
           key.scalar_type() == value_cache.scalar_type(),
@@ -85,7 +86,7 @@ inline Tensor with_dense_rows(const Tensor& t) {
 }
 
 inline bool is_int32(const Tensor& t, int64_t dims) {
-  return t.scalar_type() == torch::headeronly::ScalarType::Int && t.dim() == dims;
+  return t.scalar_type() == ScalarType::Int && t.dim() == dims;
 }
 
 // query (T, H, Dh); caches (pages, page_size, Hkv, Dh); block_table (R, width), seq_lens (R), cu_seqlens_q (R + 1),
@@ -101,7 +102,6 @@ inline void check_paged_attention(
     const std::optional<Tensor>& prefix_lens,
     double softcap,
     int64_t window) {
-  using torch::headeronly::ScalarType;
   require(
       query.dim() == 3 && key_cache.dim() == 4 && value_cache.dim() == 4,
       "paged_attention: query must have 3 dimensions and the caches 4; got ", query.dim(), ", ", key_cache.dim(),

@@ -1,16 +1,84 @@
-// The paged attention of one block of queries. No include guard: paged_attention.cpp includes this file once per
-// instruction set, each time inside another namespace; see vector_tiles.h.
-#include "vector_tiles.h"
+// The paged attention of one block of queries.
+#pragma once
+
+#include "vector_math.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace toolx::attention {
+
+constexpr int64_t kTile = 64;     // cached tokens that are unpacked and multiplied together
+constexpr int64_t kQueries = 48;  // queries of a block, so that the fp32 copies of a tile serve many products
+
+// One call. Strides are in elements. A query is a (token, head) pair; the `share` = H / Hkv heads of one token that
+// read one kv head are numbered next to each other: query i is head i % share of token i / share.
+struct Call {
+  const void* query;
+  int64_t query_token_stride;
+  int64_t query_head_stride;
+  const void* key_cache;
+  const void* value_cache;
+  void* out;  // (T, H, Dh), contiguous
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t share;
+  int64_t dim;
+  int64_t page_size;
+  const int32_t* table;
+  int64_t table_stride;
+  const int32_t* seq_lens;
+  const int32_t* bounds;  // cu_seqlens_q
+  float scale;
+  float softcap;
+  int64_t window;
+};
+
+// Queries `first` to `first + count` - 1 of one kv head over positions [begin, end) of their rows. Below `prefix` all of
+// these rows have the same pages.
+struct Block {
+  int64_t first_row;  // the row of the first query
+  int64_t first;
+  int64_t count;
+  int64_t kv_head;
+  int64_t begin;
+  int64_t end;
+  int64_t prefix;
+  float* partial;  // (count, dim + 2): largest score, sum of weights, weighted sum of values; null writes to `out`
+};
+
+inline int64_t padded_dim(int64_t dim) { return (dim + kMostLanes - 1) / kMostLanes * kMostLanes; }
+
+// A thread's buffers, all fp32 and padded to whole vectors.
+struct Scratch {
+  float* queries;  // (kQueries, padded)
+  float* sums;     // (kQueries, padded)
+  float* scores;   // (kQueries, kTile), then the weights
+  float* keys;     // (padded, kTile), transposed
+  float* values;   // (kTile, padded)
+  float* zeros;    // (padded)
+
+  static int64_t size(int64_t padded) { return (2 * kQueries + 2 * kTile + 1) * padded + kQueries * kTile; }
+
+  Scratch(float* memory, int64_t padded)
+      : queries(memory),
+        sums(queries + kQueries * padded),
+        scores(sums + kQueries * padded),
+        keys(scores + kQueries * kTile),
+        values(keys + kTile * padded),
+        zeros(values + kTile * padded) {}
+};
 
 // The keys and values of one kv head of `count` tokens of a row, up to a whole number of vectors of them. Tokens before
 // `seen_from`, whose pages may be gone, and those past the end read as zeros.
-template <typename Number>
-inline void locate(const Call& call, int64_t row, int64_t kv_head, int64_t start, int64_t count, int64_t seen_from,
-                   const Scratch& scratch, const Number** keys, const Number** values) {
+template <int L, typename Number>
+TOOLX_INLINE void locate(
+    const Call& call, int64_t row, int64_t kv_head, int64_t start, int64_t count, int64_t seen_from,
+    const Scratch& scratch, const Number** keys, const Number** values) {
   const int32_t* const pages = call.table + row * call.table_stride;
   int64_t page = start / call.page_size;
   int64_t offset = start % call.page_size;
-  for (int64_t t = 0; t < (count + kLanes - 1) / kLanes * kLanes; ++t) {
+  for (int64_t t = 0; t < (count + L - 1) / L * L; ++t) {
     keys[t] = values[t] = reinterpret_cast<const Number*>(scratch.zeros);
     if (t < count) {
       if (start + t >= seen_from) {
@@ -26,53 +94,39 @@ inline void locate(const Call& call, int64_t row, int64_t kv_head, int64_t start
   }
 }
 
-// scratch.keys[d][t] = keys[t][d] for `count` tokens, a multiple of kLanes
-template <typename Number>
-inline void load_keys(const Number* const* keys, int64_t count, int64_t dim, const Scratch& scratch) {
-  for (int64_t first = 0; first < count; first += kLanes) {
+// scratch.keys[d][t] = keys[t][d] for `count` tokens, a multiple of L
+template <int L, typename Number>
+TOOLX_INLINE void load_keys(const Number* const* keys, int64_t count, int64_t dim, const Scratch& scratch) {
+  for (int64_t first = 0; first < count; first += L) {
     int64_t d = 0;
-    Vector square[kLanes];
-    if constexpr (kPairs<Number>) {  // two neighbours fill one place of a vector: half as many to transpose
-      for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    Vector<L> square[L];
+    if constexpr (std::is_same_v<Number, c10::BFloat16>) {
+      // two neighbours fill one place of a vector: half as many to transpose
+      for (; d + 2 * L <= dim; d += 2 * L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          square[i] = vector_at(reinterpret_cast<const float*>(keys[first + i] + d));
+        for (int i = 0; i < L; ++i) {
+          square[i] = vector_at<L>(reinterpret_cast<const float*>(keys[first + i] + d));
         }
-        transpose<1>(square);
+        transpose<L>(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const Bits pair = reinterpret_cast<Bits>(square[i]);
+        for (int i = 0; i < L; ++i) {
+          const auto pair = reinterpret_cast<typename Of<L>::Bits>(square[i]);
           float* const to = scratch.keys + (d + 2 * i) * kTile + first;
-          vector_at(to) = reinterpret_cast<Vector>(pair << 16);
-          vector_at(to + kTile) = reinterpret_cast<Vector>(pair & 0xFFFF0000u);
+          vector_at<L>(to) = reinterpret_cast<Vector<L>>(pair << 16);
+          vector_at<L>(to + kTile) = reinterpret_cast<Vector<L>>(pair & 0xFFFF0000u);
         }
       }
     }
-    for (; d < dim; d += kLanes) {
+    for (; d < dim; d += L) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        square[i] = d + kLanes <= dim ? widen(keys[first + i] + d) : widen_tail(keys[first + i] + d, dim - d);
+      for (int i = 0; i < L; ++i) {
+        square[i] = widen<L>(keys[first + i] + d, dim - d);
       }
-      transpose<1>(square);
+      transpose<L>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        vector_at(scratch.keys + (d + i) * kTile + first) = square[i];
+      for (int i = 0; i < L; ++i) {
+        vector_at<L>(scratch.keys + (d + i) * kTile + first) = square[i];
       }
-    }
-  }
-}
-
-template <typename Number>
-inline void load_values(const Number* const* values, int64_t count, int64_t dim, const Scratch& scratch) {
-  const int64_t padded = padded_dim(dim);
-  for (int64_t t = 0; t < count; ++t) {
-    float* const to = scratch.values + t * padded;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-      vector_at(to + d) = widen(values[t] + d);
-    }
-    if (d < dim) {
-      vector_at(to + d) = widen_tail(values[t] + d, dim - d);
     }
   }
 }
@@ -86,7 +140,8 @@ struct Running {
 };
 
 // Caps and masks the scores of one query, of which [low, high) count. Returns the largest, -inf if none counts.
-inline float settle_scores(float* scores, int64_t n, int64_t low, int64_t high, float softcap) {
+template <int L>
+TOOLX_INLINE float settle_scores(float* scores, int64_t n, int64_t low, int64_t high, float softcap) {
   if (softcap > 0.0f) {
     const float inverse = 1.0f / softcap;
     for (int64_t t = 0; t < n; ++t) {
@@ -96,26 +151,27 @@ inline float settle_scores(float* scores, int64_t n, int64_t low, int64_t high, 
   for (int64_t t = 0; t < low && t < n; ++t) {
     scores[t] = -INFINITY;
   }
-  for (int64_t t = most(high, 0); t < n; ++t) {
+  for (int64_t t = std::max<int64_t>(high, 0); t < n; ++t) {
     scores[t] = -INFINITY;
   }
-  Vector peaks = vector_at(scores);
-  for (int64_t t = kLanes; t < n; t += kLanes) {
-    const Vector next = vector_at(scores + t);
+  Vector<L> peaks = vector_at<L>(scores);
+  for (int64_t t = L; t < n; t += L) {
+    const Vector<L> next = vector_at<L>(scores + t);
     peaks = next > peaks ? next : peaks;
   }
-  return fold<true>(peaks);
+  return largest_of<L>(peaks);
 }
 
 // Turns the scores of queries `first` to `last` - 1 at the positions start to start + count - 1 into weights.
-inline void weigh(
+template <int L>
+TOOLX_INLINE void weigh(
     const Call& call, const Scratch& scratch, Running& run, int64_t first, int64_t last, int64_t start, int64_t count) {
-  const int64_t n = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t n = (count + L - 1) / L * L;
   float peak[kQueries];
   for (int64_t i = first; i < last; ++i) {
-    const int64_t high = least(run.position[i] + 1 - start, count);
+    const int64_t high = std::min(run.position[i] + 1 - start, count);
     const int64_t low = call.window ? run.position[i] + 1 - call.window - start : 0;
-    peak[i] = settle_scores(scratch.scores + i * kTile, n, low, high, call.softcap);
+    peak[i] = settle_scores<L>(scratch.scores + i * kTile, n, low, high, call.softcap);
   }
   for (int64_t i = first; i < last; ++i) {
     const float before = run.largest[i];
@@ -130,52 +186,56 @@ inline void weigh(
     for (int64_t t = 0; t < n; ++t) {
       scores[t] = exp_of(scores[t] - largest);
     }
-    Vector total = {};
-    for (int64_t t = 0; t < n; t += kLanes) {
-      total += vector_at(scores + t);
+    Vector<L> total = {};
+    for (int64_t t = 0; t < n; t += L) {
+      total += vector_at<L>(scores + t);
     }
-    run.total[i] = run.total[i] * run.keep[i] + fold<false>(total);
+    run.total[i] = run.total[i] * run.keep[i] + sum_of<L>(total);
   }
 }
 
 // Queries `first` to `last` - 1 of a block over the positions [begin, end) of one row's pages.
-template <typename Number>
-inline void attend(const Call& call, const Scratch& scratch, Running& run, int64_t first, int64_t last, int64_t row,
-                   int64_t kv_head, int64_t begin, int64_t end) {
+template <int L, typename Number>
+TOOLX_INLINE void attend(
+    const Call& call, const Scratch& scratch, Running& run, int64_t first, int64_t last, int64_t row, int64_t kv_head,
+    int64_t begin, int64_t end) {
   const int64_t dim = call.dim;
   const int64_t padded = padded_dim(dim);
   int64_t oldest = run.position[first];
   int64_t newest = oldest;
   for (int64_t i = first + 1; i < last; ++i) {
-    oldest = least(oldest, run.position[i]);
-    newest = most(newest, run.position[i]);
+    oldest = std::min(oldest, run.position[i]);
+    newest = std::max(newest, run.position[i]);
   }
-  end = least(end, newest + 1);
-  const int64_t seen_from = call.window ? most(oldest - call.window + 1, 0) : 0;
+  end = std::min(end, newest + 1);
+  const int64_t seen_from = call.window ? std::max<int64_t>(oldest - call.window + 1, 0) : 0;
   if (seen_from > begin) {
     begin += (seen_from - begin) / kTile * kTile;  // tiles start at the same positions whatever the window
   }
   for (int64_t start = begin; start < end; start += kTile) {
-    const int64_t count = least(kTile, end - start);
-    const int64_t vectors = (count + kLanes - 1) / kLanes;
+    const int64_t count = std::min(kTile, end - start);
+    const int64_t vectors = (count + L - 1) / L;
     const Number* keys[kTile];
     const Number* values[kTile];
-    locate(call, row, kv_head, start, count, seen_from, scratch, keys, values);
-    load_keys(keys, vectors * kLanes, dim, scratch);
+    locate<L>(call, row, kv_head, start, count, seen_from, scratch, keys, values);
+    load_keys<L>(keys, vectors * L, dim, scratch);
     float* const scores = scratch.scores + first * kTile;
     float* const sums = scratch.sums + first * padded;
-    multiply(
-        last - first, vectors, scratch.queries + first * padded, padded, scratch.keys, kTile, scores, kTile, dim,
-        nullptr);
-    weigh(call, scratch, run, first, last, start, count);
-    load_values(values, count, dim, scratch);
-    multiply(
-        last - first, padded / kLanes, scores, kTile, scratch.values, padded, sums, padded, count, run.keep + first);
+    multiply<L>(
+        last - first, vectors,
+        {scratch.queries + first * padded, padded, scratch.keys, kTile, scores, kTile, dim, nullptr});
+    weigh<L>(call, scratch, run, first, last, start, count);
+    for (int64_t t = 0; t < count; ++t) {
+      widen_row<L>(values[t], dim, padded, scratch.values + t * padded);
+    }
+    multiply<L>(
+        last - first, padded / L,
+        {scores, kTile, scratch.values, padded, sums, padded, count, run.keep + first});
   }
 }
 
-template <typename Number>
-void attend_block(const Call& call, const Block& block, const Scratch& scratch) {
+template <int L, typename Number>
+TOOLX_INLINE void attend_block(const Call& call, const Block& block, const Scratch& scratch) {
   const int64_t dim = call.dim;
   const int64_t padded = padded_dim(dim);
   Running run = {};
@@ -204,17 +264,20 @@ void attend_block(const Call& call, const Block& block, const Scratch& scratch) 
       scratch.sums[i * padded + d] = 0.0f;
     }
   }
+  const auto over = [&](int64_t first, int64_t last, int64_t of_row, int64_t begin, int64_t end) TOOLX_INLINE_LAMBDA {
+    compiled_for(Lanes<L>(), [&](auto) TOOLX_INLINE_LAMBDA {
+      attend<L, Number>(call, scratch, run, first, last, of_row, block.kv_head, begin, end);
+    });
+  };
   if (block.begin < block.prefix) {
-    attend<Number>(
-        call, scratch, run, 0, block.count, oldest_row, block.kv_head, block.begin, least(block.end, block.prefix));
+    over(0, block.count, oldest_row, block.begin, std::min(block.end, block.prefix));
   }
-  const int64_t own = most(block.begin, block.prefix);
+  const int64_t own = std::max(block.begin, block.prefix);
   row = block.first_row;
   for (int64_t first = 0; first < block.count; ++row) {
-    const int64_t last = least(call.bounds[row + 1] * call.share - block.first, block.count);
+    const int64_t last = std::min(call.bounds[row + 1] * call.share - block.first, block.count);
     if (last > first) {
-      attend<Number>(
-          call, scratch, run, first, last, row, block.kv_head, own, least(block.end, call.seq_lens[row]));
+      over(first, last, row, own, std::min<int64_t>(block.end, call.seq_lens[row]));
       first = last;
     }
   }
@@ -238,3 +301,5 @@ void attend_block(const Call& call, const Block& block, const Scratch& scratch) 
     }
   }
 }
+
+}  // namespace toolx::attention

@@ -1,5 +1,4 @@
 #include "../checks.h"
-#include "instruction_sets.h"
 #include "vector_math.h"
 
 #include <algorithm>
@@ -9,7 +8,7 @@ namespace toolx {
 namespace {
 
 constexpr int64_t kBlock = 64;  // vocabulary entries added up on their own, so that rounding errors stay small
-constexpr int64_t kLanes = 32;  // rows handled together
+constexpr int64_t kRows = 32;  // rows handled together
 constexpr int64_t kElementsPerThread = 32 * 1024;
 
 TOOLX_INLINE void store(float* to, float value) { *to = value; }
@@ -17,12 +16,11 @@ TOOLX_INLINE void store(float* to, float value) { *to = value; }
 // bf16, rounded to the nearest, ties to even. A NaN may become
 // a number, which nobody uses: the sums of its row are NaN.
 TOOLX_INLINE void store(uint16_t* to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = as_bits(value);
   *to = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// For `n` <= kLanes neighbouring rows: out = exp(z - anchor), and its sums over the columns. z and out may be the same.
+// For `n` <= kRows neighbouring rows: out = exp(z - anchor), and its sums over the columns. z and out may be the same.
 template <typename Out>
 TOOLX_INLINE void exp_lanes(
     const float* z,
@@ -34,12 +32,12 @@ TOOLX_INLINE void exp_lanes(
     int64_t columns,
     float* total,
     float* moment) {
-  double whole[kLanes] = {};  // in fp32 the exponential of a peak would swallow the blocks that follow it
-  double whole_moment[kLanes] = {};
+  double whole[kRows] = {};  // in fp32 the exponential of a peak would swallow the blocks that follow it
+  double whole_moment[kRows] = {};
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = std::min(first + kBlock, columns);
-    float totals[kLanes] = {};
-    float moments[kLanes] = {};
+    float totals[kRows] = {};
+    float moments[kRows] = {};
     for (int64_t column = first; column < last; ++column) {
       const float* from = z + column * z_stride;
       Out* to = out + column * out_stride;
@@ -75,9 +73,9 @@ TOOLX_INLINE void exp_rows(
     float* total,
     float* moment) {
   int64_t row = 0;
-  for (; row + kLanes <= rows; row += kLanes) {  // a constant count lets the compiler keep the lanes in registers
+  for (; row + kRows <= rows; row += kRows) {  // a constant count lets the compiler keep the lanes in registers
     exp_lanes(
-        z + row, z_stride, anchor + row, out + row, out_stride, kLanes, columns, total + row, moment + row);
+        z + row, z_stride, anchor + row, out + row, out_stride, kRows, columns, total + row, moment + row);
   }
   if (row < rows) {
     exp_lanes(
@@ -90,7 +88,6 @@ TOOLX_INLINE void exp_rows(
 // z (N, C) fp32; anchor (N) fp32; out (N, C) fp32 or bf16, may be z; sums (2, N) fp32, added to. Of z and out, the rows
 // lie next to each other, as the GEMM that fills z writes them fastest.
 void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
-  using torch::headeronly::ScalarType;
   const int64_t rows = z.dim() == 2 ? z.size(0) : -1;
   const int64_t columns = z.dim() == 2 ? z.size(1) : -1;
   require(
@@ -111,26 +108,26 @@ void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
   const float* const logits = z.const_data_ptr<float>();
   const float* const anchors = anchor.const_data_ptr<float>();
   float* const totals = sums.mutable_data_ptr<float>();
-  const bool in_fp32 = out.scalar_type() == ScalarType::Float;
-  void* const results = out.mutable_data_ptr();
-  const auto to_fp32 = Versions<exp_rows<float>>::best();
-  const auto to_bf16 = Versions<exp_rows<uint16_t>>::best();
   const int64_t zs = z.stride(1);
   const int64_t os = out.stride(1);
-  const int64_t lane_groups = (rows + kLanes - 1) / kLanes;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (columns * kLanes));
-  torch::stable::parallel_for(0, lane_groups, grain, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kLanes;
-    const int64_t n = std::min(end * kLanes, rows) - first;
-    float* const total = totals + first;
-    if (in_fp32) {
-      float* to = static_cast<float*>(results) + first;
-      to_fp32(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
-    } else {
-      uint16_t* to = static_cast<uint16_t*>(results) + first;
-      to_bf16(logits + first, zs, anchors + first, to, os, n, columns, total, total + rows);
-    }
-  });
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (columns * kRows));
+  const int best = best_lanes();
+  const auto write = [&](auto* results) {
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kRows;
+      const int64_t n = std::min(end * kRows, rows) - first;
+      float* const total = totals + first;
+      for_lanes(best, [&](auto) TOOLX_INLINE_LAMBDA {
+        exp_rows(logits + first, zs, anchors + first, results + first, os, n, columns, total, total + rows);
+      });
+    });
+  };
+  if (out.scalar_type() == ScalarType::Float) {
+    write(out.mutable_data_ptr<float>());
+  } else {
+    write(static_cast<uint16_t*>(out.mutable_data_ptr()));
+  }
 }
 
 }  // namespace toolx

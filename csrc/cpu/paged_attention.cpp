@@ -1,76 +1,22 @@
-#include "paged_attention.h"
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "../checks.h"
+#include "attention_block.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 #include <optional>
-#include <utility>
 #include <vector>
-
-#include "../checks.h"
-#include "instruction_sets.h"
-#include "vector_math.h"
 
 namespace toolx::attention {
 
 namespace {
 
-using BlockFunction = void (*)(const Call&, const Block&, const Scratch&);
-
-// The block function for a dtype of a query, from one of the namespaces below.
-#define TOOLX_BLOCK_FUNCTION                                     \
-  inline BlockFunction block_function(ScalarType dtype) {        \
-    switch (dtype) {                                             \
-      case ScalarType::Float: return attend_block<float>;        \
-      case ScalarType::Half: return attend_block<c10::Half>;     \
-      default: return attend_block<c10::BFloat16>;               \
-    }                                                            \
-  }
-
-using torch::headeronly::ScalarType;
-
-#if defined(TOOLX_X86) && !defined(__clang__)
-#define TOOLX_SEVERAL_INSTRUCTION_SETS
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace x86_64_v4 {
-constexpr int kLanes = 16;
-constexpr int64_t kWide = 4;
-#include "attention_block.h"
-TOOLX_BLOCK_FUNCTION
-}  // namespace x86_64_v4
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace x86_64_v3 {
-constexpr int kLanes = 8;
-constexpr int64_t kWide = 2;
-#include "attention_block.h"
-TOOLX_BLOCK_FUNCTION
-}  // namespace x86_64_v3
-#pragma GCC pop_options
-#endif
-
-namespace baseline {
-constexpr int kLanes = 4;
-constexpr int64_t kWide = 2;
-#include "attention_block.h"
-TOOLX_BLOCK_FUNCTION
-}  // namespace baseline
-
-BlockFunction best_block_function(ScalarType dtype) {
-  switch (best_instruction_set()) {
-#ifdef TOOLX_SEVERAL_INSTRUCTION_SETS
-    case InstructionSet::kV4: return x86_64_v4::block_function(dtype);
-    case InstructionSet::kV3: return x86_64_v3::block_function(dtype);
-#endif
-    default: return baseline::block_function(dtype);
+// f of a number of that dtype.
+template <typename F>
+void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(0.0f);
+    case ScalarType::Half: return f(c10::Half(0.0f));
+    default: return f(c10::BFloat16(0.0f));
   }
 }
 
@@ -95,15 +41,12 @@ void share_out(int64_t n, int64_t products, const F& f) {
 
 // A thread keeps its buffers: they are large enough for every new allocation to be one of the operating system's.
 Scratch thread_scratch(int64_t dim) {
-  constexpr int64_t kAlignment = 64 / sizeof(float);
-  thread_local std::vector<float> memory;
+  thread_local Space memory(0);
   const int64_t padded = padded_dim(dim);
-  const int64_t needed = Scratch::size(padded) + kAlignment;
-  if (static_cast<int64_t>(memory.size()) < needed) {
-    memory = std::vector<float>(needed);
+  if (memory.size() < Scratch::size(padded)) {
+    memory = Space(Scratch::size(padded));
   }
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  const Scratch scratch(memory.data() + (64 - address % 64) % 64 / sizeof(float), padded);
+  const Scratch scratch(memory.begin(), padded);
   std::fill_n(scratch.zeros, padded, 0.0f);  // a call with another head dim may have had something else there
   return scratch;
 }
@@ -204,17 +147,17 @@ void run(const Call& call, const Tensor& query, ScalarType dtype, std::vector<Bl
       blocks.push_back(block);
     }
   }
-  const BlockFunction attend_block = best_block_function(dtype);
-  share_out(static_cast<int64_t>(blocks.size()), products, [&](int64_t i) {
-    attend_block(call, blocks[i], thread_scratch(call.dim));
-  });
-  share_out(static_cast<int64_t>(split.size()), partial_floats, [&](int64_t i) {
-    merge_pieces(call, split[i]);
-    switch (dtype) {
-      case ScalarType::Float: return store_merged<float>(call, split[i].first);
-      case ScalarType::Half: return store_merged<c10::Half>(call, split[i].first);
-      default: return store_merged<c10::BFloat16>(call, split[i].first);
-    }
+  const int best = best_lanes();
+  for_dtype(dtype, [&](auto number) {
+    using Number = decltype(number);
+    share_out(static_cast<int64_t>(blocks.size()), products, [&](int64_t i) {
+      const Scratch scratch = thread_scratch(call.dim);
+      for_lanes(best, [&](auto lanes) TOOLX_INLINE_LAMBDA { attend_block<lanes, Number>(call, blocks[i], scratch); });
+    });
+    share_out(static_cast<int64_t>(split.size()), partial_floats, [&](int64_t i) {
+      merge_pieces(call, split[i]);
+      store_merged<Number>(call, split[i].first);
+    });
   });
 }
 

@@ -1,7 +1,6 @@
 // Sampling fused with the LM head: what is known of a chunk of logits is brought down to one Partial a row as soon as
 // they are computed. Neither the number of threads nor the rows beside it change a bit of a row's results.
 #include "../checks.h"
-#include "instruction_sets.h"
 #include "product.h"
 #include "vector_math.h"
 
@@ -50,10 +49,9 @@ TOOLX_INLINE void summarise(const Sweep& s, int64_t first, int64_t n, int64_t pa
     z[i] *= s.scale;
   }
   std::fill(z + n, z + padded, -kInfinity);
-  typename Of<L>::Vector tops = {}, totals = {}, moments = {}, x, y;
-  tops += std::numeric_limits<float>::lowest();
+  Vector<L> tops = Vector<L>{} + std::numeric_limits<float>::lowest(), totals = {}, moments = {};
   for (int64_t i = 0; i < padded; i += L) {
-    load<L>(x, z + i);
+    const Vector<L> x = vector_at<L>(z + i);
     tops = x > tops ? x : tops;
   }
   float top = tops[0];
@@ -67,10 +65,8 @@ TOOLX_INLINE void summarise(const Sweep& s, int64_t first, int64_t n, int64_t pa
     exps[i] = exp_of(distances[i]);
   }
   for (int64_t i = 0; i < padded; i += L) {
-    load<L>(x, exps + i);
-    load<L>(y, distances + i);
-    totals += x;
-    moments += x * y;
+    totals += vector_at<L>(exps + i);
+    moments += vector_at<L>(exps + i) * vector_at<L>(distances + i);
   }
   out.top = top;
   out.total = out.moment = 0.0;
@@ -96,21 +92,19 @@ TOOLX_INLINE void noise_of(const int64_t* stream, int64_t first, int64_t n, floa
 // no z is a number.
 template <int L>
 TOOLX_INLINE void choose(const int64_t* stream, int64_t first, int64_t padded, const float* z, Partial& out) {
-  typename Of<L>::Vector best = {}, x, y = {};
+  Vector<L> best = Vector<L>{} - kInfinity;
   typename Of<L>::Integers at = {}, here;
   float noise[kChunk];
   if (stream != nullptr) {
     noise_of(stream, first, padded, noise);
   }
-  best -= kInfinity;
   for (int lane = 0; lane < L; ++lane) {
     here[lane] = lane;
   }
   for (int64_t i = 0; i < padded; i += L) {
-    load<L>(x, z + i);
+    Vector<L> x = vector_at<L>(z + i);
     if (stream != nullptr) {
-      load<L>(y, noise + i);
-      x += y;
+      x += vector_at<L>(noise + i);
     }
     at = x > best ? here : at;
     best = x > best ? x : best;
@@ -126,7 +120,7 @@ TOOLX_INLINE void choose(const int64_t* stream, int64_t first, int64_t padded, c
   out.token = first + at[winner];
 }
 
-template <int L, int Most>
+template <int L>
 TOOLX_INLINE void sweep(const Sweep& s, int64_t begin, int64_t end) {
   const int64_t blocks = (s.rows + kRows - 1) / kRows;
   Space space(kStrip * s.width + std::min(s.rows, kRows) * kChunk);
@@ -139,7 +133,7 @@ TOOLX_INLINE void sweep(const Sweep& s, int64_t begin, int64_t end) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = s.rows * block / blocks;
       const int64_t rows = s.rows * (block + 1) / blocks - row;
-      multiply<L, Most>(s, first, row, rows, strip, z);
+      multiply<L>(s, first, row, rows, strip, z);
       for (int64_t r = 0; r < rows; ++r) {
         float* const of_row = z + r * kChunk;
         Partial& out = s.partials[chunk * s.rows + row + r];
@@ -150,29 +144,6 @@ TOOLX_INLINE void sweep(const Sweep& s, int64_t begin, int64_t end) {
         }
       }
     }
-  }
-}
-
-// As many rows at a time as leave their sums, and four vectors of the weight, in the registers.
-#ifdef TOOLX_X86
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void sweep_512(const Sweep& s, int64_t a, int64_t b) {
-  sweep<16, 6>(s, a, b);
-}
-
-TOOLX_V3 void sweep_256(const Sweep& s, int64_t a, int64_t b) { sweep<8, 2>(s, a, b); }
-#endif
-
-void sweep_128(const Sweep& s, int64_t a, int64_t b) { sweep<4, 2>(s, a, b); }
-
-using SweepFunction = void (*)(const Sweep&, int64_t, int64_t);
-
-SweepFunction best_sweep() {
-  switch (best_instruction_set()) {
-#ifdef TOOLX_X86
-    case InstructionSet::kV4: return sweep_512;
-    case InstructionSet::kV3: return sweep_256;
-#endif
-    default: return sweep_128;
   }
 }
 
@@ -222,7 +193,6 @@ void join(const Sweep& s, int64_t chunks, int64_t row, int64_t* token, float* st
 void sample_sweep_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> streams, double temperature, std::optional<Tensor> bias,
     double softcap, Tensor tokens, Tensor stats, std::optional<Tensor> logits) {
-  using torch::headeronly::ScalarType;
   require(
       hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0,
       "sample_sweep: hidden must be (R, D) and weight (V, D), with V > 0.");
@@ -256,35 +226,29 @@ void sample_sweep_cpu(
     return;
   }
   const int64_t parts = std::max<int64_t>(1, (dim + kDepth - 1) / kDepth);
-  const int64_t width = ((dim + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
+  const int64_t width = ((dim + parts - 1) / parts + kMostLanes - 1) / kMostLanes * kMostLanes;
   Space packed(parts * rows * width);
   const float* const from = hidden.const_data_ptr<float>();
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t n = std::max<int64_t>(0, std::min(width, dim - part * width));
+      const int64_t n = std::min(width, dim - part * width);
       std::copy_n(from + row * dim + part * width, n, packed.begin() + (part * rows + row) * width);
     }
   }
   const int64_t chunks = (vocab + kChunk - 1) / kChunk;
   std::vector<Partial> partials(chunks * rows);
-  Sweep s;
-  s.hidden = packed.begin();
-  s.weight = weight.const_data_ptr();
-  s.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  s.streams = streams ? streams->const_data_ptr<int64_t>() : nullptr;
-  s.logits = logits ? logits->mutable_data_ptr<float>() : nullptr;
-  s.partials = partials.data();
-  s.rows = rows;
-  s.vocab = vocab;
-  s.dim = dim;
-  s.stride = weight.stride(0);
-  s.parts = parts;
-  s.width = width;
-  s.scale = static_cast<float>(1.0 / temperature);
-  s.softcap = static_cast<float>(softcap);
-  s.type = type == ScalarType::Float ? Type::kFloat : type == ScalarType::Half ? Type::kHalf : Type::kBFloat16;
-  const SweepFunction sweep_chunks = best_sweep();
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { sweep_chunks(s, begin, end); });
+  const Sweep s{
+      {packed.begin(), weight.const_data_ptr(), type, rows, vocab, dim, weight.stride(0), parts, width},
+      bias ? bias->const_data_ptr<float>() : nullptr,
+      streams ? streams->const_data_ptr<int64_t>() : nullptr,
+      logits ? logits->mutable_data_ptr<float>() : nullptr,
+      partials.data(),
+      static_cast<float>(1.0 / temperature),
+      static_cast<float>(softcap)};
+  const int best = best_lanes();
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for_lanes(best, [&](auto lanes) TOOLX_INLINE_LAMBDA { sweep<lanes>(s, begin, end); });
+  });
   for (int64_t row = 0; row < rows; ++row) {
     join(s, chunks, row, tokens.mutable_data_ptr<int64_t>() + row, stats.mutable_data_ptr<float>() + row);
   }
@@ -292,7 +256,6 @@ void sample_sweep_cpu(
 
 // logits (R, V) fp32, to which the noise of streams (R, 5) int64 is added.
 void add_gumbel_cpu(Tensor logits, Tensor streams) {
-  using torch::headeronly::ScalarType;
   require(
       logits.dim() == 2 && streams.dim() == 2 && streams.size(0) == logits.size(0) && streams.size(1) == 5 &&
           logits.scalar_type() == ScalarType::Float && streams.scalar_type() == ScalarType::Long &&
@@ -302,12 +265,13 @@ void add_gumbel_cpu(Tensor logits, Tensor streams) {
   const int64_t chunks = (vocab + kChunk - 1) / kChunk;
   float* const z = logits.mutable_data_ptr<float>();
   const int64_t* const from = streams.const_data_ptr<int64_t>();
-  const auto add = Versions<add_noise>::best();
+  const int best = best_lanes();
   torch::stable::parallel_for(0, logits.size(0) * chunks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / chunks;
       const int64_t first = unit % chunks * kChunk;
-      add(from + row * 5, first, std::min(kChunk, vocab - first), z + row * vocab + first);
+      const int64_t n = std::min(kChunk, vocab - first);
+      for_lanes(best, [&](auto) TOOLX_INLINE_LAMBDA { add_noise(from + row * 5, first, n, z + row * vocab + first); });
     }
   });
 }

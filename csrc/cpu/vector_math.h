@@ -1,25 +1,12 @@
 // Elementary functions written so that a loop over them vectorises: no branches, no calls.
 #pragma once
 
+#include "simd.h"
+
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-
-#define TOOLX_INLINE inline __attribute__((always_inline))
 
 namespace toolx {
-
-TOOLX_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-TOOLX_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // which ? yes : no, of which compilers make a branch where one of the two is constant: no loop around it vectorises.
 TOOLX_INLINE float select(bool which, float yes, float no) {
@@ -89,14 +76,6 @@ TOOLX_INLINE float gumbel_of(uint32_t word) {
   const float rest = 1.0f - u;
   const float lost = (1.0f - rest) - u;  // of a small u, all of it
   return -log_of(-(log_of(rest) + lost));
-}
-
-TOOLX_INLINE float widen_bf16(uint16_t bits) { return as_float(static_cast<uint32_t>(bits) << 16); }
-
-TOOLX_INLINE float widen_fp16(uint16_t bits) {
-  const uint32_t magnitude = as_bits(as_float((bits & 0x7FFFu) << 13) * 0x1p112f);
-  const uint32_t special = (bits & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0u;
-  return as_float(magnitude | special | (bits & 0x8000u) << 16);
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011): the four words of each of n neighbouring blocks, word after word.
