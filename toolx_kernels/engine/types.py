@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from toolx_kernels.errors import InputError
@@ -26,10 +27,9 @@ class SamplingParams:
         for name in ("max_new_tokens", "top_k"):
             if type(getattr(self, name)) is not int:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a whole number.")
-        try:
+        stops: tuple = (None,)
+        with suppress(TypeError):
             stops = tuple(self.stop_token_ids)
-        except TypeError:
-            stops = (None,)
         if not all(type(token) is int for token in stops):
             raise InputError(f"stop_token_ids={self.stop_token_ids!r} must be token ids, such as (2,).")
         object.__setattr__(self, "stop_token_ids", stops)
