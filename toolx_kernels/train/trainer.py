@@ -27,8 +27,7 @@ from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
-from toolx_kernels.models.adapters import add_adapter, has_adapter
-from toolx_kernels.models.load import load_model, stop_token_ids
+from toolx_kernels.models.load import stop_token_ids
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.datasets.builtin import Example
@@ -58,6 +57,7 @@ from toolx_kernels.train.run.folder import RunFolder, binding_settings, check_sa
 from toolx_kernels.train.run.stopping import Stop
 from toolx_kernels.train.task import Task, judge_and_rewards
 from toolx_kernels.train.update.learner import Learner
+from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel, ReferenceRollouter
 
 
@@ -110,7 +110,7 @@ class ToolExpanderTrainer:
             raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.rows.load_rows.")
         rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
         judge, rewards = judge_and_rewards(args, reward_funcs)
-        self.model, self.tokenizer = _trainable(model, processing_class, args)
+        self.model, self.tokenizer = policy_model(model, processing_class, args)
         context = self.model.get_decoder().config.max_position_embeddings
         prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
@@ -328,28 +328,3 @@ class ToolExpanderTrainer:
         """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""
         for rollouter in self._rollouters():
             rollouter.engine.forget_prefixes()
-
-
-def _trainable(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, args: ToolExpanderConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, loaded if it is a name, with the adapter that is to be trained, and its tokenizer."""
-    if isinstance(model, str):
-        model, tokenizer = load_model(model, args.dtype, args.device, args.seed)
-    if tokenizer is None:
-        raise InputError("processing_class is missing: pass the model's tokenizer.")
-    if has_adapter(model):
-        raise InputError(
-            f"The model {args.model or model.name_or_path} is an adapter on its base: name the base with use_peft, "
-            "or merge the adapter into it first (peft's merge_and_unload)."
-        )
-    if args.use_peft:
-        add_adapter(
-            model,
-            rank=args.lora_r,
-            alpha=args.lora_alpha,
-            target_modules=args.lora_target_modules,
-            seed=args.seed,
-            name=args.model,
-        )
-    return model.eval(), tokenizer
