@@ -174,14 +174,25 @@ def trl_summary(config, case):
     )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (pad(stats.logprobs), pad(stats.entropy.detach()), None),
-        accelerator=accelerator, model=torch.nn.Identity(), args=config, aux_loss_enabled=False,
-        off_policy_mask_threshold=None, use_vllm=True, vllm_importance_sampling_correction=True,
-        loss_type=config.loss_type, beta=config.beta, importance_sampling_level=config.importance_sampling_level,
-        epsilon_low=config.epsilon, epsilon_high=config.clip_high, top_entropy_quantile=config.top_entropy_quantile,
-        max_completion_length=config.max_completion_length, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
+        accelerator=accelerator,
+        model=torch.nn.Identity(),
+        args=config,
+        aux_loss_enabled=False,
+        off_policy_mask_threshold=None,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        importance_sampling_level=config.importance_sampling_level,
+        epsilon_low=config.epsilon,
+        epsilon_high=config.clip_high,
+        top_entropy_quantile=config.top_entropy_quantile,
+        max_completion_length=config.max_completion_length,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
         get_gamma_weights=GRPOTrainer.get_gamma_weights,
-    )  # fmt: skip
+    )
     trainer.model.eval()
     trainer.get_high_entropy_mask = GRPOTrainer.get_high_entropy_mask.__get__(trainer)
     ids = torch.zeros(len(LENGTHS), width, dtype=torch.int64)
@@ -206,9 +217,12 @@ def test_delta_is_dual_clip():
         if advantage < 0:
             expected = torch.minimum(torch.tensor(-advantage * 3.0, dtype=torch.float64), expected)
         actual = reference.completion_losses(
-            ratio.log(), torch.zeros_like(ratio), torch.tensor(advantage, dtype=torch.float64), config,
+            ratio.log(),
+            torch.zeros_like(ratio),
+            torch.tensor(advantage, dtype=torch.float64),
+            config,
             old=torch.zeros_like(ratio),
-        )  # fmt: skip
+        )
         torch.testing.assert_close(actual.losses, expected)
 
 

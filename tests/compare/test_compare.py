@@ -23,10 +23,9 @@ def write_run(folder, seed=0, accuracies=(0.1, 0.3, 0.5), hard=(40, 30, 20), fin
         tokens = {"spent_tokens": 10_000 * i} if spent else {}
         if i:
             lines += [
-                {"event": "step", "step": step, "tokens": 600 * step}
-                | ({"spent_tokens": 1000 * step} if spent else {})
+                {"event": "step", "step": step, "tokens": 600 * step} | ({"spent_tokens": 1000 * step} if spent else {})
                 for step in range(10 * i - 9, 10 * i + 1)
-            ]  # fmt: skip
+            ]
         lines.append({"event": "eval", "step": 10 * i, "accuracy": accuracy, "parts": {}} | tokens)
         lines.append({"event": "probe", "step": 10 * i, "round": i, "rows": 50, "hard": count} | tokens)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -116,11 +115,19 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_got(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "{oops", "[]", "3", '{"step": 1}', '{"event": "eval", "step": 1}', '{"event": "eval", "accuracy": 1}',
-        '{"event": "probe", "step": 2, "hard": null}', '{"event": "eval", "step": 2, "accuracy": NaN}',
-        '{"event": "step", "step": "x"}', '{"event": "step", "step": -1}', b"\xff\xfe",
+        "{oops",
+        "[]",
+        "3",
+        '{"step": 1}',
+        '{"event": "eval", "step": 1}',
+        '{"event": "eval", "accuracy": 1}',
+        '{"event": "probe", "step": 2, "hard": null}',
+        '{"event": "eval", "step": 2, "accuracy": NaN}',
+        '{"event": "step", "step": "x"}',
+        '{"event": "step", "step": -1}',
+        b"\xff\xfe",
     ],
-)  # fmt: skip
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     metrics = write_run(tmp_path / "a") / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)

@@ -18,9 +18,12 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
 CALLS = [{"name": "f", "arguments": {"a": 1}}]
 EXACT = Row("exact", "p", TOOLS, CALLS, {"level": 1})
 LOOSE = Row(
-    "loose", [{"role": "user", "content": "p"}], TOOLS, CALLS,
+    "loose",
+    [{"role": "user", "content": "p"}],
+    TOOLS,
+    CALLS,
     {"possible_answers": [{"f": {"a": [1]}}], "category": "simple_python"},
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -197,8 +200,13 @@ def test_a_function_can_change_neither_the_dataset_nor_its_other_completions():
                 column.clear()
         return seen
 
-    row = Row("r", [{"role": "user", "content": "p"}], copy.deepcopy(TOOLS), copy.deepcopy(CALLS),
-              {"possible_answers": [{"f": {"a": [1]}}], "category": "multiple", "extra": ({"k": 1},)})  # fmt: skip
+    row = Row(
+        "r",
+        [{"role": "user", "content": "p"}],
+        copy.deepcopy(TOOLS),
+        copy.deepcopy(CALLS),
+        {"possible_answers": [{"f": {"a": [1]}}], "category": "multiple", "extra": ({"k": 1},)},
+    )
     before = copy.deepcopy(row)
     written = Written(messages=[{"role": "assistant", "content": "x"}])
     for _ in range(2):

@@ -5,9 +5,12 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
 CALLS = [{"name": "f", "arguments": {"a": 1, "s": "New York"}}]
 EXACT = Row("exact", "p", TOOLS, CALLS, {"level": 1})
 LOOSE = Row(
-    "loose", [{"role": "user", "content": "p"}], TOOLS, CALLS,
+    "loose",
+    [{"role": "user", "content": "p"}],
+    TOOLS,
+    CALLS,
     {"possible_answers": [{"f": {"a": [1], "s": ["New York", ""]}}], "category": "simple_python"},
-)  # fmt: skip
+)
 NO_CALL = Row("none", "p", TOOLS, [], {"possible_answers": [], "category": "irrelevance"})
 RIGHT = render_completion(CALLS)
 FOLDED = RIGHT.replace("New York", "new-york")

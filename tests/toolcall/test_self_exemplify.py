@@ -35,8 +35,12 @@ def an_example(question, *cities, **other):
 
 REQUEST = "What is the weather in Oslo today?"
 ROW = Row("r", REQUEST, TOOLS, calls_for("Oslo"))
-CHAT_ROW = Row("c", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"},
-                     {"role": "user", "content": REQUEST}], TOOLS, calls_for("Oslo"))  # fmt: skip
+CHAT_ROW = Row(
+    "c",
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": REQUEST}],
+    TOOLS,
+    calls_for("Oslo"),
+)
 POSSIBLE = [{"weather": {"city": ["Oslo", "Oslo, Norway"]}}]
 LOOSE_ROW = Row("l", REQUEST, TOOLS, ROW.answer, {"possible_answers": POSSIBLE, "category": "simple_python"})
 NO_CALL = Row("n", "Sing!", TOOLS, [], {"possible_answers": [], "category": "irrelevance"})
@@ -58,12 +62,33 @@ calls = st.lists(
     st.fixed_dictionaries({"name": st.text(), "arguments": st.dictionaries(st.text(), scalars, max_size=2)}), max_size=2
 )
 pieces = st.lists(
-    st.sampled_from([
-        "<examples>", "</examples>", "<think>", "</think>", "<tool_call>", "</tool_call>", RIGHT, json.dumps(EXAMPLES),
-        "[", "]", "{", '"', "\\", " ", "\n", "a", ",", "[]", "<", '{"name": "weather", "arguments": {"city": "Oslo"}}',
-    ]) | st.text(max_size=3),
+    st.sampled_from(
+        [
+            "<examples>",
+            "</examples>",
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+            RIGHT,
+            json.dumps(EXAMPLES),
+            "[",
+            "]",
+            "{",
+            '"',
+            "\\",
+            " ",
+            "\n",
+            "a",
+            ",",
+            "[]",
+            "<",
+            '{"name": "weather", "arguments": {"city": "Oslo"}}',
+        ]
+    )
+    | st.text(max_size=3),
     max_size=12,
-).map("".join)  # fmt: skip
+).map("".join)
 fewer = settings(max_examples=50)  # of what is slow to draw
 
 
@@ -87,14 +112,28 @@ def test_tags_within_strings_and_thoughts_are_text():
 @pytest.mark.parametrize(
     "block",
     [
-        "{}", "[1]", "[[]]", "null", "", "not json", "[{}]", '[{"tools": [], "question": "q"}]', "[] []",
-        json.dumps(EXAMPLES)[:-1], f"{json.dumps(EXAMPLES)} and so on", f"Examples: {json.dumps(EXAMPLES)}",
-        json.dumps([*EXAMPLES, {"tools": ["weather"]}]), json.dumps([*EXAMPLES, "more"]),
-        '[{"tools": [], "question": NaN, "answer": []}]', '[{"tools": [], "tools": [], "question": "", "answer": []}]',
-        '[{"tools": [], "question": 1e999, "answer": []}]', f'[{{"tools": 1, "question": {"9" * 9999}, "answer": 1}}]',
-        f'[{{"tools": {"[" * MAX_DEPTH + "]" * MAX_DEPTH}, "question": "q", "answer": []}}]', "[" * 99_999,
+        "{}",
+        "[1]",
+        "[[]]",
+        "null",
+        "",
+        "not json",
+        "[{}]",
+        '[{"tools": [], "question": "q"}]',
+        "[] []",
+        json.dumps(EXAMPLES)[:-1],
+        f"{json.dumps(EXAMPLES)} and so on",
+        f"Examples: {json.dumps(EXAMPLES)}",
+        json.dumps([*EXAMPLES, {"tools": ["weather"]}]),
+        json.dumps([*EXAMPLES, "more"]),
+        '[{"tools": [], "question": NaN, "answer": []}]',
+        '[{"tools": [], "tools": [], "question": "", "answer": []}]',
+        '[{"tools": [], "question": 1e999, "answer": []}]',
+        f'[{{"tools": 1, "question": {"9" * 9999}, "answer": 1}}]',
+        f'[{{"tools": {"[" * MAX_DEPTH + "]" * MAX_DEPTH}, "question": "q", "answer": []}}]',
+        "[" * 99_999,
     ],
-)  # fmt: skip
+)
 def test_malformed_examples_leave_the_rest_as_it_is(block):
     text = f"<examples>{block}</examples>{THINK}{RIGHT}"
     assert parse_sections(text) == Sections(None, "The user asks about Oslo.", RIGHT, True)

@@ -154,11 +154,18 @@ def test_errors_come_back_as_text():
     offered = {"type": "function", "function": {"name": "ghost", "parameters": {"type": "object"}}}
     texts = answers(
         Toolbox([add, fail], timeout=5),
-        call("add", a="one"), call("add"), call("add", a=1, c=2), call("missing"), call("ghost"),
-        call("fail", kind="value"), call("fail", kind="exit"), call("fail", kind="circle"),
-        call("fail", kind="own timeout"), call("add", a=1),
+        call("add", a="one"),
+        call("add"),
+        call("add", a=1, c=2),
+        call("missing"),
+        call("ghost"),
+        call("fail", kind="value"),
+        call("fail", kind="exit"),
+        call("fail", kind="circle"),
+        call("fail", kind="own timeout"),
+        call("add", a=1),
         row=Row("r", "Go.", [offered], []),
-    )  # fmt: skip
+    )
     errors = [json.loads(text)["error"] for text in texts[:-1]]
     assert errors[0].startswith("TypeError: can only concatenate str")
     assert errors[1:5] == [

@@ -86,9 +86,15 @@ def test_cutting_a_batch_does_not_change_the_loss(loss_type):
         bounds = torch.tensor([0, *lengths[first:last]]).cumsum(0).int()
         tokens = slice(sum(lengths[:first]), sum(lengths[:last]))
         return loss(
-            hidden[tokens], weight=weight, targets=targets[tokens], cu_seqlens=bounds,
-            advantages=advantages[first:last], ref_logprobs=None, mask=None, denominator=denominator,
-        ).loss  # fmt: skip
+            hidden[tokens],
+            weight=weight,
+            targets=targets[tokens],
+            cu_seqlens=bounds,
+            advantages=advantages[first:last],
+            ref_logprobs=None,
+            mask=None,
+            denominator=denominator,
+        ).loss
 
     torch.testing.assert_close(of(0, 4), of(0, 1) + of(1, 3) + of(3, 4))
     without = loss(

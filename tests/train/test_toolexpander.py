@@ -143,10 +143,20 @@ def test_better_demonstrations_are_verified_by_the_model_before_rl_or_by_the_pre
         assert all(line["tries"] == 2 and line["verified"] is False for line in table(run) if line["tries"])
         first = metrics(run, ["probe"])[0]
         assert (first["hard"], first["replaced"], first["without_demonstrations"]) == (12, 0, 12)
-        make_trainer(tmp_path / f"{verification}-halves", demonstrations="better", verification=verification,
-                     demonstration_tries=2, max_steps=3).train()  # fmt: skip
-        make_trainer(tmp_path / f"{verification}-halves", demonstrations="better", verification=verification,
-                     demonstration_tries=2, resume=True).train()  # fmt: skip
+        make_trainer(
+            tmp_path / f"{verification}-halves",
+            demonstrations="better",
+            verification=verification,
+            demonstration_tries=2,
+            max_steps=3,
+        ).train()
+        make_trainer(
+            tmp_path / f"{verification}-halves",
+            demonstrations="better",
+            verification=verification,
+            demonstration_tries=2,
+            resume=True,
+        ).train()
         again = metrics(tmp_path / f"{verification}-halves", ["step", "eval"])
         assert again == metrics(run, ["step", "eval"])
 
@@ -184,22 +194,35 @@ def test_dynamic_sampling_fills_a_step_up_with_the_next_prompts(tmp_path, monkey
         assert line["groups_with_gradient"] == 1.0 and line["dropped"] >= 0
     assert len(steps) < 8, "fewer steps than the eight batches of two epochs"
     again = make_trainer(
-        tmp_path / "again", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2,
+        tmp_path / "again",
+        reward,
+        prompt_sampling="dynamic",
+        hard_sampling="none",
+        prompts_per_step=3,
+        seed=2,
         max_steps=2,
-    )  # fmt: skip
+    )
     again.train()
     make_trainer(
-        tmp_path / "again", reward, prompt_sampling="dynamic", hard_sampling="none", prompts_per_step=3, seed=2,
+        tmp_path / "again",
+        reward,
+        prompt_sampling="dynamic",
+        hard_sampling="none",
+        prompts_per_step=3,
+        seed=2,
         resume=True,
-    ).train()  # fmt: skip
+    ).train()
     assert metrics(tmp_path / "again", ["step", "eval"]) == metrics(tmp_path / "dapo", ["step", "eval"])
 
 
 def test_a_step_whose_groups_are_all_dropped_changes_nothing_and_is_logged(tmp_path):
     trainer = make_trainer(
-        tmp_path / "run", lambda completions, **_: [1.0] * len(completions), prompt_sampling="dynamic",
-        hard_sampling="none", cold_start_steps=0,
-    )  # fmt: skip
+        tmp_path / "run",
+        lambda completions, **_: [1.0] * len(completions),
+        prompt_sampling="dynamic",
+        hard_sampling="none",
+        cold_start_steps=0,
+    )
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
@@ -266,9 +289,15 @@ def test_a_policy_of_ones_own(tmp_path):
     seen, inner = [], ClippedLoss(ToolExpanderConfig(**SMALL).loss)
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), max_steps=1, log_completions=16, **SMALL)
     trainer = ToolExpanderTrainer(
-        "tiny", even_is_good, args, training_rows(), builtin.heldout_rows(6, 0, ("easy",)), policy_loss=Loss(),
-        advantage_shaper=Shaper(), prompt_order=Backwards(12, 4, 0),
-    )  # fmt: skip
+        "tiny",
+        even_is_good,
+        args,
+        training_rows(),
+        builtin.heldout_rows(6, 0, ("easy",)),
+        policy_loss=Loss(),
+        advantage_shaper=Shaper(),
+        prompt_order=Backwards(12, 4, 0),
+    )
     trainer.train()
     logged = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert {line["row"] for line in logged} == {trainer.task.rows[place].id for place in (8, 9, 10, 11)}

@@ -19,10 +19,19 @@ from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.batch import PackedGroup
 
 SMALL = dict(
-    num_generations=4, prompts_per_step=4, max_completion_length=12, temperature=1.0, learning_rate=3e-3,
-    num_train_epochs=2, save_steps=2, probe_rollouts=2, cold_start_steps=2, cold_start_batch_size=4,
-    cold_start_learning_rate=1e-3, micro_batch_tokens=512,
-)  # fmt: skip
+    num_generations=4,
+    prompts_per_step=4,
+    max_completion_length=12,
+    temperature=1.0,
+    learning_rate=3e-3,
+    num_train_epochs=2,
+    save_steps=2,
+    probe_rollouts=2,
+    cold_start_steps=2,
+    cold_start_batch_size=4,
+    cold_start_learning_rate=1e-3,
+    micro_batch_tokens=512,
+)
 
 
 def even_is_good(prompts, completions, completion_ids, **columns):
@@ -195,9 +204,15 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
             assert params.temperature == 0.7
             assert (on_completion is not None) == (step >= 2**31), "only a probe leaves at the first correct one"
         return generate(
-            self, prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout,
+            self,
+            prompts,
+            n,
+            params,
+            row_ids=row_ids,
+            step=step,
+            first_rollout=first_rollout,
             on_completion=on_completion,
-        )  # fmt: skip
+        )
 
     monkeypatch.setattr(RolloutEngine, "generate", spy)
     make_trainer(tmp_path / "run", temperature=0.7, probe_rollouts=5, cold_start_steps=0).train()

@@ -13,10 +13,18 @@ from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.learner import Learner
 
 TURNS = SMALL | dict(
-    dataset="builtin-turns", max_completion_length=96, max_tool_calling_iterations=1, cold_start_steps=120,
-    cold_start_batch_size=8, cold_start_learning_rate=4e-3, train_rows=12, eval_rows=6, num_train_epochs=1,
-    hard_sampling="none", micro_batch_tokens=4096,
-)  # fmt: skip
+    dataset="builtin-turns",
+    max_completion_length=96,
+    max_tool_calling_iterations=1,
+    cold_start_steps=120,
+    cold_start_batch_size=8,
+    cold_start_learning_rate=4e-3,
+    train_rows=12,
+    eval_rows=6,
+    num_train_epochs=1,
+    hard_sampling="none",
+    micro_batch_tokens=4096,
+)
 
 
 def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_path, monkeypatch):
@@ -30,9 +38,13 @@ def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_pat
     monkeypatch.setattr(Learner, "improve", spy)
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **TURNS)
     trainer = ToolExpanderTrainer(
-        "tiny", even_is_good, args, *load_rows(args), cold_start=built_in_cold_start(args),
+        "tiny",
+        even_is_good,
+        args,
+        *load_rows(args),
+        cold_start=built_in_cold_start(args),
         environment_factory=builtin_turns.Registry,
-    )  # fmt: skip
+    )
     trainer.train()
     rollouts = [rollout for group in seen for rollout in group.rollouts]
     several = [rollout for rollout in rollouts if rollout.mask is not None]
@@ -51,9 +63,13 @@ def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_pat
 def test_cold_start_episodes_supervise_the_models_turns_alone(tmp_path):
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **TURNS)
     trainer = ToolExpanderTrainer(
-        "tiny", even_is_good, args, *load_rows(args), environment_factory=builtin_turns.Registry,
+        "tiny",
+        even_is_good,
+        args,
+        *load_rows(args),
+        environment_factory=builtin_turns.Registry,
         cold_start=built_in_cold_start(args),
-    )  # fmt: skip
+    )
     episode = next(example for example in trainer.cold_start if isinstance(example, builtin_turns.Episode))
     group, _ = supervised(trainer.task.prompts, episode)
     (ids,), (mask,) = group.completions, group.masks

@@ -143,9 +143,15 @@ class Reporter:
     ) -> None:
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
         self.run.log(
-            "probe", step, {"seconds": found.seconds}, round=round_index, **counters, rollouts=found.rollouts,
-            saved_rollouts=saved, spent_tokens=spent_tokens,
-        )  # fmt: skip
+            "probe",
+            step,
+            {"seconds": found.seconds},
+            round=round_index,
+            **counters,
+            rollouts=found.rollouts,
+            saved_rollouts=saved,
+            spent_tokens=spent_tokens,
+        )
         self.run.write_hard_samples(table.lines())
 
     # ---- a step

@@ -29,11 +29,25 @@ SCHEMA = {
 @pytest.mark.parametrize(
     "arguments",
     [
-        {}, {"x": 1, "colour": "red"}, {"x": 1.5}, {"n": 2.0}, {"tags": []}, {"tags": ["a", "b"]}, {"at": {"day": 1}},
-        {"free": {"what": "ever"}}, {"open": {"what": "ever"}}, {"either": 1}, {"either": "1"}, {"one": None},
-        {"one": [1, 2]}, {"both": "a"}, {"maybe": None}, {"any": [None, {"a": 1}]}, {"flag": True},
+        {},
+        {"x": 1, "colour": "red"},
+        {"x": 1.5},
+        {"n": 2.0},
+        {"tags": []},
+        {"tags": ["a", "b"]},
+        {"at": {"day": 1}},
+        {"free": {"what": "ever"}},
+        {"open": {"what": "ever"}},
+        {"either": 1},
+        {"either": "1"},
+        {"one": None},
+        {"one": [1, 2]},
+        {"both": "a"},
+        {"maybe": None},
+        {"any": [None, {"a": 1}]},
+        {"flag": True},
     ],
-)  # fmt: skip
+)
 def test_arguments_inside_the_schema(arguments):
     assert arguments_fault({"n": 1, **arguments}, SCHEMA) is None
 

@@ -37,9 +37,13 @@ QWEN3 = dict(QWEN2, num_key_value_heads=8, head_dim=128)
 
 def qwen(kind, common, hidden, intermediate, layers, heads):
     return AutoConfig.for_model(
-        kind, **common, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        kind,
+        **common,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-    )  # fmt: skip
+    )
 
 
 # model: bytes a parameter of 16, 12, 6 and 4 in GiB; KiB of keys and values a token; 320 rows apart, and sharing
@@ -105,9 +109,15 @@ def trained(model, **args):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "optim, dtype",
-    [("adamw", "float32"), ("adamw", "bfloat16"), ("adamw_stochastic", "bfloat16"), ("adamw_offload", "bfloat16"),
-     ("adamw_8bit", "bfloat16"), ("adamw_8bit", "float32")],
-)  # fmt: skip
+    [
+        ("adamw", "float32"),
+        ("adamw", "bfloat16"),
+        ("adamw_stochastic", "bfloat16"),
+        ("adamw_offload", "bfloat16"),
+        ("adamw_8bit", "bfloat16"),
+        ("adamw_8bit", "float32"),
+    ],
+)
 def test_weights_gradients_and_states_to_the_byte(architecture, optim, dtype):
     if optim == "adamw_8bit":
         pytest.importorskip("torchao")

@@ -22,9 +22,18 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 SETTINGS = dict(
-    hard_sampling="add", num_train_epochs=2, prompts_per_step=4, num_generations=3, max_completion_length=6,
-    probe_rollouts=2, cold_start_steps=1, save_steps=2, eval_steps=3, lr_decay_per="step", save_total_limit=2,
-)  # fmt: skip
+    hard_sampling="add",
+    num_train_epochs=2,
+    prompts_per_step=4,
+    num_generations=3,
+    max_completion_length=6,
+    probe_rollouts=2,
+    cold_start_steps=1,
+    save_steps=2,
+    eval_steps=3,
+    lr_decay_per="step",
+    save_total_limit=2,
+)
 OPERATIONS = {
     "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.listdir", "shutil.rmtree",
 }  # fmt: skip

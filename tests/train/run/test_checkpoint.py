@@ -463,9 +463,15 @@ def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
 
 
 TEN = dict(
-    prompts_per_step=3, num_generations=3, max_completion_length=6, probe_rollouts=2, cold_start_steps=1,
-    num_train_epochs=3, max_steps=10, save_steps=4,
-)  # fmt: skip
+    prompts_per_step=3,
+    num_generations=3,
+    max_completion_length=6,
+    probe_rollouts=2,
+    cold_start_steps=1,
+    num_train_epochs=3,
+    max_steps=10,
+    save_steps=4,
+)
 FORMS = {
     "within a round, decay per step": (5, dict(lr_decay_per="step", eval_steps=5)),
     "before a probe, decay per round": (8, dict(eval_steps=4)),

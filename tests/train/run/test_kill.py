@@ -29,9 +29,11 @@ def test_killed_runs_end_as_undisturbed_ones():
     """Four kills, one of each kind; ``make soak`` does fifty."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.run.killing", "--kills", "4"],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(re.findall(r"^kill \d of 4: ", done.stdout, re.M)) == 4
     assert "all as the undisturbed one" in done.stdout

@@ -75,9 +75,12 @@ def some_groups(of, shift=0.0):
 
 def learner_of(of, **settings):
     args = ToolExpanderConfig(
-        temperature=1.0, learning_rate=RATE, max_grad_norm=1e9, min_reward_std=0.0,
+        temperature=1.0,
+        learning_rate=RATE,
+        max_grad_norm=1e9,
+        min_reward_std=0.0,
         **{"micro_batch_tokens": 24, "epsilon": 0.2, "epsilon_high": 0.2, **settings},
-    )  # fmt: skip
+    )
     return Learner(of, args, ClippedLoss(args.loss), Phases(of.device))
 
 
@@ -99,11 +102,16 @@ def naive_gradient(of, groups, old, config, sampler=None):
             advantages.append(group.advantages[r])
     to = dict(device=DEVICE, dtype=torch.float64)
     out = naive_loss(
-        torch.cat(hidden), of.get_output_embeddings().weight, torch.tensor(targets, device=DEVICE),
-        cu_seqlens=torch.tensor(bounds, device=DEVICE, dtype=torch.int32), advantages=torch.tensor(advantages, **to),
-        old_logprobs=torch.tensor(flat_old, **to) if old else None, mask=torch.tensor(mask, device=DEVICE),
-        sampler_logprobs=torch.tensor(flat_sampler, **to) if sampler else None, config=config,
-    )  # fmt: skip
+        torch.cat(hidden),
+        of.get_output_embeddings().weight,
+        torch.tensor(targets, device=DEVICE),
+        cu_seqlens=torch.tensor(bounds, device=DEVICE, dtype=torch.int32),
+        advantages=torch.tensor(advantages, **to),
+        old_logprobs=torch.tensor(flat_old, **to) if old else None,
+        mask=torch.tensor(mask, device=DEVICE),
+        sampler_logprobs=torch.tensor(flat_sampler, **to) if sampler else None,
+        config=config,
+    )
     out.loss.backward()
     return float(torch.stack([p.grad.norm() for p in of.parameters()]).norm()), out
 
@@ -333,11 +341,17 @@ def test_flops_are_those_of_the_matrix_products(adapter):
     attention = 4 * 3 * 64 * pairs  # three layers of four heads of 16
     seen = linear_flops(of, groups, targets)
     assert counted.trained(groups, 1, reference=False) - 3 * attention == seen
-    forward = 2 * tokens * sum(
-        m.weight.numel()
-        for name, m in of.named_modules()
-        if isinstance(m, torch.nn.Linear) and hasattr(m, "weight") and "lm_head" not in name
-    ) + 2 * targets * 64 * of.config.vocab_size + attention  # fmt: skip
+    forward = (
+        2
+        * tokens
+        * sum(
+            m.weight.numel()
+            for name, m in of.named_modules()
+            if isinstance(m, torch.nn.Linear) and hasattr(m, "weight") and "lm_head" not in name
+        )
+        + 2 * targets * 64 * of.config.vocab_size
+        + attention
+    )
     assert counted.sampled(groups) == forward
     assert counted.trained(groups, 3, reference=True) == 3 * (seen + 3 * attention) + forward
 

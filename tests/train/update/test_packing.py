@@ -264,9 +264,12 @@ def large_tensors(model) -> list[int]:
         advantages = torch.tensor(sum(SCORES, []), device=DEVICE)
         with toolx_attention(model), LargeOutputs(model.get_input_embeddings().weight.numel()) as seen:
             linear_grpo_loss(
-                batch.hidden(model), targets=batch.targets, cu_seqlens=batch.cu_seqlens, advantages=advantages,
+                batch.hidden(model),
+                targets=batch.targets,
+                cu_seqlens=batch.cu_seqlens,
+                advantages=advantages,
                 **head_of(model),
-            ).loss.backward()  # fmt: skip
+            ).loss.backward()
         counts.append(len(seen.names))
     return counts
 
