@@ -39,7 +39,7 @@ _HOME = {
     "linear_grpo_loss": "ops.lm_head.linear_grpo",
     "linear_logprob": "ops.lm_head.linear_logprob",
     "sample": "ops.lm_head.sampling",
-    "GRPOLossConfig": "reference",
+    "GRPOLossConfig": "loss_config",
     "GRPOOutput": "reference",
     "Sample": "reference",
     "TokenStats": "reference",

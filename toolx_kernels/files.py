@@ -26,7 +26,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until the file, or the names in the folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -35,7 +35,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _crc(path: Path) -> int:
+def file_crc(path: Path) -> int:
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

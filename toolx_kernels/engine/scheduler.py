@@ -39,9 +39,8 @@ class Started(NamedTuple):
     """The sequences that start together."""
 
     places: np.ndarray
-    chunk_of: list[
-        int
-    ]  # of each sequence: the chunk at whose end its next token is sampled; siblings have one in common
+    # of each sequence: the chunk at whose end its next token is sampled; siblings have one in common
+    chunk_of: list[int]
     chunks: list[Chunk]
 
 

@@ -37,10 +37,17 @@ class SingleTurn:
         """See ``Rollouter``."""
 
         def ended(place: int, index: int, completion: Completion) -> bool:
-            return on_rollout is not None and on_rollout(place, index, self._rollout(completion))
+            assert on_rollout is not None
+            return on_rollout(place, index, self._rollout(completion))
 
         groups = self.engine.generate(
-            prompts, n, params, row_ids=row_ids, step=step, first_rollout=first_rollout, on_completion=ended
+            prompts,
+            n,
+            params,
+            row_ids=row_ids,
+            step=step,
+            first_rollout=first_rollout,
+            on_completion=ended if on_rollout else None,
         )
         return [[self._rollout(completion) for completion in group.completions] for group in groups]
 

@@ -1,1 +1,1 @@
-"""The trainer: config, data, hard sampling, packing, the loop, checkpoints."""
+"""Training: the loop, what it samples and learns from, and how a run is kept and reported."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from toolx_kernels.engine import RolloutEngine, SamplingParams
+from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
@@ -21,6 +21,7 @@ from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.task import Task
 
+Prompt = tuple[int, Demonstrations]  # the index of a row, and the demonstrations that its prompt shows
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 
 
@@ -51,84 +52,81 @@ class Collector:
         self.tokens.update(state["tokens"])
         self.unrewarded = state["unrewarded"]
 
-    def groups(self, plans: Sequence[GroupPlan], step: int) -> list[ScoredGroup]:
-        """Samples and scores the groups of a step; all their prompts go to the engine together."""
-        size = self.args.num_generations
-        asked = [(plan, place, shown) for plan in plans for place, shown in enumerate(plan.demonstrations)]
-        # one stream of random numbers for each prompt of a row in a step
+    def groups(self, plans: Sequence[GroupPlan], batch: int) -> list[ScoredGroup]:
+        """Samples and scores the groups of batch number ``batch``; all their prompts go to the engine together."""
+        prompts = [(plan.row, shown) for plan in plans for shown in plan.demonstrations]
+        # one stream of random numbers for each prompt of a row in a batch
         prompts_of_row: Counter[int] = Counter()
-        streams = []
-        for plan, _, _ in asked:
-            streams.append(plan.row + prompts_of_row[plan.row] * len(self.task.rows))
-            prompts_of_row[plan.row] += 1
-        sampled = self._sample(
-            [(plan.row, shown) for plan, _, shown in asked], size, self.params, self.rollouter, "step", streams, step
-        )
-        of_plan: dict[int, ScoredGroup] = {}
-        for (plan, place, shown), rollouts in zip(asked, sampled, strict=True):
-            if place == 0:
-                of_plan[id(plan)] = ScoredGroup(
-                    plan, self.task.prompts.ids(self.task.rows[plan.row], plan.scored_with), [], []
-                )
-            group = of_plan[id(plan)]
-            group.rollouts += rollouts
-            group.on_policy_prompt += [shown == plan.scored_with] * len(rollouts)
-        groups = list(of_plan.values())
+        row_ids = []
+        for row, _ in prompts:
+            row_ids.append(row + prompts_of_row[row] * len(self.task.rows))
+            prompts_of_row[row] += 1
+        sampled = iter(self._roll_out(prompts, self.args.num_generations, self.rollouter, "step", row_ids, batch))
+        groups = []
+        for plan in plans:
+            group = ScoredGroup(plan, self.task.prompts.ids(self.task.rows[plan.row], plan.scored_with), [], [])
+            for shown in plan.demonstrations:
+                rollouts = next(sampled)
+                group.rollouts += rollouts
+                group.on_policy_prompt += [shown == plan.scored_with] * len(rollouts)
+            groups.append(group)
         self._score(groups)
         return groups
 
     def attempt(self, stream: int, purpose: str, rollouter: Rollouter | None = None) -> Attempt:
-        """Rolls prompts out until they have a correct rollout, for ``probe``; a row leaves its wave at once then."""
+        """A function for ``probe`` that rolls prompts out, each until it has a correct rollout, with the random numbers
+        of ``stream``."""
 
-        def attempt(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
+        def solved_by(prompts: list[Prompt], n: int, first: int) -> list[bool]:
             solved: list[bool] = []
             size = max(1, MAX_ROLLOUTS // n)
-            with tqdm(total=len(asked), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
+            with tqdm(total=len(prompts), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
                 # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
-                for start in range(0, len(asked), size):
-                    part = asked[start : start + size]
+                for start in range(0, len(prompts), size):
+                    part = prompts[start : start + size]
                     solved += self._solved(part, n, rollouter or self.rollouter, purpose, stream, first)
                     bar.update(len(part))
             return solved
 
-        return attempt
+        return solved_by
 
     def _solved(
-        self,
-        asked: list[tuple[int, Demonstrations]],
-        n: int,
-        rollouter: Rollouter,
-        purpose: str,
-        stream: int,
-        first_rollout: int,
+        self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first_rollout: int
     ) -> list[bool]:
-        solved = [False] * len(asked)
+        """Of each prompt: whether one of its ``n`` rollouts is correct, which cancels those that are still going on."""
+        solved = [False] * len(prompts)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.task.judge(rollout.answer_text, self.task.rows[asked[place][0]])
+            solved[place] |= self.task.judge(rollout.answer_text, self.task.rows[prompts[place][0]])
             return solved[place]
 
-        streams = [row for row, _ in asked]
-        self._sample(asked, n, self.params, rollouter, purpose, streams, stream, first_rollout, ends_its_group)
+        row_ids = [row for row, _ in prompts]
+        self._roll_out(prompts, n, rollouter, purpose, row_ids, stream, first_rollout, ends_its_group)
         return solved
 
-    def _sample(
+    def _roll_out(
         self,
-        asked: Sequence[tuple[int, Demonstrations]],
+        prompts: Sequence[Prompt],
         n: int,
-        params: SamplingParams,
         rollouter: Rollouter,
         purpose: str,
-        streams: Sequence[int],
-        step: int,
+        row_ids: Sequence[int],
+        stream: int,
         first_rollout: int = 0,
         on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
-        rows = [self.task.rows[row] for row, _ in asked]
-        prompts = [self.task.prompts.ids(row, shown) for row, (_, shown) in zip(rows, asked, strict=True)]
+        rows = [self.task.rows[row] for row, _ in prompts]
+        ids = [self.task.prompts.ids(row, shown) for row, (_, shown) in zip(rows, prompts, strict=True)]
         with self.phases.phase("rollout" if purpose == "step" else "probe"):
             groups = rollouter.roll_out(
-                rows, prompts, n, params, row_ids=streams, step=step, first_rollout=first_rollout, on_rollout=on_rollout
+                rows,
+                ids,
+                n,
+                self.params,
+                row_ids=row_ids,
+                step=stream,
+                first_rollout=first_rollout,
+                on_rollout=on_rollout,
             )
         for row, rollouts in zip(rows, groups, strict=True):
             for rollout in rollouts:

@@ -1,4 +1,4 @@
-"""From prompts to rollouts, and the groups of rollouts that a step learns from."""
+"""Groups of rollouts that are compared with each other: planned, and scored."""
 
 from __future__ import annotations
 

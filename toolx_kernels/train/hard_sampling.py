@@ -168,9 +168,3 @@ class HardSamples:
             values = {name: line[name] for name in RowState.__dataclass_fields__}
             self.states[self._place[line["id"]]] = RowState(**values)
         self.hard = sum(state.hard for state in self.states)
-
-
-# ---- which demonstrations
-
-
-# ---- what is rolled out

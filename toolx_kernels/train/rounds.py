@@ -19,7 +19,7 @@ class Rounds:
 
     step            optimizer steps done
     batch           batches drawn: one a step, unless groups are dropped and the step filled up
-    round           the one whose probe was done last
+    probed_round    the one whose probe was done last
     trained_tokens  that passed through the training forward
     table           the state of every training row
     """
@@ -34,8 +34,8 @@ class Rounds:
     ):
         self.table, self.policy, self.order, self.collector, self.args = table, policy, order, collector, args
         self.step = self.batch = self.trained_tokens = 0
-        self.round = -1
-        self._entered = -1  # by this process; a resumed run enters its round once more
+        self.probed_round = -1
+        self._begun = -1  # by this process; a resumed run begins its round once more
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
         self.per_round = self.per_epoch * args.epochs_per_round
         self.total = args.num_train_epochs * self.per_epoch
@@ -43,12 +43,12 @@ class Rounds:
             self.total = min(self.total, args.max_steps * order.max_batches)
 
     def state_dict(self) -> dict:
-        names = ("step", "batch", "round", "trained_tokens")
+        names = ("step", "batch", "probed_round", "trained_tokens")
         return {name: getattr(self, name) for name in names} | {"table": self.table.lines()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.batch, self.round = state["step"], state["batch"], state["round"]
-        self.trained_tokens = state["trained_tokens"]
+        self.step, self.batch = state["step"], state["batch"]
+        self.probed_round, self.trained_tokens = state["probed_round"], state["trained_tokens"]
         self.table.load(state["table"])
 
     # ---- where the run stands
@@ -65,14 +65,14 @@ class Rounds:
         return out_of_tokens or out_of_steps or self.batch >= self.total
 
     @property
-    def current(self) -> int:
+    def next_round(self) -> int:
         """The round of the next batch."""
         return self.batch // self.per_round
 
     @property
-    def to_enter(self) -> bool:
+    def at_round_start(self) -> bool:
         """Whether the next batch begins a round."""
-        return self._entered != self.current
+        return self._begun != self.next_round
 
     def passed(self, unit: str) -> int:
         """Rounds or epochs before that of the batch drawn last, or steps done."""
@@ -96,18 +96,18 @@ class Rounds:
         batches = range(first, min(first + self.per_round, self.total))
         return sorted({row for batch in batches for row in self.order.rows(batch)})
 
-    def enter(self) -> Probe | None:
+    def begin_round(self) -> Probe | None:
         """Probes the raw prompts of the next batch's round, then lets the policy choose what it shows with hard ones.
 
-        When a resumed run re-enters a round, only rows that an earlier, smaller ``max_steps`` skipped are probed.
+        When a resumed run begins a round again, only rows that an earlier, smaller ``max_steps`` skipped are probed.
         Returns None if there are none.
         """
-        index = self._entered = self.current
+        index = self._begun = self.next_round
         members = self.members(index)
-        if self.round == index:
+        if self.probed_round == index:
             done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == index}
             members = [row for row in members if row not in done]
-        self.round = index
+        self.probed_round = index
         if not members:
             return None
         found = self.probe(members, index)
@@ -116,7 +116,7 @@ class Rounds:
 
     def measure(self) -> Probe:
         """Probes the rows of the first round once more, after the run."""
-        return self.probe(self.members(0), self.round + 1, "measure")
+        return self.probe(self.members(0), self.probed_round + 1, "measure")
 
     def probe(self, members: list[int], round_index: int, purpose: str = "probe") -> Probe:
         """Finds the rows among ``members`` whose raw prompts get no correct rollout, and enters them in the table."""
@@ -134,7 +134,7 @@ class Rounds:
         """
         kept: list[ScoredGroup] = []
         sampled: list[ScoredGroup] = []
-        end_of_round = min(self.total, (self.current + 1) * self.per_round)
+        end_of_round = min(self.total, (self.next_round + 1) * self.per_round)
         batches = range(self.batch, min(end_of_round, self.batch + self.order.max_batches))
         wanted = 0
         for batch in batches:
@@ -147,3 +147,8 @@ class Rounds:
             if len(kept) >= wanted:
                 break
         return kept[:wanted], sampled
+
+    def finish_step(self, trained_tokens: int) -> None:
+        """Counts a step whose update took ``trained_tokens``."""
+        self.step += 1
+        self.trained_tokens += trained_tokens

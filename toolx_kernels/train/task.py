@@ -53,7 +53,7 @@ class Task:
         rewards: RewardFunctions,
     ):
         prompts.check([*rows, *eval_rows])
-        self.rows, self.eval_rows, self.more_demonstrations = rows, eval_rows, demonstrations
+        self.rows, self.eval_rows = rows, eval_rows
         self.prompts, self.judge, self.rewards = prompts, judge, rewards
         self.demonstrations = DemonstrationIndex.of(rows, demonstrations)
         self.eval_rows_seen = len(shared_rows(eval_rows, [*rows, *demonstrations]))

@@ -1,7 +1,8 @@
 """The training run, top to bottom.
 
-    cold start -> evaluate -> for each round: probe, replace hard prompts ->
-        for each step: prompts -> rollouts -> rewards -> advantages -> update -> evaluate -> summary
+    cold start -> evaluate -> for each round: probe, give hard prompts demonstrations ->
+        for each step: prompts -> rollouts -> rewards -> advantages -> update
+    -> evaluate -> probe -> summary
 
 Five parts do it: the task (rows, prompts, what is right, what is rewarded), the collector (rollouts and their rewards),
 the rounds (which prompts are next), the learner (weights) and the reporter (all that is said of it).
@@ -135,7 +136,7 @@ class ToolExpanderTrainer:
             self.collector,
             args,
         )
-        self.advantages = advantage_shaper or chosen_advantage_shaper(args)
+        self.advantage_shaper = advantage_shaper or chosen_advantage_shaper(args)
         self.stop = Stop()
 
     def fitting(self, row: Row, demonstrations: Sequence[Row]) -> list[Row]:
@@ -167,7 +168,7 @@ class ToolExpanderTrainer:
             while not rounds.finished:  # by steps, epochs or tokens
                 if args.eval_steps and rounds.step % args.eval_steps == 0 and rounds.step != report.evaluated:
                     self._evaluate()
-                elif rounds.to_enter:
+                elif rounds.at_round_start:
                     self._probe()  # which raw prompts get no correct rollout?
                 else:
                     with self.stop.deferred():
@@ -175,12 +176,12 @@ class ToolExpanderTrainer:
                         if self.stop.requested or (rounds.step % args.save_steps == 0 and not rounds.finished):
                             self._save()
             checkpoint = self._save()
-            just_done = rounds.step == 0 and report.eval_before is not None
-            accuracy = report.eval_before if just_done else self._evaluate()
-            hard = self._measure()
+            no_step = rounds.step == 0 and report.eval_before is not None
+            accuracy = report.eval_before if no_step else self._evaluate()
+            probed = self._measure()
         return report.summary(
             accuracy,
-            hard,
+            probed,
             steps=rounds.step,
             sampled_tokens=sum(self.collector.tokens.values()),
             spent_tokens=rounds.spent_tokens,
@@ -191,14 +192,13 @@ class ToolExpanderTrainer:
 
     def step(self) -> dict:
         """One optimizer step: prompts -> rollouts -> rewards -> advantages -> update; its line of metrics.jsonl."""
-        rounds, report, index = self.rounds, self.reporter, self.rounds.current
+        rounds, report, index = self.rounds, self.reporter, self.rounds.next_round
         with self._naming(f"step {rounds.step + 1}"), report.step(rounds.step + 1):
             groups, sampled = rounds.next_groups()
-            give_advantages(groups, self.advantages)
+            give_advantages(groups, self.advantage_shaper)
             self.learner.schedule.advance_to(rounds.passed(self.args.lr_decay_per))
             update = self.learner.improve(groups, rounds.step)
-        rounds.step += 1
-        rounds.trained_tokens += update["trained_tokens"]
+        rounds.finish_step(update["trained_tokens"])
         self._forget_prefixes()
         return report.metrics(
             rounds.step,
@@ -231,10 +231,10 @@ class ToolExpanderTrainer:
 
     def _probe(self) -> None:
         """Probes the next round's rows; saves, because that may have taken long."""
-        rounds, report, index = self.rounds, self.reporter, self.rounds.current
+        rounds, report, index = self.rounds, self.reporter, self.rounds.next_round
         report.doing(f"round {index + 1}: probing")
         with self._naming(f"probe before step {rounds.step + 1}"):
-            found = rounds.enter()
+            found = rounds.begin_round()
         if found:
             counters = rounds.table.counters(index)
             report.probe(rounds.step, found, index, rounds.table, counters, rounds.spent_tokens)
@@ -245,7 +245,7 @@ class ToolExpanderTrainer:
 
     def _measure(self) -> dict[str, int | None]:
         """Probes the rows of the first round once more; counts them."""
-        rounds, after = self.rounds, self.rounds.round + 1
+        rounds, after = self.rounds, self.rounds.probed_round + 1
         self.reporter.doing("probing")
         with self._naming("the last probe"):
             found = rounds.measure()
@@ -255,7 +255,7 @@ class ToolExpanderTrainer:
 
     def _verification(self, number: int) -> Attempt:
         """How draw ``number`` of demonstrations in this round is verified."""
-        stream = VERIFY_STREAM + self.rounds.round * self.args.demonstration_tries + number
+        stream = VERIFY_STREAM + self.rounds.probed_round * self.args.demonstration_tries + number
         if self.args.verification == "cautious" and self._cautious is None:
             reference, rollouter = self.learner.reference, copy.copy(self.rollouter)
             assert reference is not None  # args.needs_reference

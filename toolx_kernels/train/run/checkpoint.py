@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.engine.bit_sum import bit_sum
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.files import _crc, _sync, write_atomically
+from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
@@ -119,7 +119,7 @@ def save_checkpoint(
         sweep(run)
         if final.exists():
             write_atomically(final / STATE_FILE, _signed(_record(final) | {"state": state}))
-            _sync(final)
+            sync(final)
         else:
             free = shutil.disk_usage(run).free
             if free < needed:
@@ -155,13 +155,13 @@ def _write(
         _write_weights(beside, model)
         tokenizer.save_pretrained(beside)
         save_file(optimizer, beside / OPTIMIZER_FILE)
-        files = {path.name: [path.stat().st_size, _crc(path)] for path in sorted(beside.iterdir())}
+        files = {path.name: [path.stat().st_size, file_crc(path)] for path in sorted(beside.iterdir())}
         record = {"format": FORMAT, "files": files, "model_shape": model_shape(model), "state": state}
         (beside / STATE_FILE).write_text(_signed(record), encoding="utf-8")
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            sync(path)
         beside.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -217,7 +217,7 @@ def check_whole(checkpoint: Path) -> dict:
         path = checkpoint / name
         try:
             found = path.stat().st_size
-            same = found == size and _crc(path) == crc
+            same = found == size and file_crc(path) == crc
         except OSError as error:
             raise DamagedError(f"{checkpoint} lacks a readable {name} ({error.strerror})") from None
         if not same:
