@@ -1,7 +1,7 @@
-"""READ FIRST: every op of the package in plain torch, naive and obviously right.
+"""READ FIRST: what the public ops mean, in plain torch, naive and obviously right.
 
-This file is the truth that the tests compare with, at any dtype up to float64, and the fallback where no faster
-kernel exists. Nothing here is fast; whole ``[N, V]`` logits are materialised on purpose.
+This file is the truth that the tests compare with, at any dtype up to float64. Nothing here is fast; whole ``[N, V]``
+logits are materialised on purpose.
 
 Dimensions, here and everywhere: N packed completion tokens, D hidden, V vocab, B completions, G group size,
 P prompt tokens, T positions, R rows of a decoding batch, H / Hkv heads, Dh head dim.
