@@ -257,9 +257,14 @@ def linear_grpo_loss(
 
     def stats_of(rows):
         return linear_logprob(
-            hidden[rows], weight, targets[rows], bias=bias, softcap=softcap, entropy=True,
+            hidden[rows],
+            weight,
+            targets[rows],
+            bias=bias,
+            softcap=softcap,
+            entropy=True,
             temperature=config.temperature if temperature is None else temperature[rows],
-        )  # fmt: skip
+        )
 
     blank = torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device)
     with torch.no_grad():
@@ -278,11 +283,15 @@ def linear_grpo_loss(
     for b, (start, end) in enumerate(spans):
         rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
         parts = completion_losses(
-            logprobs[rows], entropy[rows], advantages[b], config, kept=kept[rows],
+            logprobs[rows],
+            entropy[rows],
+            advantages[b],
+            config,
+            kept=kept[rows],
             old=None if old_logprobs is None else old_logprobs[rows],
             ref=None if ref_logprobs is None else ref_logprobs[rows],
             sampler=None if sampler_logprobs is None else sampler_logprobs[rows],
-        )  # fmt: skip
+        )
         logged.append(parts)
         tokens = mask[start:end].sum().clamp(min=1)
         total = total + (parts.losses.sum() / tokens if config.loss_type in ("grpo", "sapo") else parts.losses.sum())

@@ -550,8 +550,15 @@ def test_window_and_softcap_reach_the_context():
 def test_architectures_that_scale_their_logits_are_refused(scaled):
     import transformers
 
-    settings = dict(vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=4, pad_token_id=0)  # fmt: skip
+    settings = dict(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+    )
     if scaled == "granite":
         model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**settings, logits_scaling=8.0))
     else:

@@ -239,10 +239,14 @@ def test_a_step_reads_its_inputs_in_place(rows, filling):
     """Of a single row, too, whose strides torch leaves as they come: a kernel would be compiled for them."""
     numbers = np.arange(1, 100)
     inputs = DecodeInputs(
-        ids=numbers[:rows], positions=numbers[5 : 5 + rows], slots=numbers[10 : 10 + rows],
-        streams=numbers[: 5 * rows].reshape(rows, 5), block_table=numbers[: 2 * rows].reshape(rows, 2),
-        cu_groups=np.array([0, rows]), prefix_lens=numbers[20 : 20 + rows],
-    )  # fmt: skip
+        ids=numbers[:rows],
+        positions=numbers[5 : 5 + rows],
+        slots=numbers[10 : 10 + rows],
+        streams=numbers[: 5 * rows].reshape(rows, 5),
+        block_table=numbers[: 2 * rows].reshape(rows, 2),
+        cu_groups=np.array([0, rows]),
+        prefix_lens=numbers[20 : 20 + rows],
+    )
     sizes = Sizes(rows + filling, 1 + filling, 4, 4)
     flat = np.full(buffer_length(sizes), 7)
     pack(inputs, parts_of(flat, sizes))

@@ -351,15 +351,30 @@ def pytest_configure() -> None:
     context = lambda *_: contextlib.nullcontext()  # noqa: E731
     default_stream = Stream()
     for name, value in {
-        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-        "get_device_properties": lambda *_: Properties, "get_device_capability": lambda *_: (9, 0),
-        "device": context, "device_of": context, "stream": context, "current_stream": lambda *_: default_stream,
-        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph_pool_handle": lambda: (0, 0),
-        "synchronize": lambda *_: wait("synchronize"), "empty_cache": nothing, "manual_seed": nothing,
-        "get_sync_debug_mode": lambda: sync_debug_mode, "set_sync_debug_mode": _set_sync_debug_mode,
-        "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": nothing,
-        "get_rng_state": lambda *_: torch.zeros(1, dtype=torch.uint8), "set_rng_state": nothing,
-    }.items():  # fmt: skip
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda *_: Properties,
+        "get_device_capability": lambda *_: (9, 0),
+        "device": context,
+        "device_of": context,
+        "stream": context,
+        "current_stream": lambda *_: default_stream,
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: (0, 0),
+        "synchronize": lambda *_: wait("synchronize"),
+        "empty_cache": nothing,
+        "manual_seed": nothing,
+        "get_sync_debug_mode": lambda: sync_debug_mode,
+        "set_sync_debug_mode": _set_sync_debug_mode,
+        "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": nothing,
+        "get_rng_state": lambda *_: torch.zeros(1, dtype=torch.uint8),
+        "set_rng_state": nothing,
+    }.items():
         setattr(torch.cuda, name, value)
     interpreter.InterpretedFunction.run = _launch
     torch.autograd.set_multithreading_enabled(False)

@@ -29,12 +29,20 @@ def test_devices_do_not_mix():
 @pytest.mark.parametrize(
     "wait",
     [
-        lambda x: x.sum().item(), lambda x: bool((x > 0).all()), lambda x: x.cpu(), lambda x: x.nonzero(),
-        lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x[torch.tensor([1])], lambda x: torch.ones(3).to(x.device),
-        lambda x: x.copy_(torch.ones(3)), lambda x: torch.tensor([1.0], device=x.device),
-        lambda x: torch.repeat_interleave(x.long()), lambda x: torch.cuda.synchronize(),
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x.tolist(),
+        lambda x: x[x > 0],
+        lambda x: x[torch.tensor([1])],
+        lambda x: torch.ones(3).to(x.device),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.repeat_interleave(x.long()),
+        lambda x: torch.cuda.synchronize(),
     ],
-)  # fmt: skip
+)
 def test_waits_are_seen(wait):
     x = torch.ones(3, device="cuda")
     log.clear()
@@ -151,9 +159,12 @@ def updates(optim, dtype, where):
         batch = pack(groups, where)
         with toolx_attention(model), checkpointed(model):
             out = linear_grpo_loss(
-                batch.hidden(model), targets=batch.targets, cu_seqlens=batch.cu_seqlens,
-                advantages=torch.tensor([1.0, -1.0, 0.5, -0.5], device=where), **head_of(model),
-            )  # fmt: skip
+                batch.hidden(model),
+                targets=batch.targets,
+                cu_seqlens=batch.cu_seqlens,
+                advantages=torch.tensor([1.0, -1.0, 0.5, -0.5], device=where),
+                **head_of(model),
+            )
             out.loss.backward()
             optimizer.collect()
         log.clear()
@@ -167,10 +178,12 @@ def updates(optim, dtype, where):
 @pytest.mark.parametrize(
     "optim, dtype",
     [
-        ("adamw", torch.float32), ("adamw", torch.bfloat16), ("adamw_stochastic", torch.bfloat16),
+        ("adamw", torch.float32),
+        ("adamw", torch.bfloat16),
+        ("adamw_stochastic", torch.bfloat16),
         ("adamw_offload", torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_training_steps_are_as_good_as_the_cpus(optim, dtype):
     truth = updates("adamw", torch.float32, "cpu")
     ours, theirs = (updates(optim, dtype, where) for where in ("cuda", "cpu"))

@@ -28,10 +28,12 @@ FORMS = {
     [
         *((form, (), OTHERS, ()) for form in FORMS),
         *(("grpo", (extra,), (), ()) for extra in ("bias", "softcap")),
-        ("entropy", EXTRAS, OTHERS, ()), ("gspo", EXTRAS, OTHERS, ()), ("recompute", EXTRAS, OTHERS, ()),
+        ("entropy", EXTRAS, OTHERS, ()),
+        ("gspo", EXTRAS, OTHERS, ()),
+        ("recompute", EXTRAS, OTHERS, ()),
         ("grpo", (), (), ("weight",)),
     ],
-)  # fmt: skip
+)
 def test_a_loss_is_the_cpus(form, extras, others, frozen):
     config = GRPOLossConfig(**FORMS[form])
     case = without_logprobs(make_case((2, 1, 4, 3, 0, 2, 3, 1), vocab=70, extras=extras, masked=(3, 4)), *others)

@@ -245,9 +245,15 @@ def test_any_batch():
 
     @hypothesis.settings(max_examples=60)
     @hypothesis.example(  # torch's was NaN on AMX: see test_plain_torch_multiplies_no_nan
-        groups=[(0, [(6, 6), (15, 1)])], page_size=1, heads=(6, 2), dim=4, dtype=torch.bfloat16, window=1, softcap=3.0,
+        groups=[(0, [(6, 6), (15, 1)])],
+        page_size=1,
+        heads=(6, 2),
+        dim=4,
+        dtype=torch.bfloat16,
+        window=1,
+        softcap=3.0,
         shared=False,
-    )  # fmt: skip
+    )
     @hypothesis.given(
         groups=st.lists(group, min_size=1, max_size=4),
         page_size=st.sampled_from([1, 3, 8, 16]),

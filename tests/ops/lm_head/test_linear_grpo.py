@@ -279,10 +279,14 @@ def test_by_hand():
     hidden = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
     out = linear_grpo_loss(
-        hidden, weight, torch.tensor([0, 2, 3]),
-        cu_seqlens=torch.tensor([0, 1, 3]), rewards=torch.tensor([1.0, 0.0]), group_size=2,
+        hidden,
+        weight,
+        torch.tensor([0, 2, 3]),
+        cu_seqlens=torch.tensor([0, 1, 3]),
+        rewards=torch.tensor([1.0, 0.0]),
+        group_size=2,
         config=GRPOLossConfig(scale_rewards="none"),
-    )  # fmt: skip
+    )
     assert out.loss.item() == pytest.approx(0.0)
     torch.testing.assert_close(out.logprobs, torch.full((3,), 0.25, dtype=torch.float64).log())
     out.loss.backward()
@@ -379,9 +383,18 @@ def test_masked_rows_may_hold_anything():
 
 @pytest.mark.parametrize("path", ["chunks", "recompute", "deferred"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("broken, value", [("hidden", torch.nan), ("hidden", torch.inf), (OLD, torch.inf),
-                                           (OLD, -torch.inf), (OLD, torch.nan), (SAMPLER, -torch.inf),
-                                           (REF, torch.nan)])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, value",
+    [
+        ("hidden", torch.nan),
+        ("hidden", torch.inf),
+        (OLD, torch.inf),
+        (OLD, -torch.inf),
+        (OLD, torch.nan),
+        (SAMPLER, -torch.inf),
+        (REF, torch.nan),
+    ],
+)
 def test_a_row_that_is_not_finite_touches_no_gradient(broken, value, level, path, monkeypatch):
     case = make_case(dtype=torch.float64)
     case[broken] = case[broken].clone()
@@ -473,9 +486,10 @@ CARDS = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("mib", [None, 8, 200])
 @pytest.mark.parametrize(
-    "shape", [(8192, 151_936, 896), (4096, 49_152, 576), (65_536, 256_000, 4096), (200, 49_152, 576), (1, 5, 3)],
+    "shape",
+    [(8192, 151_936, 896), (4096, 49_152, 576), (65_536, 256_000, 4096), (200, 49_152, 576), (1, 5, 3)],
     ids=str,
-)  # fmt: skip
+)
 def test_plans_stay_within_the_workspace(shape, mib, device):
     n, vocab, dim = shape
     device = torch.device(device)
@@ -508,12 +522,15 @@ def gpu_plan(n, dim, card, dtype=torch.bfloat16, **more):
 @pytest.mark.parametrize(
     "card, dim, rows, waves",
     [
-        ("H100", 896, 2944, [2, 2, 1]), ("H100", 1536, 2816, [2, 2, 2]), ("H100", 4096, 3072, [6, 6, 4]),
+        ("H100", 896, 2944, [2, 2, 1]),
+        ("H100", 1536, 2816, [2, 2, 2]),
+        ("H100", 4096, 3072, [6, 6, 4]),
         ("H200", 896, 2944, [2, 2, 1]),
-        ("4090", 896, 2048, [1, 1, 1, 1]), ("4090", 1536, 2048, [2, 2, 2, 2]),
+        ("4090", 896, 2048, [1, 1, 1, 1]),
+        ("4090", 1536, 2048, [2, 2, 2, 2]),
         ("12 GB", 896, 1536, [2, 2, 2, 2, 2, 1]),
     ],
-)  # fmt: skip
+)
 def test_chunks_of_a_gpu_are_few_and_fill_its_processors(card, dim, rows, waves):
     """8,192 tokens of a vocabulary of 151,936; a wave is the time of a tile of 128 x 128 of ``E W``."""
     assert gpu_plan(8192, dim, card).rows == rows
@@ -605,10 +622,24 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
 def below_autograd(case: dict, key: str):
     """The loss and its gradients, where the operations are seen that the operator asks for."""
     return linear_grpo.compute(
-        case["hidden"], case["weight"], case["targets"], torch.ones(N, device=DEVICE), None, 0.0, -1,
-        case["cu_seqlens"], case["rewards"], case.get(OLD), None, None, case["mask"], None, key,
-        [True, True, False], case["rewards"],
-    )  # fmt: skip
+        case["hidden"],
+        case["weight"],
+        case["targets"],
+        torch.ones(N, device=DEVICE),
+        None,
+        0.0,
+        -1,
+        case["cu_seqlens"],
+        case["rewards"],
+        case.get(OLD),
+        None,
+        None,
+        case["mask"],
+        None,
+        key,
+        [True, True, False],
+        case["rewards"],
+    )
 
 
 class Operations(TorchDispatchMode):
@@ -715,9 +746,15 @@ def test_under_compile_with_changing_lengths(backend, recompute):
 
     def step(hidden, weight, targets, cu_seqlens, rewards, old_logprobs):
         output = linear_grpo_loss(
-            hidden * 1.5, weight, targets, cu_seqlens=cu_seqlens, rewards=rewards, group_size=4,
-            old_logprobs=old_logprobs, config=config,
-        )  # fmt: skip
+            hidden * 1.5,
+            weight,
+            targets,
+            cu_seqlens=cu_seqlens,
+            rewards=rewards,
+            group_size=4,
+            old_logprobs=old_logprobs,
+            config=config,
+        )
         return output.loss * 3, output.logprobs
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
@@ -807,7 +844,7 @@ BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
         ({"bias": torch.zeros(212)}, {}, r"bias \(212,\) must have one entry for each of the 213"),
         ({}, {"beta": 0.1}, "beta=0.1 needs ref_logprobs"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named_before_any_sweep(change, settings, message, monkeypatch):
     case = without_logprobs(make_case())
     monkeypatch.setattr(sweep, "backend", None)

@@ -261,7 +261,7 @@ def test_hidden_and_weight_of_different_dtypes():
         ({"temperature": torch.tensor([torch.inf, 1.0])}, r"temperature\[0\] = inf must be positive and finite"),
         ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named_before_any_sweep(change, message, monkeypatch):
     monkeypatch.setattr(sweep, "backend", None)
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "targets": torch.tensor([0, 1])}

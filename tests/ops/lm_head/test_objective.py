@@ -77,7 +77,7 @@ def definition(vectors, config):
                 **others,
                 sampler=sampler,
                 kept=kept[rows],
-            )  # fmt: skip
+            )
         )
     weighted = torch.cat([part.losses for part in parts]) * vectors["weights"]
     return parts, weighted.detach(), torch.autograd.grad(weighted.sum(), leaves, allow_unused=True)
@@ -122,10 +122,15 @@ VECTOR = st.none() | st.lists(LOG_RATIO, min_size=N, max_size=N).map(lambda x: t
 
 @settings(max_examples=200)
 @given(
-    st.sampled_from(LEVELS), st.sampled_from(MODES[1:]), st.sampled_from(KL), VECTOR, VECTOR, VECTOR,
+    st.sampled_from(LEVELS),
+    st.sampled_from(MODES[1:]),
+    st.sampled_from(KL),
+    VECTOR,
+    VECTOR,
+    VECTOR,
     st.lists(st.floats(-2, 2) | st.just(0.0), min_size=len(LENGTHS), max_size=len(LENGTHS)),
     st.sampled_from([{}, {"delta": 2.5}, {"entropy_coef": 0.2}, {"entropy_coef": 0.2, "top_entropy_quantile": 0.4}]),
-)  # fmt: skip
+)
 def test_any_numbers_agree_with_the_definition(level, mode, kl, old, ref, sampler, advantages, more):
     loss_type, level = level
     if loss_type == "vespo":
@@ -262,9 +267,15 @@ if objective.triton is not None:
 
     @objective.triton.jit
     def store_objective(
-        in_ptr, out_ptr, n, CONFIG: tl.constexpr,
-        HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        in_ptr,
+        out_ptr,
+        n,
+        CONFIG: tl.constexpr,
+        HAS_OLD: tl.constexpr,
+        HAS_REF: tl.constexpr,
+        HAS_SAMPLER: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
         logprobs = tl.load(in_ptr + i, mask=inside, other=0.0)

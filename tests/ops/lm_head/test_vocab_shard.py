@@ -106,10 +106,14 @@ def test_linear_grpo_loss(path, cut, extras, monkeypatch, taken):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"importance_sampling_level": "sequence"}, {"beta": 0.1}, {"top_entropy_quantile": 0.4}, {"loss_type": "cispo",
-                                                                                               "epsilon_high": 1.2}],
+    [
+        {"importance_sampling_level": "sequence"},
+        {"beta": 0.1},
+        {"top_entropy_quantile": 0.4},
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
 def test_objectives(settings, in_place, monkeypatch):
     case = make_case(dtype=torch.float64, vocab=VOCAB)
@@ -214,10 +218,15 @@ def test_over_two_processes_as_documented(tmp_path):
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", WORKER]
     workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=root, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     for worker in workers:
         out, err = worker.communicate(timeout=60)
         assert out == "equal\n", err

@@ -118,13 +118,18 @@ def linear_grpo_loss(
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
     check_vectors(
-        hidden, cu_seqlens, config,
+        hidden,
+        cu_seqlens,
+        config,
         per_completion={"rewards": rewards, "advantages": advantages},
         per_row={
-            "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs,
-            "mask": mask, "temperature": temperature if isinstance(temperature, Tensor) else None,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "sampler_logprobs": sampler_logprobs,
+            "mask": mask,
+            "temperature": temperature if isinstance(temperature, Tensor) else None,
         },
-    )  # fmt: skip
+    )
     if advantages is None:
         advantages = group_advantages(
             rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards, check_finite=False

@@ -189,9 +189,7 @@ def weighted_terms(
 
 
 @dual
-def token_objective(
-    logprobs, entropy, advantage, weight, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
-):  # fmt: skip
+def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
     """The whole objective of a row, for configs whose tokens need nothing of each other.
 
     ``weight`` is the row's share in the loss (:func:`token_weights`). An input whose HAS_* flag is False may be
@@ -283,9 +281,15 @@ def policy_objective(
     if by_sequence:
         ratio_slope = torch.where(finite, spread_sum(ratio_slope) / tokens, 0)
     return Objective(
-        losses, ratio_slope + slope, entropy_slope if config.entropy_coef else None,
-        ratio, clip_low, clip_high, kl if ref is not None else None, finite,
-    )  # fmt: skip
+        losses,
+        ratio_slope + slope,
+        entropy_slope if config.entropy_coef else None,
+        ratio,
+        clip_low,
+        clip_high,
+        kl if ref is not None else None,
+        finite,
+    )
 
 
 def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:

@@ -45,9 +45,15 @@ def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
         return None
     (n_rows, dim), vocab_size = head.hidden.shape, vocab_size_of(head.weight, head.shard)
     size = tiles.single_sweep_plan(
-        n_rows, vocab_size, dim, head.hidden.device, head.weight_dtype, config.workspace_mib,
-        n_tokens=batch.n_rows, trains_weight=batch.needs.weight,
-    )  # fmt: skip
+        n_rows,
+        vocab_size,
+        dim,
+        head.hidden.device,
+        head.weight_dtype,
+        config.workspace_mib,
+        n_tokens=batch.n_rows,
+        trains_weight=batch.needs.weight,
+    )
     if size is not None and needs_whole_sequences(config):
         longest = max(high - low for low, high in zip(batch.bounds, batch.bounds[1:], strict=False))
         return size if longest <= size.rows else None

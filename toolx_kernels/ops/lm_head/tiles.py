@@ -82,9 +82,17 @@ def gemm_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, 
 
 
 def single_sweep_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
-    *, n_tokens: int | None = None, trains_weight: bool = True, card: Card | None = None,
-) -> SweepSize | None:  # fmt: skip
+    n_rows: int,
+    vocab_size: int,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workspace_mib: int | None = None,
+    *,
+    n_tokens: int | None = None,
+    trains_weight: bool = True,
+    card: Card | None = None,
+) -> SweepSize | None:
     """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it.
 
     ``n_tokens``: of the call, to whose logits the workspace is held; of them ``n_rows`` are computed (default: all).
@@ -117,9 +125,14 @@ def single_sweep_plan(
 
 
 def recompute_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, workspace_mib: int | None = None,
+    n_rows: int,
+    vocab_size: int,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workspace_mib: int | None = None,
     card: Card | None = None,
-) -> SweepSize:  # fmt: skip
+) -> SweepSize:
     """The plan of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
     its gradient, half for tiles of logits and their gradients."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
@@ -134,9 +147,13 @@ def recompute_plan(
 
 
 def forward_plan(
-    n_rows: int, vocab_size: int, dim: int, device: torch.device, workspace_mib: int | None = None,
+    n_rows: int,
+    vocab_size: int,
+    dim: int,
+    device: torch.device,
+    workspace_mib: int | None = None,
     card: Card | None = None,
-) -> SweepSize:  # fmt: skip
+) -> SweepSize:
     """The plan of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     if device.type != "cpu":
