@@ -60,6 +60,14 @@ def test_a_value_that_does_not_fit_is_named(values, sentence):
     assert str(error.value) == sentence
 
 
+def test_a_misspelt_setting_is_refused():
+    config = ToolExpanderConfig()
+    with pytest.raises(AttributeError, match="'num_generation' is not a setting of ToolExpanderConfig"):
+        config.num_generation = 3
+    with pytest.raises(TypeError):
+        ToolExpanderConfig("tiny")  # by position it would be any one of eighty
+
+
 def test_values_become_what_the_fields_are():
     small = Small(steps=1, decay=2, rate="5e-4")
     assert (small, type(small.decay)) == (Small(1, 2.0, 5e-4), float) and Small().rate is None

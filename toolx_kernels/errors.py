@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how to tell the errors of others."""
+"""InputError ("the user can fix this"), and helpers that classify and survive other libraries' errors."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,7 +6,6 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 T = TypeVar("T")
-
 
 # what transformers, safetensors and torch raise over files that are damaged or of another model
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -22,8 +21,12 @@ class InputError(ValueError):
     """
 
 
+class DivergedError(InputError):
+    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory could not be had: few of those that do have a type of their own."""
+    """Whether ``error`` means out of memory; few such errors have a type of their own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it is not loaded here
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
@@ -38,15 +41,14 @@ def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> 
         except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
-            failure = error.with_traceback(None)  # whose frames hold these tensors
+            # the frames of its traceback hold these tensors, and so do those of its causes
+            failure = error.with_traceback(None)
+            failure.__cause__ = failure.__context__ = None
         if not give_back(first_line(failure)):
             raise failure
+        del failure
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough to be quoted in a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class DivergedError(InputError):
-    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""

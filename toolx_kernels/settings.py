@@ -39,6 +39,11 @@ class Settings:
     Raises InputError, naming the setting and its value.
     """
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:  # slots would refuse it too, but cannot be added up
+            raise AttributeError(f"{name!r} is not a setting of {type(self).__name__}")
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for each in fields(self):

@@ -22,7 +22,7 @@ from bench.gpu.runner import Bench, Fact
 from bench.rollout.cases import model_of
 from bench.step.cases import SETTINGS, Case, Count, make_rows
 from bench.step.providers import Toolx
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli import commands
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.memory.planner import plan_of
@@ -183,7 +183,7 @@ def tiny(bench: Bench) -> dict:
     if bench.toy:
         size = ["--max_steps", "1", "--cold_start_steps", "2", "--eval_rows", "4", "--train_rows", "8"]
     folder = bench.scratch / "train"
-    code = cli.main(["train", "--device", bench.device.type, "--output_dir", str(folder), "--overwrite", *size])
+    code = commands.main(["train", "--device", bench.device.type, "--output_dir", str(folder), "--overwrite", *size])
     if code:
         return {"failures": [f"toolx train ended with status {code}"]}
     run = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -188,7 +188,7 @@ void join(const Sweep& s, int64_t chunks, int64_t row, int64_t* token, float* st
 
 }  // namespace
 
-// One pass over the weight for all rows: see sample_sweep in ops/sampling.py. hidden (R, D) and bias (V) fp32; weight
+// One pass over the weight for all rows: see sample_sweep in ops/lm_head/sampling_torch.py. hidden (R, D) and bias (V) fp32; weight
 // (V, D) fp32, bf16 or fp16; streams (R, 5) and tokens (R) int64; stats (3, R) and logits (R, V) fp32, written.
 void sample_sweep_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> streams, double temperature, std::optional<Tensor> bias,

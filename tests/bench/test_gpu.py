@@ -67,9 +67,9 @@ def bench(tmp_path):
     return Bench(CPU, True, tmp_path, tmp_path / "logs")
 
 
-def found_of(made_up, bench, seconds=20.0, known=None, restart=None):
+def found_of(built_in, bench, seconds=20.0, known=None, restart=None):
     journal = Journal(bench.scratch / "facts.jsonl", known or {})
-    find_all(made_up, journal, bench, time.monotonic() + seconds, restart or (lambda: pytest.fail("restarted")))
+    find_all(built_in, journal, bench, time.monotonic() + seconds, restart or (lambda: pytest.fail("restarted")))
     assert read_journal(journal.path) == journal.facts
     return journal.facts
 
@@ -259,7 +259,7 @@ def line(name, status="ok", **found):
 
 def test_the_summary_judges_claims_and_ends_with_the_failures():
     loss = "loss/time D=896 "
-    made_up = [
+    built_in = [
         line("machine", device="NVIDIA H100", torch="2.11.0"),
         line(loss + "trained", ms=10.0, floor_ms=9.0, mib_beyond_gradients=900.0, workspace_mib=512),
         line(loss + "50% dead", ms=5.2),
@@ -268,7 +268,7 @@ def test_the_summary_judges_claims_and_ends_with_the_failures():
         line("loss/kernels D=896", kernels=[["sweep_kernel", 6, 3.25]]),
         line("train/tiny", "failed", error="ValueError: almost", trace="..."),
     ]
-    text = summary({entry["fact"]: entry for entry in made_up})
+    text = summary({entry["fact"]: entry for entry in built_in})
     claims = {row.split(" | ")[0]: row.split(" | ")[1:] for row in text.splitlines() if row.startswith("| ")}
     assert claims["| groups of equal reward never enter"] == ["yes", "0.52 of the time with half of the groups dead |"]
     assert claims["| a frozen head gets no weight gradient"][0] == "**no**"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from toolx_kernels.cli.commands import main
 from toolx_kernels.cli.evaluate import settings_of_run
-from toolx_kernels.cli.main import main
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
@@ -160,7 +160,7 @@ def test_help_names_every_command(capsys):
 @pytest.mark.parametrize("argv, code", [(["--help"], 0), (["train", "--help"], 0), (["eval", "--k", "0"], 2)])
 def test_flags_are_read_without_torch(argv, code):
     """So that help comes at once, and torch finds the environment that the command sets."""
-    script = "import sys; from toolx_kernels.cli.main import main\n"
+    script = "import sys; from toolx_kernels.cli.commands import main\n"
     script += "try: code = main(sys.argv[1:])\nexcept SystemExit as stop: code = stop.code\n"
     script += "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True)
@@ -244,7 +244,8 @@ BAD_FLAGS = [
     (["eval", "--model", "tiny", "--dataset", "builtin", "builtin"], "--dataset names builtin twice"),
     (["eval", "--model", "tiny", "--output", "{file}"], "is a file"),
     (["eval", "--model", "tiny", "--output", "{folder}"], "holds files already"),
-    (["fly"], "'fly'"),
+    (["fly"], "unknown command 'fly': use one of train, eval, compare, plan, doctor"),
+    (["--fly"], "unknown command '--fly'"),
 ]
 
 

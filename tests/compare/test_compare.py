@@ -6,7 +6,7 @@ import math
 import pytest
 import yaml
 
-from toolx_kernels.cli.main import main
+from toolx_kernels.cli.commands import main
 from toolx_kernels.compare.plot import LINE, _spread
 from toolx_kernels.compare.report import describe, figures, write_comparison
 from toolx_kernels.compare.runs import Point, arms_of, collapse, paired_difference, read_run

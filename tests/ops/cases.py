@@ -182,6 +182,6 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
 
     if gemm_dtype is not None and DEVICE.type == "cpu":  # where torch lacks them
         monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(tiles, "single_sweep_plan", single)
-    monkeypatch.setattr(tiles, "recompute_plan", plan)
-    monkeypatch.setattr(tiles, "forward_plan", lambda n, vocab, dim, device, **_: plan(n, vocab, dim, device))
+    monkeypatch.setattr(tiles, "single_sweep_size", single)
+    monkeypatch.setattr(tiles, "recompute_size", plan)
+    monkeypatch.setattr(tiles, "forward_size", lambda n, vocab, dim, device, **_: plan(n, vocab, dim, device))

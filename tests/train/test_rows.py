@@ -93,7 +93,7 @@ def test_demonstrations_and_answers_stay_within_the_context(rows):
 
 
 @pytest.mark.parametrize("dataset", ["builtin,x.jsonl", "x.jsonl, builtin-turns"])
-def test_made_up_tasks_stand_alone(dataset):
+def test_built_in_tasks_stand_alone(dataset):
     with pytest.raises(InputError, match="builtin.* is made up for each run: name it alone"):
         load_eval_rows(dataset)
     with pytest.raises(InputError, match="demonstration_dataset=builtin has the rows that builtin evaluates on"):

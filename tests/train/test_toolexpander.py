@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli import commands
 from toolx_kernels.cli.train import parse_train, read_config
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate import evaluate as cli_evaluate
@@ -426,8 +426,8 @@ def test_the_recipes_are_the_papers_rows_and_run(name, tmp_path):
         "--cold_start_steps", "2", "--max_steps", "1", "--train_rows", "8", "--eval_rows", "4", "--probe_rollouts", "1",
         "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "16",
     ]  # fmt: skip
-    assert cli.main(["train", "--config", name, "--output_dir", str(tmp_path / "run"), *flags]) == 0
-    assert cli.main(["eval", "--model", str(tmp_path / "run"), "--eval_rows", "4"]) == 0
+    assert commands.main(["train", "--config", name, "--output_dir", str(tmp_path / "run"), *flags]) == 0
+    assert commands.main(["eval", "--model", str(tmp_path / "run"), "--eval_rows", "4"]) == 0
 
 
 def test_eval_shows_a_self_exemplifying_run_its_own_prompts(tmp_path, monkeypatch):
@@ -440,7 +440,7 @@ def test_eval_shows_a_self_exemplifying_run_its_own_prompts(tmp_path, monkeypatc
 
     monkeypatch.setattr(cli_evaluate, "evaluate", spy)
     for model in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
-        assert cli.main(["eval", "--model", str(model), "--eval_rows", "2"]) == 0
+        assert commands.main(["eval", "--model", str(model), "--eval_rows", "2"]) == 0
     assert seen == [(INSTRUCTIONS, is_answer_correct)] * 2
 
 

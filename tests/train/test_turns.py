@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train.test_trainer import SMALL, even_is_good, metrics
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli import commands
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.datasets import builtin_turns
 from toolx_kernels.train.cold_start import built_in_cold_start, supervised
@@ -100,6 +100,6 @@ def test_the_command_line_trains_and_scores_the_task_in_turns(tmp_path, capsys):
         "--dataset", "builtin-turns", "--output_dir", run, "--cold_start_steps", "2", "--max_steps", "1",
         "--train_rows", "8", "--eval_rows", "4", "--probe_rollouts", "1", "--prompts_per_step", "4",
     ]  # fmt: skip
-    assert cli.main(["train", *flags]) == 0
-    assert cli.main(["eval", "--model", run, "--dataset", "builtin-turns", "--eval_rows", "4"]) == 0
+    assert commands.main(["train", *flags]) == 0
+    assert commands.main(["eval", "--model", run, "--dataset", "builtin-turns", "--eval_rows", "4"]) == 0
     assert "lookup" in capsys.readouterr().out

@@ -2,6 +2,6 @@
 
 import sys
 
-from toolx_kernels.cli.main import main
+from toolx_kernels.cli import main
 
 sys.exit(main())

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.toolcall.rewards import is_correct
     from toolx_kernels.toolcall.rows import Row
     from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
-    from toolx_kernels.train.rows import MADE_UP, load_eval_rows, some_rows, split_rows
+    from toolx_kernels.train.rows import BUILT_IN, load_eval_rows, some_rows, split_rows
 
     if args.output:
         check_new(Path(args.output))
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(length, temperature=args.temperature)
 
     def rows_of(dataset: str) -> list[Row]:
-        if args.split == "held-out" and dataset not in MADE_UP:
+        if args.split == "held-out" and dataset not in BUILT_IN:
             return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
         return load_eval_rows(dataset, args.eval_rows)
 

@@ -23,16 +23,24 @@ class Parser(argparse.ArgumentParser):
 
     def flag(self, name: str, **options: Any) -> None:
         """Adds ``--some_name``, which is also spelled ``--some-name``."""
-        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+        self.add_argument(*spellings(name), **options)
 
-    def settings_flags(self, settings: type[Settings]) -> None:
-        """Adds a flag for each field of ``settings``. What is not typed is not in the namespace."""
-        kinds = get_type_hints(settings)
-        for each in fields(settings):
-            options = {"default": argparse.SUPPRESS, "help": each.metadata["help"]}
-            self.flag(each.name, **options, **_reading(kinds[each.name]))
-            if each.default is True:
-                self.flag(f"no_{each.name}", dest=each.name, action="store_false", **options)
+    def settings_flags(self, settings: type[Settings], in_help: bool) -> None:
+        """Adds a flag for each field of ``settings``, in groups by their sections. What is not typed is not in the
+        namespace."""
+        for section in reversed(settings.__bases__):
+            kinds, group = get_type_hints(section), self.add_argument_group(str(section.__doc__).partition(".")[0])
+            for each in fields(section):
+                shown = each.metadata["help"] if in_help else argparse.SUPPRESS
+                options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
+                group.add_argument(*spellings(each.name), **options, **_reading(kinds[each.name]))
+                if each.default is True:
+                    negated = spellings(f"no_{each.name}")
+                    group.add_argument(*negated, dest=each.name, action="store_false", **options)
+
+
+def spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _reading(kind: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def add_flags(parser: Parser) -> None:
         "machine, else 1000)",
     )
     parser.flag("json", action="store_true", help="print the plan as JSON")
-    train.add_flags(parser)
+    parser.epilog = "All other flags are those of toolx train."
+    train.add_flags(parser, in_help=False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,16 +13,13 @@ from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
-def add_flags(parser: Parser) -> None:
-    parser.settings_flags(ToolExpanderConfig)
-    parser.flag(
-        "config",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="YAML files, or names of those in toolx_kernels/configs; later files override earlier ones, flags "
-        "override both; the tiny model starts from builtin",
+def add_flags(parser: Parser, in_help: bool = True) -> None:
+    parser.settings_flags(ToolExpanderConfig, in_help)
+    help = (
+        "YAML files, or names of those in toolx_kernels/configs; later files override earlier ones, flags override "
+        "both; the tiny model starts from builtin"
     )
+    parser.flag("config", nargs="+", action="extend", default=[], help=help if in_help else argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:

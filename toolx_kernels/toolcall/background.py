@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 
@@ -20,10 +21,14 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self.name = name  # of the threads
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
         started: Future = Future()
-        threading.Thread(target=asyncio.run, args=(_serve(started),), name=name, daemon=True).start()
-        self._loop, stop = started.result()
-        weakref.finalize(self, self._loop.call_soon_threadsafe, stop.set)
+        threading.Thread(target=asyncio.run, args=(_serve(started),), name=self.name, daemon=True).start()
+        loop, stop = started.result()
+        weakref.finalize(self, loop.call_soon_threadsafe, stop.set)
+        return loop
 
     def start(self, calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None = None) -> list[Future]:
         """Begins to call ``calls`` on a thread, one after the other and holding ``lock``; what each returns or raises.

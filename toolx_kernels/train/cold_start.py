@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 
 from toolx_kernels.rollout.prompts import Prompts
@@ -30,8 +31,12 @@ def imitate(
     examples: Iterator[Example | Episode],
     args: ToolExpanderConfig,
     report: Reporter,
+    naming: Callable[[str], AbstractContextManager],
 ) -> None:
-    """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay."""
+    """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay.
+
+    ``naming`` is a context that says of a diverged update where it happened.
+    """
     learner.begin(args.cold_start_learning_rate)
     for step in range(1, args.cold_start_steps + 1):
         started, progress = time.perf_counter(), step / args.cold_start_steps
@@ -39,7 +44,8 @@ def imitate(
             parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
         taken = islice(examples, args.cold_start_batch_size)
         batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)
-        metrics = learner.imitate(batch, step)
+        with naming(f"cold-start step {step}"):
+            metrics = learner.imitate(batch, step)
         report.cold_start(step, time.perf_counter() - started, metrics | {"demonstrations_cut": sum(cuts)})
     learner.begin(args.learning_rate)
 

@@ -22,7 +22,7 @@ BELOW_1 = Bounds("lie in [0, 1)", lambda value: 0 <= value < 1)
 BY_LOSS, BY_SAMPLING = "GRPOLossConfig checks it", "SamplingParams checks it"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunSettings(Settings):
     """The run: its model, its folder, its device."""
 
@@ -44,7 +44,7 @@ class RunSettings(Settings):
             raise InputError("resume and overwrite contradict each other: choose one.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataSettings(Settings):
     """The rows to train and to evaluate on."""
 
@@ -68,7 +68,7 @@ class DataSettings(Settings):
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RolloutSettings(Settings):
     """Rollouts: what a step samples, and how."""
 
@@ -106,7 +106,7 @@ class RolloutSettings(Settings):
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HardSamplingSettings(Settings):
     """Dynamic multi-round hard sampling."""
 
@@ -129,7 +129,7 @@ class HardSamplingSettings(Settings):
     verify_rollouts: int = setting(4, "rollouts that verify a draw; the first correct one ends them", least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RewardSettings(Settings):
     """Rewards, self-exemplifying thinking, advantages."""
 
@@ -155,7 +155,7 @@ class RewardSettings(Settings):
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LossSettings(Settings):
     """The loss, and how often a batch is learned from."""
 
@@ -179,7 +179,7 @@ class LossSettings(Settings):
     importance_sampling_cap: float = setting(2.0, "largest of these weights", bounds=POSITIVE)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class UpdateSettings(Settings):
     """Updates: the optimizer, its schedule, and when training ends."""
 
@@ -219,7 +219,7 @@ class UpdateSettings(Settings):
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdapterSettings(Settings):
     """The LoRA adapter."""
 
@@ -229,7 +229,7 @@ class AdapterSettings(Settings):
     lora_target_modules: list[str] | None = setting(None, "linear layers with an adapter; all but the head by default")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ColdStartSettings(Settings):
     """The supervised cold start before RL."""
 
@@ -242,7 +242,7 @@ class ColdStartSettings(Settings):
     cold_start_self_exemplify: float = setting(0.0, "share of examples in the self-exemplifying form", bounds=SHARE)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LogSettings(Settings):
     """Evaluation, logs, checkpoints."""
 
@@ -256,7 +256,7 @@ class LogSettings(Settings):
     profile_step: int = setting(0, "the optimizer step of which a torch profiler trace is written; 0: none", least=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ToolExpanderConfig(  # the fields of the last base come first
     LogSettings,
     ColdStartSettings,
@@ -292,7 +292,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
                 f"importance_sampling_mode={self.importance_sampling_mode} weighs what trainer and sampler disagree "
                 "in, and old_logprobs=sampler has that in its ratios already: choose one."
             )
-        self.loss  # noqa: B018 (it checks itself)
+        assert self.loss  # which checks itself
 
     @property
     def loss(self) -> GRPOLossConfig:

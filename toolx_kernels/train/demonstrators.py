@@ -1,4 +1,4 @@
-"""Which demonstrations hard rows are shown, and in which form."""
+"""Hard-sample policies: what is sampled for rows without a correct rollout, and with which demonstrations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time and the memory of a run go, by phase."""
+"""Phases of a run: seconds and peak memory of each."""
 
 from __future__ import annotations
 

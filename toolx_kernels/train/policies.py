@@ -1,4 +1,4 @@
-"""Three of the trainer's four policies: which prompts, which advantages, which objective (the fourth: hard_sampling).
+"""Three of the trainer's four policies: which prompts, which advantages, which objective (the fourth: demonstrators).
 
 Each is a small protocol with ToolExpander's choice and another system's; ``ToolExpanderTrainer`` takes any object that
 fits instead.

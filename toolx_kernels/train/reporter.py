@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from toolx_kernels.toolcall.datasets.report import dataset_report
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
-from toolx_kernels.train.hard_sampling import HardSamples, Probe
+from toolx_kernels.train.hard_sampling import Probe
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.phases import Phases
+from toolx_kernels.train.rounds import Rounds
 from toolx_kernels.train.run.curves import draw_curves
 from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder
 from toolx_kernels.train.task import Task
@@ -138,21 +140,12 @@ class Reporter:
         self.eval_before = accuracy
         self._bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
 
-    def probe(
-        self, step: int, found: Probe, round_index: int, table: HardSamples, counters: dict, spent_tokens: int
-    ) -> None:
+    def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
+        """Logs what a probe found, and the table of all rows."""
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
-        self.run.log(
-            "probe",
-            step,
-            {"seconds": found.seconds},
-            round=round_index,
-            **counters,
-            rollouts=found.rollouts,
-            saved_rollouts=saved,
-            spent_tokens=spent_tokens,
-        )
-        self.run.write_hard_samples(table.lines())
+        counts = {"rollouts": found.rollouts, "saved_rollouts": saved, "spent_tokens": rounds.spent_tokens}
+        self.run.log("probe", rounds.step, {"seconds": found.seconds}, round=round_index, **counters, **counts)
+        self.run.write_hard_samples(rounds.table.lines())
 
     # ---- a step
 
@@ -214,7 +207,7 @@ class Reporter:
 
     # ---- the end
 
-    def summary(self, eval_after: float | None, probed: dict, **values) -> dict:
+    def summary(self, eval_after: float | None, probed: dict, checkpoint: Path, **values) -> dict:
         """Writes ``summary.json`` and ``curves.png``; ``probed`` counts the rows of the last probe."""
         task, peaks = self.task, self.phases.peaks
         summary = {
@@ -231,6 +224,7 @@ class Reporter:
             "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
             "memory": self._plan.compared(peaks) if self._plan else None,
+            "checkpoint": str(checkpoint),
         }
         self.run.write_summary(summary)
         names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")

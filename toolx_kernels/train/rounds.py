@@ -50,6 +50,7 @@ class Rounds:
         self.step, self.batch = state["step"], state["batch"]
         self.probed_round, self.trained_tokens = state["probed_round"], state["trained_tokens"]
         self.table.load(state["table"])
+        self._begun = -1
 
     # ---- where the run stands
 
@@ -85,7 +86,7 @@ class Rounds:
         """Tokens that the method cost so far: written in steps and verifications, trained on, and written in probes
         if the hard-sample policy needs them; evaluations and the last probe are measurements."""
         tokens = self.collector.tokens
-        probed = tokens["probe"] if self.policy.needs_probe else 0
+        probed = tokens["probe"] if getattr(self.policy, "needs_probe", True) else 0
         return self.trained_tokens + tokens["step"] + tokens["verify"] + probed
 
     # ---- probes

@@ -1,4 +1,4 @@
-"""Rows for training and for evaluation, by name, and their prompts as token ids."""
+"""Rows for training and for evaluation, by the names of datasets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from toolx_kernels.toolcall.datasets.read import read_dataset
 from toolx_kernels.toolcall.rows import Row, with_calls
 from toolx_kernels.train.config import ToolExpanderConfig
 
-MADE_UP = {"builtin": builtin, "builtin-turns": builtin_turns}  # tasks that need no data, by name
-MADE_UP_TRAIN_ROWS = 640
-MADE_UP_EVAL_ROWS = 480
+BUILT_IN = {"builtin": builtin, "builtin-turns": builtin_turns}  # tasks that need no data, by name
+BUILT_IN_TRAIN_ROWS = 640
+BUILT_IN_EVAL_ROWS = 480
 
 
 def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
@@ -25,15 +25,15 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
     ``eval_dataset`` is given.
     """
     dataset = config.dataset or "builtin"
-    if made_up := MADE_UP.get(dataset):
-        train = made_up.train_rows(config.train_rows or MADE_UP_TRAIN_ROWS, config.seed)
+    if built_in := BUILT_IN.get(dataset):
+        train = built_in.train_rows(config.train_rows or BUILT_IN_TRAIN_ROWS, config.seed)
     else:
         train = _read(dataset)
     if config.calls is not None:
         train = with_calls(train, config.calls)
     if config.eval_dataset is not None:
         held_out = load_eval_rows(config.eval_dataset)
-    elif made_up:
+    elif built_in:
         held_out = load_eval_rows(dataset, config.eval_rows)
     else:
         train, held_out = split_rows(train, config.eval_fraction)
@@ -42,21 +42,21 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
 
 def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     """All rows of a dataset; of a built-in task ``count`` held-out ones, always the same."""
-    if made_up := MADE_UP.get(dataset):
-        return made_up.heldout_rows(count or MADE_UP_EVAL_ROWS, seed=0)
+    if built_in := BUILT_IN.get(dataset):
+        return built_in.heldout_rows(count or BUILT_IN_EVAL_ROWS, seed=0)
     return some_rows(_read(dataset), count)
 
 
 def load_demonstrations(dataset: str | None) -> list[Row]:
     """More rows to demonstrate with, as ``demonstration_dataset`` names them."""
-    if dataset in MADE_UP:
+    if dataset in BUILT_IN:
         raise InputError(f"demonstration_dataset={dataset} has the rows that {dataset} evaluates on: name a file.")
     return read_dataset(dataset) if dataset else []
 
 
 def _read(dataset: str) -> list[Row]:
     for name in dataset.split(","):
-        if name.strip() in MADE_UP:
+        if name.strip() in BUILT_IN:
             raise InputError(f"{name.strip()} in {dataset!r} is made up for each run: name it alone.")
     return read_dataset(dataset)
 

@@ -182,12 +182,12 @@ class ToolExpanderTrainer:
         return report.summary(
             accuracy,
             probed,
+            checkpoint,
             steps=rounds.step,
             sampled_tokens=sum(self.collector.tokens.values()),
             spent_tokens=rounds.spent_tokens,
             trained_tokens=rounds.trained_tokens,
             tokens=dict(self.collector.tokens),
-            checkpoint=str(checkpoint),
         )
 
     def step(self) -> dict:
@@ -222,8 +222,7 @@ class ToolExpanderTrainer:
 
     def _cold_start(self) -> None:
         if self.args.cold_start_steps and self.cold_start is not None:
-            with self._naming("the cold start"):
-                imitate(self.learner, self.task.prompts, self.cold_start, self.args, self.reporter)
+            imitate(self.learner, self.task.prompts, self.cold_start, self.args, self.reporter, self._naming)
 
     def _evaluate(self) -> float:
         self.reporter.doing("evaluating")
@@ -237,7 +236,7 @@ class ToolExpanderTrainer:
             found = rounds.begin_round()
         if found:
             counters = rounds.table.counters(index)
-            report.probe(rounds.step, found, index, rounds.table, counters, rounds.spent_tokens)
+            report.probe(rounds, found, index, counters)
             if index == 0:
                 report.hard_before = counters["hard"]
             self._save()
@@ -250,7 +249,7 @@ class ToolExpanderTrainer:
         with self._naming("the last probe"):
             found = rounds.measure()
         counters = rounds.table.counters(after) | {"replaced": None, "without_demonstrations": None}
-        self.reporter.probe(rounds.step, found, after, rounds.table, counters, rounds.spent_tokens)
+        self.reporter.probe(rounds, found, after, counters)
         return counters
 
     def _verification(self, number: int) -> Attempt:

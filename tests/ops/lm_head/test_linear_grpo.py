@@ -499,24 +499,24 @@ def test_plans_stay_within_the_workspace(shape, mib, device):
     assert bound <= (mib or default) << 20
     assert bound <= max(n * vocab, 1 << 20)  # a quarter of fp32 logits
     for dtype in (torch.float32, torch.bfloat16):
-        single = tiles.single_sweep_plan(n, vocab, dim, device, dtype, mib, trains_weight=False, card=card)
+        single = tiles.single_sweep_size(n, vocab, dim, device, dtype, mib, trains_weight=False, card=card)
         if single is not None:
             alive = single.rows * vocab * single.dtype.itemsize
             if device.type == "cpu" and single.dtype != torch.float32:  # logits have no room in place
                 alive += single.rows * single.columns * 4
             assert 1 <= single.rows <= n and 1 <= single.columns <= vocab and alive <= bound
             assert single.dtype == dtype
-        twice = tiles.recompute_plan(n, vocab, dim, device, dtype, mib, card)
+        twice = tiles.recompute_size(n, vocab, dim, device, dtype, mib, card)
         assert 1 <= twice.rows <= n and 1 <= twice.columns <= vocab
         alive = twice.rows * twice.columns * (4 + twice.dtype.itemsize if device.type == "cpu" else dtype.itemsize)
         assert alive <= bound or (twice.rows, twice.columns) == (1, 1)
-        assert tiles.single_sweep_plan(n, vocab, dim, device, torch.float16, mib) is None
-    forward = tiles.forward_plan(n, vocab, dim, device, mib, card)
+        assert tiles.single_sweep_size(n, vocab, dim, device, torch.float16, mib) is None
+    forward = tiles.forward_size(n, vocab, dim, device, mib, card)
     assert 1 <= forward.rows <= n and 1 <= forward.columns <= vocab
 
 
 def gpu_plan(n, dim, card, dtype=torch.bfloat16, **more):
-    return tiles.single_sweep_plan(n, 151_936, dim, torch.device("cuda"), dtype, card=CARDS[card], **more)
+    return tiles.single_sweep_size(n, 151_936, dim, torch.device("cuda"), dtype, card=CARDS[card], **more)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from tests.small_models import ARCHITECTURES, small_model
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli import commands
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import checkpointed, toolx_attention
@@ -373,7 +373,7 @@ def test_advice_is_the_least_change_that_fits():
 
 
 def run(capsys, *flags):
-    code = cli.main(["plan", *flags])
+    code = commands.main(["plan", *flags])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

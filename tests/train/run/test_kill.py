@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.run.killing import SETTINGS, outcome
 from tests.train.test_trainer import SMALL, even_is_good
-from toolx_kernels.cli import main as cli
+from toolx_kernels.cli import commands
 from toolx_kernels.models.load import latest_checkpoint
 from toolx_kernels.train import task
 from toolx_kernels.train.collect import Collector
@@ -42,7 +42,7 @@ def test_killed_runs_end_as_undisturbed_ones():
 def run(folder, *flags):
     """``toolx train`` on a few rows, with a reward that a random model earns."""
     settings = [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))]
-    return cli.main(["train", "--output_dir", str(folder), *settings, *flags])
+    return commands.main(["train", "--output_dir", str(folder), *settings, *flags])
 
 
 @pytest.fixture(autouse=True)

@@ -108,9 +108,7 @@ library.define(
     triton=_kv_write_triton,
 )
 library.define(
-    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, Tensor? cu_groups, Tensor? prefix_lens, int max_queries, float scale, float softcap, "
-    "int window) -> Tensor",
+    f"paged_attention({library.arguments(PagedCall)}) -> Tensor",
     default=in_torch,
     fake=lambda query, *_: query.new_empty(query.shape),
     triton=on_cuda,

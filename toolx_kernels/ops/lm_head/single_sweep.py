@@ -44,7 +44,7 @@ def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
     if not (any(batch.needs) and len(head.hidden)) or needs_whole_batch(config):
         return None
     (n_rows, dim), vocab_size = head.hidden.shape, vocab_size_of(head.weight, head.shard)
-    size = tiles.single_sweep_plan(
+    size = tiles.single_sweep_size(
         n_rows,
         vocab_size,
         dim,

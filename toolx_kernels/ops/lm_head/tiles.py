@@ -81,7 +81,7 @@ def gemm_dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, 
     return (dtype if dtype == torch.bfloat16 else wide), wide
 
 
-def single_sweep_plan(
+def single_sweep_size(
     n_rows: int,
     vocab_size: int,
     dim: int,
@@ -124,7 +124,7 @@ def single_sweep_plan(
     return SweepSize(rows, columns, stored, gemm_dtype)
 
 
-def recompute_plan(
+def recompute_size(
     n_rows: int,
     vocab_size: int,
     dim: int,
@@ -146,7 +146,7 @@ def recompute_plan(
     return SweepSize(_between(1, tile // alive // columns, n_rows), columns, stored, gemm_dtype)
 
 
-def forward_plan(
+def forward_size(
     n_rows: int,
     vocab_size: int,
     dim: int,

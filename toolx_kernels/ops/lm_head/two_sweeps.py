@@ -41,7 +41,7 @@ def statistics(head: Head, *, entropy: bool, workspace_mib: int | None = None) -
     """(N) each, entropy only where it is asked for; logits of any size, 2 NDV."""
     n_rows, dim = head.hidden.shape
     vocab_size = vocab_size_of(head.weight, head.shard)
-    size = tiles.forward_plan(n_rows, vocab_size, dim, head.hidden.device, workspace_mib=workspace_mib)
+    size = tiles.forward_size(n_rows, vocab_size, dim, head.hidden.device, workspace_mib=workspace_mib)
     sweep, parts = sweeps.backend(head), []
     for rows in blocks(n_rows, size.rows):
         chunk = head.rows(rows)
@@ -72,7 +72,7 @@ def recompute_gradients(
     """
     n_rows, dim = head.hidden.shape
     vocab_size = vocab_size_of(head.weight, head.shard)
-    size = tiles.recompute_plan(n_rows, vocab_size, dim, head.hidden.device, head.weight_dtype, workspace_mib)
+    size = tiles.recompute_size(n_rows, vocab_size, dim, head.hidden.device, head.weight_dtype, workspace_mib)
     sweep = sweeps.backend(head)
     alpha = upstream.lse - upstream.logprobs
     beta = torch.zeros_like(alpha)

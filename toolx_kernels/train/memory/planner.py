@@ -269,7 +269,7 @@ def loss_bytes(n_rows: int, weight: Tensor, device: torch.device, card: tiles.Ca
     space = tiles.workspace_bytes(device, n_rows, vocab_size, card=card)
     elements = n_rows * dim + (weight.numel() if weight.requires_grad else 0)
     results = elements * dtype.itemsize
-    if tiles.single_sweep_plan(n_rows, vocab_size, dim, device, dtype, card=card) is None:
+    if tiles.single_sweep_size(n_rows, vocab_size, dim, device, dtype, card=card) is None:
         most = space + n_rows * dim * 4 + results
     else:  # gradients are added up in fp32, and rounded when the workspace has gone; all rows at once take no more
         most = elements * 4 + max(space, results if dtype.itemsize < 4 else 0)

@@ -19,7 +19,7 @@ from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.demonstrators import RandomDemonstrations
-from toolx_kernels.train.rows import MADE_UP, MADE_UP_EVAL_ROWS, MADE_UP_TRAIN_ROWS, load_demonstrations, load_rows
+from toolx_kernels.train.rows import BUILT_IN, BUILT_IN_EVAL_ROWS, BUILT_IN_TRAIN_ROWS, load_demonstrations, load_rows
 
 MOST_SHOWN = 256  # rows whose prompts with demonstrations are measured
 LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are measured
@@ -66,7 +66,7 @@ class Workload:
     def assumed(cls, args: ToolExpanderConfig, prompt_length: int) -> Workload:
         """The workload of unknown rows: prompts of ``prompt_length`` tokens, demonstrations included, and as many as
         the config says, else as many as are ever sampled together."""
-        train, held_out = (MADE_UP_TRAIN_ROWS, MADE_UP_EVAL_ROWS) if args.dataset in MADE_UP else [MAX_ROLLOUTS] * 2
+        train, held_out = (BUILT_IN_TRAIN_ROWS, BUILT_IN_EVAL_ROWS) if args.dataset in BUILT_IN else [MAX_ROLLOUTS] * 2
         return cls(prompt_length, prompt_length, args.train_rows or train, args.eval_rows or held_out)
 
     @classmethod
@@ -86,7 +86,7 @@ class Workload:
 
 def _is_local(dataset: str | None) -> bool:
     file = Path(dataset or "")
-    return dataset is None or dataset in MADE_UP or (file.is_file() and file.stat().st_size <= LARGEST_DATASET)
+    return dataset is None or dataset in BUILT_IN or (file.is_file() and file.stat().st_size <= LARGEST_DATASET)
 
 
 def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

@@ -146,12 +146,14 @@ class Learner:
             return metrics
         denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
         updates = self.args.num_iterations
+        corrected = self.args.importance_sampling_mode != "none"
         from_sampler = updates > 1 and self.args.old_logprobs == "sampler"
         rollouts = [rollout for group in needed for rollout in group.rollouts]
         for rollout in rollouts:
             rollout.old_logprobs = torch.tensor(rollout.logprobs, dtype=torch.float64) if from_sampler else None
         for update in range(updates):
-            result = self._accumulate([packed(group) for group in needed], partial(self._policy_loss, denominator))
+            together = [packed(group, corrected) for group in needed]
+            result = self._accumulate(together, partial(self._policy_loss, denominator))
             norm = self._apply(result, number * updates + update)
             metrics["trained_tokens"] += result.n_tokens
             if update == 0:
@@ -182,7 +184,7 @@ class Learner:
             cu_seqlens=batch.cu_seqlens,
             advantages=batch.advantages,
             old_logprobs=batch.old_logprobs,
-            sampler_logprobs=None if self.args.importance_sampling_mode == "none" else batch.sampler_logprobs,
+            sampler_logprobs=batch.sampler_logprobs,
             ref_logprobs=ref_logprobs,
             mask=batch.mask,
             denominator=denominator,
@@ -299,8 +301,8 @@ def no_memory_for_update(reason: str) -> NoReturn:
     )
 
 
-def packed(group: ScoredGroup) -> PackedGroup:
-    """A group's prompt and rollouts with all that the loss needs of them."""
+def packed(group: ScoredGroup, corrected: bool = False) -> PackedGroup:
+    """A group's prompt and rollouts with all that the loss needs of them, the sampler's log-probs if ``corrected``."""
     return PackedGroup(
         group.prompt,
         [rollout.ids for rollout in group.rollouts],
@@ -308,7 +310,7 @@ def packed(group: ScoredGroup) -> PackedGroup:
         group.advantages,
         [rollout.old_logprobs for rollout in group.rollouts],
         [rollout.ref_logprobs for rollout in group.rollouts],
-        [rollout.logprobs for rollout in group.rollouts],
+        [rollout.logprobs for rollout in group.rollouts] if corrected else [],
     )
 
 
@@ -316,12 +318,12 @@ def sampler_differences(groups: Sequence[ScoredGroup], logprobs: Tensor) -> dict
     """How much the trainer's log-probs of the groups' rollouts differ from the sampler's: on the prompt that a rollout
     was sampled on, where it is rounding (largest and mean), and on another one (``distill``; largest)."""
     differences: dict[bool, list[float]] = {True: [], False: []}
-    rest = iter(logprobs.tolist())
-    for group in groups:
-        for rollout, on_policy in zip(group.rollouts, group.on_policy_prompt, strict=True):
-            pairs = zip(rollout.logprobs, rest, strict=False)
-            # the loss leaves NaN where it computed nothing
-            differences[on_policy] += [abs(own - sampler) for sampler, own in pairs if not math.isnan(own)]
+    rollouts = [(r, here) for group in groups for r, here in zip(group.rollouts, group.on_policy_prompt, strict=True)]
+    of_rollout = logprobs.split([len(rollout.ids) for rollout, _ in rollouts])
+    for (rollout, on_policy), own_logprobs in zip(rollouts, of_rollout, strict=True):
+        pairs = zip(own_logprobs.tolist(), rollout.logprobs, strict=True)
+        # the loss leaves NaN where it computed nothing
+        differences[on_policy] += [abs(own - sampler) for own, sampler in pairs if not math.isnan(own)]
     metrics = {}
     if rounding := differences[True]:
         metrics = {"logp_difference": max(rounding), "logp_difference_mean": sum(rounding) / len(rounding)}

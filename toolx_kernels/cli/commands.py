@@ -69,8 +69,11 @@ def _run(argv: list[str]) -> int:
     if not argv:
         parser.print_help()
         return 2
+    if argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
     if argv[0] not in COMMANDS:
-        parser.parse_args(argv)  # which prints the help, or refuses
+        raise InputError(f"unknown command {argv[0]!r}: use one of {', '.join(COMMANDS)}.")
     command = import_module(f"toolx_kernels.cli.{COMMANDS[argv[0]].module}")  # alone, since it loads what it needs
     command.add_flags(parsers[argv[0]])
     args, unknown = parser.parse_known_args(argv)
