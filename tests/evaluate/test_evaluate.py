@@ -173,6 +173,22 @@ def test_a_completion_that_ends_early_cancels_none_of_its_siblings(tiny):
     assert len(lengths) > 2 and {a.finish_reason for of_row in scores.answers for a in of_row} <= {"stop", "length"}
 
 
+@pytest.mark.parametrize(
+    "temperature, n, ks, message",
+    [
+        (0.0, 5, (), "num_generations=5 greedy completions would all be the same"),
+        (0.7, 0, (), "num_generations=0 must be at least 1"),
+        (0.7, 4, (1, 5), "pass@5 takes a k from 1 to num_generations=4"),
+        (0.7, 4, (0,), "pass@0"),
+        (0.0, 1, (2,), "pass@2"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(temperature, n, ks, message, tiny):
+    rollouter, prompts = tiny
+    with pytest.raises(InputError, match=message):
+        evaluate(rollouter, prompts, [], SamplingParams(1, temperature=temperature), n=n, ks=ks)
+
+
 def test_a_prompt_beyond_the_context_is_wrong_and_leaves_the_others_as_they_are(tiny):
     rollouter, prompts = tiny
     rows = builtin.heldout_rows(4, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from toolx_kernels.cli.parser import Parser
 from toolx_kernels.errors import InputError
+from toolx_kernels.evaluate.scores import check_sampling
 
 DEFAULT_MODEL = "runs/train"
 MAX_COMPLETION_LENGTH = 256
@@ -62,14 +63,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
     if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
         raise InputError(f"--dataset names {twice[0]} twice: name it once.")
-    n = args.num_generations
-    if n < 1:
-        raise InputError(f"num_generations={n} must be at least 1.")
-    if args.temperature == 0 and n > 1:
-        raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
-    for k in args.k:
-        if not 1 <= k <= n:
-            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
+    check_sampling(args.temperature, args.num_generations, args.k)
     if args.model == DEFAULT_MODEL and not Path(args.model).exists():
         raise InputError(f"There is no run in {args.model}: run toolx train first, or name a --model.")
 

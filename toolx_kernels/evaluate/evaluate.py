@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from toolx_kernels.engine import SamplingParams
-from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores
+from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores, check_sampling
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.rewards import is_correct
@@ -33,7 +33,10 @@ def evaluate(
     A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
     gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the
     title of a bar, drawn on a terminal when it takes more than a moment.
+
+    Raises InputError for what ``check_sampling`` refuses; before anything runs.
     """
+    check_sampling(params.temperature, n, ks)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]
     total, off = n * len(fitting), progress is None

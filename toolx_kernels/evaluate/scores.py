@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, wilson
 from toolx_kernels.evaluate.tables import aligned, markdown
 from toolx_kernels.files import write_atomically
@@ -185,3 +186,14 @@ def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) 
     write_atomically(folder / ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_atomically(folder / TABLE, "\n\n".join(page) + "\n")
     write_atomically(folder / SCORES, json.dumps({"settings": dict(settings), "scores": described}, indent=1) + "\n")
+
+
+def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
+    """Raises InputError for several greedy completions, which would all be the same, and for pass@k with k > n."""
+    if n < 1:
+        raise InputError(f"num_generations={n} must be at least 1.")
+    if temperature == 0 and n > 1:
+        raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
+    for k in ks:
+        if not 1 <= k <= n:
+            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
