@@ -66,12 +66,9 @@ def _run(argv: list[str]) -> int:
     parser = Parser(prog="toolx", epilog="toolx <command> --help lists its flags.")
     commands = parser.add_subparsers(metavar="<command>", required=True)
     parsers = {name: commands.add_parser(name, help=command.help) for name, command in COMMANDS.items()}
-    if not argv:
+    if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
-        return 2
-    if argv[0] in ("-h", "--help"):
-        parser.print_help()
-        return 0
+        return 0 if argv else 2
     if argv[0] not in COMMANDS:
         raise InputError(f"unknown command {argv[0]!r}: use one of {', '.join(COMMANDS)}.")
     command = import_module(f"toolx_kernels.cli.{COMMANDS[argv[0]].module}")  # alone, since it loads what it needs

@@ -93,7 +93,7 @@ def single_sweep_size(
     trains_weight: bool = True,
     card: Card | None = None,
 ) -> SweepSize | None:
-    """The plan of a single sweep, or None where recomputing is cheaper or the dtype needs it.
+    """The size of a single sweep, or None where recomputing is cheaper or the dtype needs it.
 
     ``n_tokens``: of the call, to whose logits the workspace is held; of them ``n_rows`` are computed (default: all).
     """
@@ -133,7 +133,7 @@ def recompute_size(
     workspace_mib: int | None = None,
     card: Card | None = None,
 ) -> SweepSize:
-    """The plan of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
+    """The size of a gradient sweep whose log-sum-exps are known: half of the budget for slices of the weight and of
     its gradient, half for tiles of logits and their gradients."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     stored, gemm_dtype = gemm_dtypes(device, dtype)
@@ -154,7 +154,7 @@ def forward_size(
     workspace_mib: int | None = None,
     card: Card | None = None,
 ) -> SweepSize:
-    """The plan of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
+    """The size of a sweep that keeps nothing but sums; on a GPU the rows bound the partial sums of its tiles."""
     budget = workspace_bytes(device, n_rows, vocab_size, workspace_mib, card)
     if device.type != "cpu":
         partial = 3 * 4 * (vocab_size // 64 + 1)
