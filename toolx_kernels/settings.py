@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -67,13 +68,18 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list) or not value:
             raise InputError(f"{name}={value!r} must be a list, one item after the other.")
         return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
+    if wanted is dict and isinstance(value, str):  # on the command line
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             value = float(value)
         except (ValueError, OverflowError):
             pass
     if type(value) is not wanted:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
         raise InputError(f"{name}={value!r} must be {words[wanted]}.")
     return value
 

@@ -24,7 +24,7 @@ from bench.step.cases import SETTINGS, Case, Count, make_rows
 from bench.step.providers import Toolx
 from toolx_kernels.cli import commands
 from toolx_kernels.models.tiny import tiny_tokenizer
-from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.workload import Workload
 
@@ -68,8 +68,8 @@ class Trained(Toolx):
 def trainer_of(run: Run, device: torch.device) -> Iterator[tuple[Trained, Count]]:
     """What takes the steps of ``run``, and what counts them; its folder lives as long as the block."""
     case, tokenizer = run.case, tiny_tokenizer()
-    rows = make_rows(case, tokenizer)
-    count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
+    rows = make_rows(case, chat := Chat(tokenizer))
+    count = Count(case, [len(chat.prompt_ids(row)) for row in rows])
     options = {"optim": run.optim, "gradient_checkpointing": True, "device": device.type}
     with tempfile.TemporaryDirectory() as folder:
         model = model_of(case.model, case.dtype, device)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from bench.common.tables import DTYPES
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets.builtin import train_rows
-from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.toolcall.rows import Row
 
 REQUEST = "Here are requests that came in today. Answer the last one.\n"
@@ -82,7 +82,7 @@ class Case:
         return f"{self.model}-{self.prompts}x{self.length}-n{self.n}-new{self.new}-{DTYPES[self.dtype]}{extra}"
 
 
-def make_rows(case: Case, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def make_rows(case: Case, chat: Chat) -> list[Row]:
     """The prompts of all steps in order, ``case.prompts`` for each; their lengths in tokens spread by 4 % around
     ``case.length``, so that padding is part of the work."""
     words = [word for row in train_rows(400, seed=0) for word in row.user_text.split()]
@@ -92,11 +92,11 @@ def make_rows(case: Case, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
             spread = 0.96 + 0.08 * place / (case.prompts - 1) if case.prompts > 1 else 1.0
             start = random.Random(f"{step} {place}").randrange(len(words))
             text = words[start:] + words[:start]
-            rows.append(_row(f"{step}-{place}", text, round(case.length * spread), tokenizer))
+            rows.append(_row(f"{step}-{place}", text, round(case.length * spread), chat))
     return rows
 
 
-def _row(name: str, words: Sequence[str], length: int, tokenizer: PreTrainedTokenizerBase) -> Row:
+def _row(name: str, words: Sequence[str], length: int, chat: Chat) -> Row:
     """As many of the words as make a prompt of at most ``length`` tokens."""
 
     def made(count: int) -> Row:
@@ -105,7 +105,7 @@ def _row(name: str, words: Sequence[str], length: int, tokenizer: PreTrainedToke
     low, high = 1, min(length, len(words))  # a word is at least one token
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(render_prompt(tokenizer, made(middle))) <= length else (low, middle - 1)
+        low, high = (middle, high) if len(chat.prompt_ids(made(middle))) <= length else (low, middle - 1)
     return made(low)
 
 

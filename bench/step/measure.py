@@ -27,7 +27,7 @@ from bench.common.timing import MIB, peak, reset_peak, synchronize, take_rounds
 from bench.step.cases import SETTINGS, Case, Count, Settings, make_rows
 from bench.step.providers import StepProvider, Toolx
 from toolx_kernels.models.load import load_model
-from toolx_kernels.toolcall.render import render_prompt
+from toolx_kernels.toolcall.chat import Chat
 
 START_S = 300.0  # to import, to load the model and to build the trainer
 
@@ -37,8 +37,8 @@ def work(pipe: Connection, kind: type[StepProvider], case: Case, settings: Setti
     ("step", its record) after it, ("done", updates) at the end, or ("failed", (why, the traceback))."""
     try:
         model, tokenizer = load_model(case.model, case.dtype, device)
-        rows = make_rows(case, tokenizer)
-        count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
+        rows = make_rows(case, chat := Chat(tokenizer))
+        count = Count(case, [len(chat.prompt_ids(row)) for row in rows])
         count.watch(model)
         with tempfile.TemporaryDirectory() as folder:
             trainer = kind(model, tokenizer, case, settings, rows, count.reward, Path(folder))

@@ -20,6 +20,7 @@ from toolx_kernels.models.load import load_model
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.toolcall import read_bfcl
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.rows import Row
 
@@ -129,8 +130,8 @@ def test_files_hold_every_answer_and_come_all_at_once(tmp_path):
 @pytest.fixture(scope="module")
 def tiny():
     model, tokenizer = load_model("tiny", device=str(DEVICE))
-    prompts = Prompts(tokenizer, model.get_decoder().config.max_position_embeddings)
-    return SingleTurn(RolloutEngine(model), tokenizer), prompts
+    prompts = Prompts(Chat(tokenizer), model.get_decoder().config.max_position_embeddings)
+    return SingleTurn(RolloutEngine(model), prompts.chat), prompts
 
 
 def even(text, of_row):
@@ -144,7 +145,9 @@ def test_greedy_answers_are_the_models_and_judged(tiny):
     scores = evaluate(rollouter, prompts, rows, params, judge=even)
     texts = [of_row[0].text for of_row in scores.answers]
     groups = rollouter.engine.generate([prompts.ids(of_row) for of_row in rows], 1, params)
-    assert texts == [rollouter.tokenizer.decode(group.completions[0].ids) for group in groups] and len(set(texts)) > 1
+    assert (
+        texts == [prompts.chat.tokenizer.decode(group.completions[0].ids) for group in groups] and len(set(texts)) > 1
+    )
     right = [even(text, None) for text in texts]
     assert [of_row[0].right for of_row in scores.answers] == right and 0 < sum(right) < 8
     assert scores.cut_off == sum(of_row[0].tokens == 6 for of_row in scores.answers) > 0
@@ -167,7 +170,7 @@ def test_answers_are_judged_for_their_own_rows(tiny):
 
 def test_a_completion_that_ends_early_cancels_none_of_its_siblings(tiny):
     rollouter, prompts = tiny
-    stops = tuple(range(0, len(prompts.tokenizer), 5))  # every fifth token ends a completion
+    stops = tuple(range(0, len(prompts.chat.tokenizer), 5))  # every fifth token ends a completion
     scores = evaluate(rollouter, prompts, builtin.heldout_rows(4, 0), SamplingParams(12, stop_token_ids=stops), n=4)
     lengths = {answer.tokens for of_row in scores.answers for answer in of_row}
     assert len(lengths) > 2 and {a.finish_reason for of_row in scores.answers for a in of_row} <= {"stop", "length"}

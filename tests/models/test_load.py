@@ -12,6 +12,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import toolx_attention
 from toolx_kernels.models.load import load_model, stop_token_ids
 from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.toolcall.chat import Chat
 
 
 def test_a_saved_folder(tmp_path):
@@ -77,7 +78,7 @@ def test_smollm2_ends_its_turns(smollm2):
     model, tokenizer = smollm2
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert tokenizer.convert_ids_to_tokens([0, 2]) == ["<|endoftext|>", "<|im_end|>"]
-    assert stop_token_ids(model, tokenizer) == (2,)
+    assert stop_token_ids(model, Chat(tokenizer)) == (2,)
 
 
 @pytest.mark.soak

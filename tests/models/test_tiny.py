@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolx_kernels.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from toolx_kernels.toolcall.chat import Chat, render_prompt, render_text
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.parse import parse_calls
-from toolx_kernels.toolcall.render import render_completion, render_prompt, render_text
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.tool_format import render_completion
 
 ROWS = builtin.train_rows(200, seed=0) + builtin.heldout_rows(200, seed=0)
 
@@ -51,7 +52,8 @@ def test_the_task_needs_no_byte_tokens(tokenizer):
 
 
 def test_held_out_values_are_two_tokens_that_training_rows_contain(tokenizer):
-    trained = {i for row in builtin.train_rows(2000, seed=0) for i in render_prompt(tokenizer, row)}
+    chat = Chat(tokenizer)
+    trained = {i for row in builtin.train_rows(2000, seed=0) for i in chat.prompt_ids(row)}
     for value in builtin.strings(held_out=True) + builtin.integers(held_out=True):
         ids = tokenizer(str(value))["input_ids"]
         assert len(ids) == 2 and set(ids) <= trained

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from tests.ops.cases import DEVICE
-from tests.toolcall.test_render import tokenizer_with
+from tests.toolcall.test_chat import tokenizer_with
 from toolx_kernels.engine import Completion, Group, RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import head_of, toolx_attention
 from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
-from toolx_kernels.rollout import tool_loop
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.tool_loop import MALFORMED, ToolLoop, supervised_episode, tool_turn_ids
-from toolx_kernels.toolcall.render import render_prompt, render_text
+from toolx_kernels.rollout.tool_loop import MALFORMED, ToolLoop, supervised_episode
+from toolx_kernels.toolcall.chat import Chat, render_text
+from toolx_kernels.toolcall.parse import Reading
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.update.batch import PackedGroup, pack
 
 TOKENIZER = tiny_tokenizer()
+CHAT = Chat(TOKENIZER)
 END = TOKENIZER.eos_token_id
 PARAMS = SamplingParams(400, stop_token_ids=(END,))
 ROWS = [Row(f"row {i}", f"Please find the number {i}.", [], []) for i in range(3)]
@@ -69,9 +70,9 @@ class Scripted:
 def sample(script, *, rows=ROWS[:1], n=1, params=PARAMS, on_rollout=None, first_rollout=0, context=1024, **options):
     engine = Scripted(script)
     options = {"tools": [find], "max_turns": 4, "tool_timeout": 5} | options
-    loop = ToolLoop(engine, TOKENIZER, Prompts(TOKENIZER, context), **options)
+    loop = ToolLoop(engine, Prompts(CHAT, context), **options)
     rows = loop.offer(rows)
-    prompts = [render_prompt(TOKENIZER, row) for row in rows]
+    prompts = [CHAT.prompt_ids(row) for row in rows]
     rollouts = loop.roll_out(
         rows, prompts, n, params, row_ids=range(len(rows)), step=7, first_rollout=first_rollout, on_rollout=on_rollout
     )
@@ -96,7 +97,7 @@ def test_an_episode_is_the_conversation_as_the_template_shows_it():
     assert rollout.text == "\n".join(turns)
     assert rollout.finish_reason == "stop"
     user = {"role": "user", "content": ROWS[0].prompt}
-    loop = ToolLoop(engine, TOKENIZER, Prompts(TOKENIZER, 99), tools=[find], max_turns=1, tool_timeout=1)
+    loop = ToolLoop(engine, Prompts(CHAT, 99), tools=[find], max_turns=1, tool_timeout=1)
     offered = loop.offer(ROWS[:1])[0].tools
     for n_messages, (prompts, n, _, _) in zip((0, 3, 5), engine.asked, strict=True):
         seen = render_text(TOKENIZER, Row("", [user, *messages[:n_messages]], offered, []))
@@ -111,11 +112,11 @@ def test_an_episode_is_the_conversation_as_the_template_shows_it():
 
 def test_an_episode_to_imitate_has_the_tokens_of_a_sampled_one():
     ((rollout,),), _, _ = sample({(0, 0): [calls("Norville", "Belton"), calls("Belton"), "512."]})
-    assert supervised_episode(TOKENIZER, ROWS[0], rollout.messages) == (rollout.ids, rollout.mask)
-    assert supervised_episode(TOKENIZER, ROWS[0], rollout.messages[-1:])[1] == [True] * 4  # 51 2 . <|end|>
+    assert supervised_episode(CHAT, ROWS[0], rollout.messages) == (rollout.ids, rollout.mask)
+    assert supervised_episode(CHAT, ROWS[0], rollout.messages[-1:])[1] == [True] * 4  # 51 2 . <|end|>
     for wrong in ([], rollout.messages[:2], rollout.messages[1:], rollout.messages[:1] * 2):
         with pytest.raises(InputError, match="row 'row 0' have the roles"):
-            supervised_episode(TOKENIZER, ROWS[0], wrong)
+            supervised_episode(CHAT, ROWS[0], wrong)
 
 
 def test_a_single_turn_has_no_mask():
@@ -268,7 +269,7 @@ def test_at_least_one_turn():
 def test_a_template_without_the_assistants_text_is_refused():
     tokenizer = tokenizer_with("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(InputError, match="does not show what the assistant says"):
-        ToolLoop(Scripted({}), tokenizer, Prompts(tokenizer, 99), tools=[find], max_turns=2, tool_timeout=1)
+        ToolLoop(Scripted({}), Prompts(Chat(tokenizer), 99), tools=[find], max_turns=2, tool_timeout=1)
 
 
 # ---- chat templates
@@ -310,15 +311,14 @@ BLOCKS = "<tool_response>\none <|im_end|>\n</tool_response>\n<tool_response>\nzw
 )
 def test_what_stands_between_two_turns(template, expected):
     tokenizer = tokenizer_with(template)
-    stops = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|im_end|>"])
-    ids = tool_turn_ids(tokenizer, RESULTS, stops)
-    assert tokenizer.decode(ids) == expected
+    chat = Chat(tokenizer, "hermes")
+    assert tokenizer.decode(chat.tool_turn_ids(RESULTS)) == expected
     if template == QWEN:
         conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]
-        before = tokenizer(render_text(tokenizer, Row("", conversation, [], [])), add_special_tokens=False)["input_ids"]
+        before = chat.prompt_ids(Row("", conversation, [], []))
         header = tokenizer("\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-        whole = render_text(tokenizer, Row("", conversation + RESULTS, [], []))
-        assert before[: -len(header)] + ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        whole = chat.prompt_ids(Row("", conversation + RESULTS, [], []))
+        assert before[: -len(header)] + chat.tool_turn_ids(RESULTS) == whole
 
 
 # ---- the real engine
@@ -350,7 +350,11 @@ def test_prompts_of_one_call_may_have_rollouts_and_limits_of_their_own():
 
 def test_episodes_of_a_real_model_depend_on_their_streams_alone_and_train_as_sampled(monkeypatch):
     """A random model makes no calls, so every turn of it is taken for one."""
-    monkeypatch.setattr(tool_loop, "parse_calls", lambda text: [{"name": "echo", "arguments": {"text": text[:20]}}])
+
+    def read(self, text):
+        return Reading(None, [{"name": "echo", "arguments": {"text": text[:20]}}], True)
+
+    monkeypatch.setattr(Chat, "read", read)
 
     def echo(text: str) -> str:
         """Gives a text back.
@@ -367,14 +371,13 @@ def test_episodes_of_a_real_model_depend_on_their_streams_alone_and_train_as_sam
     def episodes(rows, row_ids, n=2, first_rollout=0, **engine):
         loop = ToolLoop(
             RolloutEngine(model, **engine),
-            TOKENIZER,
-            Prompts(TOKENIZER, 1024),
+            Prompts(CHAT, 1024),
             tools=[echo],
             max_turns=3,
             tool_timeout=5,
         )
         rows = loop.offer(rows)
-        prompts = [render_prompt(TOKENIZER, row) for row in rows]
+        prompts = [CHAT.prompt_ids(row) for row in rows]
         return prompts, loop.roll_out(rows, prompts, n, params, row_ids=row_ids, step=3, first_rollout=first_rollout)
 
     prompts, expected = episodes(ROWS, [4, 5, 6])

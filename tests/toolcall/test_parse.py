@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from toolx_kernels.toolcall import only_calls, parse_calls, render_completion
-from toolx_kernels.toolcall.parse import MAX_DEPTH
+from toolx_kernels.toolcall.strict_json import MAX_DEPTH
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)

@@ -18,8 +18,8 @@ from toolx_kernels.toolcall import (
     render_completion,
     render_self_exemplified,
 )
-from toolx_kernels.toolcall.parse import MAX_DEPTH
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, Sections
+from toolx_kernels.toolcall.strict_json import MAX_DEPTH
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]

@@ -8,8 +8,8 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall import DemonstrationIndex
+from toolx_kernels.toolcall.chat import Chat, render_prompt
 from toolx_kernels.toolcall.datasets import builtin
-from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.train.cold_start import cold_start_examples
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.rows import load_demonstrations, load_eval_rows, load_rows, split_rows
@@ -47,7 +47,7 @@ def test_builtin_rows_follow_the_config():
 
 def test_rows_of_one_id_in_two_datasets_keep_their_own_prompts(rows):
     tokenizer = tiny_tokenizer()
-    prompts = Prompts(tokenizer, 1024)
+    prompts = Prompts(Chat(tokenizer), 1024)
     other = replace(rows[1], id=rows[0].id)
     for row in (rows[0], other, rows[0]):
         assert prompts.ids(row) == render_prompt(tokenizer, row)
@@ -57,7 +57,7 @@ def test_rows_of_one_id_in_two_datasets_keep_their_own_prompts(rows):
 
 def test_completions_end_with_the_end_of_turn(rows):
     tokenizer = tiny_tokenizer()
-    ids = Prompts(tokenizer, 1024).completion_ids(rows[0].answer)
+    ids = Prompts(Chat(tokenizer), 1024).chat.completion_ids(rows[0].answer)
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
     assert tokenizer.decode(ids, skip_special_tokens=True).startswith("<tool_call>")
 
@@ -75,21 +75,38 @@ def test_the_cold_start_of_other_datasets_shows_answers_and_some_demonstrations(
 
 
 def test_demonstrations_and_answers_stay_within_the_context(rows):
-    tokenizer = tiny_tokenizer()
+    chat = Chat(tiny_tokenizer())
     row, demos = rows[0], rows[2:5]
-    raw, with_one = (len(render_prompt(tokenizer, row, shown)) for shown in ((), demos[:1]))
-    assert Prompts(tokenizer, 1024).fitting(row, demos) == demos
-    assert Prompts(tokenizer, with_one + 1).fitting(row, demos) == demos[:1]
+    raw, with_one = (len(chat.prompt_ids(row, shown)) for shown in ((), demos[:1]))
+    assert Prompts(chat, 1024).fitting(row, demos) == demos
+    assert Prompts(chat, with_one + 1).fitting(row, demos) == demos[:1]
     room = with_one - raw
-    assert Prompts(tokenizer, with_one + room).fitting(row, demos, room=room) == demos[:1]
-    assert Prompts(tokenizer, with_one + room - 1).fitting(row, demos[:1], room=room) == []
+    assert Prompts(chat, with_one + room).fitting(row, demos, room=room) == demos[:1]
+    assert Prompts(chat, with_one + room - 1).fitting(row, demos[:1], room=room) == []
     long = replace(demos[0], id="long", prompt="find the hotel " * 200)
-    assert Prompts(tokenizer, with_one + 1).fitting(row, [long, demos[0]]) == demos[:1], "what is too long is skipped"
-    assert Prompts(tokenizer, with_one + 1).fitting(row, demos[:1], room=1000) == [], "capped by the raw prompt's"
-    prompts = Prompts(tokenizer, raw + 1)
-    prompts.check(rows[:1])
-    with pytest.raises(InputError, match=f"Row {row.id}: its prompt and answer have"):
-        prompts.check_answers(rows[:1])
+    assert Prompts(chat, with_one + 1).fitting(row, [long, demos[0]]) == demos[:1], "what is too long is skipped"
+    assert Prompts(chat, with_one + 1).fitting(row, demos[:1], room=1000) == [], "capped by the raw prompt's"
+
+
+def test_overlong_rows_are_counted_or_left_out(rows):
+    chat = Chat(tiny_tokenizer())
+    longest = max(rows, key=lambda row: len(chat.prompt_ids(row)))
+    length = len(chat.prompt_ids(longest))
+    assert Prompts(chat, length + 1).fitting_rows(rows, "error") == rows
+    prompts = Prompts(chat, length)
+    too_long = [row for row in rows if len(chat.prompt_ids(row)) == length]
+    message = f"{len(too_long)} of {len(rows)} rows do not fit .* {length} tokens; the longest is {longest.id}, .* drop"
+    with pytest.raises(InputError, match=message):
+        prompts.fitting_rows(rows, "error")
+    assert prompts.fitting_rows(rows, "drop") == [row for row in rows if row not in too_long]
+    with pytest.raises(InputError, match=f"{len(rows)} of {len(rows)} rows do not fit"):
+        Prompts(chat, 10).fitting_rows(rows, "drop")
+    ends = {row.id: len(chat.prompt_ids(row)) + len(chat.completion_ids(row.answer)) for row in rows}
+    least = min(ends, key=ends.get)
+    with pytest.raises(InputError, match="whose prompt and answer have .* without a cold start"):
+        Prompts(chat, ends[least]).fitting_rows(rows, "error", answers=True)
+    kept = Prompts(chat, ends[least]).fitting_rows(rows, "drop", answers=True)
+    assert [row.id for row in kept] == [row for row in ends if ends[row] == ends[least]]
 
 
 @pytest.mark.parametrize("dataset", ["builtin,x.jsonl", "x.jsonl, builtin-turns"])

@@ -435,7 +435,7 @@ def test_eval_shows_a_self_exemplifying_run_its_own_prompts(tmp_path, monkeypatc
     seen, evaluate = [], cli_evaluate.evaluate
 
     def spy(rollouter, prompts, *args, judge, **keywords):
-        seen.append((prompts.instructions, judge))
+        seen.append((prompts.instructions, judge.func))
         return evaluate(rollouter, prompts, *args, judge=judge, **keywords)
 
     monkeypatch.setattr(cli_evaluate, "evaluate", spy)

@@ -230,7 +230,7 @@ def test_gradients_are_clipped(tmp_path):
     apply = learner.optimizer.apply
     learner.optimizer.apply = lambda norm, seed, _: seen.append((norm, seed)) or apply(norm, seed)
     prompts, row = trainer.task.prompts, trainer.task.rows[0]
-    batch = [PackedGroup(prompts.ids(row), [prompts.completion_ids(row.answer)])]
+    batch = [PackedGroup(prompts.ids(row), [prompts.chat.completion_ids(row.answer)])]
     assert learner.imitate(batch, 3)["grad_norm"] > 0.1
     assert seen == [(0.01, (0, 3))]
 
@@ -316,6 +316,9 @@ def test_prompts_beyond_the_context_are_named(tmp_path):
     rows = training_rows()
     rows[7] = replace(rows[7], prompt="find the hotel " * 600)
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL)
-    with pytest.raises(InputError, match=f"Row {rows[7].id}: its prompt has .* tokens and the model's context is"):
+    with pytest.raises(InputError, match=f"1 of {len(rows)} rows do not fit .*; the longest is {rows[7].id}, "):
         ToolExpanderTrainer("tiny", even_is_good, args, rows, rows[:2])
     assert not (tmp_path / "run").exists()
+    trainer = ToolExpanderTrainer("tiny", even_is_good, replace(args, overlong="drop"), rows, rows[6:9])
+    assert (trainer.task.rows, trainer.task.eval_rows) == (rows[:7] + rows[8:], [rows[6], rows[8]])
+    assert trainer.task.left_out == 2

@@ -15,6 +15,7 @@ from toolx_kernels.evaluate.scores import check_sampling
 
 DEFAULT_MODEL = "runs/train"
 MAX_COMPLETION_LENGTH = 256
+CHAT_FLAGS = ("tool_format", "chat_template_kwargs")
 
 
 def add_flags(parser: Parser) -> None:
@@ -51,6 +52,8 @@ def add_flags(parser: Parser) -> None:
         action="store_true",
         help="the model writes examples and thinks first; a run that was trained so is known by its folder",
     )
+    parser.flag("tool_format", help="the form of calls, as in toolx train (default: what the model's run had, or auto)")
+    parser.flag("chat_template_kwargs", help="JSON for the chat template, as in toolx train (default: likewise)")
     parser.flag("output", help="a new folder for scores.json, scores.md and answers.jsonl")
 
 
@@ -76,15 +79,17 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.evaluate.evaluate import evaluate
     from toolx_kernels.evaluate.scores import describe, write_scores
     from toolx_kernels.files import check_new, new_folder
-    from toolx_kernels.models.load import load_model, stop_token_ids
+    from toolx_kernels.models.load import load_model, processors_of, stop_token_ids
     from toolx_kernels.rollout.prompts import Prompts
     from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
     from toolx_kernels.rollout.tool_loop import ToolLoop
+    from toolx_kernels.toolcall.chat import Chat
     from toolx_kernels.toolcall.datasets.builtin_turns import MAX_TURNS, Registry
     from toolx_kernels.toolcall.rewards import is_correct
     from toolx_kernels.toolcall.rows import Row
-    from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, is_answer_correct
+    from toolx_kernels.toolcall.self_exemplify import instructions, is_answer_correct
+    from toolx_kernels.train.config import ChatSettings
     from toolx_kernels.train.rows import BUILT_IN, load_eval_rows, some_rows, split_rows
 
     if args.output:
@@ -92,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
     trained = settings_of_run(args.model)
     length = args.max_completion_length or max(trained.get("max_completion_length", 0), MAX_COMPLETION_LENGTH)
     sampling = SamplingParams(length, temperature=args.temperature)
+    chosen = {name: trained[name] for name in CHAT_FLAGS if trained.get(name) is not None}
+    chosen |= {name: value for name in CHAT_FLAGS if (value := getattr(args, name)) is not None}
+    asked = ChatSettings(**chosen, date=trained.get("date"))
 
     def rows_of(dataset: str) -> list[Row]:
         if args.split == "held-out" and dataset not in BUILT_IN:
@@ -101,15 +109,22 @@ def run(args: argparse.Namespace) -> int:
     rows = {dataset: rows_of(dataset) for dataset in args.dataset}
     logging.disable_progress_bar()  # ours is enough
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
+    chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
+    form = chat.tool_format
+    if unlike := processors_of(model.generation_config):
+        print(
+            f"The model's generation_config names {unlike}, which transformers' generate applies and no rollout here "
+            "does: answers may differ from generate's, greedy ones too."
+        )
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, chat))
     own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
     context = model.get_decoder().config.max_position_embeddings
-    prompts = Prompts(tokenizer, context, INSTRUCTIONS if own_examples else "")
+    prompts = Prompts(chat, context, instructions(form) if own_examples else "")
     engine = RolloutEngine(model, seed=args.seed)
-    in_turns = partial(ToolLoop, engine, tokenizer, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
+    in_turns = partial(ToolLoop, engine, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
     def rollouter_of(dataset: str) -> Rollouter:
-        return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, tokenizer)
+        return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, chat)
 
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
         scores = {
@@ -120,17 +135,20 @@ def run(args: argparse.Namespace) -> int:
                 sampling,
                 n=args.num_generations,
                 ks=args.k,
-                judge=is_answer_correct if own_examples else is_correct,
+                judge=partial(is_answer_correct if own_examples else is_correct, tool_format=form),
                 progress=dataset,
             )
             for dataset, of_dataset in rows.items()
         }
         print(describe(scores))
-        how = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}"
-        print(f"Model {args.model}, {how}, {args.split} rows" + (f"; see {args.output}." if args.output else "."))
+        sampled = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}"
+        print(
+            f"Model {args.model}, {sampled}, calls as {form.name}, {args.split} rows"
+            + (f"; see {args.output}." if args.output else ".")
+        )
         if folder:
             settings = {name: value for name, value in vars(args).items() if name != "output"}
-            settings |= {"self_exemplify": own_examples, "max_completion_length": length}
+            settings |= {"self_exemplify": own_examples, "max_completion_length": length, "tool_format": form.name}
             write_scores(folder, scores, settings)
     return 0
 

@@ -50,7 +50,9 @@ def _reading(kind: Any) -> dict[str, Any]:
     kind = without_none(kind)
     if get_origin(kind) is list:
         return {"nargs": "+", "type": get_args(kind)[0]}
-    return {"nargs": "?", "const": True, "type": _truth} if kind is bool else {"type": kind}
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": _truth}
+    return {"type": str if kind is dict else kind}  # ``Settings`` reads its JSON
 
 
 def _truth(text: str) -> bool:

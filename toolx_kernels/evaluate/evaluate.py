@@ -34,9 +34,10 @@ def evaluate(
     gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the
     title of a bar, drawn on a terminal when it takes more than a moment.
 
-    Raises InputError for what ``check_sampling`` refuses; before anything runs.
+    Raises InputError for what ``check_sampling`` and ``Chat.check`` refuse; before anything runs.
     """
     check_sampling(params.temperature, n, ks)
+    prompts.chat.check(rows)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]
     total, off = n * len(fitting), progress is None

@@ -14,6 +14,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, wilson
 from toolx_kernels.evaluate.tables import aligned, markdown
 from toolx_kernels.files import write_atomically
+from toolx_kernels.toolcall.parse import split_thought
 from toolx_kernels.toolcall.rows import Row
 
 SCORES, TABLE, ANSWERS = "scores.json", "scores.md", "answers.jsonl"
@@ -94,6 +95,12 @@ class Scores:
         """Completions that ended at the limit of tokens."""
         return sum(answer.finish_reason == "length" for of_row in self.answers for answer in of_row)
 
+    @property
+    def thoughts(self) -> tuple[int, int]:
+        """Completions that begin with a thought, and those of them that never close it, which are wrong."""
+        found = [split_thought(answer.text) for of_row in self.answers for answer in of_row]
+        return sum(thought is not None for thought, _ in found), sum(rest is None for _, rest in found)
+
     def _score(self, members: Sequence[int]) -> Score:
         right = [sum(answer.right for answer in self.answers[i]) for i in members]
         n, samples = len(members), len(self.answers[0])
@@ -151,6 +158,9 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
             )
         if of_dataset.cut_off:
             remarks.append(f"{name}: {of_dataset.cut_off} completions were cut off at the limit of tokens.")
+        begun, unclosed = of_dataset.thoughts
+        if begun:
+            remarks.append(f"{name}: {begun} completions begin with a thought, which {unclosed} of them never close.")
     return remarks
 
 
@@ -169,6 +179,8 @@ def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) 
             **of_dataset.total.as_dict(),
             "too_long": [row.id for row in of_dataset.too_long],
             "cut_off": of_dataset.cut_off,
+            "thoughts": of_dataset.thoughts[0],
+            "unclosed_thoughts": of_dataset.thoughts[1],
             "parts": {part: score.as_dict() for part, score in of_dataset.parts.items()},
         }
         for name, of_dataset in scores.items()

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.models.adapters import attach_adapter, base_of
 from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
+from toolx_kernels.toolcall.chat import Chat
 
 SMOLLM2 = "smollm2-135m"
 
@@ -105,11 +113,28 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a turn, as tokenizer and generation config name them."""
+def stop_token_ids(model: PreTrainedModel, chat: Chat) -> tuple[int, ...]:
+    """Ids that end a turn, as chat template, tokenizer and generation config name them."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
-    return tuple(sorted({tokenizer.eos_token_id, *(token for token in named if token is not None)}))
+    return chat.stop_token_ids([token for token in named if token is not None])
+
+
+# of a generation config: what changes logits in transformers' generate, greedy or not, and the value that does nothing
+_PROCESSORS = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "sequence_bias": None, "guidance_scale": 1.0, "num_beams": 1,
+    "penalty_alpha": None, "watermarking_config": None,
+}  # fmt: skip
+
+
+def processors_of(config: GenerationConfig) -> str:
+    """What a generation config names that transformers' ``generate`` applies to logits and our sampling does not, e.g.
+    ``repetition_penalty=1.1``."""
+    named = {name: getattr(config, name, None) for name in _PROCESSORS}
+    return ", ".join(f"{name}={value}" for name, value in named.items() if value not in (None, _PROCESSORS[name], []))
 
 
 def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

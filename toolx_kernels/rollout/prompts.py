@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import Literal
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.render import render_completion, render_prompt
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
+
+Overlong = Literal["error", "drop"]
 
 
 class Prompts:
     """Token ids of rows, with or without demonstrations, within a model's context."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, instructions: str = ""):
-        self.tokenizer, self.context, self.instructions = tokenizer, context, instructions
+    def __init__(self, chat: Chat, context: int, instructions: str = ""):
+        self.chat, self.context, self.instructions = chat, context, instructions
         # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address;
         # as 4-byte numbers, since a large dataset has tens of millions of tokens
         self._cache: dict[int, tuple[Row, array]] = {}
@@ -32,7 +34,7 @@ class Prompts:
     def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
         """The same, made anew; with other instructions than those of all prompts."""
         instructions = self.instructions if instructions is None else instructions
-        return render_prompt(self.tokenizer, row, demonstrations, instructions)
+        return self.chat.prompt_ids(row, demonstrations, instructions)
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
         """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or
@@ -44,29 +46,28 @@ class Prompts:
                 shown.append(demonstration)
         return shown
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raises InputError for the first row whose raw prompt leaves no room for an answer."""
+    def fitting_rows(self, rows: Sequence[Row], overlong: Overlong, answers: bool = False) -> list[Row]:
+        """The rows whose raw prompt leaves room for an answer; with ``answers``, for their own.
+
+        Raises InputError for rows that do not fit, unless ``overlong`` is "drop" and some do; it counts them over all
+        rows and names the longest.
+        """
+        lengths = [len(self.ids(row)) + (len(self.chat.completion_ids(row.answer)) if answers else 1) for row in rows]
+        kept = [row for row, length in zip(rows, lengths, strict=True) if length <= self.context]
+        if len(kept) < len(rows) and (overlong == "error" or not kept):
+            longest, row = max(zip(lengths, rows, strict=True), key=lambda of_row: of_row[0])
+            what = "prompt and answer have" if answers else "prompt and a token of answer have"
+            remedy = "do without a cold start" if answers else "take a model with a longer context"
+            raise InputError(
+                f"{len(rows) - len(kept)} of {len(rows)} rows do not fit the model's context of {self.context} tokens; "
+                f"the longest is {row.id}, whose {what} {longest}: shorten its tools, pass --overlong drop to leave "
+                f"such rows out, or {remedy}."
+            )
+        return kept
+
+    def digest(self, rows: Sequence[Row]) -> str:
+        """Tells the raw prompts of these rows from any others."""
+        state = hashlib.sha256()
         for row in rows:
-            if (length := len(self.ids(row))) >= self.context:
-                raise InputError(
-                    f"Row {row.id}: its prompt has {length} tokens and the model's context is {self.context}: remove "
-                    "the row or shorten its tools."
-                )
-
-    def check_answers(self, rows: Sequence[Row]) -> None:
-        """Raises InputError for the first row whose prompt and answer do not fit together."""
-        for row in rows:
-            length = len(self.ids(row)) + len(self.completion_ids(row.answer))
-            if length > self.context:
-                raise InputError(
-                    f"Row {row.id}: its prompt and answer have {length} tokens and the model's context is "
-                    f"{self.context}: remove the row, or do without a cold start."
-                )
-
-    def completion_ids(self, calls: Sequence[dict]) -> list[int]:
-        """The canonical answer as token ids, with the end-of-turn token."""
-        return self.turn_ids(render_completion(calls))
-
-    def turn_ids(self, text: str) -> list[int]:
-        """An assistant's turn as token ids, with the token that ends it."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+            state.update(array("i", self.ids(row)).tobytes())
+        return state.hexdigest()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.toolcall.rewards import completion_turns
@@ -28,7 +27,7 @@ class Rollout:
     logprobs: list[float]  # the sampler's, one per id; 0.0 at tool outputs
     entropies: list[float]  # one per id; 0.0 at tool outputs
     mask: list[bool] | None  # which ids the model wrote; None: all of them
-    text: str  # what the model wrote, turns joined by newlines, special tokens skipped
+    text: str  # what the model wrote, turns joined by newlines, as ``Chat.written_text`` has it
     messages: list[dict]  # the completion as chat messages: assistant turns and tool messages in order
     finish_reason: str  # "stop", "length", "cancelled" (of the engine); "turns" when the turn limit ended it
     old_logprobs: Tensor | None = None  # one per id, on the CPU: of the policy that an update's ratios start from
@@ -72,8 +71,3 @@ class Rollouter(Protocol):
         on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``."""
-
-
-def written_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of tokens that the model wrote, special ones skipped."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))

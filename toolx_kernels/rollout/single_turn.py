@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
-from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_text
+from toolx_kernels.rollout.rollout import OnRollout, Rollout
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
 
 
@@ -17,7 +16,7 @@ class SingleTurn:
     """The engine's completions as they are."""
 
     engine: RolloutEngine
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
 
     def offer(self, rows: list[Row]) -> list[Row]:
         return rows
@@ -52,7 +51,7 @@ class SingleTurn:
         return [[self._rollout(completion) for completion in group.completions] for group in groups]
 
     def _rollout(self, completion: Completion) -> Rollout:
-        text = written_text(self.tokenizer, completion.ids)
+        text = self.chat.written_text(completion.ids)
         messages = [{"role": "assistant", "content": text}]
         return Rollout(
             completion.ids, completion.logprobs, completion.entropies, None, text, messages, completion.finish_reason

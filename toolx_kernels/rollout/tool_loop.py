@@ -12,23 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_text
-from toolx_kernels.toolcall.parse import parse_calls
-from toolx_kernels.toolcall.render import render_text, shows_tools
+from toolx_kernels.rollout.rollout import OnRollout, Rollout
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.tools import Session, Toolbox, error_text
+from toolx_kernels.toolcall.tools import Session, Toolbox, encodable, error_text
 
 MALFORMED = error_text("malformed tool call")
-_TURN, _RESULT = "what the assistant wrote", "what the tool returned"
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +71,7 @@ class ToolLoop:
     """Samples episodes in which tools are called, from prompts whose rows ``offer`` has prepared.
 
     Args:
-        engine, tokenizer, prompts: of the model; ``prompts`` knows its context.
+        engine, prompts: of the model.
         tools, environment_factory: see ``Toolbox``; the names and habits are TRL's.
         max_turns: turns of the model in one episode; the calls of the last one are not run. (TRL's
             ``max_tool_calling_iterations`` counts the rounds of calls in between: one less.)
@@ -94,7 +89,6 @@ class ToolLoop:
     def __init__(
         self,
         engine: RolloutEngine,
-        tokenizer: PreTrainedTokenizerBase,
         prompts: Prompts,
         *,
         tools: Sequence[Callable] = (),
@@ -104,8 +98,8 @@ class ToolLoop:
     ):
         if max_turns < 1:
             raise InputError(f"max_turns={max_turns} must be at least 1: an episode has a turn of the model.")
-        _after_turn(tokenizer, [])
-        self.engine, self.tokenizer, self.context, self.max_turns = engine, tokenizer, prompts.context, max_turns
+        prompts.chat.after_turn([])
+        self.engine, self.chat, self.context, self.max_turns = engine, prompts.chat, prompts.context, max_turns
         self.toolbox = Toolbox(tools, environment_factory, timeout=tool_timeout)
 
     def offer(self, rows: Sequence[Row]) -> list[Row]:
@@ -160,9 +154,9 @@ class ToolLoop:
 
         def ended(place: int, index: int, completion: Completion) -> bool:
             episode = turn[place][index - turn[place][0].index]
-            text = written_text(self.tokenizer, completion.ids)
+            text = self.chat.written_text(completion.ids)
             episode.write(completion, text)
-            episode.calls = parse_calls(text)
+            episode.calls = self.chat.read(text).calls
             if completion.finish_reason == "length":
                 return end(episode, "length")
             if episode.calls == []:
@@ -183,18 +177,18 @@ class ToolLoop:
         for episodes, group in zip(turn, sampled, strict=True):
             for episode, completion in zip(episodes, group.completions, strict=True):
                 if completion.finish_reason == "cancelled":
-                    episode.write(completion, written_text(self.tokenizer, completion.ids))
+                    episode.write(completion, self.chat.written_text(completion.ids))
 
     def _use_tools(self, episodes: list[_Episode], params: SamplingParams, end: Callable) -> None:
         """Runs the calls of all episodes and appends what they return."""
         results = self.toolbox.answer([(episode.session, episode.calls or []) for episode in episodes])
         for episode, texts in zip(episodes, results, strict=True):
-            names = [call["name"] for call in episode.calls or []]
+            names = [encodable(call["name"]) for call in episode.calls or []]
             messages = [
                 {"role": "tool", "name": name, "content": text}
                 for name, text in zip(names or ["unknown"], texts or [MALFORMED], strict=True)
             ]
-            ids = tool_turn_ids(self.tokenizer, messages, params.stop_token_ids)
+            ids = self.chat.tool_turn_ids(messages)
             length = len(episode.ids) + len(ids)
             if length < params.max_new_tokens and len(episode.prompt) + length < self.context:
                 episode.read(messages, ids)
@@ -202,32 +196,12 @@ class ToolLoop:
                 end(episode, "length")
 
 
-def tool_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, results: Sequence[dict], stop_token_ids: Sequence[int]
-) -> list[int]:
-    """The tokens from the end of an assistant's turn to the beginning of its next one, with tool messages in between.
-
-    They are those with which the chat template shows ``results`` (``{"role": "tool", "name", "content"}``), followed by
-    the header of the next turn. A template that shows no tools, or takes no tool messages, gets Qwen's form, a user
-    message with a ``<tool_response>`` block for each result. The token that ended the turn, one of ``stop_token_ids``,
-    is not among them: the model wrote it.
-    """
-    own_role, end = _conventions(tokenizer, tokenizer.chat_template, tuple(stop_token_ids))
-    shown = list(results) if own_role else [_as_user(results)]
-    tail = _after_turn(tokenizer, shown)
-    if not end:
-        return tokenizer(tail, add_special_tokens=False)["input_ids"]
-    # with the token before it, as what stands first in a text may be cut differently
-    return tokenizer(tail[tail.index(end) :], add_special_tokens=False)["input_ids"][1:]
-
-
-def supervised_episode(
-    tokenizer: PreTrainedTokenizerBase, row: Row, turns: Sequence[dict]
-) -> tuple[list[int], list[bool]]:
+def supervised_episode(chat: Chat, row: Row, turns: Sequence[dict]) -> tuple[list[int], list[bool]]:
     """The tokens of a whole episode to imitate, and which of them the model is to write.
 
     ``turns`` are chat messages as in ``Rollout.messages``: turns of the assistant, each but the last followed by the
-    tool messages that answer it. Each ends with the end-of-turn token.
+    tool messages that answer it. Instead of its text a turn may have ``calls``, which are then written in the form of
+    ``chat``. Each ends with the end-of-turn token.
 
     Raises:
         InputError: the messages are not of this form; names ``row``.
@@ -240,45 +214,12 @@ def supervised_episode(
         )
     ids: list[int] = []
     mask: list[bool] = []
-    end = tokenizer.eos_token_id
     for role, messages in groupby(turns, key=lambda message: message["role"]):
         if role == "assistant":
             (message,) = messages
-            new = [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], end]
+            new = chat.completion_ids(message["calls"]) if "calls" in message else chat.turn_ids(message["content"])
         else:
-            new = tool_turn_ids(tokenizer, list(messages), [end])
+            new = chat.tool_turn_ids(list(messages))
         ids += new
         mask += [role == "assistant"] * len(new)
     return ids, mask
-
-
-@lru_cache(maxsize=16)
-def _conventions(
-    tokenizer: PreTrainedTokenizerBase, _template: str, stop_token_ids: tuple[int, ...]
-) -> tuple[bool, str]:
-    """Whether the template has a form for tool results, and the text of the token that ends its turns ("" if none)."""
-    try:
-        result = {"role": "tool", "name": "tool", "content": _RESULT}
-        own_role = shows_tools(tokenizer) and _RESULT in _after_turn(tokenizer, [result])
-    except InputError:
-        own_role = False
-    tail = _after_turn(tokenizer, [])
-    ends = [str(tokenizer.decode(token)) for token in stop_token_ids]
-    return own_role, min((end for end in ends if end and end in tail), key=lambda end: tail.index(end), default="")
-
-
-def _after_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> str:
-    """What the template writes after the assistant's text when ``messages`` follow and the assistant is next."""
-    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}, *messages]
-    _, shown, after = render_text(tokenizer, Row("", conversation, [], [])).partition(_TURN)
-    if not shown:
-        raise InputError(
-            "The chat template does not show what the assistant says, so no turn can follow: give the tokenizer a "
-            "template for text conversations."
-        )
-    return after
-
-
-def _as_user(results: Sequence[dict]) -> dict:
-    blocks = (f"<tool_response>\n{result['content']}\n</tool_response>" for result in results)
-    return {"role": "user", "content": "\n".join(blocks)}

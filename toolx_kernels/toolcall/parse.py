@@ -1,110 +1,69 @@
 """Parsing of the text that a model printed into calls. Nothing printed can make this raise, hang, or be run as code."""
 
-import json
-import re
-from typing import Any
+from typing import NamedTuple
 
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
-MAX_DEPTH = 64  # deeper arguments count as malformed, so that whoever walks a parsed call may recurse
+from toolx_kernels.toolcall.strict_json import skip_space
+from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 
-_TAG = re.compile(f"{OPEN}|{CLOSE}")
-_NOT_SPACE = re.compile(r"\S")
+THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}  # around what a thinking model writes before its answer
 
 
-def parse_calls(text: str) -> list[dict] | None:
-    """The calls ``{"name", "arguments"}`` of all ``<tool_call>`` blocks in ``text``, in order.
+class Reading(NamedTuple):
+    """What a text says.
 
-    ``[]`` when there is no block; None when a block is malformed. A block holds one JSON object with exactly the keys
-    ``name`` (a string) and ``arguments`` (an object), which is what Qwen's templates print and its tool prompt asks
-    for. Malformed are: unbalanced or nested tags, invalid JSON (also NaN, Infinity and raw control characters in
-    strings), a repeated key, a number that Python cannot hold (1e999, thousands of digits), other or missing keys,
-    values of another type, and nesting deeper than ``MAX_DEPTH``. Tags inside a JSON string are text. Linear in the
-    length of ``text``.
+    >>> read("<think>Hm.</think>I cannot.")
+    Reading(thought='Hm.', calls=[], bare=False)
     """
-    calls, _ = _scan(text)
-    return calls
+
+    thought: str | None  # what stands between the tags of a leading thought; None: there is none
+    calls: list[dict] | None  # of the rest, in order, each {"name", "arguments"}; None: some are malformed
+    bare: bool  # whether the rest is calls, what their form puts around them, and white space, nothing else
 
 
-def only_calls(text: str) -> bool:
-    """Whether ``text`` is well-formed blocks and white space, nothing else (true of blank text)."""
-    calls, bare = _scan(text)
-    return calls is not None and bare
-
-
-def read_json(text: str) -> Any:
-    """The value of a JSON text, read as strictly as calls are. Raises ValueError for what is not JSON, NaN, Infinity, a
-    number that Python cannot hold and a repeated key; RecursionError for nesting beyond Python's limit."""
-    return _DECODER.decode(text)
-
-
-def is_shallow(value: dict | list | tuple) -> bool:
-    """Whether at most ``MAX_DEPTH`` objects and arrays lie within each other in ``value``, itself counted."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list | tuple)
-        ]
-        if not level:
-            return True
-    return False
-
-
-def skip_space(text: str, start: int) -> int:
-    """Where the white space that begins at ``start`` ends."""
-    found = _NOT_SPACE.search(text, start)
-    return found.start() if found else len(text)
-
-
-def _scan(text: str) -> tuple[list[dict] | None, bool]:
-    """The calls, and whether only white space lies outside the blocks."""
+def read(text: str, tool_format: ToolFormat = HERMES) -> Reading:
+    """The leading thought of ``text``, and the calls behind it in the given form; see docs/tool_calls.md for what is a
+    call. What stands in the thought is none; behind one that is never closed there can be none, so that reads as
+    malformed. Reading ends at the first malformed call. Linear in the length of ``text``."""
+    thought, rest = split_thought(text)
+    if rest is None:
+        return Reading(thought, None, False)
     calls: list[dict] = []
     bare, end = True, 0
-    while tag := _TAG.search(text, end):
-        bare = bare and not text[end : tag.start()].strip()
-        if tag.group() == CLOSE:
-            return None, False
-        try:
-            call, stop = _DECODER.raw_decode(text, skip_space(text, tag.end()))
-        except (ValueError, RecursionError):
-            return None, False
-        end = skip_space(text, stop)
-        if not text.startswith(CLOSE, end) or not _is_call(call):
-            return None, False
-        end += len(CLOSE)
-        calls.append(call)
-    return calls, bare and not text[end:].strip()
+    while found := tool_format.opener.search(rest, end):
+        block = tool_format.block(rest, found)
+        if block is None:
+            return Reading(thought, None, False)
+        bare = bare and block.bare and not rest[end : found.start()].strip()
+        calls += block.calls
+        end = block.end
+    return Reading(thought, calls, bare and not rest[end:].strip())
 
 
-def _is_call(call: Any) -> bool:
-    return (
-        isinstance(call, dict)
-        and call.keys() == {"name", "arguments"}
-        and isinstance(call["name"], str)
-        and isinstance(call["arguments"], dict)
-        and is_shallow(call)
-    )
+def parse_calls(text: str, tool_format: ToolFormat = HERMES) -> list[dict] | None:
+    """The calls ``{"name", "arguments"}`` of ``text``, a leading thought left out, in order; ``[]`` when there is none,
+    None when one is malformed or the thought is never closed (``read``).
+
+    Of Hermes' form, the default, a call is a ``<tool_call>`` block with one JSON object with exactly the keys ``name``
+    (a string) and ``arguments`` (an object), which is what Qwen's templates print and its tool prompt asks for.
+    Malformed are: unbalanced or nested tags, invalid JSON (also NaN, Infinity and raw control characters in strings),
+    a repeated key, a number that Python cannot hold (1e999, thousands of digits), other or missing keys, values of
+    another type, and nesting deeper than ``MAX_DEPTH``. Tags inside a JSON string are text.
+    """
+    return read(text, tool_format).calls
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        raise ValueError("repeated key")
-    return unique
+def only_calls(text: str, tool_format: ToolFormat = HERMES) -> bool:
+    """Whether ``text`` is well-formed calls and white space, nothing else and no thought (true of blank text)."""
+    thought, _, bare = read(text, tool_format)
+    return bare and thought is None
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError("number out of range")
-    return number
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse)
+def split_thought(text: str) -> tuple[str | None, str | None]:
+    """The thought with which ``text`` begins, between one of the pairs of ``THOUGHTS``, and what follows its first
+    closing tag. ``(None, text)`` without a thought, ``(thought, None)`` where it is never closed."""
+    start = skip_space(text, 0)
+    for opening, closing in THOUGHTS.items():
+        if text.startswith(opening, start):
+            thought, closed, rest = text[start + len(opening) :].partition(closing)
+            return thought, rest if closed else None
+    return None, text

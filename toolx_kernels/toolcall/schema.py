@@ -5,7 +5,7 @@ import re
 import reprlib
 from typing import Any
 
-from toolx_kernels.toolcall.parse import MAX_DEPTH, is_shallow
+from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow
 
 JSON_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 # BFCL's checker wants a string where its data say "any"; ToolACE follows the same naming.

@@ -12,28 +12,36 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.parse import is_shallow, read_json, skip_space
-from toolx_kernels.toolcall.render import render_completion
-from toolx_kernels.toolcall.rewards import completion_text, is_correct, no_think_reward
+from toolx_kernels.toolcall.rewards import CallReward, completion_text, is_correct
 from toolx_kernels.toolcall.rows import Row, short
-
-INSTRUCTIONS = """\
-Reply in three parts and write nothing else:
-1. <examples></examples> around a JSON list of at least 4 different examples that you make up, not the user's request. \
-Each is {"tools": [names of tools], "question": "a request", "answer": [{"name": <function-name>, "arguments": \
-<args-json-object>}]}.
-2. <think></think> around your thoughts on the user's request.
-3. Your answer: one <tool_call></tool_call> block with one JSON object for each call."""
+from toolx_kernels.toolcall.strict_json import is_shallow, read_json, skip_space
+from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 
 _KEYS = {"tools", "question", "answer"}
-_TAG = re.compile(r"<(?:(examples|think|tool_call)|/(?:examples|think))>")
+_TAG = r"<(?:(examples|think)|/(?:examples|think))>"
 _EXTENT = json.JSONDecoder()  # only says where a JSON text ends; what it holds is read by ``read_json``
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
 _FIRST_TO_LAST_WORD = re.compile(r"\w(?:.*\w)?")
 _NEAR_FROM = 4  # words: in a shorter question one word is a large part, and some scripts write none between spaces
+
+
+def instructions(tool_format: ToolFormat = HERMES) -> str:
+    """What asks a model for this format, its answer in a form of calls."""
+    return (
+        "Reply in three parts and write nothing else:\n"
+        "1. <examples></examples> around a JSON list of at least 4 different examples that you make up, not the user's"
+        ' request. Each is {"tools": [names of tools], "question": "a request", "answer": [{"name": <function-name>,'
+        ' "arguments": <args-json-object>}]}.\n'
+        "2. <think></think> around your thoughts on the user's request.\n"
+        f"3. Your answer: {tool_format.answer}."
+    )
+
+
+INSTRUCTIONS = instructions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +58,23 @@ class Sections:
     in_order: bool  # examples, then thought, then the answer, either section at most once and nothing between them
 
 
-def parse_sections(text: str) -> Sections:
+def parse_sections(text: str, tool_format: ToolFormat = HERMES) -> Sections:
     """The sections of ``text``. Never raises, and takes time linear in the length of ``text``.
 
     Examples are malformed unless they are one JSON list of objects with the keys ``tools``, ``question`` and
-    ``answer``, not nested deeper than calls may be. Tags inside their JSON strings, inside the thought and inside the
-    JSON of a ``<tool_call>`` are text; malformed examples end at the last ``</examples>``. Of a second or misplaced
-    section the answer keeps the empty tags, so that its calls count nowhere and no block closes over it.
+    ``answer``, not nested deeper than calls may be. Tags inside their JSON strings, inside the thought and inside
+    calls are text; malformed examples end at the last ``</examples>``. Of a second or misplaced section the answer
+    keeps the empty tags, so that its calls count nowhere and no call closes over it. Behind malformed calls all is
+    answer, which they make wrong.
     """
     found: dict[str, Any] = {}
     answer: list[str] = []
-    in_order, answered, malformed, position = True, False, False, 0
-    while tag := _TAG.search(text, position):
+    in_order, answered, position = True, False, 0
+    while tag := _next(tool_format).search(text, position):
         name, start = tag[1], tag.end()
         answer.append(before := text[position : tag.start()])
         answered = answered or bool(before.strip())
-        if name in ("examples", "think"):
+        if name is not None:
             content, end = _examples(text, start) if name == "examples" else _thought(text, start)
             if end is None:
                 return Sections(found.get("examples"), found.get("think"), None, False)
@@ -75,26 +84,27 @@ def parse_sections(text: str) -> Sections:
             found.setdefault(name, content)
             position = end
             continue
-        position = start
-        if name == "tool_call" and not malformed:  # after a malformed block it matters no more what later ones hold
-            end = _json_end(text, start)
-            malformed, position = end is None, end or start
+        answered, position = True, start
+        if opened := tool_format.opener.match(text, tag.start()):
+            block = tool_format.block(text, opened)
+            position = len(text) if block is None else block.end
+        else:  # a tag that closes nothing
+            in_order = False
         answer.append(text[tag.start() : position])
-        in_order, answered = in_order and name is not None, True
     answer.append(text[position:])
     return Sections(found.get("examples"), found.get("think"), "".join(answer).strip(), in_order)
 
 
-def answer_of(text: str) -> str | None:
+def answer_of(text: str, tool_format: ToolFormat = HERMES) -> str | None:
     """The part of ``text`` that answers, without examples and thought; None when one of these is never closed."""
-    return parse_sections(text).answer
+    return parse_sections(text, tool_format).answer
 
 
-def is_answer_correct(text: str, row: Row) -> bool:
+def is_answer_correct(text: str, row: Row, tool_format: ToolFormat = HERMES) -> bool:
     """``is_correct`` of the answer part alone: calls in examples and thoughts are none of it, and a text that ends
     within them is wrong also where no call is right."""
-    answer = answer_of(text)
-    return answer is not None and is_correct(answer, row)
+    answer = answer_of(text, tool_format)
+    return answer is not None and is_correct(answer, row, tool_format)
 
 
 def distinct_examples(examples: Sequence[Any], request: str | None = None) -> int:
@@ -134,29 +144,33 @@ class SelfExemplifyingReward:
     """ToolExpander's self-exemplifying reward, a reward function in TRL's signature: ``1 + bonus`` for a completion
     whose result, format and examples are right, 1 where result and format are, else 0.
 
-    The answer part is judged as ``no_think_reward`` judges a whole completion; the format also asks that the sections
-    stand in their order, though neither has to be there. The examples are right when more than ``more_than`` of them
-    parse and, if ``distinct``, differ (``distinct_examples``); the paper's own rule, parsing and counting alone, is
-    ``distinct=False``. The bonus keeps its size only where advantages are not divided by the std of a group that
-    differs in nothing else: see ``min_std`` of ``group_advantages``.
+    The answer part is judged as ``CallReward`` without thoughts judges a whole completion; the format also asks that
+    the sections stand in their order, though neither has to be there. The examples are right when more than
+    ``more_than`` of them parse and, if ``distinct``, differ (``distinct_examples``); the paper's own rule, parsing and
+    counting alone, is ``distinct=False``. The bonus keeps its size only where advantages are not divided by the std of
+    a group that differs in nothing else: see ``min_std`` of ``group_advantages``.
 
     Raises InputError for a bonus that is negative or not finite, or a count that is no whole number from 0 on.
     """
 
     __name__ = "self_exemplifying_reward"
 
-    def __init__(self, bonus: float = 0.01, more_than: int = 3, distinct: bool = True) -> None:
+    def __init__(
+        self, bonus: float = 0.01, more_than: int = 3, distinct: bool = True, tool_format: ToolFormat = HERMES
+    ) -> None:
         if not 0 <= bonus < float("inf"):
             raise InputError(f"bonus={bonus} must be a finite number that is not negative, such as 0.01")
         if not isinstance(more_than, int) or more_than < 0:
             raise InputError(f"more_than={more_than!r} must be a whole number of examples, at least 0, such as 3")
         self.bonus, self.more_than, self.distinct = bonus, more_than, distinct
+        self._judge = CallReward(tool_format)
 
     def __call__(self, prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:
         """One reward for each completion; prompts and completions are strings or lists of chat messages."""
-        sections = [parse_sections(completion_text(completion)) for completion in completions]
+        judge = self._judge
+        sections = [parse_sections(completion_text(completion), judge.tool_format) for completion in completions]
         answers = [part.answer or "" for part in sections]
-        right = no_think_reward(prompts, answers, completion_ids, **columns)
+        right = judge(prompts, answers, completion_ids, **columns)
         return [
             self._with_bonus(part.examples or [], prompt) if reward and part.in_order else 0.0
             for reward, part, prompt in zip(right, sections, prompts, strict=True)
@@ -167,7 +181,9 @@ class SelfExemplifyingReward:
         return 1.0 + self.bonus if count > self.more_than else 1.0
 
 
-def render_self_exemplified(examples: Sequence[dict], thought: str, calls: Sequence[dict]) -> str:
+def render_self_exemplified(
+    examples: Sequence[dict], thought: str, calls: Sequence[dict], tool_format: ToolFormat = HERMES
+) -> str:
     """The assistant's text in this format, one example a line; what ``parse_sections`` reads back. For cold starts.
 
     Raises InputError for a thought that holds ``</think>``, or an example that lacks one of its keys.
@@ -178,7 +194,13 @@ def render_self_exemplified(examples: Sequence[dict], thought: str, calls: Seque
         if not example.keys() >= _KEYS:
             raise InputError(f"the example {short(example)} must have the keys {', '.join(sorted(_KEYS))}: add them")
     lines = ",\n".join(json.dumps(example, ensure_ascii=False) for example in examples)
-    return f"<examples>\n[{lines}]\n</examples>\n<think>\n{thought}\n</think>\n{render_completion(calls)}"
+    return f"<examples>\n[{lines}]\n</examples>\n<think>\n{thought}\n</think>\n{tool_format.render(calls)}"
+
+
+@lru_cache
+def _next(tool_format: ToolFormat) -> re.Pattern[str]:
+    """What finds the next tag of a section, whose name it gives where it opens one, or the next opener of calls."""
+    return re.compile(f"{_TAG}|{tool_format.opener.pattern}")
 
 
 def _examples(text: str, start: int) -> tuple[list[dict] | None, int | None]:

@@ -240,7 +240,12 @@ def environment_methods(environment: Any) -> dict[str, Callable]:
 
 def error_text(error: str) -> str:
     """What the model reads of something that went wrong."""
-    return json.dumps({"error": error}, ensure_ascii=False)
+    return encodable(json.dumps({"error": error}, ensure_ascii=False))
+
+
+def encodable(text: str) -> str:
+    """``text`` with "?" for lone surrogates, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 def _reset(session: Session, environment_factory: Callable[[], Any]) -> Any:
@@ -269,14 +274,13 @@ def _job(session: Session, call: dict) -> _Job:
 
 
 def _as_text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode(errors="replace").decode()  # a tokenizer takes no lone surrogates
+    return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _opening(value: Any) -> str:
     if not isinstance(value, str | None):
         raise TypeError(f"reset returned {short(value)}, neither a string nor None")
-    return value or ""
+    return encodable(value or "")
 
 
 def _with_text(row: Row, text: str) -> str | list[dict]:

@@ -15,7 +15,7 @@ from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, render_self_exemplified
+from toolx_kernels.toolcall.self_exemplify import instructions, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.reporter import Reporter
 from toolx_kernels.train.update.batch import PackedGroup
@@ -91,14 +91,15 @@ def supervised(prompts: Prompts, example: Example | Episode) -> tuple[PackedGrou
     Only examples of the self-exemplifying form show its instructions, whatever form the run has.
     """
     if isinstance(example, Episode):
-        ids, mask = supervised_episode(prompts.tokenizer, example.row, example.turns)
+        ids, mask = supervised_episode(prompts.chat, example.row, example.turns)
         return PackedGroup(prompts.render(example.row, instructions=""), [ids], [mask]), 0
     if example.examples:
         written = [{"tools": e.tool_names, "question": e.user_text, "answer": e.answer} for e in example.examples]
         thought = ", ".join(call["name"] for call in example.target)
-        target = prompts.turn_ids(render_self_exemplified(written, thought, example.target))
-        return PackedGroup(prompts.render(example.row, instructions=INSTRUCTIONS), [target]), 0
-    target = prompts.completion_ids(example.target)
+        form = prompts.chat.tool_format
+        target = prompts.chat.turn_ids(render_self_exemplified(written, thought, example.target, form))
+        return PackedGroup(prompts.render(example.row, instructions=instructions(form)), [target]), 0
+    target = prompts.chat.completion_ids(example.target)
     shown = prompts.fitting(example.row, example.demonstrations, room=len(target))
     cut = len(example.demonstrations) - len(shown)
     return PackedGroup(prompts.render(example.row, shown, instructions=""), [target]), cut

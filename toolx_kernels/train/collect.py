@@ -160,7 +160,7 @@ def chosen_rollouter(
 ) -> Rollouter:
     """Several turns where there are tools or an environment, else one."""
     if not (tools or environment_factory):
-        return SingleTurn(engine, prompts.tokenizer)
+        return SingleTurn(engine, prompts.chat)
     if args.self_exemplify:
         raise InputError(
             "self_exemplify=True has one turn, with examples, thought and answer: leave tools and environment_factory "
@@ -168,7 +168,6 @@ def chosen_rollouter(
         )
     return ToolLoop(
         engine,
-        prompts.tokenizer,
         prompts,
         tools=tools,
         environment_factory=environment_factory,

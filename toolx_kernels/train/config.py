@@ -6,6 +6,7 @@ Each field is a flag of ``toolx train`` and a YAML key; names are TRL's where TR
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -66,6 +67,31 @@ class DataSettings(Settings):
         "share of --dataset held out when there is no --eval_dataset",
         bounds=Bounds("lie between 0 and 1", lambda share: 0 < share < 1),
     )
+
+
+@dataclass(kw_only=True)
+class ChatSettings(Settings):
+    """Prompts: the chat template, and the form in which the model writes calls."""
+
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "mistral_args", "pythonic", "lfm2", "json"] = setting(
+        "auto",
+        "the form of calls; auto: the one of the chat template. Another one is asked for in our words; "
+        "docs/tool_calls.md shows them",
+    )
+    chat_template_kwargs: dict | None = setting(
+        None, """what the chat template is given besides, as JSON: '{"enable_thinking": false}'"""
+    )
+    date: str | None = setting(
+        None, "the day that templates with a date show, YYYY-MM-DD; by default the one on which the run began"
+    )
+    overlong: Literal["error", "drop"] = setting(
+        "error", "what happens to rows whose prompt leaves no room for an answer in the context"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.date, datetime.date):  # as YAML reads it
+            self.date = str(self.date)
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
@@ -135,6 +161,11 @@ class RewardSettings(Settings):
 
     self_exemplify: bool = setting(
         False, "the model writes examples of its own and thinks before it answers; its reward rewards the examples"
+    )
+    thoughts: Literal["auto", "allowed", "forbidden"] = setting(
+        "auto",
+        "whether the default reward lets a turn begin with a thought; auto: where the chat template expects one. A "
+        "thought is never read for calls",
     )
     distinct_examples: bool = setting(
         True, "duplicates and trivial edits of one another count as one example; false judges by parse and count alone"
@@ -266,6 +297,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
     RewardSettings,
     HardSamplingSettings,
     RolloutSettings,
+    ChatSettings,
     DataSettings,
     RunSettings,
 ):

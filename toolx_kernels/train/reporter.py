@@ -17,7 +17,10 @@ from transformers import PreTrainedModel
 from toolx_kernels.engine.pool_size import device_memory
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import Scores
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets.report import dataset_report
+from toolx_kernels.toolcall.parse import split_thought
+from toolx_kernels.toolcall.rewards import completion_turns
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
@@ -111,12 +114,15 @@ class Reporter:
         task, report = self.task, dataset_report(self.task.rows, self.task.demonstrations)
         for line in report.lines():
             self._bar.write(line)
+        self._bar.write(f"calls: {task.prompts.chat.describe()}")
+        if task.left_out:
+            self._bar.write(f"rows left out, as they do not fit the context: {task.left_out}")
         if task.eval_rows_seen:
             self._bar.write(
                 f"rows to evaluate on that training or demonstrations show too: {task.eval_rows_seen} of "
                 f"{len(task.eval_rows)}"
             )
-        self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen)
+        self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen, left_out=task.left_out)
         if self._plan:
             self._bar.write(self._plan.sentence())
             self.run.log("plan", 0, self._plan.to_dict())
@@ -238,6 +244,7 @@ def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
     correct = [flag for group in groups for flag in group.correct]
     rewards = [reward for group in groups for reward in group.rewards]
     written = sum(rollout.written for rollout in rollouts)
+    thoughts = [_thought(rollout) for rollout in rollouts]
     return {
         "reward": sum(rewards) / len(rewards),
         "rewards": {name: _mean_part(groups, name) for name in groups[0].parts},
@@ -248,7 +255,15 @@ def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
         "sampler_entropy": sum(sum(rollout.entropies) for rollout in rollouts) / written,
         "completion_length": written / len(rollouts),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "thoughts": sum(begun for begun, _ in thoughts) / len(thoughts),
+        "unclosed_thoughts": sum(unclosed for _, unclosed in thoughts) / len(thoughts),
     }
+
+
+def _thought(rollout: Rollout) -> tuple[bool, bool]:
+    """Whether a turn begins with a thought, and whether one is never closed."""
+    turns = [split_thought(text) for text in completion_turns(rollout.messages)]
+    return any(thought is not None for thought, _ in turns), any(rest is None for _, rest in turns)
 
 
 def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:

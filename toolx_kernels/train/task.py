@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.evaluate import Judge
 from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.reward_runner import RewardFunctions
-from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
+from toolx_kernels.toolcall.rewards import CallReward, is_correct
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, is_answer_correct
-from toolx_kernels.train.config import RewardSettings
+from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, instructions, is_answer_correct
+from toolx_kernels.train.config import RewardSettings, ToolExpanderConfig
 from toolx_kernels.train.rows import digest, shared_rows
 
 
 def judge_and_rewards(
-    args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | None
+    args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | None, chat: Chat
 ) -> tuple[Judge, RewardFunctions]:
-    """What is right and what is rewarded, by default in the form that ``args`` choose."""
+    """What is right and what is rewarded, by default in the form that ``args`` choose and ``chat`` writes calls in."""
+    form = chat.tool_format
     if reward_funcs is None:
+        allowed = chat.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
         reward_funcs = (
-            SelfExemplifyingReward(distinct=args.distinct_examples) if args.self_exemplify else no_think_reward
+            SelfExemplifyingReward(distinct=args.distinct_examples, tool_format=form)
+            if args.self_exemplify
+            else CallReward(form, allow_thoughts=allowed)
         )
     rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
-    return is_answer_correct if args.self_exemplify else is_correct, rewards
+    return partial(is_answer_correct if args.self_exemplify else is_correct, tool_format=form), rewards
+
+
+def prompts_of(args: ToolExpanderConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Prompts:
+    """The prompts of a run, in the form that ``args`` choose or the tokenizer's chat template wants."""
+    chat = Chat(tokenizer, args.tool_format, args.chat_template_kwargs, args.date)
+    return Prompts(chat, context, instructions(chat.tool_format) if args.self_exemplify else "")
 
 
 class Task:
@@ -38,9 +52,8 @@ class Task:
         prompts: of all these rows, as token ids.
         judge: whether an answer is right, which decides what is hard and what an evaluation counts.
         rewards: what rollouts earn.
+        left_out: how many rows do not fit the model's context, and are not among these.
 
-    Raises:
-        InputError: a row's prompt leaves no room for an answer.
     """
 
     def __init__(
@@ -51,16 +64,17 @@ class Task:
         prompts: Prompts,
         judge: Judge,
         rewards: RewardFunctions,
+        left_out: int = 0,
     ):
-        prompts.check([*rows, *eval_rows])
         self.rows, self.eval_rows = rows, eval_rows
-        self.prompts, self.judge, self.rewards = prompts, judge, rewards
+        self.prompts, self.judge, self.rewards, self.left_out = prompts, judge, rewards, left_out
         self.demonstrations = DemonstrationIndex.of(rows, demonstrations)
         self.eval_rows_seen = len(shared_rows(eval_rows, [*rows, *demonstrations]))
         self.digests = {
             "training rows": digest(rows),
             "rows to evaluate on": digest(eval_rows),
             "demonstrations": digest(demonstrations),
+            "prompts (chat template, its arguments, date or tokenizer)": prompts.digest([*rows, *eval_rows]),
         }
 
     def check_same(self, run: Path, digests: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,11 @@ from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.load import stop_token_ids
-from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.datasets.read import rows_from
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.cold_start import cold_start_examples, imitate
 from toolx_kernels.train.collect import Collector, chosen_rollouter
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -56,7 +55,7 @@ from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
 from toolx_kernels.train.run.checkpoint import check_reference, resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.run.folder import RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run.stopping import Stop
-from toolx_kernels.train.task import Task, judge_and_rewards
+from toolx_kernels.train.task import Task, judge_and_rewards, prompts_of
 from toolx_kernels.train.update.learner import Learner
 from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel, ReferenceRollouter
@@ -104,27 +103,32 @@ class ToolExpanderTrainer:
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
-        self.args = args = args or ToolExpanderConfig()
+        args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
+        self.args = args = replace(args, date=args.date or self.run.date(args.resume))
         if train_dataset is None or eval_dataset is None:
             raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.rows.load_rows.")
         rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
-        judge, rewards = judge_and_rewards(args, reward_funcs)
         self.model, self.tokenizer = policy_model(model, processing_class, args)
         context = self.model.get_decoder().config.max_position_embeddings
-        prompts = Prompts(self.tokenizer, context, INSTRUCTIONS if args.self_exemplify else "")
+        prompts = prompts_of(args, self.tokenizer, context)
+        chat = prompts.chat
+        judge, rewards = judge_and_rewards(args, reward_funcs, chat)
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
         self.rollouter = chosen_rollouter(args, self.engine, prompts, tools, environment_factory)
-        rows, eval_rows = self.rollouter.offer(rows), self.rollouter.offer(eval_rows)
+        chat.check([*rows, *eval_rows, *demonstrations])
+        offered = [self.rollouter.offer(those) for those in (rows, eval_rows)]
+        rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in offered)
+        left_out = sum(map(len, offered)) - len(rows) - len(eval_rows)
         self._cautious: Rollouter | None = None  # of the model before RL
-        self.task = task = Task(rows, eval_rows, demonstrations, prompts, judge, rewards)
+        self.task = task = Task(rows, eval_rows, demonstrations, prompts, judge, rewards, left_out)
         if args.cold_start_steps and cold_start is None:
-            prompts.check_answers(rows)
-            cold_start = cold_start_examples(args, rows, task.demonstrations)
+            answerable = prompts.fitting_rows(rows, args.overlong, answers=True)
+            cold_start = cold_start_examples(args, answerable, task.demonstrations)
         self.cold_start = cold_start
         self.reporter = Reporter(self.run, self.model, args, task)
-        stops, phases = stop_token_ids(self.model, self.tokenizer), self.reporter.phases
+        stops, phases = stop_token_ids(self.model, chat), self.reporter.phases
         self.greedy = args.sampling(stops, greedy=True)
         self.collector = Collector(task, self.rollouter, args, stops, phases)
         self.learner = Learner(self.model, args, policy_loss or ClippedLoss(args.loss), phases, self._release_pools)

@@ -9,12 +9,13 @@ import pytest
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.tool_loop import supervised_episode
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets import builtin, builtin_turns
 from toolx_kernels.toolcall.datasets.builtin_turns import KEYS, Registry, turns_of
 from toolx_kernels.toolcall.parse import parse_calls
-from toolx_kernels.toolcall.render import render_prompt
 from toolx_kernels.toolcall.rewards import is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import check_row
+from toolx_kernels.toolcall.tool_format import render_completion
 from toolx_kernels.toolcall.tools import Toolbox
 
 TRAIN = builtin_turns.train_rows(400, seed=0)
@@ -31,7 +32,7 @@ def looked_up(row):
 
 
 def text_of(episode):
-    return "\n".join(m["content"] for m in episode.turns if m["role"] == "assistant")
+    return render_completion([call for turn in episode.turns for call in turn.get("calls", ())])
 
 
 def test_rows_depend_on_the_seed_alone_and_pass_the_check_of_users_rows():
@@ -95,10 +96,11 @@ def test_the_environment_answers_the_lookups_and_a_solved_row_is_correct():
     for row, texts in zip(rows, results, strict=True):
         turns = turns_of(row, row.answer[-1])
         assert [m["content"] for m in turns if m["role"] == "tool"] == texts
-        text = "\n".join(m["content"] for m in turns if m["role"] == "assistant")
+        first, last = (render_completion(turn["calls"]) for turn in (turns[0], turns[-1]))
+        text = f"{first}\n{last}"
         assert is_correct(text, row) and parse_calls(text) == row.answer
         assert no_think_reward([row.prompt], [text], [[]], answer=[row.answer], tools=[row.tools]) == [1.0]
-        assert not is_correct(turns[0]["content"], row) and not is_correct(turns[-1]["content"], row)
+        assert not is_correct(first, row) and not is_correct(last, row)
     (session,) = toolbox.open(rows[:1])
     error = toolbox.answer([(session, [{"name": "find_number", "arguments": {"guest": "Nobody"}}])])[0][0]
     assert json.loads(error) == {"error": "LookupError: no guest Nobody"}
@@ -109,9 +111,9 @@ def test_episodes_of_the_cold_start_are_right_but_for_quoted_integers():
     with_integers = 0
     for episode in COLD:
         first, *results, last = episode.turns
-        assert parse_calls(first["content"]) == episode.row.answer[:-1]
+        assert first["calls"] == episode.row.answer[:-1]
         assert len(results) == len(episode.row.answer) - 1
-        (call,), right = parse_calls(last["content"]), episode.row.answer[-1]
+        (call,), right = last["calls"], episode.row.answer[-1]
         assert {p: str(v) for p, v in call["arguments"].items()} == {p: str(v) for p, v in right["arguments"].items()}
         if any(isinstance(v, int) for v in right["arguments"].values()):
             with_integers += 1
@@ -121,9 +123,9 @@ def test_episodes_of_the_cold_start_are_right_but_for_quoted_integers():
 
 
 def test_the_tiny_model_has_pieces_for_all_of_it_but_a_comma():
-    tokenizer = tiny_tokenizer()
+    chat = Chat(tokenizer := tiny_tokenizer())
     for row, turns in [(e.row, e.turns) for e in COLD[:200]] + [(r, turns_of(r, r.answer[-1])) for r in HELD_OUT]:
-        prompt = render_prompt(tokenizer, row)
-        completion, mask = supervised_episode(tokenizer, row, turns)
+        prompt = chat.prompt_ids(row)
+        completion, mask = supervised_episode(chat, row, turns)
         odd = {t for t in tokenizer.convert_ids_to_tokens(prompt + completion) if t.startswith("<0x")}
         assert odd <= {"<0x2C>"} and len(prompt) <= 90 and len(completion) <= 64 and not all(mask)

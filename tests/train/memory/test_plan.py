@@ -17,6 +17,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import checkpointed, toolx_attention
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -268,7 +269,7 @@ def test_demonstrations_lengthen_and_double_what_a_step_samples():
 def test_what_rows_ask_is_read_from_them():
     args = ToolExpanderConfig(dataset="builtin", train_rows=30, eval_rows=20, max_completion_length=64)
     rows, eval_rows = load_rows(args)
-    prompts_of, index = Prompts(tiny_tokenizer(), 512), DemonstrationIndex(rows)
+    prompts_of, index = Prompts(Chat(tiny_tokenizer()), 512), DemonstrationIndex(rows)
     raw = max(len(prompts_of.ids(row)) for row in rows)
     work = Workload.of(args, prompts_of, index, rows, eval_rows)
     assert (work.prompt_length, work.train_rows, work.eval_rows) == (raw, 30, 20)

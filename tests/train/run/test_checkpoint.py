@@ -161,10 +161,10 @@ def test_another_format_names_both(run, monkeypatch):
     model = small_model("llama")
     with monkeypatch.context() as patched:
         patched.setattr(module, "FORMAT", 7)
-        with pytest.raises(InputError, match="checkpoint-4 has format 2, and .* reads format 7: resume with"):
+        with pytest.raises(InputError, match="checkpoint-4 has format 3, and .* reads format 7: resume with"):
             resumable_checkpoint(run, model)
     (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
-    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 2"):
+    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 3"):
         resumable_checkpoint(run, model)
 
 
@@ -197,7 +197,8 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         "loss_type": "dapo", "scale_rewards": "none", "advantage_shaping": "difficulty", "old_logprobs": "sampler",
         "importance_sampling_level": "sequence", "importance_sampling_mode": "token_mask", "optim": "adamw_8bit",
         "lr_decay_per": "step", "distinct_examples": False, "eval_on_start": False, "eval_dataset": "builtin",
-        "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0,
+        "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0, "tool_format": "json", "overlong": "drop",
+        "chat_template_kwargs": {"enable_thinking": False}, "thoughts": "forbidden",
     }  # fmt: skip
     defaults = ToolExpanderConfig(output_dir=str(tmp_path / "run"))
     RunFolder(tmp_path / "run").start(defaults)

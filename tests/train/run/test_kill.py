@@ -47,7 +47,7 @@ def run(folder, *flags):
 
 @pytest.fixture(autouse=True)
 def _easy_reward(monkeypatch):
-    monkeypatch.setattr(task, "no_think_reward", even_is_good)
+    monkeypatch.setattr(task, "CallReward", lambda *_, **__: even_is_good)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def _python_handles_ctrl_c():
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(task, "no_think_reward", even_is_good)
+        patched.setattr(task, "CallReward", lambda *_, **__: even_is_good)
         assert run(folder) == 0
     return outcome(folder)
 

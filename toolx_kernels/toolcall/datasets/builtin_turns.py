@@ -32,7 +32,6 @@ from toolx_kernels.toolcall.datasets.builtin import (
     strings,
     tool_names,
 )
-from toolx_kernels.toolcall.render import render_completion
 from toolx_kernels.toolcall.rows import Row
 
 MAX_TURNS = 2
@@ -163,7 +162,7 @@ def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Ro
 
 
 def turns_of(row: Row, last: dict) -> list[dict]:
-    """The episode that answers ``row`` with ``last`` as its last call, as chat messages."""
+    """The episode that answers ``row`` with ``last`` as its last call, as ``supervised_episode`` takes it."""
     lookups = row.answer[:-1]
     results = []
     for call in lookups:
@@ -171,9 +170,9 @@ def turns_of(row: Row, last: dict) -> list[dict]:
         value = row.columns["records"][kind][call["arguments"][KEYS[kind]]]
         results.append({"role": "tool", "name": call["name"], "content": _told(kind, value)})
     return [
-        {"role": "assistant", "content": render_completion(lookups)},
+        {"role": "assistant", "content": "", "calls": lookups},
         *results,
-        {"role": "assistant", "content": render_completion([last])},
+        {"role": "assistant", "content": "", "calls": [last]},
     ]
 
 

@@ -15,11 +15,11 @@ from toolx_kernels.models.tiny import is_tiny, tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.demonstrators import RandomDemonstrations
 from toolx_kernels.train.rows import BUILT_IN, BUILT_IN_EVAL_ROWS, BUILT_IN_TRAIN_ROWS, load_demonstrations, load_rows
+from toolx_kernels.train.task import prompts_of
 
 MOST_SHOWN = 256  # rows whose prompts with demonstrations are measured
 LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are measured
@@ -79,7 +79,8 @@ class Workload:
         if tokenizer is None:
             return None
         rows, eval_rows = load_rows(args)
-        prompts = Prompts(tokenizer, config.max_position_embeddings, INSTRUCTIONS if args.self_exemplify else "")
+        prompts = prompts_of(args, tokenizer, config.max_position_embeddings)
+        rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
         index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
         return cls.of(args, prompts, index, rows, eval_rows)
 

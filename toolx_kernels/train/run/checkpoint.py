@@ -30,7 +30,7 @@ from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
-FORMAT = 2  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
+FORMAT = 3  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
 
@@ -155,10 +155,11 @@ def _write(
         _write_weights(beside, model)
         tokenizer.save_pretrained(beside)
         save_file(optimizer, beside / OPTIMIZER_FILE)
-        files = {path.name: [path.stat().st_size, file_crc(path)] for path in sorted(beside.iterdir())}
+        written = [path for path in sorted(beside.rglob("*")) if path.is_file()]  # tokenizers may write folders
+        files = {str(path.relative_to(beside)): [path.stat().st_size, file_crc(path)] for path in written}
         record = {"format": FORMAT, "files": files, "model_shape": model_shape(model), "state": state}
         (beside / STATE_FILE).write_text(_signed(record), encoding="utf-8")
-        for path in (*beside.iterdir(), beside):
+        for path in (*beside.rglob("*"), beside):
             sync(path)
         beside.rename(final)
         sync(final.parent)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from io import BytesIO
 from pathlib import Path
 
@@ -25,6 +26,7 @@ LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appende
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "num_train_epochs", "device", "output_dir", "log_completions",
     "save_steps", "save_total_limit", "profile_step",
+    "date",  # the run keeps its own, and its prompts are compared
     # these change the last bits of a gradient, and may be what lets a run that was out of memory go on
     "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
@@ -92,6 +94,11 @@ class RunFolder:
         if not isinstance(settings, dict) or not settings.keys() & ToolExpanderConfig.__dataclass_fields__.keys():
             raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
         return settings
+
+    def date(self, resume: bool) -> str:
+        """The day on which the run began, as YYYY-MM-DD; of a new one, today."""
+        began = self.config().get("date") if resume else None
+        return str(began or date.today())
 
     def start(self, config: ToolExpanderConfig) -> None:
         """An empty folder with the run's config, or the one to resume as it is."""

@@ -59,6 +59,7 @@ For each function call, return a json object with function name and arguments wi
 WITH_TOOLS = (
     "{% if messages[0].role == 'system' %}[{{ messages[0].content }}]{% endif %}"
     "{% for tool in tools or [] %}<{{ tool.function.name }}: {{ tool | tojson }}>{% endfor %}"
+    "{% if tools %}Call them as <tool_call>.{% endif %}"
     "{% for message in messages if message.role != 'system' %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -119,8 +120,8 @@ def test_the_official_template_is_used_and_the_fallback_equals_it():
         expected = official.apply_chat_template(row.messages, **keywords)
         assert render_text(official, row) == expected
         assert render_text(tokenizer_with(WITHOUT_TOOLS), row) == expected
-        assert render_text(tokenizer_with(None), row) == expected
-        assert render_prompt(tokenizer_with(None), row) == render_prompt(official, row)
+        assert render_text(tokenizer_with(None), row) == f"<|bos|>{expected}"
+        assert render_prompt(tokenizer_with(None), row)[1:] == render_prompt(official, row)
         demonstrated = render_text(official, row, DEMONSTRATIONS)
         assert render_text(tokenizer_with(WITHOUT_TOOLS), row, DEMONSTRATIONS) == demonstrated
 
@@ -137,16 +138,18 @@ def test_completions_are_written_as_the_official_template_writes_them():
 @pytest.mark.parametrize("template", [WITHOUT_TOOLS, None])
 def test_the_fallback_in_full(template):
     tokenizer = tokenizer_with(template)
+    begin = "" if template else "<|bos|>"  # what the tokenizer puts before any text
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert render_text(tokenizer, ROW) == (
-        f"<|im_start|>system\n{QWEN_TOOLS}<|im_end|>\n" + turn.format("Weather in Zürich?")
+        f"{begin}<|im_start|>system\n{QWEN_TOOLS}<|im_end|>\n" + turn.format("Weather in Zürich?")
     )
     assert render_text(tokenizer, SYSTEM_ROW, DEMONSTRATIONS[1:]) == (
-        f"<|im_start|>system\nBe brief.\n\n{SHOWN[SHOWN.rindex('Example') :]}\n\n{QWEN_TOOLS}<|im_end|>\n"
+        f"{begin}<|im_start|>system\nBe brief.\n\n{SHOWN[SHOWN.rindex('Example') :]}\n\n{QWEN_TOOLS}<|im_end|>\n"
         + turn.format("Ping?")
     )
     ids = render_prompt(tokenizer, ROW)
-    assert tokenizer.decode(ids) == render_text(tokenizer, ROW) and tokenizer.bos_token_id not in ids
+    assert tokenizer.decode(ids) == render_text(tokenizer, ROW)
+    assert ids.count(tokenizer.bos_token_id) == (template is None)
 
 
 def test_demonstrations_join_the_system_message():
@@ -163,7 +166,7 @@ def test_instructions_come_before_demonstrations():
     assert render_text(tokenizer, SYSTEM_ROW, DEMONSTRATIONS, told).startswith(f"[Be brief.\n\n{told}\n\n{SHOWN}]<")
     assert SYSTEM_ROW.messages[0]["content"] == "Be brief."
     assert render_text(tokenizer_with(None), SYSTEM_ROW, DEMONSTRATIONS, told) == (
-        f"<|im_start|>system\nBe brief.\n\n{told}\n\n{SHOWN}\n\n{QWEN_TOOLS}<|im_end|>\n"
+        f"<|bos|><|im_start|>system\nBe brief.\n\n{told}\n\n{SHOWN}\n\n{QWEN_TOOLS}<|im_end|>\n"
         "<|im_start|>user\nPing?<|im_end|>\n<|im_start|>assistant\n"
     )
     official = tokenizer_with(official_template())

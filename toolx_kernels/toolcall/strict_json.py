@@ -1,0 +1,69 @@
+"""JSON as strictly as calls are read: one meaning for each text, and nothing that a walker must fear."""
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 64  # deeper arguments count as malformed, so that whoever walks a parsed call may recurse
+
+_NOT_SPACE = re.compile(r"\S")
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is not JSON, NaN, Infinity, a number that Python cannot hold
+    and a repeated key; RecursionError for nesting beyond Python's limit."""
+    return _DECODER.decode(text)
+
+
+def json_at(text: str, start: int) -> tuple[Any, int] | None:
+    """The JSON value that begins at ``start``, and where it ends. None where ``read_json`` would raise, or for nesting
+    deeper than ``MAX_DEPTH``."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return None if isinstance(value, dict | list) and not is_shallow(value) else (value, end)
+
+
+def is_shallow(value: dict | list | tuple) -> bool:
+    """Whether at most ``MAX_DEPTH`` objects and arrays lie within each other in ``value``, itself counted."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def skip_space(text: str, start: int) -> int:
+    """Where the white space that begins at ``start`` ends."""
+    found = _NOT_SPACE.search(text, start)
+    return found.start() if found else len(text)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict:
+    """A dict of ``pairs``. Raises ValueError for a repeated key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("repeated key")
+    return found
+
+
+def finite(digits: str) -> float:
+    """``float(digits)``. Raises ValueError for a number that is too large for one."""
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("number out of range")
+    return number
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=_refuse)

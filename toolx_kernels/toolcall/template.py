@@ -1,0 +1,157 @@
+"""Chat templates: messages and tools to text, and text to token ids.
+
+A template that is nearly right destroys tool calling, so nothing here rewrites one: what a prompt looks like is up to
+the tokenizer's own. A tokenizer without a template gets plain ChatML, begun with what it puts before any text.
+
+Contents are data. Where a text that a user, a tool or a dataset wrote spells a control token, such as ``<|im_end|>``,
+``protect`` puts a mark into it, and ``encode`` cuts the text there: the pieces are encoded each on its own, so the
+token cannot arise. What the template itself writes has no marks and becomes control tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from toolx_kernels.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARK = "\ufdd0"  # a noncharacter: Unicode keeps it for a program's own use, so no text holds it
+# what transformers' ``apply_chat_template`` takes itself
+_RESERVED = frozenset({
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now",
+})  # fmt: skip
+
+
+class Template:
+    """The chat template of ``tokenizer``.
+
+    Args:
+        kwargs: what the template is given besides messages and tools, such as ``{"enable_thinking": False}``.
+        date: the day, as YYYY-MM-DD, that it shows where it asks for the present one.
+
+    Raises:
+        InputError: ``kwargs`` that the template does not read, a date of another form, or named templates without a
+            default.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None, date: str | None):
+        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        self.name = tokenizer.name_or_path or "the tokenizer"
+        self._before = ""  # what the tokenizer puts before any text; its own template does so itself
+        if not tokenizer.chat_template:
+            bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+            begun = tokenizer("a")["input_ids"]
+            starts = range(len(begun) - len(bare) + 1)
+            start = next((place for place in starts if begun[place : place + len(bare)] == bare), 0)
+            self._before = str(tokenizer.decode(begun[:start]))
+        for name in self.kwargs:
+            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", self.source):
+                raise InputError(
+                    f"chat_template_kwargs: the chat template of {self.name} does not read {name!r}: leave it out, or "
+                    "give a name that stands in the template."
+                )
+        if date is not None:
+            self.kwargs["strftime_now"] = _day(date).strftime
+
+    @property
+    def source(self) -> str:
+        """The template of prompts that offer tools."""
+        return self._named(tools=[]) if self.tokenizer.chat_template else CHATML
+
+    def render(
+        self, messages: Sequence[Mapping], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, by default up to and with the header of the assistant's next turn.
+
+        Raises InputError when the template refuses the messages, for instance a system message.
+        """
+        template = self._named(tools) if self.tokenizer.chat_template else CHATML
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.kwargs,
+            )
+        except Exception as error:  # jinja's own kinds, and whatever its expressions raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"The chat template of {self.name} refuses messages of the roles {roles} ({first_line(error)}): give "
+                "the tokenizer a template that takes them."
+            ) from error
+        return self._before + str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, which writes its own special tokens; cut where ``protect`` put its marks."""
+        ids: list[int] = []
+        for piece in text.split(MARK):
+            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _named(self, tools: Sequence[Any] | None) -> str:
+        """The one of several named templates that transformers takes, else the one there is."""
+        named = self.tokenizer.chat_template
+        if not isinstance(named, dict):
+            return named
+        for name in ("tool_use", "default") if tools is not None else ("default", "tool_use"):
+            if name in named:
+                return named[name]
+        raise InputError(
+            f"{self.name} has chat templates called {', '.join(sorted(named))}, and none is called default: set "
+            "tokenizer.chat_template to the one that is to be used."
+        )
+
+
+class Protector:
+    """Marks the control tokens that contents spell out.
+
+    >>> Protector(["<|end|>"])("a <|end|> b").replace(MARK, "*")
+    'a <*|end|> b'
+    """
+
+    def __init__(self, control: Iterable[str]):
+        # the longest first, as tokenizers match them; a single character cannot be cut
+        known = sorted({token for token in control if len(token) > 1}, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, known))) if known else None
+
+    def __call__(self, text: str) -> str:
+        """``text`` with a mark inside each control token."""
+        text = text.replace(MARK, "")
+        while self._control is not None and self._control.search(text):  # again, as one may hold another
+            text = self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+        return text
+
+    def deep(self, value: Any) -> Any:
+        """The same for every string in a JSON value, keys included."""
+        return mapped(value, self)
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [mapped(inner, change) for inner in value]
+    return value
+
+
+def _day(date: str) -> datetime:
+    try:
+        return datetime.strptime(date, "%Y-%m-%d")
+    except ValueError:
+        raise InputError(f"date={date!r} is no day: write it as YYYY-MM-DD, such as 2026-01-31.") from None
