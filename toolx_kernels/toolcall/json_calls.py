@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 from toolx_kernels.toolcall.strict_json import is_shallow, json_at, read_json, skip_space
 
 # Where an object, or a list of them, begins that may be a call: by its first key, however that is quoted.
-START = r"""(?:\[\s*)?\{\s*["']?(?:(?:name|arguments|parameters|function|id)["']?\s*:|type["']?\s*:\s*["']?function)"""
-_START = re.compile(START)
+_START = r"""(?:\[\s*)?\{\s*["']?(?:(?:name|arguments|parameters|function|id)["']?\s*:|type["']?\s*:\s*["']?function)"""
+# Or where arguments stand in an object that begins otherwise, and so is no call.
+OPENER = rf"""{_START}|["'](?:arguments|parameters)["']\s*:\s*\{{"""
+_STARTS = re.compile(_START)
 
 
 class Block(NamedTuple):
@@ -22,14 +24,10 @@ class Block(NamedTuple):
     bare: bool = True  # whether it is the calls and what the form puts around them, nothing else
 
 
-def starts(text: str, at: int) -> bool:
-    """Whether what begins at ``at`` looks like calls in JSON."""
-    return _START.match(text, at) is not None
-
-
 def json_block(text: str, start: int, with_id: bool = False) -> Block | None:
-    """The calls in the JSON values that stand one after another from ``start`` on: objects and lists of them, between
-    them white space and at most one comma or semicolon. None when one is no JSON, or is meant as a call and is none.
+    """The calls in the JSON values that stand one after another from ``start`` on, where ``OPENER`` matches: objects
+    and lists of them, between them white space and at most one comma or semicolon. None when one is no JSON, or is
+    meant as a call and is none.
 
     A call is an object with exactly ``name`` (a string) and one of ``arguments`` and ``parameters`` (an object),
     perhaps ``"type": "function"``, and, ``with_id``, perhaps an ``id``; or one of OpenAI's, ``{"type": "function",
@@ -37,22 +35,19 @@ def json_block(text: str, start: int, with_id: bool = False) -> Block | None:
     value that is no call and no list of calls count too; ``bare`` says that there are none such.
     """
     calls: list[dict] = []
-    bare = True
-    while True:
-        found = json_at(text, start)
-        if found is None:
+    bare, at, end = True, start, start
+    while _STARTS.match(text, at):
+        found = json_at(text, at)
+        inside = found and _calls_in(found[0], with_id)
+        if found is None or inside is None:
             return None
         value, end = found
-        inside = _calls_in(value, with_id)
-        if inside is None:
-            return None
         calls += inside
-        bare = bare and len(inside) == (len(value) if isinstance(value, list) else _is_meant(value)) > 0
-        start = skip_space(text, end)
-        if text.startswith((",", ";"), start):
-            start = skip_space(text, start + 1)
-        if not starts(text, start):
-            return Block(calls, end, bare)
+        bare = bare and all(map(_is_meant, value if isinstance(value, list) else [value]))
+        at = skip_space(text, end)
+        if text.startswith((",", ";"), at):
+            at = skip_space(text, at + 1)
+    return Block(calls, end, bare) if end > start else None
 
 
 def hermes_call(value: Any) -> dict | None:
@@ -68,7 +63,7 @@ def hermes_call(value: Any) -> dict | None:
 
 def _calls_in(value: Any, with_id: bool) -> list[dict] | None:
     """The calls in ``value``, which is shallow, in order; None when one that is meant as a call is none."""
-    if isinstance(value, dict) and _is_meant(value):
+    if _is_meant(value):
         call = _call(value, with_id)
         return None if call is None else [call]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -81,8 +76,10 @@ def _calls_in(value: Any, with_id: bool) -> list[dict] | None:
     return calls
 
 
-def _is_meant(value: dict) -> bool:
-    """Whether an object is a call, or comes so near to one that it cannot be meant as anything else."""
+def _is_meant(value: Any) -> bool:
+    """Whether a value is a call, or comes so near to one that it cannot be meant as anything else."""
+    if not isinstance(value, dict):
+        return False
     named = isinstance(value.get("name"), str)
     return (
         "arguments" in value

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,13 +20,13 @@ _KEYWORD = r"[\w.\-]+"
 LIST = rf"\[\s*{_WORD}(?:\(|(?:{_MORE_WORDS})+\((?=\s*(?:\)|{_KEYWORD}\s*=)))"
 
 _CALL = re.compile(rf"({NAME})\(")
-_ARGUMENT = re.compile(rf"({_KEYWORD})\s*=(?!=)\s*")
+_ARGUMENT = re.compile(rf"({_KEYWORD})\s*=\s*")
 _NAME, _ARGUMENT_NAME = re.compile(NAME), re.compile(_KEYWORD)
 _CONSTANTS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 _VALUE = re.compile(
-    rf"""(?P<constant>(?:{"|".join(_CONSTANTS)})(?!\w))
+    rf"""(?P<constant>{"|".join(_CONSTANTS)})
     |(?P<string>"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')
-    |(?P<number>[+-]?(?:(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?![\w.]))
+    |(?P<number>[+-]?(?:(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
     |(?P<opening>[\[({{])""",
     re.VERBOSE | re.DOTALL,
 )
@@ -33,7 +34,7 @@ _INTEGER = re.compile(r"[+-]?[0-9_]+")
 _ESCAPE = re.compile(
     r"""\\(?:(?P<pair>u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})
     |x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})
-    |N\{(?P<named>[\w\ \-]{1,100})\}|(?P<octal>[0-7]{1,3})|(?P<plain>[^xuUN])|)""",
+    |N\{(?P<named>[\w\ \-]+)\}|(?P<octal>[0-7]{1,3})|(?P<plain>[^xuUN])|)""",
     re.VERBOSE | re.DOTALL,
 )
 _PLAIN = {
@@ -60,7 +61,7 @@ def read_calls(text: str, start: int) -> tuple[list[dict], int] | None:
         calls, end = _items(text, start + 1, "]", _call)
     except ValueError:
         return None
-    return (calls, end) if calls else None
+    return calls, end
 
 
 def read_arguments(text: str, start: int) -> tuple[dict, int]:
@@ -77,23 +78,18 @@ def write_calls(calls: Sequence[dict]) -> str:
     return f"[{', '.join(map(_write_call, calls))}]"
 
 
-def writable(name: str) -> str:
-    """``name``. Raises InputError for a function name that cannot stand bare before its arguments."""
+def _write_call(call: dict) -> str:
+    name, arguments = call["name"], call["arguments"]
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"the function name {name!r} cannot be written in this form of tool calls: rename it, with letters, digits,"
+            f"the function name {name!r} cannot be written as a call in Python's form: rename it, with letters, digits,"
             " '_', '.', '-', '/' and inner spaces alone, or choose a form that quotes names, such as json"
         )
-    return name
-
-
-def _write_call(call: dict) -> str:
-    name, arguments = writable(call["name"]), call["arguments"]
     for key in arguments:
         if not _ARGUMENT_NAME.fullmatch(key):
             raise InputError(
-                f"the argument {key!r} of {name} cannot be written in this form of tool calls: rename it, with letters,"
-                " digits, '_', '.' and '-' alone, or choose a form that quotes names, such as json"
+                f"the argument {key!r} of {name} cannot be written as a keyword in Python's form: rename it, with"
+                " letters, digits, '_', '.' and '-' alone, or choose a form that quotes names, such as json"
             )
     return f"{name}({', '.join(f'{key}={_write(value)}' for key, value in arguments.items())})"
 
@@ -192,4 +188,7 @@ def _unescaped(found: re.Match[str]) -> str:
     if kind == "pair":  # as JSON escapes a character beyond U+FFFF
         high, low = (int(half, 16) for half in code[1:].split("\\u"))
         return chr(0x10000 + ((high & 0x3FF) << 10 | low & 0x3FF))
-    return chr(int(code, 8 if kind == "octal" else 16))
+    number = int(code, 8 if kind == "octal" else 16)
+    if number > sys.maxunicode:
+        raise ValueError("no character")
+    return chr(number)

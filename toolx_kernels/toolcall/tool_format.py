@@ -5,10 +5,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import pythonic
-from toolx_kernels.toolcall.json_calls import START, Block, hermes_call, json_block, starts
+from toolx_kernels.toolcall.json_calls import OPENER, Block, hermes_call, json_block
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.strict_json import is_shallow, json_at, skip_space
+
+_BARE_NAME = r"[^\[\]{}\"\s](?:[^\[\]{}\"\n]*[^\[\]{}\"\s])?"  # what can stand before [ARGS]
+_NAMED = re.compile(rf"({_BARE_NAME})(?:\[CALL_ID\][\w\-]*)?(?:\s*\[ARGS\])?\s*(?=\{{)")
+_LIST = re.compile(pythonic.LIST)
+_PYTHONIC = re.compile(rf"<\|tool_call_(?:start|end)\|>|{pythonic.LIST}")
+_MISTRAL = re.compile(rf"\[(?:TOOL_CALLS|ARGS|CALL_ID)\]|{OPENER}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,7 @@ def _read_list(text: str, start: int) -> Block | None:
 
 def _all_calls(text: str, start: int, with_id: bool = False) -> Block | None:
     """The calls in JSON at ``start``, where nothing else may stand."""
-    block = json_block(text, start, with_id) if starts(text, start) else None
+    block = json_block(text, start, with_id)
     return block if block and block.bare else None
 
 
@@ -125,17 +132,18 @@ def _write_mistral(calls: list[dict]) -> str:
 
 
 def _write_mistral_args(calls: list[dict]) -> str:
-    return "".join(f"[TOOL_CALLS]{pythonic.writable(call['name'])}[ARGS]{_json(call['arguments'])}" for call in calls)
+    for call in calls:
+        if not re.fullmatch(_BARE_NAME, call["name"]):
+            raise InputError(
+                f"the function name {call['name']!r} cannot stand before [ARGS], as the tool calls of mistral_args have"
+                " it: rename it, or choose a form that quotes names, such as json"
+            )
+    return "".join(f"[TOOL_CALLS]{call['name']}[ARGS]{_json(call['arguments'])}" for call in calls)
 
 
 def _write_lfm2(calls: list[dict]) -> str:
     return f"<|tool_call_start|>{pythonic.write_calls(calls)}<|tool_call_end|>"
 
-
-_NAMED = re.compile(rf"({pythonic.NAME})(?:\[CALL_ID\][\w\-]*)?(?:\s*\[ARGS\])?\s*(?=\{{)")
-_LIST = re.compile(pythonic.LIST)
-_PYTHONIC = re.compile(rf"<\|tool_call_(?:start|end)\|>|{pythonic.LIST}")
-_MISTRAL = re.compile(rf"\[(?:TOOL_CALLS|ARGS|CALL_ID)\]|{START}")
 
 HERMES = ToolFormat(
     name="hermes",
@@ -195,7 +203,7 @@ PYTHONIC = ToolFormat(
 LLAMA3 = ToolFormat(
     name="llama3",
     markers=("<|python_tag|>",),
-    opener=re.compile(rf"<\|python_tag\|>|{START}"),
+    opener=re.compile(rf"<\|python_tag\|>|{OPENER}"),
     request="For each function call, return a json object with function name and parameters, and nothing else, without"
     ' a code fence:\n{"name": <function-name>, "parameters": <args-json-object>}\nSeveral calls are separated by "; ".',
     answer='one JSON object {"name": <function-name>, "parameters": <args-json-object>} for each call, separated by'
@@ -206,7 +214,7 @@ LLAMA3 = ToolFormat(
 JSON = ToolFormat(
     name="json",
     markers=(),
-    opener=re.compile(rf"(?P<fence>```[\w+-]*\s*)?{START}"),
+    opener=re.compile(rf"(?P<fence>```[\w+-]*\s*)?{OPENER}"),
     request="For each function call, return a json object with function name and arguments, and nothing else, without a"
     ' code fence:\n{"name": <function-name>, "arguments": <args-json-object>}\nSeveral calls are one json list of such'
     " objects.",
