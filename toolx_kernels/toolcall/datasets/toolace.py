@@ -1,6 +1,5 @@
 """Rows of ToolACE."""
 
-import ast
 import json
 import logging
 from collections import Counter
@@ -8,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.pythonic import read_arguments
 from toolx_kernels.toolcall.rows import short
 from toolx_kernels.toolcall.schema import json_schema
 
@@ -85,8 +85,8 @@ def _tools(system: str) -> list[dict] | None:
 
 
 def _calls(text: str, names: list[str]) -> list[dict] | None:
-    """Calls with Python literals as keyword arguments. Tool names may hold spaces and dots, so the names that the row
-    offers are looked for, and only the argument list is read as Python."""
+    """Calls with Python literals as keyword arguments. Tool names may hold any signs, so the names that the row offers
+    are looked for."""
     rest = text.strip()
     if not rest.startswith("["):
         return []
@@ -95,48 +95,14 @@ def _calls(text: str, names: list[str]) -> list[dict] | None:
         name = max((name for name in names if rest.startswith(name + "(")), key=len, default=None)
         if name is None:
             return None
-        arguments, rest = _keywords(rest[len(name) :])
-        if arguments is None:
+        try:
+            arguments, end = read_arguments(rest, len(name) + 1)
+        except ValueError:
             return None
+        rest = rest[end:].lstrip()
         calls.append({"name": name, "arguments": arguments})
         if rest == "]":
             return calls
         if not rest.startswith(","):
             return None
         rest = rest[1:].lstrip()
-
-
-def _keywords(text: str) -> tuple[dict | None, str]:
-    """The keyword arguments in the parenthesis that opens ``text``, and what follows it."""
-    end = text.find(")")
-    while end >= 0:
-        try:
-            call = ast.parse("f" + text[: end + 1], mode="eval").body
-            break
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            end = text.find(")", end + 1)
-    else:
-        return None, ""
-    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-        return None, ""
-    try:
-        return {keyword.arg: _literal(keyword.value) for keyword in call.keywords}, text[end + 1 :].lstrip()
-    except ValueError:
-        return None, ""
-
-
-class _Constants(ast.NodeTransformer):
-    """JSON's names of constants, which some rows mix into the Python, as constants."""
-
-    values = {"true": True, "false": False, "null": None}
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(self.values[node.id]) if node.id in self.values else node
-
-
-def _literal(node: ast.expr) -> Any:
-    """The JSON value of a Python literal; ValueError for anything else. Nothing is evaluated."""
-    try:
-        return json.loads(json.dumps(ast.literal_eval(_Constants().visit(node)), allow_nan=False))
-    except (TypeError, RecursionError) as error:
-        raise ValueError("not a JSON value") from error
