@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from toolx_kernels.toolcall import only_calls, parse_calls, render_completion
+from toolx_kernels.toolcall import FORMATS, only_calls, parse_calls, render_completion, split_thought
+from toolx_kernels.toolcall.parse import THOUGHTS, Reading, read
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -132,3 +133,38 @@ def test_only_calls():
     assert only_calls("") and only_calls(" \n") and only_calls(f"\n{call()}\n{call()} ")
     assert not only_calls("x") and not only_calls(f"Sure: {call()}") and not only_calls(f"{call()} and {call()}")
     assert not only_calls(f"Sure: {call()}{call()}") and not only_calls(call() + "<|im_end|>")
+
+
+@pytest.mark.parametrize(("opening", "closing"), THOUGHTS.items())
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_leading_thought_is_left_out(opening, closing, name):
+    form, calls = FORMATS[name], [{"name": "f", "arguments": {"a": f"{closing}x{opening}"}}]
+    right = render_completion(calls, form)
+    for inside in (
+        "",
+        "\nHm.\n",
+        right,
+        right[:-2],
+        f"{opening} [TOOL_CALLS] <|tool_call_end|></tool_call>",
+        '{"name": ',
+    ):
+        if closing in inside:
+            continue
+        text = f" \n{opening}{inside}{closing}\n\n{right}\n"
+        assert read(text, form) == Reading(inside, calls, True) and not only_calls(text, form)
+        assert read(f"{opening}{inside}{closing} No.", form) == Reading(inside, [], False)
+        assert read(f"{opening}{inside}{closing}", form) == Reading(inside, [], True)
+        assert read(f"{opening}{inside}", form) == Reading(inside, None, False), "never closed"
+    assert read(f"{opening}a{closing}Well: {right}", form) == Reading("a", calls, False)
+    assert read(f"Well. {opening}a{closing}{right}", form) == Reading(None, calls, False), "not leading"
+    assert read(f"a{closing}{right}", form) == Reading(None, calls, False)
+    assert read(f"{opening}a{closing}{opening}b{closing}{right}", form) == Reading("a", calls, False), "one thought"
+
+
+def test_splitting_a_thought_off():
+    assert split_thought("<think>a</think>b</think>") == ("a", "b</think>")
+    assert split_thought("\n[THINK]a</think>[/THINK]") == ("a</think>", "")
+    assert split_thought("<think>a[/THINK]b") == ("a[/THINK]b", None)
+    for text in ("", " a", "a <think>b</think>", "<thinking>b</thinking>", "</think>a"):
+        assert split_thought(text) == (None, text)
+    assert split_thought("<think>" * 50_000) == ("<think>" * 49_999, None)

@@ -1,4 +1,16 @@
-from toolx_kernels.toolcall import Row, is_correct, no_think_reward, render_completion
+import pickle
+
+import pytest
+
+from toolx_kernels.toolcall import (
+    FORMATS,
+    CallReward,
+    RewardFunctions,
+    Row,
+    is_correct,
+    no_think_reward,
+    render_completion,
+)
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "s": {"type": "string"}}, "required": ["a"]}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
@@ -86,3 +98,73 @@ def test_turns_are_well_formed_each_by_itself_and_count_together():
 
     assert reward_of(RIGHT) == reward_of(RIGHT, "") == 1.0
     assert reward_of(opened, closed) == reward_of(wrong, RIGHT) == 0.0
+
+
+THINK = f"<think>Maybe {RIGHT}? <tool_call></think>\n"
+
+
+def test_thoughts_are_left_out_of_what_is_right():
+    assert is_correct(THINK + RIGHT, EXACT) and is_correct(f"{THINK}So: {FOLDED}", LOOSE)
+    assert not is_correct(THINK, EXACT) and not is_correct(f"<think>{RIGHT}", EXACT)
+    assert is_correct(THINK + PROSE, NO_CALL) and is_correct(THINK, NO_CALL)
+    assert not is_correct("<think>No tool fits.", NO_CALL) and not is_correct(THINK + RIGHT, NO_CALL)
+    assert is_correct([f"<think>{RIGHT}</think>", THINK + RIGHT], EXACT)
+    assert not is_correct([RIGHT, "<think>"], EXACT)
+
+
+def rewarded(reward, text, row):
+    """What a completion of one turn, or of several with what a tool said between them, earns."""
+    turns = [{"role": "assistant", "content": turn} for turn in ([text] if isinstance(text, str) else text)]
+    messages = [message for turn in turns for message in (turn, {"role": "tool", "content": "<think>"})]
+    columns = {name: [row.columns.get(name)] for name in ("possible_answers", "category")}
+    (earned,) = reward([row.prompt], [messages], [[1]], answer=[row.answer], tools=[row.tools], **columns)
+    return earned
+
+
+def test_thoughts_earn_what_the_rest_earns_or_nothing():
+    cases = [  # the text, its row, its rewards where thoughts are allowed and where not
+        (THINK + RIGHT, EXACT, 1.0, 0.0),
+        (THINK + FOLDED, LOOSE, 1.0, 0.0),
+        (THINK + PROSE, NO_CALL, 1.0, 0.0),
+        (THINK, NO_CALL, 1.0, 0.0),
+        ([THINK + RIGHT, "<think>Done.</think>"], EXACT, 1.0, 0.0),
+        ([RIGHT, "<think>Done.</think>"], EXACT, 1.0, 0.0),
+        (RIGHT, EXACT, 1.0, 1.0),
+        (PROSE, NO_CALL, 1.0, 1.0),
+        (f"{THINK}So: {RIGHT}", EXACT, 0.0, 0.0),
+        (f"So: {THINK}{RIGHT}", EXACT, 0.0, 0.0),
+        (f"{THINK}{THINK}{RIGHT}", EXACT, 0.0, 0.0),
+        (THINK, EXACT, 0.0, 0.0),
+        (THINK + RIGHT, NO_CALL, 0.0, 0.0),
+        (f"<think>{RIGHT}", EXACT, 0.0, 0.0),
+        ("<think>No tool fits.", NO_CALL, 0.0, 0.0),
+        ([RIGHT, "<think>Done."], EXACT, 0.0, 0.0),
+    ]
+    for text, row, allowed, forbidden in cases:
+        assert rewarded(CallReward(allow_thoughts=True), text, row) == allowed, text
+        assert rewarded(CallReward(), text, row) == rewarded(no_think_reward, text, row) == forbidden, text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_form_is_judged_as_itself(name):
+    form = FORMATS[name]
+    right = render_completion(CALLS, form)
+    reward, thinking = CallReward(form), CallReward(form, allow_thoughts=True)
+    assert is_correct(right, EXACT, form) and is_correct(f"Sure! {right}", EXACT, form)
+    assert rewarded(reward, right, EXACT) == rewarded(thinking, f"[THINK]{right}[/THINK]{right}", EXACT) == 1.0
+    for wrong in (f"Sure! {right}", right.replace("1", "2"), right[:-1], PROSE, ""):
+        assert rewarded(reward, wrong, EXACT) == rewarded(thinking, f"<think></think>{wrong}", EXACT) == 0.0
+    for no_answer in (right, right[:-1]):
+        assert not is_correct(no_answer, NO_CALL, form) and rewarded(reward, no_answer, NO_CALL) == 0.0
+    assert rewarded(reward, PROSE, NO_CALL) == 1.0
+    other = FORMATS["pythonic" if name in ("hermes", "json") else "hermes"]
+    assert rewarded(reward, render_completion(CALLS, other), EXACT) == 0.0
+
+
+def test_rewards_of_calls_travel_and_have_names():
+    for allowed, name in ((False, "no_think_reward"), (True, "call_reward")):
+        reward = pickle.loads(pickle.dumps(CallReward(FORMATS["llama3"], allow_thoughts=allowed)))
+        assert RewardFunctions(reward).names == [name]
+        assert rewarded(reward, render_completion(CALLS, FORMATS["llama3"]), EXACT) == 1.0
+    assert pickle.loads(pickle.dumps(no_think_reward)) is no_think_reward
+    assert RewardFunctions(no_think_reward).names == ["no_think_reward"]

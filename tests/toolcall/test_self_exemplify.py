@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import (
+    FORMATS,
     RewardFunctions,
     Row,
     SelfExemplifyingReward,
@@ -18,7 +19,7 @@ from toolx_kernels.toolcall import (
     render_completion,
     render_self_exemplified,
 )
-from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, Sections
+from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS, Sections, instructions
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -375,3 +376,68 @@ def test_the_instructions_ask_for_what_the_reward_wants():
                  '"answer"', '"name"', '"arguments"', "at least 4 different"):  # fmt: skip
         assert part in INSTRUCTIONS
     assert len(INSTRUCTIONS) < 700
+
+
+IN_EACH_FORM = [  # a text, whether it is right, what it earns
+    ("{ex}\n{think}\n{calls}", True, 1.01),
+    ("{think}{calls}", True, 1.0),
+    ("{calls}", True, 1.0),
+    ("{calls}{ex}", True, 0.0),
+    ("Sure! {calls}", True, 0.0),
+    ("{ex}{think}<think>{calls}</think>", False, 0.0),
+    ("<examples>[{calls}]</examples>{think}", False, 0.0),
+    ("{ex}<think>{calls}</think>", False, 0.0),
+    ("{ex}<think>{calls}", False, 0.0),
+    ("{ex}{think}{calls}<think>", False, 0.0),
+    ("{ex}{think}{opened}<think>{calls}</think>", False, 0.0),
+    ("{ex}{think}{opened}{ex}{calls}", False, 0.0),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_answers_in_each_form(name):
+    form = FORMATS[name]
+    tagged = calls_for("</think>", "<examples>[", '"<think></examples>')
+    for calls, row in ((calls_for("Oslo"), ROW), (tagged, Row("t", REQUEST, TOOLS, tagged))):
+        text = render_completion(calls, form)
+        parts = {"ex": EXAMPLES_BLOCK, "think": THINK, "calls": text, "opened": text[:-9]}
+        for template, right, reward in IN_EACH_FORM:
+            written = template.format(**parts)
+            assert is_answer_correct(written, row, form) == right, written
+            assert reward_of(written, row, tool_format=form) == reward, written
+    written = render_self_exemplified(EXAMPLES, "Hm.", tagged, form)
+    assert parse_sections(written, form) == Sections(EXAMPLES, "Hm.", render_completion(tagged, form), True)
+    assert reward_of(f"{EXAMPLES_BLOCK}{THINK}I cannot sing.", NO_CALL, tool_format=form) == 1.01
+    assert reward_of(f"{EXAMPLES_BLOCK}{THINK}{written}", NO_CALL, tool_format=form) == 0.0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=30)
+@given(text=pieces)
+def test_any_text_is_survived_in_each_form(name, text):
+    form = FORMATS[name]
+    sections = parse_sections(text, form)
+    assert answer_of(text, form) == sections.answer
+    if not any(f"<{slash}{tag}>" in text for slash in ("", "/") for tag in ("examples", "think")):
+        assert sections == Sections(None, None, text.strip(), True)
+    assert not is_answer_correct(f"<examples>{json.dumps([text])}</examples>{THINK}", ROW, form)
+
+
+def test_malformed_calls_make_an_answer_wrong_whatever_follows():
+    """A section that is cut out of them must not mend them."""
+    cut = "<tool_call>" + json.dumps({"name": "weather", "arguments": {"city": "<think></think>"}}) + "</tool_call>"
+    row = Row("t", REQUEST, TOOLS, calls_for("<think></think>"))
+    assert is_answer_correct(cut, row)
+    assert not is_answer_correct(cut.replace("<think>", '<think>"'), row)
+
+
+def test_instructions_name_the_form():
+    assert instructions() == instructions(FORMATS["hermes"]) == INSTRUCTIONS
+    assert INSTRUCTIONS.endswith(
+        "request.\n3. Your answer: one <tool_call></tool_call> block with one JSON object for each call."
+    )
+    assert len({instructions(form) for form in FORMATS.values()}) == len(FORMATS)
+    for form in FORMATS.values():
+        assert all(
+            marker in instructions(form) for marker in form.markers if marker not in ("<|python_tag|>", "[CALL_ID]")
+        )
