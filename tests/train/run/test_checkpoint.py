@@ -197,7 +197,8 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         "loss_type": "dapo", "scale_rewards": "none", "advantage_shaping": "difficulty", "old_logprobs": "sampler",
         "importance_sampling_level": "sequence", "importance_sampling_mode": "token_mask", "optim": "adamw_8bit",
         "lr_decay_per": "step", "distinct_examples": False, "eval_on_start": False, "eval_dataset": "builtin",
-        "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0, "tool_format": "json", "overlong": "drop",
+        "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0,
+        "tool_format": "json", "overlong": "drop",
         "chat_template_kwargs": {"enable_thinking": False}, "thoughts": "forbidden",
     }  # fmt: skip
     defaults = ToolExpanderConfig(output_dir=str(tmp_path / "run"))
