@@ -152,6 +152,31 @@ def test_errors_are_read_by_the_model():
     assert rollout.finish_reason == "stop"
 
 
+def test_lone_surrogates_in_names_errors_and_openings_become_question_marks():
+    def shout(guest: str) -> str:
+        """Fails.
+
+        Args:
+            guest: Who.
+        """
+        raise ValueError("no \ud800")
+
+    turns = [calls("a", name="fly\ud800") + calls("b", name="shout"), "I give up."]
+    ((rollout,),), _, _ = sample({(0, 0): turns}, tools=[shout])
+    heard = [(m["name"], m["content"]) for m in rollout.messages if m["role"] == "tool"]
+    assert heard == [("fly?", '{"error": "there is no tool fly?"}'), ("shout", '{"error": "ValueError: no ?"}')]
+
+    class Door:
+        def reset(self) -> str:
+            return " Open \udfff."
+
+        def knock(self) -> str:
+            """Knocks."""
+
+    (_,), engine, _ = sample({(0, 0): ["No."]}, tools=(), environment_factory=Door)
+    assert "Open ?." in TOKENIZER.decode(engine.asked[0][0][0])
+
+
 def test_the_whole_completion_is_bounded_and_results_that_do_not_fit_are_left_out():
     script = [calls("Norville"), calls("Belton"), "done."]
     ((whole,),), _, (prompt,) = sample({(0, 0): script})

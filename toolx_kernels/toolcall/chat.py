@@ -184,8 +184,12 @@ class Chat:
         if written is None:
             return next((FORMATS[name] for cue, name in _CUES if cue in offered), None)
         readers = [form for form in FORMATS.values() if read(written, form).calls == [_CALL]]
-        exact = (form for form in readers if _squeezed(form.render([_CALL])) in _squeezed(written))
-        return next(exact, readers[0] if readers else None)
+        exact = [form for form in readers if _squeezed(form.render([_CALL])) in _squeezed(written)]
+
+        def marks(form: ToolFormat) -> int:
+            return sum(1 if marker in written else -1 for marker in form.markers)
+
+        return max(exact or readers, key=marks, default=None)
 
     def _written_call(self) -> str | None:
         """An assistant's turn with a call as the template writes it; None where it leaves calls out."""

@@ -26,6 +26,11 @@ def judge_and_rewards(
 ) -> tuple[Judge, RewardFunctions]:
     """What is right and what is rewarded, by default in the form that ``args`` choose and ``chat`` writes calls in."""
     form = chat.tool_format
+    if args.self_exemplify and chat.opened_thought:
+        raise InputError(
+            "self_exemplify=True wants the examples before the thought, and the chat template opens a thought first: "
+            "tell it not to with chat_template_kwargs, or leave self_exemplify out."
+        )
     if reward_funcs is None:
         allowed = chat.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
         reward_funcs = (
