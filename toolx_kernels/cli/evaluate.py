@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.evaluate.evaluate import evaluate
     from toolx_kernels.evaluate.scores import describe, write_scores
     from toolx_kernels.files import check_new, new_folder
-    from toolx_kernels.models.load import load_model, processors_of, stop_token_ids
+    from toolx_kernels.models.load import check_tokenizer, load_model, processors_of, stop_token_ids
     from toolx_kernels.rollout.prompts import Prompts
     from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     rows = {dataset: rows_of(dataset) for dataset in args.dataset}
     logging.disable_progress_bar()  # ours is enough
     model, tokenizer = load_model(args.model, args.dtype, args.device)
+    check_tokenizer(model, tokenizer)
     chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
     form = chat.tool_format
     if unlike := processors_of(model.generation_config):
@@ -157,5 +159,6 @@ def settings_of_run(model: str) -> dict[str, Any]:
     """The settings of the run whose folder, or a checkpoint of which, ``model`` is; empty when it is none."""
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
-    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    path = Path(os.path.expanduser(model))
+    folders = (path, path.parent) if path.is_dir() else ()
     return next((RunFolder(folder).config() for folder in folders if (folder / CONFIG).is_file()), {})

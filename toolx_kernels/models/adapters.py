@@ -7,7 +7,8 @@ other model, with the adapter live. Adapters are in fp32, whatever the dtype of 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.models.peft_library import using_peft
 
 TRAINED, REFERENCE = "default", "reference"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # which peft's files put before the names of a model's modules
 
 
@@ -41,69 +43,72 @@ def add_adapter(
     Args:
         target_modules: the linear layers that have one; None: all but the head.
         seed: its random half is a function of it.
-        name: of the base model, for ``load_model``; by default the one that transformers gave it.
+        name: of the base model, for ``load_model``; only used where transformers gave it none (see ``name_base``).
 
     Raises:
-        InputError: peft is not installed, or a target is the head, is no linear layer or is none of the model's
-            modules. The model is as it was then.
+        InputError: peft is not installed or refuses, or a target is the head, is no linear layer or is none of the
+            model's modules. The model is as it was then.
     """
-    require_peft("use_peft=True")
     check_targets(model, target_modules)
-    from peft import LoraConfig
+    with using_peft(
+        "use_peft=True", f"No adapter can be made for {type(model).__name__}", "choose other lora_target_modules"
+    ):
+        from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        _add(model, config, TRAINED)
-    loaded_from = str(model.name_or_path)
-    name = name or loaded_from
-    if name == "tiny":  # whose weights are a function of the seed
-        name = f"tiny:{seed}"
-    config.base_model_name_or_path = loaded_from if (Path(loaded_from) / "config.json").is_file() else name
+        targets = target_modules or "all-linear"
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            _add(model, config, TRAINED)
+    name_base(model, name)
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def name_base(model: PreTrainedModel, name: str | None) -> None:
+    """Notes in the adapter's config what its base is called, for ``load_model``: as transformers or ``load_model``
+    called it, or else ``name``. Folders are noted with their whole path, so that the adapter opens from anywhere."""
+    loaded_from = str(model.name_or_path)
+    without_config = os.path.isdir(loaded_from) and not os.path.isfile(os.path.join(loaded_from, "config.json"))
+    base = name if name and (without_config or not loaded_from) else loaded_from
+    is_local = os.path.isfile(base) or os.path.isfile(os.path.join(base, "config.json"))
+    model.peft_config[TRAINED].base_model_name_or_path = os.path.abspath(base) if is_local else base
+
+
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Puts the saved adapter of ``folder`` on its bare base model, for rollouts: nothing needs a gradient.
 
     Raises:
-        InputError: peft is not installed, or the folder holds no readable adapter of this model.
+        InputError: peft is not installed or refuses, or the folder holds no readable adapter of this model.
     """
-    require_peft(f"The adapter in {folder}")
-    from peft import PeftConfig
+    with using_peft(
+        f"The adapter in {folder}",
+        f"{folder} holds no adapter for {type(model).__name__}",
+        "give a folder that a run with use_peft wrote, of a model of the same shape",
+    ):
+        from peft import PeftConfig
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        _add(model, config, TRAINED)
-    except LOADING_ERRORS as error:
-        raise InputError(
-            f"{folder} holds no adapter for {type(model).__name__} ({first_line(error)}): give a folder that a run "
-            "with use_peft wrote, of a model of the same shape."
-        ) from None
+        _add(model, PeftConfig.from_pretrained(str(folder)), TRAINED)
     load_adapter_weights(folder, model)
     model.requires_grad_(False)
 
 
 def base_of(folder: Path) -> str:
-    """The name of the base model of the saved adapter in ``folder``.
+    """The name of the base model of the saved adapter in ``folder``, as it is written there.
 
     Raises:
         InputError: peft is not installed, or the adapter's config cannot be read or names none.
     """
-    require_peft(f"The adapter in {folder}")
-    from peft import PeftConfig
+    with using_peft(
+        f"The adapter in {folder}", f"{folder} holds no readable {CONFIG_FILE}", "give another adapter, or mend it"
+    ):
+        from peft import PeftConfig
 
-    try:
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except LOADING_ERRORS as error:
-        raise InputError(
-            f"{folder} holds no readable adapter_config.json ({first_line(error)}): give another."
-        ) from None
     if not name:
-        raise InputError(f"{folder}/adapter_config.json names no base model: write its base_model_name_or_path there.")
+        raise InputError(f"{folder}/{CONFIG_FILE} names no base model: write its base_model_name_or_path there.")
     return name
 
 
@@ -111,10 +116,15 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Writes the trained adapter as ``from_pretrained`` of peft and transformers read it, with its base model's name.
 
     What ``model.save_pretrained`` writes, without the look-up of the base model on the hub that it makes.
+
+    Raises:
+        InputError: peft refuses.
+        OSError, SafetensorError: of the disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    model.peft_config[TRAINED].save_pretrained(folder)
+    with using_peft("The adapter", f"The adapter's config cannot be written to {folder}", "use another", writing=True):
+        model.peft_config[TRAINED].save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -142,6 +152,22 @@ def load_adapter_weights(folder: Path, model: PreTrainedModel, name: str = TRAIN
         tensor.copy_(saved[key])
 
 
+def check_same_adapter(folder: Path, model: PreTrainedModel) -> None:
+    """Raises InputError where the saved adapter of ``folder`` computes by other settings than the model's."""
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except LOADING_ERRORS as error:
+        raise InputError(f"{folder} holds no readable {CONFIG_FILE} ({first_line(error)}): put it back.") from None
+    config = model.peft_config[TRAINED]
+    for setting in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        there, here = saved.get(setting), getattr(config, setting)
+        if there != here:
+            raise InputError(
+                f"{folder} is of another adapter: its {setting} is {there}, and this model's is {here}; resume with "
+                "the adapter that the run was started with."
+            )
+
+
 def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
     """Keeps the adapter as it is now, or as it was saved in ``folder``, for :func:`reference_adapter`.
 
@@ -151,7 +177,11 @@ def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
     Raises:
         InputError: the folder's adapter cannot be read, or is another one.
     """
-    with torch.random.fork_rng(devices=[]):
+    with (
+        _same_trained(model),
+        torch.random.fork_rng(devices=[]),
+        using_peft("beta or verification='cautious'", "No second adapter can be made", "use another adapter"),
+    ):
         _add(model, copy.deepcopy(model.peft_config[TRAINED]), REFERENCE)
         model.set_adapter(TRAINED)
     if folder is not None:
@@ -162,11 +192,17 @@ def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
         tensor.copy_(present[key])
 
 
+def drop_frozen_adapter(model: PreTrainedModel) -> None:
+    """Takes away what :func:`freeze_adapter` added."""
+    model.delete_adapter(REFERENCE)
+
+
 def adapter_tensors(model: PreTrainedModel, name: str = TRAINED) -> dict[str, Tensor]:
     """The live weights of the adapter called ``name``, under the names that they have in a file."""
-    from peft import get_peft_model_state_dict
+    with using_peft("The adapter", "The adapter's weights cannot be told from the model's", "use another adapter"):
+        from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {_PREFIX + key: tensor.detach().contiguous() for key, tensor in found.items()}
 
 
@@ -174,6 +210,12 @@ def _add(model: PreTrainedModel, config, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
         model.add_adapter(config, name)
+    model.train(model.training)  # what peft adds begins in training mode, with dropout
+    to_fp32(model, name)
+
+
+def to_fp32(model: PreTrainedModel, name: str) -> None:
+    """The weights of the adapter called ``name`` in fp32."""
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.float()
@@ -182,11 +224,23 @@ def _add(model: PreTrainedModel, config, name: str) -> None:
 @contextmanager
 def reference_adapter(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is the one of :func:`freeze_adapter`, for a forward pass without gradients or for rollouts."""
-    model.set_adapter(REFERENCE)
+    with _same_trained(model):
+        model.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            model.set_adapter(TRAINED)
+
+
+@contextmanager
+def _same_trained(model: PreTrainedModel) -> Iterator[None]:
+    """After the block the same parameters need a gradient as before; ``set_adapter`` chooses by adapters alone."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         yield
     finally:
-        model.set_adapter(TRAINED)  # which alone needs a gradient then
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
 
 
 def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
@@ -206,9 +260,3 @@ def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
             )
         if not all(isinstance(m, torch.nn.Linear) for m in found):
             raise InputError(f"lora_target_modules: {target!r} is no linear layer; {remedy}.")
-
-
-def require_peft(what: str) -> None:
-    """InputError where peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise InputError(f"{what} needs peft: pip install 'toolx_kernels[lora]'.")

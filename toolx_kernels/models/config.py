@@ -7,8 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.models.adapters import base_of
-from toolx_kernels.models.load import SMOLLM2, require_packages, resolve
+from toolx_kernels.models.load import SMOLLM2, base_source, require_packages, resolve
 from toolx_kernels.models.tiny import tiny_config, tiny_tokenizer
 
 SMOLLM2_SHAPE = {
@@ -36,7 +35,7 @@ def config_of(name: str) -> PreTrainedConfig:
     if source.kind == "smollm2":
         return AutoConfig.for_model("llama", **SMOLLM2_SHAPE)
     if source.kind == "adapter":
-        return config_of(base_of(place))
+        return config_of(base_source(place))
     if source.kind == "gguf":
         require_packages(place, "gguf")
         place, options = place.parent, {"gguf_file": place.name}

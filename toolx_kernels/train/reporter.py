@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from toolx_kernels.engine.pool_size import device_memory
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import Scores
+from toolx_kernels.models.adopt import adapter_settings
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets.report import dataset_report
 from toolx_kernels.toolcall.parse import split_thought
@@ -103,7 +104,7 @@ class Reporter:
         device = self.model.device
         memory = device_memory(device)
         dtype: Any = str(self.model.dtype).removeprefix("torch.")
-        args = replace(self.args, dtype=dtype)
+        args = replace(self.args, dtype=dtype, **adapter_settings(self.model))
         try:
             self._plan = plan_of(self.model.config, args, device=device.type, memory=memory, workload=workload)
         except InputError:

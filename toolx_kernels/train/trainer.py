@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine
-from toolx_kernels.errors import DivergedError, InputError
+from toolx_kernels.errors import DivergedError
 from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.load import stop_token_ids
@@ -35,6 +36,7 @@ from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.datasets.read import rows_from
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.arguments import check_arguments
 from toolx_kernels.train.cold_start import cold_start_examples, imitate
 from toolx_kernels.train.collect import Collector, chosen_rollouter
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -65,14 +67,15 @@ class ToolExpanderTrainer:
     """Trains ``model`` in place with ToolExpander (arXiv 2510.07737).
 
     Args:
-        model: a transformers causal LM or the name of one (see ``load_model``).
+        model: a transformers causal LM or the name of one (see ``load_model``). One that has a LoRA adapter, of peft's
+            ``get_peft_model`` or transformers' ``add_adapter``, trains that one (see ``adopt_adapter``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
             signature, plain or async; their rewards times ``args.reward_weights`` add up, None adds nothing. Default:
             1 for the right calls and nothing else in the completion, else 0; with ``args.self_exemplify``
             ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
-        processing_class: the tokenizer; may be left out when ``model`` is a name.
+        processing_class: the tokenizer; by default, when ``model`` is a name, the one that is loaded with it.
         cold_start: examples to imitate before RL, endless; default: the training rows' answers, a part of them with
             demonstrations. Used when ``args.cold_start_steps`` is set.
         demonstrations: more rows that demonstrations are taken from, besides the training rows.
@@ -82,12 +85,13 @@ class ToolExpanderTrainer:
             protocols in ``demonstrators`` and ``policies``.
 
     Raises:
-        InputError: rows, prompts, run folder or model do not fit; before any work is done.
+        InputError: an argument is no such object, or rows, prompts, run folder or model do not fit; before any work is
+            done.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | PathLike,
         reward_funcs: Callable | Sequence[Callable] | None = None,
         args: ToolExpanderConfig | None = None,
         train_dataset=None,
@@ -103,12 +107,11 @@ class ToolExpanderTrainer:
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
+        check_arguments(model, reward_funcs, args, train_dataset, eval_dataset, processing_class)
         args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
         self.args = args = replace(args, date=args.date or self.run.date(args.resume))
-        if train_dataset is None or eval_dataset is None:
-            raise InputError("train_dataset and eval_dataset are both needed: see toolx_kernels.train.rows.load_rows.")
         rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
         self.model, self.tokenizer = policy_model(model, processing_class, args)
         context = self.model.get_decoder().config.max_position_embeddings
@@ -160,7 +163,7 @@ class ToolExpanderTrainer:
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
         resumed = self._resume()
         report.plan(Workload.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
-        with report.running(rounds.planned_steps, rounds.step):
+        with ExitStack() as after, report.running(rounds.planned_steps, rounds.step):
             if not resumed:
                 report.beginning()
                 self._cold_start()
@@ -169,6 +172,7 @@ class ToolExpanderTrainer:
                 self._save()
             if args.needs_reference:
                 self.learner.reference = ReferenceModel(self.model, self.run.path / "checkpoint-0")
+                after.callback(self.learner.reference.close)
             while not rounds.finished:  # by steps, epochs or tokens
                 if args.eval_steps and rounds.step % args.eval_steps == 0 and rounds.step != report.evaluated:
                     self._evaluate()

@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError
-from toolx_kernels.models.load import latest_checkpoint
-from toolx_kernels.models.tiny import is_tiny, tiny_tokenizer
+from toolx_kernels.models.load import resolve
+from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
@@ -91,12 +91,12 @@ def _is_local(dataset: str | None) -> bool:
 
 
 def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    if is_tiny(name):
+    source = resolve(name)
+    if source.kind == "tiny":
         return tiny_tokenizer()
-    path = Path(name)
-    if not path.is_dir():
+    if source.kind not in ("folder", "adapter"):
         return None
     try:
-        return AutoTokenizer.from_pretrained(latest_checkpoint(path) or path)
+        return AutoTokenizer.from_pretrained(source.place)
     except LOADING_ERRORS:
         return None  # a folder with a config alone can be planned for

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolx_kernels.engine.bit_sum import bit_sum
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.files import file_crc, sync, write_atomically
-from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, has_adapter, save_adapter
+from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
 FORMAT = 3  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
@@ -248,6 +248,12 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
     record = check_whole(checkpoint)
+    if (WEIGHTS_FILE in record["files"]) != has_adapter(model):
+        saved, given = ("an adapter", "none") if WEIGHTS_FILE in record["files"] else ("a whole model", "an adapter")
+        raise InputError(
+            f"{checkpoint} is of {saved}, and this model has {given}: resume with the model that the run was started "
+            "with."
+        )
     there, here = record["model_shape"], model_shape(model)
     for key, value in here.items():
         if there.get(key) != value:
@@ -255,6 +261,8 @@ def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
                 f"{checkpoint} is a checkpoint of another model: its {key} is {there.get(key)}, this model's is "
                 f"{value}; resume with the model that the run was started with."
             )
+    if has_adapter(model):
+        check_same_adapter(checkpoint, model)
     try:
         weights = _read_weights(checkpoint, model)
         optimizer = load_file(checkpoint / OPTIMIZER_FILE)

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.adapters import add_adapter, has_adapter
-from toolx_kernels.models.load import load_model
+from toolx_kernels.models.adopt import adopt_adapter
+from toolx_kernels.models.load import check_tokenizer, load_model
 from toolx_kernels.train.config import ToolExpanderConfig
 
 
 def policy_model(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, args: ToolExpanderConfig
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, args: ToolExpanderConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, loaded if it is a name, with a new adapter if that is to be trained, and its tokenizer.
 
+    Args:
+        model: a name, a transformers model, or one with a LoRA adapter (see ``adopt_adapter``).
+        tokenizer: of the model; None: the one that is loaded with it.
+
     Raises:
-        InputError: there is no tokenizer, or the model has an adapter already.
+        InputError: model and tokenizer do not fit, nothing of the model is to be trained, or it has an adapter that
+            cannot be trained here.
     """
-    if isinstance(model, str):
-        model, tokenizer = load_model(model, args.dtype, args.device, args.seed)
-    if tokenizer is None:
-        raise InputError("processing_class is missing: pass the model's tokenizer.")
-    if has_adapter(model):
-        raise InputError(
-            f"The model {args.model or model.name_or_path} is an adapter on its base: name the base with use_peft, "
-            "or merge the adapter into it first (peft's merge_and_unload)."
-        )
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        model, loaded = load_model(name, args.dtype, args.device, args.seed)
+        tokenizer = loaded if tokenizer is None else tokenizer
+        if has_adapter(model):
+            raise InputError(
+                f"The model {name} is an adapter on its base: name the base with use_peft, or merge the adapter into "
+                "it first (peft's merge_and_unload)."
+            )
+    elif hasattr(model, "peft_config"):
+        if args.use_peft:
+            raise InputError(
+                f"The {type(model).__name__} given as model has an adapter already: leave use_peft=True out to train "
+                "that one."
+            )
+        model = adopt_adapter(model, args.model)
+    assert tokenizer is not None  # check_arguments
+    check_tokenizer(model, tokenizer)
     if args.use_peft:
         add_adapter(
             model,
@@ -35,5 +53,10 @@ def policy_model(
             target_modules=args.lora_target_modules,
             seed=args.seed,
             name=args.model,
+        )
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            f"No parameter of the {type(model).__name__} given as model needs a gradient: call its "
+            "requires_grad_(True), or pass use_peft=True."
         )
     return model.eval(), tokenizer

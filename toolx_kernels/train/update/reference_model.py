@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from toolx_kernels.models.adapters import freeze_adapter, has_adapter, reference_adapter
+from toolx_kernels.models.adapters import drop_frozen_adapter, freeze_adapter, has_adapter, reference_adapter
 from toolx_kernels.rollout.rollout import Rollout, Rollouter
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.run.checkpoint import load_weights
@@ -40,6 +40,11 @@ class ReferenceModel:
                 yield self.model
         else:
             yield self.model
+
+    def close(self) -> None:
+        """Leaves the model of a trained adapter as it was before."""
+        if self._is_adapter:
+            drop_frozen_adapter(self.model)
 
 
 class ReferenceRollouter:

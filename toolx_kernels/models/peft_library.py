@@ -1,0 +1,54 @@
+"""peft, the library of adapters: whether it is installed in a version that transformers takes, and what it raises."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import transformers
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from toolx_kernels.errors import InputError, first_line, out_of_memory
+from toolx_kernels.versions import SUPPORTED
+
+
+def peft_fault() -> str | None:
+    """What an adapter needs and this installation lacks, with the remedy; None if nothing. Imports no peft."""
+    if importlib.util.find_spec("peft") is None:
+        return "peft: pip install 'toolx_kernels[lora]'"
+    installed = metadata.version("peft")
+    if Version(installed) >= Version(MIN_PEFT_VERSION):
+        return None
+    tested = SUPPORTED["transformers"].tested[-1]
+    return (
+        f"peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}, and peft {installed} is installed: "
+        f"pip install 'peft>={MIN_PEFT_VERSION}', or where there is none yet 'transformers=={tested}.*'"
+    )
+
+
+@contextmanager
+def using_peft(user: str, failure: str, remedy: str, *, writing: bool = False) -> Iterator[None]:
+    """Around calls of peft, and of what transformers does with it: whatever they raise becomes one sentence.
+
+    Memory that ran out passes as it is, and so do errors of the operating system in a block that is ``writing``.
+
+    Args:
+        user: what needs peft, to begin the sentence "user needs peft".
+        failure, remedy: of the sentence "failure (what peft said): remedy."
+
+    Raises:
+        InputError: peft is missing, too old for transformers, or raised something.
+    """
+    if fault := peft_fault():
+        raise InputError(f"{user} needs {fault}.")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # adapters are made by code of every kind
+        if out_of_memory(error) or (writing and isinstance(error, OSError)):
+            raise
+        raise InputError(f"{failure} ({type(error).__name__}: {first_line(error)}): {remedy}.") from error
