@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from toolx_kernels.versions import SUPPORTED, Supported, standing
+from toolx_kernels.versions import OPTIONAL, SUPPORTED, Supported, standing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +35,9 @@ def test_requirements_pins_checks_and_words_agree_with_the_table():
         assert f'"{name}>={SUPPORTED[name].oldest}' in texts["pyproject.toml"]
     for name in ("torch", "transformers"):
         assert f"\n{name}=={SUPPORTED[name].tested[-1]}." in texts["constraints.txt"]
+    for name, (oldest, tested) in OPTIONAL.items():
+        assert texts["pyproject.toml"].count(f'"{name}>={oldest}') == 2, "in the extra of its own, and in test"
+        assert f"\n{name}=={tested[-1]}." in texts["constraints.txt"]
     assert f"triton=={triton.tested[-1]}." in texts["Makefile"]
     assert f"triton {triton.tested[-1]}." in texts["constraints.txt"]
     assert f'requires-python = ">={python.oldest}"' in texts["pyproject.toml"]
@@ -47,4 +50,6 @@ def test_requirements_pins_checks_and_words_agree_with_the_table():
     assert f"\nruff=={re.search(r'rev: v(.*)', pre_commit)[1]}\n" in texts["constraints.txt"]
     words = [f"{name} {oldest}+ (tested: {', '.join(tested)})" for name, (oldest, tested) in SUPPORTED.items()]
     assert f"Supported: {', '.join(words)}." in texts["README.md"]
+    words = [f"{name} {oldest}+ (tested: {', '.join(tested)})" for name, (oldest, tested) in OPTIONAL.items()]
+    assert f"Optional: {', '.join(words)}." in texts["README.md"]
     assert set(re.findall(r"Python (\d\.\d+)\+", texts["README.md"])) == {python.oldest}

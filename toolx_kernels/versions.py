@@ -18,10 +18,16 @@ SUPPORTED = {
     "transformers": Supported("5.17", ("5.17",)),
 }
 
+# what the package works without
+OPTIONAL = {
+    "peft": Supported("0.19", ("0.19", "0.21")),
+    "torchao": Supported("0.18", ("0.18",)),
+}
+
 
 def standing(name: str, installed: str) -> str:
     """How ``installed``, such as ``2.11.0+cu130`` or ``absent``, stands to what is supported, in words for the user."""
-    oldest, tested = SUPPORTED[name]
+    oldest, tested = (SUPPORTED | OPTIONAL)[name]
     series = _series(installed)
     if series < _series(oldest):
         return f"needs {oldest} or newer"

@@ -1,11 +1,13 @@
 """toolx doctor in the states a machine can be in."""
 
 import importlib.util
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from toolx_kernels.cli import doctor
+from toolx_kernels.models import peft_library
 from toolx_kernels.ops import library
 from toolx_kernels.versions import standing
 
@@ -84,3 +86,15 @@ def test_optional_packages_present_and_absent(monkeypatch):
     assert "`pip install gguf accelerate`" in lines_of(report, "gguf + accelerate")[0]
     assert "`pip install --no-deps bfcl-eval`" in lines_of(report, "bfcl-eval")[0]
     assert "present" in lines_of(report, "peft")[0] and "pip install 'torchao" in lines_of(report, "torchao")[0]
+
+
+def test_a_peft_too_old_for_transformers_is_told_with_both_versions(monkeypatch):
+    pytest.importorskip("peft")
+    assert f"present: --use_peft, LoRA adapters ({version('peft')}, " in lines_of(doctor.report(), "peft")[0]
+    monkeypatch.setattr(peft_library, "MIN_PEFT_VERSION", "99.1")
+    [line] = lines_of(doctor.report(), "peft")
+    assert (
+        f"of no use: --use_peft, LoRA adapters need peft 99.1 or newer with transformers {version('transformers')}"
+        in line
+    )
+    assert f"and peft {version('peft')} is installed: pip install 'peft>=99.1'" in line

@@ -3,16 +3,18 @@
 import importlib.util
 import json
 import logging
+from importlib.metadata import version
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from tests.ops.cases import DEVICE
 from tests.small_models import small_model
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
-from toolx_kernels.models import adapters
+from toolx_kernels.models import adapters, peft_library
 from toolx_kernels.models.adapters import (
     add_adapter,
     attach_adapter,
@@ -308,3 +310,79 @@ def test_says_that_peft_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"use_peft=True needs peft: pip install 'toolx_kernels\[lora\]'"):
         add_adapter(small_model("llama"), rank=4, alpha=8)
+
+
+@needs_peft
+def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch, tmp_path):
+    adapted_model, _ = adapted()
+    save_adapter(adapted_model, tmp_path)
+    versions = (
+        f"99.1 or newer with transformers {version('transformers')}, and peft {version('peft')} is installed: pip"
+    )
+    monkeypatch.setattr(peft_library, "MIN_PEFT_VERSION", "99.1")
+    model = small_model("llama")
+    with pytest.raises(InputError, match=f"use_peft=True needs peft {versions} install 'peft>=99.1'"):
+        add_adapter(model, rank=4, alpha=8)
+    assert all(p.requires_grad for p in model.parameters()) and not adapters.has_adapter(model)
+    with pytest.raises(InputError, match=f"The adapter in {tmp_path} needs peft {versions}"):
+        attach_adapter(model, tmp_path)
+    monkeypatch.setattr(transformers, "__version__", "99.0")
+    with pytest.raises(InputError, match=r"or where there is none yet 'transformers==5\.17\.\*'"):
+        base_of(tmp_path)
+
+
+@needs_peft
+@pytest.mark.parametrize("error", [ValueError("no"), AttributeError("no"), ImportError("no"), AssertionError("no")])
+def test_whatever_peft_raises_is_one_sentence(monkeypatch, tmp_path, error):
+    import peft
+
+    def fail(*args, **settings):
+        raise error
+
+    model, _ = adapted()
+    said = rf"\({type(error).__name__}: no\)"
+    monkeypatch.setattr("peft.get_peft_model_state_dict", fail)
+    with pytest.raises(InputError, match=f"The adapter's weights cannot be told from the model's {said}: use an"):
+        save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    save_adapter(model, tmp_path)
+    monkeypatch.setattr(peft, "inject_adapter_in_model", fail)
+    with pytest.raises(InputError, match=f"No adapter can be made for LlamaForCausalLM {said}: choose other lora_tar"):
+        add_adapter(small_model("llama"), rank=4, alpha=8)
+    with pytest.raises(InputError, match=f"holds no adapter for LlamaForCausalLM {said}: give a folder"):
+        attach_adapter(small_model("llama"), tmp_path)
+    with pytest.raises(InputError, match=f"No second adapter can be made {said}: use another adapter"):
+        freeze_adapter(model)
+    monkeypatch.setattr(peft.PeftConfig, "from_pretrained", fail)
+    with pytest.raises(InputError, match=f"holds no readable adapter_config.json {said}"):
+        base_of(tmp_path)
+    monkeypatch.setattr(peft.LoraConfig, "save_pretrained", fail)
+    with pytest.raises(InputError, match=f"The adapter's config cannot be written to {tmp_path} {said}"):
+        save_adapter(model, tmp_path)
+
+
+@needs_peft
+def test_a_full_disk_and_full_memory_are_not_pefts(monkeypatch, tmp_path):
+    import peft
+
+    for error in (OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA out of memory")):
+
+        def fail(*args, error=error, **settings):
+            raise error
+
+        monkeypatch.setattr(peft.LoraConfig, "save_pretrained", fail)
+        with pytest.raises(type(error)):
+            save_adapter(adapted()[0], tmp_path)
+
+
+@needs_peft
+def test_the_base_is_noted_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model("llama").save_pretrained("base")
+    model = AutoModelForCausalLM.from_pretrained("base").to(DEVICE)
+    add_adapter(model, rank=4, alpha=8, name="an-alias")
+    save_adapter(model, tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == str(tmp_path / "base")
+    model.name_or_path = "Qwen/Qwen3-0.6B"
+    adapters.name_base(model, None)
+    assert model.peft_config["default"].base_model_name_or_path == "Qwen/Qwen3-0.6B"

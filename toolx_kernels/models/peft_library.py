@@ -17,15 +17,21 @@ from toolx_kernels.versions import SUPPORTED
 
 def peft_fault() -> str | None:
     """What an adapter needs and this installation lacks, with the remedy; None if nothing. Imports no peft."""
-    if importlib.util.find_spec("peft") is None:
+    try:
+        installed = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        installed = ""
+    if not installed or importlib.util.find_spec("peft") is None:
         return "peft: pip install 'toolx_kernels[lora]'"
-    installed = metadata.version("peft")
     if Version(installed) >= Version(MIN_PEFT_VERSION):
         return None
     tested = SUPPORTED["transformers"].tested[-1]
+    newer = not transformers.__version__.startswith(f"{tested}.")
     return (
-        f"peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}, and peft {installed} is installed: "
-        f"pip install 'peft>={MIN_PEFT_VERSION}', or where there is none yet 'transformers=={tested}.*'"
+        f"peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}, and peft {installed} is "
+        f"installed: pip install 'peft>={MIN_PEFT_VERSION}'"
+        + newer
+        * f", or where there is none yet 'transformers=={tested}.*'"
     )
 
 
