@@ -1,17 +1,23 @@
 """Loading models by name."""
 
+import json
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.trainer_utils import validate_quantization_for_training
 
+from tests.models.test_adapters import needs_peft
 from tests.small_models import small_model
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
+from toolx_kernels.models.adapters import add_adapter, save_adapter
 from toolx_kernels.models.bridge import toolx_attention
-from toolx_kernels.models.load import load_model, stop_token_ids
-from toolx_kernels.models.tiny import tiny_tokenizer
+from toolx_kernels.models.config import config_of
+from toolx_kernels.models.load import load_model, resolve, stop_token_ids
+from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
 
@@ -104,3 +110,164 @@ def test_smollm2_can_be_saved_and_opened_again(smollm2, tmp_path):
     again, same_tokenizer = load_model(str(tmp_path), dtype="bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert same_tokenizer.eos_token_id == 2
+
+
+# ---- which folder
+
+
+def saved(folder, seed=0, tokenizer=True, **options):
+    model = tiny_model(tiny_tokenizer(), seed)
+    model.save_pretrained(folder, **options)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_elsewhere(tmp_path_factory):
+    """The folder of another trainer: the final model at its root (weights of seed 1) beside its last checkpoint (0)."""
+    folder = tmp_path_factory.mktemp("trainers") / "out"
+    saved(folder / "checkpoint-100")
+    saved(folder / "checkpoint-200")
+    return saved(folder, seed=1)
+
+
+def copied(folder, path, *without):
+    shutil.copytree(folder, path)
+    for name in without:
+        (path / name).unlink()
+    return path
+
+
+def weights_are_of_seed(model, seed):
+    expected = tiny_model(tiny_tokenizer(), seed)
+    return torch.equal(model.model.layers[0].mlp.up_proj.weight, expected.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_final_model_at_the_root_is_taken_and_not_its_last_checkpoint(trained_elsewhere, tmp_path, monkeypatch):
+    for name in (str(trained_elsewhere), f"{trained_elsewhere}/", trained_elsewhere):
+        assert resolve(name) == ("folder", str(trained_elsewhere))
+        assert weights_are_of_seed(load_model(name)[0], 1)
+        assert config_of(name).hidden_size == 128
+    sharded = saved(copied(trained_elsewhere, tmp_path / "sharded", "model.safetensors"), 1, max_shard_size="700KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1 and weights_are_of_seed(load_model(sharded)[0], 1)
+    monkeypatch.setenv("HOME", str(trained_elsewhere.parent))
+    assert resolve("~/out").place == str(trained_elsewhere)
+    monkeypatch.chdir(trained_elsewhere.parent)
+    assert resolve("out/") == ("folder", "out") and resolve(Path("out")) == ("folder", "out")
+
+
+def test_without_weights_at_the_root_the_last_checkpoint_is_taken(trained_elsewhere, tmp_path):
+    run = copied(trained_elsewhere, tmp_path / "run", "model.safetensors")
+    assert resolve(run) == ("folder", str(run / "checkpoint-200"))
+    (run / "config.json").unlink()
+    assert weights_are_of_seed(load_model(run)[0], 0)
+    (run / "checkpoint-200" / "model.safetensors").unlink()
+    again = f"{run}/checkpoint-200 holds no .safetensors weights, and is the last checkpoint: name {run}/checkpoint-100"
+    for load in (load_model, config_of):
+        with pytest.raises(InputError, match=again):
+            load(run)
+    (run / "checkpoint-100" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="and is the last checkpoint: none of its checkpoints has any"):
+        resolve(run)
+
+
+def test_pickled_weights_at_the_root_are_not_passed_over(trained_elsewhere, tmp_path):
+    run = copied(trained_elsewhere, tmp_path / "run", "model.safetensors")
+    (run / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=f"weights of {run} are in pytorch_model.bin, .* or name {run}/checkpoint-200"):
+        load_model(run)
+
+
+def test_a_shard_that_is_missing_is_no_reason_for_a_checkpoint(trained_elsewhere, tmp_path):
+    run = saved(copied(trained_elsewhere, tmp_path / "run", "model.safetensors"), 1, max_shard_size="700KB")
+    next(run.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=f"Model '{run}' cannot be loaded .*model-0000"):
+        load_model(run)
+
+
+# ---- adapters
+
+
+def save_adapted(base, folder, base_name=None):
+    """An adapter with an effect, its base named ``base_name`` in the file; gives the logits of both together."""
+    model, _ = load_model(base, device="cpu")
+    add_adapter(model, rank=2, alpha=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter += 0.1
+    save_adapter(model, folder)
+    if base_name is not None:
+        named(folder, base_name)
+    return model(torch.arange(9)[None]).logits
+
+
+def named(folder, base_name):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("adapter", "base_name"),
+    [("adapter", "base"), ("adapter", "../base"), ("runs/a/checkpoint-8", "./base"), ("base/adapter", "..")],
+)
+def test_a_base_at_a_relative_path_is_found_beside_the_adapter(tmp_path, monkeypatch, adapter, base_name):
+    saved(tmp_path / "base")
+    logits = save_adapted(tmp_path / "base", tmp_path / adapter, base_name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(load_model(tmp_path / adapter, device="cpu")[0](torch.arange(9)[None]).logits, logits)
+    assert config_of(tmp_path / adapter).hidden_size == 128
+
+
+@needs_peft
+def test_what_is_wrong_with_a_base_names_adapter_and_base(tmp_path, monkeypatch):
+    base, adapter = saved(tmp_path / "base"), tmp_path / "adapter"
+    save_adapted(base, adapter)
+    (tmp_path / "other").mkdir()
+    small_model("llama").save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    names = f"The adapter in {adapter} is on the base "
+    for name, words in {
+        "no/such-base": r"no/such-base: (Model|The config of) 'no/such-base' cannot be",
+        "./no/such": r"\./no/such: \./no/such is not a model folder",
+        f"{tmp_path}/gone": f"{tmp_path}/gone: {tmp_path}/gone is not a model folder",
+        str(adapter): f"{adapter}: that is an adapter itself: merge it into its own base",
+    }.items():
+        named(adapter, name)
+        for load in (load_model, config_of):
+            with pytest.raises(InputError, match=names + words):
+                load(adapter)
+    named(adapter, str(tmp_path / "other"))
+    with pytest.raises(InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*, and this model's is"):
+        load_model(adapter)
+
+
+@needs_peft
+def test_the_tokenizer_that_was_saved_with_an_adapter_is_its_own(tmp_path):
+    save_adapted(saved(tmp_path / "base"), tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "ours"
+    assert load_model(tmp_path / "adapter")[1].chat_template != "ours"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_model(tmp_path / "adapter")[1].chat_template == "ours"
+
+
+@needs_peft
+def test_adapters_beside_models_and_checkpoints(tmp_path):
+    base, out = saved(tmp_path / "base"), tmp_path / "out"
+    save_adapted(base, out)
+    save_adapted(base, out / "checkpoint-200")
+    assert resolve(out) == ("adapter", str(out))
+    (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
+    with pytest.raises(InputError, match=f"weights of {out} are in adapter_model.bin, .* or name {out}/checkpoint-200"):
+        resolve(out)
+    (out / "adapter_model.bin").unlink()
+    assert resolve(out) == ("adapter", str(out / "checkpoint-200"))
+    shutil.rmtree(out / "checkpoint-200")
+    with pytest.raises(InputError, match=f"{out} holds no adapter_model.safetensors: save the adapter with save_pre"):
+        load_model(out)
+    saved(out)
+    assert resolve(out) == ("folder", str(out)), "a merged model, with what was left of its adapter"

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
-from toolx_kernels.models.load import SMOLLM2, base_source, require_packages, resolve
+from toolx_kernels.models.load import SMOLLM2, base_source, naming_adapter, require_packages, resolve
 from toolx_kernels.models.tiny import tiny_config, tiny_tokenizer
 
 SMOLLM2_SHAPE = {
@@ -35,7 +35,9 @@ def config_of(name: str) -> PreTrainedConfig:
     if source.kind == "smollm2":
         return AutoConfig.for_model("llama", **SMOLLM2_SHAPE)
     if source.kind == "adapter":
-        return config_of(base_source(place))
+        base = base_source(place)
+        with naming_adapter(place, base):
+            return config_of(base)
     if source.kind == "gguf":
         require_packages(place, "gguf")
         place, options = place.parent, {"gguf_file": place.name}

@@ -148,7 +148,7 @@ def base_source(adapter: Path) -> str:
     if not (is_tiny(name) or name == SMOLLM2 or _is_model(Path(name))):
         here = adapter.resolve()
         name = next((str(place / name) for place in (here, *here.parents) if _is_model(place / name)), name)
-    with _naming_adapter(adapter, name):
+    with naming_adapter(adapter, name):
         if resolve(name).kind == "adapter":
             raise InputError("that is an adapter itself: merge it into its own base (peft's merge_and_unload).")
     return name
@@ -230,7 +230,7 @@ def _with_adapter(folder: Path, dtype: str, device: str, seed: int) -> tuple[Pre
     if not _holds(folder, ADAPTER_WEIGHTS):
         raise InputError(f"{folder} holds no {ADAPTER_WEIGHTS}: save the adapter with save_pretrained.")
     base = base_source(folder)
-    with _naming_adapter(folder, base):
+    with naming_adapter(folder, base):
         model, tokenizer = load_model(base, dtype, device, seed)
         attach_adapter(model, folder)
     if (folder / "tokenizer_config.json").is_file():
@@ -242,7 +242,7 @@ def _with_adapter(folder: Path, dtype: str, device: str, seed: int) -> tuple[Pre
 
 
 @contextmanager
-def _naming_adapter(folder: Path, base: str) -> Iterator[None]:
+def naming_adapter(folder: Path, base: str) -> Iterator[None]:
     """Names adapter and base in what is said of them."""
     try:
         yield
