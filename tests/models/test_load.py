@@ -241,7 +241,7 @@ def test_what_is_wrong_with_a_base_names_adapter_and_base(tmp_path, monkeypatch)
             with pytest.raises(InputError, match=names + words):
                 load(adapter)
     named(adapter, str(tmp_path / "other"))
-    with pytest.raises(InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*, and this model's is"):
+    with pytest.raises(InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*; write the base that it was"):
         load_model(adapter)
 
 

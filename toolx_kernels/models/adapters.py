@@ -91,7 +91,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
         from peft import PeftConfig
 
         _add(model, PeftConfig.from_pretrained(str(folder)), TRAINED)
-    load_adapter_weights(folder, model)
+    load_adapter_weights(folder, model, remedy=f"write the base that it was made on into its {CONFIG_FILE}")
     model.requires_grad_(False)
 
 
@@ -128,11 +128,16 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter_weights(folder: Path, model: PreTrainedModel, name: str = TRAINED) -> None:
+def load_adapter_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    name: str = TRAINED,
+    remedy: str = "use the lora_r and lora_target_modules that it was made with",
+) -> None:
     """Puts the saved weights of ``folder`` into the model's adapter called ``name``, in place and to the bit.
 
     Raises:
-        InputError: they cannot be read, or are not this adapter's.
+        InputError: they cannot be read, or are not this adapter's; for which ``remedy`` helps.
     """
     try:
         saved = load_file(folder / WEIGHTS_FILE)
@@ -145,8 +150,7 @@ def load_adapter_weights(folder: Path, model: PreTrainedModel, name: str = TRAIN
         there, here = (tuple(where[key].shape) if key in where else "none" for where in (saved, mine))
         if there != here:
             raise InputError(
-                f"{folder} is of another adapter: its {key} is {there}, and this model's is {here}; use the lora_r and "
-                "lora_target_modules that it was made with."
+                f"{folder} is of another adapter: its {key} is {there}, and this model's is {here}; {remedy}."
             )
     for key, tensor in mine.items():
         tensor.copy_(saved[key])

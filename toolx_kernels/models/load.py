@@ -259,10 +259,10 @@ def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrain
     if source.kind == "folder":
         if not (folder / "config.json").is_file():
             raise InputError(
-                f"{name} is a folder without a config.json or checkpoint: give a saved model or a run folder."
+                f"{folder} is a folder without a config.json or checkpoint: give a saved model or a run folder."
             )
         if not _holds(folder, WEIGHTS, WEIGHTS_INDEX):
-            raise InputError(f"{name} holds no .safetensors weights: save the model with save_pretrained.")
+            raise InputError(f"{folder} holds no .safetensors weights: save the model with save_pretrained.")
     try:
         config = AutoConfig.from_pretrained(source.place)
         tokenizer = AutoTokenizer.from_pretrained(source.place)
