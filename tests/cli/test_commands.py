@@ -14,6 +14,7 @@ from toolx_kernels.cli.evaluate import settings_of_run
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
+from toolx_kernels.models.load import load_model
 from toolx_kernels.train.config import ToolExpanderConfig
 
 TINY = [
@@ -134,6 +135,50 @@ def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
         arguments = ["--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8, "--output", scores]
         assert toolx("eval", *arguments, "--split", split) == 0
         assert json.loads((scores / "scores.json").read_text())["scores"][str(path)]["n"] == count
+
+
+def test_eval_says_what_of_the_generation_config_is_not_applied(tmp_path, capsys):
+    model, tokenizer = load_model("tiny")
+    model.generation_config.repetition_penalty = 1.1
+    model.generation_config.suppress_tokens = [7]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    scored = ["--eval_rows", 2, "--max_completion_length", 4]
+    assert toolx("eval", "--model", tmp_path / "model", *scored) == 0
+    assert "generation_config names repetition_penalty=1.1, suppress_tokens=[7], which" in capsys.readouterr().out
+    assert toolx("eval", "--model", "tiny", *scored) == 0
+    assert "generation_config" not in capsys.readouterr().out
+
+
+def test_the_form_of_calls_and_the_templates_arguments_are_flags(tmp_path, capsys):
+    """Of a run, of a plan and of an evaluation, which takes the run's."""
+    flags = [
+        "--tool_format",
+        "json",
+        "--overlong",
+        "drop",
+        "--max_steps",
+        1,
+        "--cold_start_steps",
+        1,
+        "--train_rows",
+        8,
+        "--eval_rows",
+        2,
+    ]
+    flags += ["--max_completion_length", 8, "--prompts_per_step", 2, "--num_generations", 2, "--probe_rollouts", 1]
+    assert toolx("train", *flags, "--output_dir", tmp_path / "run") == 0
+    assert "calls: json, asked for in our words" in capsys.readouterr().out
+    assert toolx("eval", "--model", tmp_path / "run", "--eval_rows", 2, "--max_completion_length", 4) == 0
+    assert "calls as json" in capsys.readouterr().out
+    misspelt = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    for command in (["train", "--output_dir", tmp_path / "new"], ["plan", "--device", "cpu"], ["eval"]):
+        model = [] if command[0] != "eval" else ["--model", "tiny"]
+        assert toolx(*command, *model, *misspelt) == 2
+        assert "does not read 'enable_thinking'" in capsys.readouterr().err
+    assert toolx("train", "--chat_template_kwargs", "thinking", "--output_dir", tmp_path / "new") == 2
+    assert "chat_template_kwargs='thinking' must be a JSON object" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_doctor_speaks(capsys):
