@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
 from bench.common.tables import DTYPES
-from toolx_kernels.models.bridge import cache_shape
 from toolx_kernels.models.load import load_model
+from toolx_kernels.models.shape import cache_shape
 
 BANDWIDTH_BYTES = 2**30  # far more than any cache holds
 QWEN2 = dict(vocab_size=151_936, num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True)

@@ -375,3 +375,50 @@ def test_eval_looks_for_the_run_of_a_folder_only(tmp_path, monkeypatch):
     Path("run/checkpoint-3").mkdir(parents=True)
     Path("run/config.yaml").write_text("max_completion_length: 512")
     assert settings_of_run("run") == settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """Saves a tiny random model of a kind, with the tiny tokenizer, and says where."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from toolx_kernels.models.tiny import tiny_tokenizer
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    tokenizer, folder = tiny_tokenizer(), tmp_path_factory.mktemp("models")
+
+    def saved(kind, **settings):
+        config = AutoConfig.for_model(kind, **sizes, vocab_size=len(tokenizer), eos_token_id=1, **settings)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+        return folder / kind
+
+    return saved
+
+
+@pytest.mark.parametrize(
+    "kind, settings, reason",
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "its Lfm2ShortConv (layers.0.conv) carries state"),
+        ("mamba", {}, "it does not take its attention function from transformers' registry"),
+    ],
+)
+def test_models_that_cannot_be_run_exactly_are_refused_everywhere(
+    kind, settings, reason, model_folder, tmp_path, capsys
+):
+    folder = model_folder(kind, **settings)
+    for command, *flags in (["plan"], ["eval", "--eval_rows", 2], ["train", *TINY, "--output_dir", tmp_path / "run"]):
+        assert toolx(command, "--model", folder, *flags) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"toolx {command}: ") and reason in last and "docs/models.md" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_stay_within_the_original_context_of_longrope(model_folder, tmp_path, capsys):
+    factors = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[8.0] * 8)
+    limits = dict(max_position_embeddings=2048, original_max_position_embeddings=20)
+    folder = model_folder("phi3", intermediate_size=32, rope_parameters=factors, **limits)
+    for command, *flags in (["plan"], ["train", *TINY, "--output_dir", tmp_path / "run"]):
+        assert toolx(command, "--model", folder, *flags) == 2
+        assert "context" in (last := capsys.readouterr().err.splitlines()[-1])
+        assert "20, the original one of its LongRoPE factors (the others, to 2048, are not used)" in last

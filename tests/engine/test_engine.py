@@ -546,26 +546,5 @@ def test_window_and_softcap_reach_the_context():
     assert torch.equal(out, query.transpose(1, 2))
 
 
-@pytest.mark.parametrize("scaled", ["granite", "cohere"])
-def test_architectures_that_scale_their_logits_are_refused(scaled):
-    import transformers
-
-    settings = dict(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        pad_token_id=0,
-    )
-    if scaled == "granite":
-        model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**settings, logits_scaling=8.0))
-    else:
-        model = transformers.CohereForCausalLM(transformers.CohereConfig(**settings))
-    with pytest.raises(InputError, match="log-probs differ by"):
-        RolloutEngine(model)
-
-
 def test_no_prompts():
     assert RolloutEngine(small_model("llama")).generate([], 3, GREEDY) == []

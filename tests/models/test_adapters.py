@@ -24,8 +24,9 @@ from toolx_kernels.models.adapters import (
     reference_adapter,
     save_adapter,
 )
-from toolx_kernels.models.bridge import check_supported, head_of, toolx_attention
+from toolx_kernels.models.bridge import head_of, toolx_attention
 from toolx_kernels.models.load import load_model
+from toolx_kernels.models.support import check_supported
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.update.adamw import make_optimizer

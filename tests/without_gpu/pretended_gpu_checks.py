@@ -10,7 +10,8 @@ from tests.small_models import ARCHITECTURES, small_model
 from tests.without_gpu.pretended_gpu import CUDA, Graph, Stream, log, on_cpu, variants, waits
 from toolx_kernels import RolloutEngine, SamplingParams, ToolExpanderConfig, linear_grpo_loss
 from toolx_kernels.engine.runner import MAX_PREFILL_TOKENS, Runner
-from toolx_kernels.models.bridge import check_supported, checkpointed, head_of, toolx_attention
+from toolx_kernels.models.bridge import checkpointed, head_of, toolx_attention
+from toolx_kernels.models.support import check_supported
 from toolx_kernels.ops.attention import packed_flex
 from toolx_kernels.train.update.adamw import make_optimizer
 from toolx_kernels.train.update.batch import PackedGroup, pack

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.evaluate.scores import describe, write_scores
     from toolx_kernels.files import check_new, new_folder
     from toolx_kernels.models.load import check_tokenizer, load_model, processors_of, stop_token_ids
+    from toolx_kernels.models.shape import context_of
     from toolx_kernels.rollout.prompts import Prompts
     from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # ours is enough
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     check_tokenizer(model, tokenizer)
+    engine = RolloutEngine(model, seed=args.seed)
     chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
     form = chat.tool_format
     if unlike := processors_of(model.generation_config):
@@ -120,9 +122,8 @@ def run(args: argparse.Namespace) -> int:
         )
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, chat))
     own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
-    context = model.get_decoder().config.max_position_embeddings
+    context = context_of(model.get_decoder().config)
     prompts = Prompts(chat, context, instructions(form) if own_examples else "")
-    engine = RolloutEngine(model, seed=args.seed)
     in_turns = partial(ToolLoop, engine, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
     def rollouter_of(dataset: str) -> Rollouter:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from toolx_kernels.engine.pool_size import physical_memory
     from toolx_kernels.models.config import config_of
+    from toolx_kernels.models.support import check_config
     from toolx_kernels.train.memory.plan import GIB
     from toolx_kernels.train.memory.planner import Planner
     from toolx_kernels.train.memory.workload import Workload
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     memory = round((given or 24) * GIB) if on_gpu or given else physical_memory()
     assert config.model  # config_from names one
     shape = config_of(config.model)
+    check_config(shape)
     work = (None if prompt_length else Workload.local(config, shape)) or Workload.assumed(config, prompt_length or 1000)
     planner = Planner(shape, device="cuda" if on_gpu else "cpu", memory=memory, workload=work)
     planned = planner.plan(config)

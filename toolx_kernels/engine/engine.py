@@ -28,7 +28,9 @@ from toolx_kernels.engine.scheduler import Scheduler
 from toolx_kernels.engine.sequence import Capacity, Sequence, sequences_of
 from toolx_kernels.engine.types import Completion, Group, SamplingParams
 from toolx_kernels.errors import InputError, retry_with_less
-from toolx_kernels.models.bridge import cache_shape, check_supported, evaluating, head_of, toolx_attention
+from toolx_kernels.models.bridge import evaluating, head_of, toolx_attention
+from toolx_kernels.models.shape import cache_shape, context_of
+from toolx_kernels.models.support import check_supported
 
 MAX_SEQUENCES = 512  # that decode together
 PAGE_SIZE = 16  # tokens
@@ -38,7 +40,7 @@ class RolloutEngine:
     """Samples from ``model`` with a paged KV cache that lives as long as the engine.
 
     Args:
-        model: a transformers causal LM that takes its attention from the registry (Llama, Qwen2, Qwen3, Gemma 3).
+        model: a transformers causal LM of an architecture that docs/models.md lists as exact.
         page_size: tokens per page.
         max_pages: pages in the pool; None lets it grow with the work in powers of two, up to an eighth of a CPU's and
             a quarter of a GPU's memory (more only where a single sequence needs more).
@@ -71,6 +73,7 @@ class RolloutEngine:
         if max_pages is not None and max_pages < 1:
             raise InputError(f"max_pages={max_pages} cannot hold a single row: the shortest needs 1 page.")
         check_supported(model)
+        context_of(model.get_decoder().config)
         self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.compile = compile
         self.config = model.get_decoder().config
@@ -139,7 +142,7 @@ class RolloutEngine:
             prompts,
             n,
             params,
-            Capacity(vocab_size, self.config.max_position_embeddings, self.page_size, self.max_pages),
+            Capacity(vocab_size, context_of(self.config), self.page_size, self.max_pages),
             seed=self.seed,
             step=step,
             row_ids=row_ids,

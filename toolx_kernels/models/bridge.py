@@ -15,15 +15,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.embedding import embed
-from toolx_kernels.ops.attention.packed import PackedContext
-from toolx_kernels.reference import linear_logits
+from toolx_kernels.models.shape import SUPPORTED, logit_scale
 
 NAME = "toolx"
 
@@ -44,7 +43,7 @@ class AttentionContext(Protocol):
 
 
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-    """Last hidden states (N, D) of N packed tokens, inside ``with toolx_attention(model)``.
+    """Last hidden states (N, D) of N packed tokens, scaled as the logits are, inside ``with toolx_attention(model)``.
 
     Backward adds the gradient of the embedding straight to its ``weight.grad`` (``embed``).
     """
@@ -52,8 +51,10 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, co
         inputs = {"inputs_embeds": embed(model.get_input_embeddings(), input_ids[None])}
     else:
         inputs = {"input_ids": input_ids[None]}
-    output = model.get_decoder()(**inputs, position_ids=position_ids[None], use_cache=False, toolx=context)
-    return output.last_hidden_state[0]
+    decoder = model.get_decoder()
+    output = decoder(**inputs, position_ids=position_ids[None], use_cache=False, toolx=context)
+    hidden, scale = output.last_hidden_state[0], logit_scale(decoder.config)
+    return hidden if scale == 1 else hidden * scale
 
 
 @contextmanager
@@ -65,12 +66,18 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(
-            f"{type(model).__name__} does not take its attention function from transformers' registry: "
-            "use a Llama, Qwen2, Qwen3 or Gemma 3 style model."
+            f"{type(model).__name__} does not take its attention function from transformers' registry: {SUPPORTED}."
         )
+    with attention_of(model, NAME):
+        yield
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model's layers call the attention function of that name in transformers' registry inside the block."""
     config = model.get_decoder().config
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
@@ -112,42 +119,6 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
                 layer.forward = forward
 
 
-@torch.no_grad()
-def check_supported(model: PreTrainedModel) -> None:
-    """Compares a few log-probs through our attention and head with the model's own.
-
-    Some architectures scale their logits, keep attention sinks or carry state outside attention; trained or sampled
-    through this package they would be silently wrong.
-
-    Raises:
-        InputError: the two differ, or the model cannot be run this way at all.
-    """
-    name = type(model).__name__
-    device, length = model.device, 6
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    ids = torch.arange(length, device=device) * 7919 % vocab_size
-    places = torch.arange(length, device=device)
-    context = PackedContext([(length, [])], device)
-    try:
-        with evaluating(model):
-            with toolx_attention(model):
-                with torch.enable_grad():  # the way that training takes
-                    hidden = run_body(model, ids, places, context).detach()
-                ours = linear_logits(hidden, **head_of(model)).log_softmax(-1)
-            theirs = model(input_ids=ids[None], use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise InputError(
-            f"{name} cannot be run with our attention ({error}): use Llama, Qwen2, Qwen3 or Gemma 3."
-        ) from error
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
-    difference = float((ours - theirs).abs().max())
-    if not difference <= tolerance:
-        raise InputError(
-            f"{name} computes something that this package does not know of: log-probs differ by {difference:.2g} from "
-            "the model's own; use a Llama, Qwen2, Qwen3 or Gemma 3 model with finite weights."
-        )
-
-
 def head_of(model: PreTrainedModel) -> dict[str, Any]:
     """The LM head as keyword arguments of our ops: ``weight`` (V, D), ``bias`` (V) or None, ``softcap`` or None."""
     head = model.get_output_embeddings()
@@ -158,17 +129,30 @@ def head_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Layers, kv heads and head dim of the keys and values of a decoder with this config."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, head_dim
-
-
 def attention_function(
-    module, query, key, value, attention_mask, scaling, toolx: AttentionContext, softcap=None, sliding_window=None, **_
-):
+    module: nn.Module,
+    query: Tensor,  # (1, H, N, Dh)
+    key: Tensor,  # (1, Hkv, N, Dh)
+    value: Tensor,  # (1, Hkv, N, Dh)
+    attention_mask: Tensor | None,
+    *,
+    toolx: AttentionContext,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' layers call; (1, N, H, Dh).
+
+    Raises:
+        ValueError: the layer hands on what our attention knows nothing of, as a mask of its own or attention sinks.
+    """
+    unknown = [name for name, other in others.items() if isinstance(other, Tensor) and name != "position_ids"]
+    if unknown or attention_mask is not None:
+        raise ValueError(f"it hands {', '.join(unknown) or 'a mask of its own'} to attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
-    out = toolx.attend(module.layer_idx, query, key, value, scaling, softcap or 0.0, sliding_window or 0)
+    out = toolx.attend(module.layer_idx, query, key, value, scale, softcap or 0.0, sliding_window or 0)
     return out[None], None
 
 

@@ -1,13 +1,15 @@
-"""Configs of models by name, without loading weights."""
+"""Configs of models by name, and models of configs, without loading weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.models.load import SMOLLM2, base_source, naming_adapter, require_packages, resolve
+from toolx_kernels.models.shape import SUPPORTED
 from toolx_kernels.models.tiny import tiny_config, tiny_tokenizer
 
 SMOLLM2_SHAPE = {
@@ -48,3 +50,24 @@ def config_of(name: str) -> PreTrainedConfig:
             f"The config of {name!r} cannot be read ({first_line(error)}): give tiny, {SMOLLM2}, a folder with a "
             "config.json, a .gguf file or a hub name."
         ) from error
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of ``config`` on the meta device, in evaluation mode, with tied weights tied.
+
+    Raises:
+        InputError: transformers knows no causal LM of this config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # models are made by code of every kind
+        raise InputError(
+            f"No language model can be made of a {config.model_type} config ({first_line(error)}): {SUPPORTED}."
+        ) from error
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("longrope", "dynamic"):
+            module.rope_type = (
+                "default"  # within the context the factors do not change, and positions are not known here
+            )
+    return model

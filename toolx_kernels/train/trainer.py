@@ -31,6 +31,7 @@ from toolx_kernels.errors import DivergedError
 from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.load import stop_token_ids
+from toolx_kernels.models.shape import context_of
 from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
@@ -114,11 +115,10 @@ class ToolExpanderTrainer:
         self.args = args = replace(args, date=args.date or self.run.date(args.resume))
         rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
         self.model, self.tokenizer = policy_model(model, processing_class, args)
-        context = self.model.get_decoder().config.max_position_embeddings
-        prompts = prompts_of(args, self.tokenizer, context)
+        self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
+        prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config))
         chat = prompts.chat
         judge, rewards = judge_and_rewards(args, reward_funcs, chat)
-        self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
         self.rollouter = chosen_rollouter(args, self.engine, prompts, tools, environment_factory)
         chat.check([*rows, *eval_rows, *demonstrations])
         offered = [self.rollouter.offer(those) for those in (rows, eval_rows)]

@@ -15,6 +15,7 @@ from toolx_kernels.cli import commands
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import checkpointed, toolx_attention
+from toolx_kernels.models.config import meta_model
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.chat import Chat
@@ -23,7 +24,7 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.memory import activations
 from toolx_kernels.train.memory import planner as plan_module
-from toolx_kernels.train.memory.activations import Activations, LiveBytes, meta_model, training_activations
+from toolx_kernels.train.memory.activations import Activations, LiveBytes, training_activations
 from toolx_kernels.train.memory.plan import GIB, OVERHEAD, Bytes
 from toolx_kernels.train.memory.planner import GroupSize, Planner, micro_batch, plan_of, step_prompts
 from toolx_kernels.train.memory.workload import Workload

@@ -22,29 +22,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.models.adapters import check_targets
 from toolx_kernels.models.bridge import AttentionContext, checkpointed, toolx_attention
 from toolx_kernels.ops.attention.packed_flex import padded_length
 from toolx_kernels.train.update.batch import PackedGroup, pack
-
-
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of ``config`` on the meta device, in evaluation mode, with tied weights tied.
-
-    Raises:
-        InputError: transformers knows no causal LM of this config.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except Exception as error:  # models are made by code of every kind
-        raise InputError(
-            f"No language model can be made of a {config.model_type} config ({first_line(error)}): use a Llama, Qwen2, "
-            "Qwen3 or Gemma 3 style model."
-        ) from error
 
 
 class Adapted(nn.Module):
@@ -148,12 +132,17 @@ def inference_activations(model: PreTrainedModel, n_tokens: int) -> int:
 
 
 def _width(model: PreTrainedModel) -> int:
-    return model.get_decoder().config.hidden_size
+    return model.get_input_embeddings().weight.shape[1]
 
 
 def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) -> Activations:
     decoder = model.get_decoder()
-    layers, config = decoder.layers, decoder.config
+    config = decoder.config
+    name, layers = next(
+        (name, module)
+        for name, module in decoder.named_children()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    )
     named = getattr(config, "layer_types", None)
     kinds = list(named or ["alike"] * len(layers))
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]  # each kind brings a mask and rotary tables
@@ -172,7 +161,7 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
         return traced()
 
     def of(places: list[int]) -> Activations:
-        decoder.layers = nn.ModuleList(layers[place] for place in sorted(places))
+        setattr(decoder, name, nn.ModuleList(layers[place] for place in sorted(places)))
         if named:
             config.layer_types = [kinds[place] for place in sorted(places)]
         return traced()
@@ -180,7 +169,7 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
     try:
         return of([*first, others[0]]).per_layer(of([*first, *others[:2]]), len(others) - 1)
     finally:
-        decoder.layers = layers
+        setattr(decoder, name, layers)
         if named:
             config.layer_types = named
 

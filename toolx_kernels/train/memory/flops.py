@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import MEMORY_ERRORS, out_of_memory
-from toolx_kernels.models.bridge import cache_shape
+from toolx_kernels.models.shape import cache_shape
 from toolx_kernels.train.groups import ScoredGroup
 
 SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied

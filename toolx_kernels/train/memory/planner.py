@@ -20,7 +20,8 @@ from toolx_kernels.engine.engine import MAX_SEQUENCES, PAGE_SIZE
 from toolx_kernels.engine.pool_size import pages_of, pages_wanted, pool_pages
 from toolx_kernels.engine.runner import MAX_PREFILL_TOKENS
 from toolx_kernels.errors import InputError
-from toolx_kernels.models.bridge import cache_shape
+from toolx_kernels.models.config import meta_model
+from toolx_kernels.models.shape import cache_shape, context_of
 from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -29,7 +30,6 @@ from toolx_kernels.train.memory.activations import (
     Activations,
     adapt,
     inference_activations,
-    meta_model,
     training_activations,
 )
 from toolx_kernels.train.memory.optimizers import OPTIMIZERS
@@ -127,7 +127,7 @@ class Planner:
         head, decoder = model.get_output_embeddings().weight, model.get_decoder().config
         check(args, workload, decoder)
         sampled, learned = step_prompts(args, workload)
-        limit = min(args.max_completion_length, decoder.max_position_embeddings - workload.prompt_length)
+        limit = min(args.max_completion_length, context_of(decoder) - workload.prompt_length)
         groups, n_tokens = micro_batch(learned, limit, args.micro_batch_tokens)
         activations = self.training(shape, groups, limit, args.gradient_checkpointing)
         prefills = {  # tokens of the prompts that are computed together
@@ -206,7 +206,7 @@ class Planner:
         """Bytes of the KV pool, and ``MemoryPlan.kv``."""
         n_layers, n_kv_heads, head_dim = cache_shape(config)
         token = 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
-        context, workload = config.max_position_embeddings, self.workload
+        context, workload = context_of(config), self.workload
 
         def limit(prompt: int) -> int:
             return max(1, min(args.max_completion_length, context - prompt))
@@ -237,10 +237,11 @@ def check(args: ToolExpanderConfig, workload: Workload, config: PreTrainedConfig
             "optim='adamw_stochastic' rounds bfloat16 weights, and float32 ones are trained here: use --optim adamw, "
             "or --dtype bfloat16 without an adapter."
         )
-    if workload.prompt_length >= config.max_position_embeddings:
+    context = context_of(config)
+    if workload.prompt_length >= context:
         raise InputError(
-            f"prompt_length={workload.prompt_length} fills the model's context of {config.max_position_embeddings} "
-            "tokens: shorten the prompts, or take another model."
+            f"prompt_length={workload.prompt_length} fills the model's context of {context} tokens: "
+            "shorten the prompts, or take another model."
         )
 
 

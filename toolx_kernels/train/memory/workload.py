@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError
 from toolx_kernels.models.load import resolve
+from toolx_kernels.models.shape import context_of
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
@@ -79,7 +80,7 @@ class Workload:
         if tokenizer is None:
             return None
         rows, eval_rows = load_rows(args)
-        prompts = prompts_of(args, tokenizer, config.max_position_embeddings)
+        prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)))
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
         index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
         return cls.of(args, prompts, index, rows, eval_rows)

@@ -1,0 +1,223 @@
+"""Whether a model runs exactly on our attention: asked of a narrow random copy of its architecture, then of itself.
+
+Some architectures carry state outside attention, see tokens in chunks or keep attention sinks; trained or sampled
+through this package they would be silently wrong. A random copy of a few narrow layers shows it in a fraction of a
+second, whatever the size of the model, and without its weights.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from toolx_kernels.errors import InputError, out_of_memory
+from toolx_kernels.models.bridge import attention_of, evaluating, head_of
+from toolx_kernels.models.config import meta_model
+from toolx_kernels.models.narrow import narrow_copies
+from toolx_kernels.models.shape import SUPPORTED, cache_shape, context_of
+from toolx_kernels.models.trial import (
+    TOLERANCE,
+    Unmade,
+    Unsupported,
+    largest_difference,
+    own_logprobs,
+    packed_logprobs,
+    said,
+)
+
+TOLERANCE_BF16 = 0.25
+MOST_PARAMETERS = 200_000_000  # of a copy
+
+# Modules that hand on more from token to token than keys and values, by the names of their classes.
+STATEFUL = re.compile(
+    "(?i:conv|mamba|recurren|rglru|lstm|rwkv|retention|delta(net|rule|attention)|lightning|indexer|linear_?att|mixer)"
+    "|SSM|Ssm"
+)
+
+
+class Lacking(Unmade):
+    """Which modules a copy lacks; a deeper one may have them."""
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Compares log-probs through our attention and head with the model's own: those of three rows in a narrow random
+    copy of its architecture, packed and paged, once per process and config, and those of six tokens in the model
+    itself.
+
+    Raises:
+        InputError: they differ, or the model cannot be run this way at all.
+    """
+    try:
+        _try_architecture(model)
+        _try_itself(model)
+    except Unsupported as reason:
+        raise _refused(model, reason) from reason
+
+
+def check_config(config: PreTrainedConfig) -> float:
+    """As ``check_supported``, for models with this config, of which no weight is read; returns the largest difference
+    of log-probs in the copy.
+
+    Raises:
+        InputError: transformers knows no causal LM of this config, or it cannot be run exactly.
+    """
+    model = meta_model(config, torch.float32)
+    try:
+        return _try_architecture(model)
+    except Unsupported as reason:
+        raise _refused(model, reason) from reason
+
+
+def _refused(model: PreTrainedModel, reason: Unsupported) -> InputError:
+    return InputError(f"{type(model).__name__} cannot be run exactly: {reason}; {SUPPORTED}.")
+
+
+# ---- the architecture
+
+_verdicts: dict[tuple, float | str] = {}  # a reason, or the difference
+
+
+def _try_architecture(model: PreTrainedModel) -> float:
+    _check_parts(model)
+    kinds = _kinds(model)
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "transformers_version"):
+        settings.pop(name, None)
+    key = type(model), frozenset(kinds), repr(settings)
+    if key not in _verdicts:
+        try:
+            _verdicts[key] = _of_copies(model, kinds)
+        except Unsupported as reason:
+            _verdicts[key] = str(reason)
+    verdict = _verdicts[key]
+    if isinstance(verdict, str):
+        raise Unsupported(verdict)
+    return verdict
+
+
+def _check_parts(model: PreTrainedModel) -> None:
+    if not getattr(model, "_supports_attention_backend", False):
+        raise Unsupported("it does not take its attention function from transformers' registry")
+    decoder = model.get_decoder()
+    if model.get_output_embeddings() is None or decoder is model or not isinstance(decoder, PreTrainedModel):
+        raise Unsupported("it is not a decoder with a language-model head on it")
+    prefix = type(model).__name__.removesuffix("ForCausalLM")
+    for name, module in decoder.named_modules():
+        if isinstance(module, PreTrainedModel | GradientCheckpointingLayer | Conv1D):
+            continue  # wholes, whose parts come next; and GPT-2's linear layer
+        if STATEFUL.search(type(module).__name__.removeprefix(prefix)):
+            raise Unsupported(f"its {type(module).__name__} ({name}) carries state outside attention")
+    cache_shape(decoder.config), context_of(decoder.config)
+
+
+def _kinds(model: PreTrainedModel) -> set[str]:
+    """The classes of the decoder's modules that a copy has to have.
+
+    torch's own, linear layers and embeddings of every make, and what peft puts around them do the same everywhere.
+    """
+
+    def is_common(module: nn.Module) -> bool:
+        package = type(module).__module__.partition(".")[0]
+        return package in ("torch", "peft") or isinstance(module, nn.Linear | nn.Embedding)
+
+    return {type(module).__name__ for module in model.get_decoder().modules() if not is_common(module)}
+
+
+def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
+    """The largest difference in the first copy that can be made and has modules of all ``kinds``."""
+    failures = []
+    with _undisturbed():
+        for widths in (True, False):
+            for config in narrow_copies(model.config, widths=widths):
+                try:
+                    return largest_difference(_made(type(model), config, kinds))
+                except Lacking as reason:
+                    failure = str(reason)
+                except Unmade as reason:
+                    failure = str(reason)
+                    break
+            failures.append(failure)
+    raise Unsupported(f"no small copy of it can be tried ({'; '.join(dict.fromkeys(failures))})")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Nothing around the block has a say in what is computed inside, and nothing inside is heard or felt around it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: set[str]) -> PreTrainedModel:
+    """A copy with random weights, gates, scales and biases, which all matter.
+
+    Raises:
+        Unmade: there is none of this config, or it lacks modules of some of the ``kinds``.
+    """
+
+    def built(device: str) -> PreTrainedModel:
+        with torch.device(device):
+            return model_class._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+    try:
+        shape = built("meta")
+        missing, size = kinds - _kinds(shape), sum(p.numel() for p in shape.parameters())
+        if missing:
+            raise Lacking(f"it lacks {', '.join(sorted(missing))}")
+        if size > MOST_PARAMETERS:
+            raise Unmade(f"it has {size / 1e6:,.0f} million parameters")
+        model = built("cpu")
+    except Unmade:
+        raise
+    except Exception as error:  # models are made by code of every kind
+        raise Unmade(said(error)) from error
+    generator = torch.Generator().manual_seed(0)
+    state = model.state_dict(keep_vars=True)
+    for tensor in {id(tensor): tensor for tensor in state.values() if tensor.is_floating_point()}.values():
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensor.data = 1.5 * noise / tensor.shape[-1] ** 0.5 if tensor.ndim > 1 else tensor.data + 0.3 * noise
+    return model
+
+
+# ---- the model itself
+
+
+@torch.no_grad()
+def _try_itself(model: PreTrainedModel) -> None:
+    """A few tokens of one row, which see the real weights, hooks and adapters."""
+    length, device = 6, model.device
+    ids = torch.arange(length, device=device) * 7919 % len(head_of(model)["weight"])
+    try:
+        with evaluating(model), torch.autocast(device.type, enabled=False):
+            ours = packed_logprobs(model, ids, torch.arange(length, device=device), [(length, [])])
+            with attention_of(model, "eager"):
+                theirs = own_logprobs(model, ids).to(ours.device, ours.dtype)
+    except Unsupported:
+        raise
+    except Exception as error:  # models are made by code of every kind
+        if out_of_memory(error):
+            raise
+        raise Unsupported(f"our attention cannot serve it ({said(error)})") from error
+    difference = float((ours - theirs).abs().max())
+    if not difference <= (TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_BF16):
+        raise Unsupported(
+            f"its log-probs differ by {difference:.2g} from the model's own, where they should be equal and finite"
+        )
