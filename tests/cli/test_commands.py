@@ -421,4 +421,4 @@ def test_prompts_stay_within_the_original_context_of_longrope(model_folder, tmp_
     for command, *flags in (["plan"], ["train", *TINY, "--output_dir", tmp_path / "run"]):
         assert toolx(command, "--model", folder, *flags) == 2
         assert "context" in (last := capsys.readouterr().err.splitlines()[-1])
-        assert "20, the original one of its LongRoPE factors (the others, to 2048, are not used)" in last
+        assert "20 (the original one of its LongRoPE factors; those to 2048 are not used)" in last

@@ -31,7 +31,7 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
 def test_the_context_ends_where_factors_would_change(kind, settings, context):
     found = context_of(AutoConfig.for_model(kind, **settings))
     assert found == context
-    assert str(found) == str(context) or "to 2048, are not used" in str(found)
+    assert str(found) == str(context) or "those to 2048 are not used" in str(found)
 
 
 def test_sizes_that_a_config_does_not_name():

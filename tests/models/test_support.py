@@ -68,7 +68,7 @@ def test_published_shapes_are_tried_without_their_weights(kind):
     before = torch.get_rng_state()
     settings = EXACT[kind]
     if settings is None:
-        with pytest.raises(InputError, match="layer 0 has keys of 4 heads of 24 and values of 4 of 16"):
+        with pytest.raises(InputError, match="keys and values of layer 0 are 4 x 24 and 4 x 16"):
             check_config(AutoConfig.for_model(kind))
     else:
         assert check_config(AutoConfig.for_model(kind, **settings)) < 5e-5
@@ -78,14 +78,19 @@ def test_published_shapes_are_tried_without_their_weights(kind):
 REFUSED = {
     "lfm2": (tiny_config, HALF | CONV, "its Lfm2ShortConv (layers.0.conv) carries state outside attention"),
     "mamba": (tiny_config, {}, "does not take its attention function from transformers' registry"),
-    "gpt_oss": (tiny_config, HALF | dict(head_dim=16, num_local_experts=4), "it hands s_aux to attention"),
-    "doge": (tiny_config, HALF, "it hands a mask of its own to attention"),
+    "gpt_oss": (tiny_config, HALF | dict(head_dim=16, num_local_experts=4), "a layer hands s_aux to attention"),
+    "doge": (tiny_config, HALF, "a layer hands a mask of its own to attention"),
     "diffllama": (tiny_config, HALF, "its 2 layers do not call attention once each"),
-    "jetmoe": (tiny_config, dict(num_key_value_heads=2, kv_channels=16), "keys of 4 heads of 16"),
+    "jetmoe": (
+        tiny_config,
+        dict(num_key_value_heads=2, kv_channels=16),
+        "keys and values of layer 0 are 4 x 16 and 4 x 16",
+    ),
     "bert": (tiny_config, {}, "a row alone has log-probs that differ by"),
     "recurrent_gemma": (tiny_config, HALF, "its RecurrentGemmaRecurrentBlock (layers.0.temporal_block) carries"),
     "minimax_m3_vl_text": (tiny_config, HALF | dict(layer_types=["minimax_m3_sparse"] * 2), "Indexer"),
     "gemma4_text": (tiny_config, HALF, "layers of different shapes"),
+    "nemotron": (tiny_config, HALF, "a layer does not hand keyword arguments of the call on to attention"),
     "t5": (AutoConfig.for_model, {}, "No language model can be made of a t5 config"),
     "vit": (AutoConfig.for_model, {}, "No language model can be made of a vit config"),
     "bart": (AutoConfig.for_model, {}, "does not take its attention function"),
@@ -142,8 +147,14 @@ def test_a_module_that_the_architecture_does_not_have_is_refused():
 def test_the_cache_is_checked_on_the_model_itself():
     model = small_model("llama")
     model.config.num_key_value_heads = 4  # and its weights have 2
-    with pytest.raises(InputError, match="layer 0 has keys of 2 heads of 16 .* promises 4 of 16 for all"):
+    with pytest.raises(InputError, match="keys and values of layer 0 are 2 x 16 and 2 x 16 .* is 4 x 16 for all"):
         RolloutEngine(model)
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, small_model("llama").model])
+def test_what_is_no_language_model_is_refused(thing):
+    with pytest.raises(InputError, match=f"{type(thing).__name__} cannot be run exactly: "):
+        RolloutEngine(thing)
 
 
 def test_an_architecture_is_tried_once_and_weights_each_time(monkeypatch):
@@ -205,6 +216,6 @@ def test_rows_of_a_longrope_model_have_the_factors_that_they_have_alone():
     longest = engine.generate([list(range(3, 33))], 1, params)
     assert len(longest[0].completions[0].ids) == 2
     with pytest.raises(
-        InputError, match="has 40 tokens, and the model's context is 32, the original one of its LongRo"
+        InputError, match="has 40 tokens, and the model's context is 32 .the original one of its LongRo"
     ):
         engine.generate([five, list(range(3, 43))], 1, params)

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from toolx_kernels.engine.pool_size import physical_memory
     from toolx_kernels.models.config import config_of
+    from toolx_kernels.models.shape import EXPERTS_NOTE, has_experts
     from toolx_kernels.models.support import check_config
     from toolx_kernels.train.memory.plan import GIB
     from toolx_kernels.train.memory.planner import Planner
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         return 0 if planned.fits else 1
     shown = f", {work.shown_length:,} with demonstrations" * (work.shown_length > work.prompt_length)
     print(f"{config.model}, {config.dtype}, {config.optim}; prompts of up to {work.prompt_length:,} tokens{shown}")
+    if has_experts(shape.get_text_config(decoder=True)):
+        print(f"model: {EXPERTS_NOTE}")
     print(planned.table())
     print(verdict(planned, better))
     return 0 if planned.fits else 1

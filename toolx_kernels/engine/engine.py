@@ -73,7 +73,6 @@ class RolloutEngine:
         if max_pages is not None and max_pages < 1:
             raise InputError(f"max_pages={max_pages} cannot hold a single row: the shortest needs 1 page.")
         check_supported(model)
-        context_of(model.get_decoder().config)
         self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.compile = compile
         self.config = model.get_decoder().config

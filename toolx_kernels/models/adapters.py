@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.models.peft_library import using_peft
 
+LINEAR = (torch.nn.Linear, Conv1D)  # the latter are GPT-2's, which are no convolutions
 TRAINED, REFERENCE = "default", "reference"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # which peft's files put before the names of a model's modules
@@ -250,9 +252,7 @@ def _same_trained(model: PreTrainedModel) -> Iterator[None]:
 def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
     """Raises InputError for a target that is the head, no linear layer or none of the model's modules."""
     head = model.get_output_embeddings()
-    linear = {
-        name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
+    linear = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
     remedy = f"choose among {', '.join(sorted(linear))}"
     for target in targets or ():
         found = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
@@ -262,5 +262,5 @@ def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
             raise InputError(
                 f"lora_target_modules: {target!r} is the head, whose weight the loss takes as it is; {remedy}."
             )
-        if not all(isinstance(m, torch.nn.Linear) for m in found):
+        if not all(isinstance(m, LINEAR) for m in found):
             raise InputError(f"lora_target_modules: {target!r} is no linear layer; {remedy}.")

@@ -27,6 +27,10 @@ from toolx_kernels.models.shape import SUPPORTED, logit_scale
 NAME = "toolx"
 
 
+class Unsupported(Exception):
+    """Why a model cannot be run exactly, as the latter half of a sentence."""
+
+
 class AttentionContext(Protocol):
     """Knows which tokens a packed token may see."""
 
@@ -136,7 +140,7 @@ def attention_function(
     value: Tensor,  # (1, Hkv, N, Dh)
     attention_mask: Tensor | None,
     *,
-    toolx: AttentionContext,
+    toolx: AttentionContext | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -145,11 +149,14 @@ def attention_function(
     """What transformers' layers call; (1, N, H, Dh).
 
     Raises:
-        ValueError: the layer hands on what our attention knows nothing of, as a mask of its own or attention sinks.
+        Unsupported: the layer does not hand the context on, or hands on what our attention knows nothing of, as a mask
+            of its own or attention sinks.
     """
+    if toolx is None:
+        raise Unsupported("a layer does not hand keyword arguments of the call on to attention")
     unknown = [name for name, other in others.items() if isinstance(other, Tensor) and name != "position_ids"]
     if unknown or attention_mask is not None:
-        raise ValueError(f"it hands {', '.join(unknown) or 'a mask of its own'} to attention")
+        raise Unsupported(f"a layer hands {', '.join(unknown) or 'a mask of its own'} to attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (1, H, N, Dh) -> (N, H, Dh)
     out = toolx.attend(module.layer_idx, query, key, value, scale, softcap or 0.0, sliding_window or 0)

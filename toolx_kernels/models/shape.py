@@ -10,6 +10,10 @@ from transformers import PreTrainedConfig
 from toolx_kernels.errors import InputError
 
 SUPPORTED = "take one of those that docs/models.md lists as exact"
+EXPERTS_NOTE = (
+    "a mixture of experts: in bfloat16 the trainer's log-probs differ from the sampler's by more than those of a dense "
+    "model, and no auxiliary loss is added (docs/models.md)"
+)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -21,7 +25,7 @@ class Context(int):
     def __str__(self) -> str:
         if not self.beyond:
             return super().__repr__()
-        return f"{int(self)}, the original one of its LongRoPE factors (the others, to {self.beyond}, are not used)"
+        return f"{int(self)} (the original one of its LongRoPE factors; those to {self.beyond} are not used)"
 
 
 def context_of(config: PreTrainedConfig) -> Context:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -20,14 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from toolx_kernels.errors import InputError, out_of_memory
-from toolx_kernels.models.bridge import attention_of, evaluating, head_of
+from toolx_kernels.models.bridge import Unsupported, attention_of, evaluating, head_of
 from toolx_kernels.models.config import meta_model
 from toolx_kernels.models.narrow import narrow_copies
-from toolx_kernels.models.shape import SUPPORTED, cache_shape, context_of
+from toolx_kernels.models.shape import SUPPORTED, cache_shape, context_of, has_experts
 from toolx_kernels.models.trial import (
     TOLERANCE,
     Unmade,
-    Unsupported,
     largest_difference,
     own_logprobs,
     packed_logprobs,
@@ -105,11 +104,13 @@ def _try_architecture(model: PreTrainedModel) -> float:
 
 
 def _check_parts(model: PreTrainedModel) -> None:
-    if not getattr(model, "_supports_attention_backend", False):
+    if not isinstance(model, PreTrainedModel):
+        raise Unsupported("it is no PreTrainedModel of transformers")
+    if not model._supports_attention_backend:
         raise Unsupported("it does not take its attention function from transformers' registry")
     decoder = model.get_decoder()
     if model.get_output_embeddings() is None or decoder is model or not isinstance(decoder, PreTrainedModel):
-        raise Unsupported("it is not a decoder with a language-model head on it")
+        raise Unsupported("get_decoder() and get_output_embeddings() do not give a decoder and the head on it")
     prefix = type(model).__name__.removesuffix("ForCausalLM")
     for name, module in decoder.named_modules():
         if isinstance(module, PreTrainedModel | GradientCheckpointingLayer | Conv1D):
@@ -203,21 +204,27 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
 @torch.no_grad()
 def _try_itself(model: PreTrainedModel) -> None:
     """A few tokens of one row, which see the real weights, hooks and adapters."""
-    length, device = 6, model.device
+    length, device, config = 6, model.device, model.get_decoder().config
     ids = torch.arange(length, device=device) * 7919 % len(head_of(model)["weight"])
     try:
         with evaluating(model), torch.autocast(device.type, enabled=False):
             ours = packed_logprobs(model, ids, torch.arange(length, device=device), [(length, [])])
-            with attention_of(model, "eager"):
+            # sdpa leaves softcaps out
+            with attention_of(model, "eager") if getattr(config, "attn_logit_softcapping", None) else nullcontext():
                 theirs = own_logprobs(model, ids).to(ours.device, ours.dtype)
     except Unsupported:
         raise
     except Exception as error:  # models are made by code of every kind
         if out_of_memory(error):
             raise
-        raise Unsupported(f"our attention cannot serve it ({said(error)})") from error
-    difference = float((ours - theirs).abs().max())
-    if not difference <= (TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_BF16):
+        raise Unsupported(f"our attention and head cannot serve it ({said(error)})") from error
+    differences, tolerance = (ours - theirs).abs(), TOLERANCE
+    difference = float(differences.max())
+    if model.dtype not in (torch.float32, torch.float64):
+        tolerance = TOLERANCE_BF16
+        if has_experts(config):  # last bits choose other experts for a token, now and then
+            difference = float(differences.mean())
+    if not difference <= tolerance:
         raise Unsupported(
             f"its log-probs differ by {difference:.2g} from the model's own, where they should be equal and finite"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import first_line
-from toolx_kernels.models.bridge import AttentionContext, head_of, run_body, toolx_attention
+from toolx_kernels.models.bridge import AttentionContext, Unsupported, head_of, run_body, toolx_attention
 from toolx_kernels.models.narrow import TOKEN_NAMES, parts_of
 from toolx_kernels.models.shape import cache_shape
 from toolx_kernels.ops.attention.packed import PackedContext
@@ -28,10 +28,6 @@ REACTION = 0.05  # least change of a log-prob when all tokens before are others,
 PACKED = [(6, [7, 4]), (5, [4])]
 DECODED = 2  # of the last tokens of each row
 PAGE_SIZE = 4
-
-
-class Unsupported(Exception):
-    """Why a model cannot be run exactly, as the latter half of a sentence."""
 
 
 class Unmade(Exception):
@@ -79,7 +75,7 @@ def largest_difference(model: PreTrainedModel) -> float:
     except Unsupported:
         raise
     except Exception as error:
-        raise Unsupported(f"our attention cannot serve it ({said(error)})") from error
+        raise Unsupported(f"our attention and head cannot serve it ({said(error)})") from error
     ours = {
         "a row alone": [alone],
         "rows packed together": [packed[row] for row in rows],
@@ -114,8 +110,8 @@ def packed_logprobs(model: PreTrainedModel, ids: Tensor, positions: Tensor, leng
     for layer, key, value in context.seen:
         if not list(key) == list(value) == each:
             raise Unsupported(
-                f"layer {layer} has keys of {key[0]} heads of {key[1]} and values of {value[0]} of {value[1]}, where "
-                f"its config promises {each[0]} of {each[1]} for all"
+                f"keys and values of layer {layer} are {key[0]} x {key[1]} and {value[0]} x {value[1]} (heads x "
+                f"dimension), where the cache, as its config has it, is {each[0]} x {each[1]} for all"
             )
     return linear_logits(hidden, **head_of(model)).log_softmax(-1)
 

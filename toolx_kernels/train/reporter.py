@@ -18,6 +18,7 @@ from toolx_kernels.engine.pool_size import device_memory
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.adopt import adapter_settings
+from toolx_kernels.models.shape import EXPERTS_NOTE, has_experts
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets.report import dataset_report
 from toolx_kernels.toolcall.parse import split_thought
@@ -113,6 +114,8 @@ class Reporter:
     def beginning(self) -> None:
         """Reports dataset statistics, warnings and planned memory, before anything is spent on the run."""
         task, report = self.task, dataset_report(self.task.rows, self.task.demonstrations)
+        if has_experts(self.model.get_decoder().config):
+            self._bar.write(f"model: {EXPERTS_NOTE}")
         for line in report.lines():
             self._bar.write(line)
         self._bar.write(f"calls: {task.prompts.chat.describe()}")

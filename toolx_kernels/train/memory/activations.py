@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import InputError, first_line
-from toolx_kernels.models.adapters import check_targets
+from toolx_kernels.models.adapters import LINEAR, check_targets
 from toolx_kernels.models.bridge import AttentionContext, checkpointed, toolx_attention
 from toolx_kernels.ops.attention.packed_flex import padded_length
 from toolx_kernels.train.update.batch import PackedGroup, pack
@@ -34,11 +34,12 @@ from toolx_kernels.train.update.batch import PackedGroup, pack
 class Adapted(nn.Module):
     """A linear layer with a LoRA adapter in fp32, as peft computes it; only its shapes matter here."""
 
-    def __init__(self, base: nn.Linear, rank: int):
+    def __init__(self, base: nn.Module, rank: int):
         super().__init__()
         self.base = base
-        self.down = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32)
-        self.up = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32)
+        outer, inner = base.weight.shape if isinstance(base, nn.Linear) else base.weight.T.shape
+        self.down = nn.Linear(inner, rank, bias=False, device="meta", dtype=torch.float32)
+        self.up = nn.Linear(rank, outer, bias=False, device="meta", dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -55,7 +56,7 @@ def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
     head = model.get_output_embeddings()
     model.requires_grad_(False)
     linear = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        (name, module) for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head
     ]
     chosen = [
         (name, module)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolx_kernels.errors import MEMORY_ERRORS, out_of_memory
+from toolx_kernels.models.adapters import LINEAR
 from toolx_kernels.models.shape import cache_shape
 from toolx_kernels.train.groups import ScoredGroup
 
@@ -23,7 +24,7 @@ class Flops:
 
     def __init__(self, model: PreTrainedModel):
         decoder = model.get_decoder()
-        linear = [m.weight for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+        linear = [m.weight for m in decoder.modules() if isinstance(m, LINEAR)]
         head = model.get_output_embeddings().weight
         layers, _, head_dim = cache_shape(decoder.config)
         self._linear, self._trained_linear = _elements(linear)
