@@ -422,3 +422,12 @@ def test_prompts_stay_within_the_original_context_of_longrope(model_folder, tmp_
         assert toolx(command, "--model", folder, *flags) == 2
         assert "context" in (last := capsys.readouterr().err.splitlines()[-1])
         assert "20 (the original one of its LongRoPE factors; those to 2048 are not used)" in last
+
+
+def test_a_run_with_experts_says_so(model_folder, tmp_path, capsys):
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16)
+    folder = model_folder("qwen3_moe", **experts)
+    flags = "--train_rows 2 --eval_rows 2 --prompts_per_step 2 --num_generations 2 --max_steps 1 --cold_start_steps 0"
+    settings = ["--max_completion_length", 4, "--hard_sampling", "none", "--output_dir", tmp_path / "run"]
+    assert toolx("train", "--model", folder, *flags.split(), *settings) == 0
+    assert "model: a mixture of experts: in bfloat16" in capsys.readouterr().out
