@@ -17,7 +17,7 @@ from toolx_kernels.models.adapters import (
     save_adapter,
 )
 from toolx_kernels.models.adopt import adapter_settings, adopt_adapter
-from toolx_kernels.models.bridge import check_supported
+from toolx_kernels.models.support import check_supported
 
 peft = pytest.importorskip("peft")
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")

@@ -319,10 +319,16 @@ def test_probes_and_evaluations_compute_more_prompts_than_a_step():
 
 
 def test_a_model_whose_code_looks_at_numbers_cannot_be_planned_for():
+    config = AutoConfig.for_model("phimoe", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=99)
+    with pytest.raises(InputError, match="A phimoe model cannot be planned for"):
+        plan_of(config, settings(), **ON_CARD, workload=prompts(16))
+
+
+def test_a_model_whose_rope_factors_could_change_is_planned_for_within_its_context():
     config = small_model("llama").config
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(InputError, match="A llama model cannot be planned for"):
-        plan_of(config, settings(), **ON_CARD, workload=prompts(16))
+    plain = plan_of(small_model("llama").config, settings(), **ON_CPU, workload=prompts(50))
+    assert plan_of(config, settings(), **ON_CPU, workload=prompts(50)).needed == plain.needed
 
 
 def test_phases_do_not_peak_together():
