@@ -70,7 +70,9 @@ def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def _narrow_widths(config: PreTrainedConfig) -> None:
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None)
+    if not heads:  # as of a part for pictures
+        return
     head_dim, rope_dim = (getattr(config, name, None) for name in ("head_dim", "qk_rope_head_dim"))
     for name, most in WIDTHS.items():
         _at_most(config, name, most)

@@ -123,12 +123,17 @@ def _check_parts(model: PreTrainedModel) -> None:
 def _kinds(model: PreTrainedModel) -> set[str]:
     """The classes of the decoder's modules that a copy has to have.
 
-    torch's own, linear layers and embeddings of every make, and what peft puts around them do the same everywhere.
+    torch's own, linear layers, embeddings and norms of every make, and what peft puts around them do the same
+    everywhere.
     """
 
     def is_common(module: nn.Module) -> bool:
         package = type(module).__module__.partition(".")[0]
-        return package in ("torch", "peft") or isinstance(module, nn.Linear | nn.Embedding)
+        return (
+            package in ("torch", "peft")
+            or isinstance(module, nn.Linear | nn.Embedding)
+            or type(module).__name__.endswith(("Linear", "Embedding", "Norm"))
+        )
 
     return {type(module).__name__ for module in model.get_decoder().modules() if not is_common(module)}
 
@@ -138,14 +143,16 @@ def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
     failures = []
     with _undisturbed():
         for widths in (True, False):
-            for config in narrow_copies(model.config, widths=widths):
-                try:
-                    return largest_difference(_made(type(model), config, kinds))
-                except Lacking as reason:
-                    failure = str(reason)
-                except Unmade as reason:
-                    failure = str(reason)
-                    break
+            try:
+                for config in narrow_copies(model.config, widths=widths):
+                    try:
+                        return largest_difference(_made(type(model), config, kinds))
+                    except Lacking as reason:
+                        failure = str(reason)
+            except Unsupported:
+                raise
+            except Exception as error:  # configs and models are made by code of every kind
+                failure = str(error) if isinstance(error, Unmade) else said(error)
             failures.append(failure)
     raise Unsupported(f"no small copy of it can be tried ({'; '.join(dict.fromkeys(failures))})")
 
@@ -171,25 +178,20 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
     """A copy with random weights, gates, scales and biases, which all matter.
 
     Raises:
-        Unmade: there is none of this config, or it lacks modules of some of the ``kinds``.
+        Unmade: it lacks modules of some of the ``kinds``, or is large. Whatever the model's code raises is passed on.
     """
 
     def built(device: str) -> PreTrainedModel:
         with torch.device(device):
             return model_class._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
-    try:
-        shape = built("meta")
-        missing, size = kinds - _kinds(shape), sum(p.numel() for p in shape.parameters())
-        if missing:
-            raise Lacking(f"it lacks {', '.join(sorted(missing))}")
-        if size > MOST_PARAMETERS:
-            raise Unmade(f"it has {size / 1e6:,.0f} million parameters")
-        model = built("cpu")
-    except Unmade:
-        raise
-    except Exception as error:  # models are made by code of every kind
-        raise Unmade(said(error)) from error
+    shape = built("meta")
+    missing, size = kinds - _kinds(shape), sum(p.numel() for p in shape.parameters())
+    if missing:
+        raise Lacking(f"it lacks {', '.join(sorted(missing))}")
+    if size > MOST_PARAMETERS:
+        raise Unmade(f"it has {size / 1e6:,.0f} million parameters")
+    model = built("cpu")
     generator = torch.Generator().manual_seed(0)
     state = model.state_dict(keep_vars=True)
     for tensor in {id(tensor): tensor for tensor in state.values() if tensor.is_floating_point()}.values():
