@@ -112,6 +112,18 @@ def test_state_outside_attention_is_refused_at_the_engine():
             attempt(model)
 
 
+def test_what_surrounds_a_check_has_no_say_in_it():
+    config = tiny_config("qwen3", **HALF)
+    expected = check_config(config)
+    support._verdicts.clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            assert check_config(config) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class TokenShift(nn.Module):
     """A layer that hands on more than keys and values, under a gate that is closed at first."""
 

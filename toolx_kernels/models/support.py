@@ -39,7 +39,7 @@ MOST_PARAMETERS = 200_000_000  # of a copy
 # Modules that hand on more from token to token than keys and values, by the names of their classes.
 STATEFUL = re.compile(
     "(?i:conv|mamba|recurren|rglru|lstm|rwkv|retention|delta(net|rule|attention)|lightning|indexer|linear_?att|mixer)"
-    "|SSM|Ssm"
+    "|SSM|Ssm|RNN|GRU"
 )
 
 
@@ -164,11 +164,13 @@ def _undisturbed() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     try:
         with (
-            warnings.catch_warnings(action="ignore"),
+            warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
             torch.inference_mode(False),
             torch.autocast("cpu", enabled=False),
         ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -195,7 +197,7 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
     generator = torch.Generator().manual_seed(0)
     state = model.state_dict(keep_vars=True)
     for tensor in {id(tensor): tensor for tensor in state.values() if tensor.is_floating_point()}.values():
-        noise = torch.randn(tensor.shape, generator=generator)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
         tensor.data = 1.5 * noise / tensor.shape[-1] ** 0.5 if tensor.ndim > 1 else tensor.data + 0.3 * noise
     return model
 

@@ -123,7 +123,7 @@ def _decoded_logprobs(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Te
     lengths = torch.tensor([len(row) for row in rows])
     per_row = -(-int(lengths.max()) // PAGE_SIZE)
     pages = torch.randperm(len(rows) * per_row, generator=torch.Generator().manual_seed(2)).view(len(rows), per_row)
-    caches = [torch.full((2, pages.numel(), PAGE_SIZE, *each), 9.0) for _ in range(layers)]
+    caches = [torch.full((2, pages.numel(), PAGE_SIZE, *each), 9.0, dtype=torch.float32) for _ in range(layers)]
     parts: list[list[Tensor]] = [[] for _ in rows]
     done = torch.zeros_like(lengths)
     with toolx_attention(model):
