@@ -85,7 +85,7 @@ def largest_difference(model: PreTrainedModel) -> float:
     for what, found in ours.items():
         difference = max(float((a - b).abs().max()) for a, b in zip(found, theirs, strict=False))
         if not difference <= TOLERANCE * spread:
-            raise Unsupported(f"through our attention and head {what} has log-probs that differ by {difference:.2g}")
+            raise Unsupported(f"the log-probs of {what} differ by {difference:.2g} through our attention and head")
         largest = max(largest, difference)
     return largest
 
