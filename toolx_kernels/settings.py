@@ -78,10 +78,18 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
             value = float(value)
         except (ValueError, OverflowError):
             pass
-    if type(value) is not wanted:
+    if type(value) is not wanted or (wanted is dict and not _is_json(value)):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
         raise InputError(f"{name}={value!r} must be {words[wanted]}.")
     return value
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives ``value`` back as it is, so that files of a run can hold it."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def without_none(kind: Any) -> Any:

@@ -112,11 +112,11 @@ def test_an_episode_is_the_conversation_as_the_template_shows_it():
 
 def test_an_episode_to_imitate_has_the_tokens_of_a_sampled_one():
     ((rollout,),), _, _ = sample({(0, 0): [calls("Norville", "Belton"), calls("Belton"), "512."]})
-    assert supervised_episode(CHAT, ROWS[0], rollout.messages) == (rollout.ids, rollout.mask)
-    assert supervised_episode(CHAT, ROWS[0], rollout.messages[-1:])[1] == [True] * 4  # 51 2 . <|end|>
+    assert supervised_episode(CHAT, ROWS[0], [], rollout.messages) == (rollout.ids, rollout.mask)
+    assert supervised_episode(CHAT, ROWS[0], [], rollout.messages[-1:])[1] == [True] * 4  # 51 2 . <|end|>
     for wrong in ([], rollout.messages[:2], rollout.messages[1:], rollout.messages[:1] * 2):
         with pytest.raises(InputError, match="row 'row 0' have the roles"):
-            supervised_episode(CHAT, ROWS[0], wrong)
+            supervised_episode(CHAT, ROWS[0], [], wrong)
 
 
 def test_a_single_turn_has_no_mask():

@@ -191,9 +191,9 @@ def test_a_row_without_tools_has_no_tool_prompt():
     assert render_text(tokenizer_with(WITH_TOOLS), row) == "user: Hello\nassistant:"
 
 
-def test_a_template_that_refuses_system_messages_is_named():
+def test_a_template_that_refuses_a_rows_own_system_message_is_named():
     with pytest.raises(InputError, match="refuses messages of the roles system, user .*no system role"):
-        render_text(tokenizer_with(NO_SYSTEM), ROW)
+        render_text(tokenizer_with(NO_SYSTEM), SYSTEM_ROW)
 
 
 def test_completion():

@@ -16,7 +16,7 @@ from toolx_kernels.evaluate.scores import check_sampling
 
 DEFAULT_MODEL = "runs/train"
 MAX_COMPLETION_LENGTH = 256
-CHAT_FLAGS = ("tool_format", "chat_template_kwargs")
+CHAT_FLAGS = ("tool_format", "chat_template_kwargs", "date")
 
 
 def add_flags(parser: Parser) -> None:
@@ -55,6 +55,7 @@ def add_flags(parser: Parser) -> None:
     )
     parser.flag("tool_format", help="the form of calls, as in toolx train (default: what the model's run had, or auto)")
     parser.flag("chat_template_kwargs", help="JSON for the chat template, as in toolx train (default: likewise)")
+    parser.flag("date", help="the day that templates with a date show (default: that of the model's run, or today)")
     parser.flag("output", help="a new folder for scores.json, scores.md and answers.jsonl")
 
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(length, temperature=args.temperature)
     chosen = {name: trained[name] for name in CHAT_FLAGS if trained.get(name) is not None}
     chosen |= {name: value for name in CHAT_FLAGS if (value := getattr(args, name)) is not None}
-    asked = ChatSettings(**chosen, date=trained.get("date"))
+    asked = ChatSettings(**chosen)
 
     def rows_of(dataset: str) -> list[Row]:
         if args.split == "held-out" and dataset not in BUILT_IN:
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
         if folder:
             settings = {name: value for name, value in vars(args).items() if name != "output"}
             settings |= {"self_exemplify": own_examples, "max_completion_length": length, "tool_format": form.name}
+            settings |= {"chat_template_kwargs": asked.chat_template_kwargs, "date": asked.date}
             write_scores(folder, scores, settings)
     return 0
 

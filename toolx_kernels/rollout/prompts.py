@@ -34,7 +34,10 @@ class Prompts:
     def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
         """The same, made anew; with other instructions than those of all prompts."""
         instructions = self.instructions if instructions is None else instructions
-        return self.chat.prompt_ids(row, demonstrations, instructions)
+        try:
+            return self.chat.prompt_ids(row, demonstrations, instructions)
+        except InputError as error:
+            raise InputError(f"Row {row.id}: {error}") from None
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
         """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or
@@ -52,7 +55,10 @@ class Prompts:
         Raises InputError for rows that do not fit, unless ``overlong`` is "drop" and some do; it counts them over all
         rows and names the longest.
         """
-        lengths = [len(self.ids(row)) + (len(self.chat.completion_ids(row.answer)) if answers else 1) for row in rows]
+        lengths = []
+        for row in rows:
+            ids = self.ids(row)
+            lengths.append(len(ids) + (len(self.chat.completion_ids(row.answer, ids)) if answers else 1))
         kept = [row for row, length in zip(rows, lengths, strict=True) if length <= self.context]
         if len(kept) < len(rows) and (overlong == "error" or not kept):
             longest, row = max(zip(lengths, rows, strict=True), key=lambda of_row: of_row[0])

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from toolx_kernels.engine import RolloutEngine, SamplingParams
+from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.toolcall.rewards import completion_turns
 from toolx_kernels.toolcall.rows import Row
 
@@ -43,6 +43,11 @@ class Rollout:
         """Its text, or those of its turns where there are several."""
         turns = completion_turns(self.messages)
         return turns if len(turns) > 1 else self.text
+
+
+def written_ids(completion: Completion) -> list[int]:
+    """What a completion says: its tokens without the one that stopped it."""
+    return completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
 
 
 # Called with (place of the prompt, rollout index, rollout) for each rollout that finishes on its own; True cancels the

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
-from toolx_kernels.rollout.rollout import OnRollout, Rollout
+from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_ids
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
 
@@ -37,7 +37,7 @@ class SingleTurn:
 
         def ended(place: int, index: int, completion: Completion) -> bool:
             assert on_rollout is not None
-            return on_rollout(place, index, self._rollout(completion))
+            return on_rollout(place, index, self._rollout(completion, prompts[place]))
 
         groups = self.engine.generate(
             prompts,
@@ -48,10 +48,10 @@ class SingleTurn:
             first_rollout=first_rollout,
             on_completion=ended if on_rollout else None,
         )
-        return [[self._rollout(completion) for completion in group.completions] for group in groups]
+        return [[self._rollout(completion, group.prompt_ids) for completion in group.completions] for group in groups]
 
-    def _rollout(self, completion: Completion) -> Rollout:
-        text = self.chat.written_text(completion.ids)
+    def _rollout(self, completion: Completion, prompt: Sequence[int]) -> Rollout:
+        text = self.chat.written_text(written_ids(completion), prompt)
         messages = [{"role": "assistant", "content": text}]
         return Rollout(
             completion.ids, completion.logprobs, completion.entropies, None, text, messages, completion.finish_reason

@@ -18,10 +18,11 @@ from typing import Any
 from toolx_kernels.engine import Completion, RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.rollout.rollout import OnRollout, Rollout
+from toolx_kernels.rollout.rollout import OnRollout, Rollout, written_ids
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
-from toolx_kernels.toolcall.tools import Session, Toolbox, encodable, error_text
+from toolx_kernels.toolcall.strict_json import encodable
+from toolx_kernels.toolcall.tools import Session, Toolbox, error_text
 
 MALFORMED = error_text("malformed tool call")
 
@@ -98,7 +99,7 @@ class ToolLoop:
     ):
         if max_turns < 1:
             raise InputError(f"max_turns={max_turns} must be at least 1: an episode has a turn of the model.")
-        prompts.chat.after_turn([])
+        prompts.chat.conventions.after_turn([])
         self.engine, self.chat, self.context, self.max_turns = engine, prompts.chat, prompts.context, max_turns
         self.toolbox = Toolbox(tools, environment_factory, timeout=tool_timeout)
 
@@ -154,7 +155,7 @@ class ToolLoop:
 
         def ended(place: int, index: int, completion: Completion) -> bool:
             episode = turn[place][index - turn[place][0].index]
-            text = self.chat.written_text(completion.ids)
+            text = self._text(episode, completion)
             episode.write(completion, text)
             episode.calls = self.chat.read(text).calls
             if completion.finish_reason == "length":
@@ -177,7 +178,10 @@ class ToolLoop:
         for episodes, group in zip(turn, sampled, strict=True):
             for episode, completion in zip(episodes, group.completions, strict=True):
                 if completion.finish_reason == "cancelled":
-                    episode.write(completion, self.chat.written_text(completion.ids))
+                    episode.write(completion, self._text(episode, completion))
+
+    def _text(self, episode: _Episode, completion: Completion) -> str:
+        return self.chat.written_text(written_ids(completion), episode.ids or episode.prompt)
 
     def _use_tools(self, episodes: list[_Episode], params: SamplingParams, end: Callable) -> None:
         """Runs the calls of all episodes and appends what they return."""
@@ -196,8 +200,10 @@ class ToolLoop:
                 end(episode, "length")
 
 
-def supervised_episode(chat: Chat, row: Row, turns: Sequence[dict]) -> tuple[list[int], list[bool]]:
-    """The tokens of a whole episode to imitate, and which of them the model is to write.
+def supervised_episode(
+    chat: Chat, row: Row, prompt: Sequence[int], turns: Sequence[dict]
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a whole episode to imitate behind ``prompt``, and which of them the model is to write.
 
     ``turns`` are chat messages as in ``Rollout.messages``: turns of the assistant, each but the last followed by the
     tool messages that answer it. Instead of its text a turn may have ``calls``, which are then written in the form of
@@ -217,7 +223,11 @@ def supervised_episode(chat: Chat, row: Row, turns: Sequence[dict]) -> tuple[lis
     for role, messages in groupby(turns, key=lambda message: message["role"]):
         if role == "assistant":
             (message,) = messages
-            new = chat.completion_ids(message["calls"]) if "calls" in message else chat.turn_ids(message["content"])
+            context = ids or prompt
+            if "calls" in message:
+                new = chat.completion_ids(message["calls"], context)
+            else:
+                new = chat.turn_ids(message["content"], context)
         else:
             new = chat.tool_turn_ids(list(messages))
         ids += new

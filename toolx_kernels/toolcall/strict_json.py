@@ -25,6 +25,11 @@ def json_at(text: str, start: int) -> tuple[Any, int] | None:
     return None if isinstance(value, dict | list) and not is_shallow(value) else (value, end)
 
 
+def encodable(text: str) -> str:
+    """``text`` with "?" for lone surrogates, which JSON can spell and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
 def is_shallow(value: dict | list | tuple) -> bool:
     """Whether at most ``MAX_DEPTH`` objects and arrays lie within each other in ``value``, itself counted."""
     level = [value]

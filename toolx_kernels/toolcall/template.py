@@ -4,7 +4,7 @@ A template that is nearly right destroys tool calling, so nothing here rewrites 
 the tokenizer's own. A tokenizer without a template gets plain ChatML, begun with what it puts before any text.
 
 Contents are data. Where a text that a user, a tool or a dataset wrote spells a control token, such as ``<|im_end|>``,
-``protect`` puts a mark into it, and ``encode`` cuts the text there: the pieces are encoded each on its own, so the
+a ``Protector`` puts a mark into it, and ``encode`` cuts the text there: the pieces are encoded each on its own, so the
 token cannot arise. What the template itself writes has no marks and becomes control tokens.
 """
 
@@ -16,21 +16,19 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.toolcall.strict_json import encodable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARK = "\ufdd0"  # a noncharacter: Unicode keeps it for a program's own use, so no text holds it
-# what transformers' ``apply_chat_template`` takes itself
-_RESERVED = frozenset({
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now",
-})  # fmt: skip
+_SPELT = "\\ufdd0"  # as templates that print Python values write it
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
 
 
 class Template:
@@ -55,19 +53,26 @@ class Template:
             starts = range(len(begun) - len(bare) + 1)
             start = next((place for place in starts if begun[place : place + len(bare)] == bare), 0)
             self._before = str(tokenizer.decode(begun[:start]))
-        for name in self.kwargs:
-            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", self.source):
+        variables = _variables(self.source)
+        for name, value in self.kwargs.items():
+            if name in _GIVEN:
+                raise InputError(f"chat_template_kwargs: {name!r} is not for you to give: leave it out.")
+            if name not in variables:
                 raise InputError(
                     f"chat_template_kwargs: the chat template of {self.name} does not read {name!r}: leave it out, or "
-                    "give a name that stands in the template."
+                    f"give one of {', '.join(sorted(variables - _GIVEN)) or 'none'}."
                 )
+            if value in ("true", "false", "True", "False"):  # a template takes any text for true
+                plain = value.lower()
+                raise InputError(f"chat_template_kwargs: {name}={value!r} is text: write {plain} without quotes.")
         if date is not None:
             self.kwargs["strftime_now"] = _day(date).strftime
 
     @property
     def source(self) -> str:
-        """The template of prompts that offer tools."""
-        return self._named(tools=[]) if self.tokenizer.chat_template else CHATML
+        """The text of the template, of all of them where there are several by name."""
+        named = self.tokenizer.chat_template or CHATML
+        return "\n".join(named.values()) if isinstance(named, dict) else named
 
     def render(
         self, messages: Sequence[Mapping], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = True
@@ -92,12 +97,12 @@ class Template:
                 f"The chat template of {self.name} refuses messages of the roles {roles} ({first_line(error)}): give "
                 "the tokenizer a template that takes them."
             ) from error
-        return self._before + str(text)
+        return self._before + str(text).replace(_SPELT, MARK)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, which writes its own special tokens; cut where ``protect`` put its marks."""
         ids: list[int] = []
-        for piece in text.split(MARK):
+        for piece in encodable(text).split(MARK):
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -123,9 +128,13 @@ class Protector:
     """
 
     def __init__(self, control: Iterable[str]):
-        # the longest first, as tokenizers match them; a single character cannot be cut
-        known = sorted({token for token in control if len(token) > 1}, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, known))) if known else None
+        # A single character cannot be cut. The signs that most control tokens begin with are cut wherever they stand:
+        # normalizers, and templates that replace a part of a content, could make a token of what is none yet.
+        known = {token for token in control if len(token) > 1}
+        signs = {token[:2] for token in known if token[1] in "|｜"}
+        known = {token for token in known if token[:2] not in signs} | signs
+        # the longest first, as tokenizers match them
+        self._control = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
     def __call__(self, text: str) -> str:
         """``text`` with a mark inside each control token."""
@@ -133,10 +142,6 @@ class Protector:
         while self._control is not None and self._control.search(text):  # again, as one may hold another
             text = self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
         return text
-
-    def deep(self, value: Any) -> Any:
-        """The same for every string in a JSON value, keys included."""
-        return mapped(value, self)
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -148,6 +153,17 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [mapped(inner, change) for inner in value]
     return value
+
+
+def _variables(source: str) -> set[str]:
+    """The names that a template reads and does not set."""
+    from jinja2 import Environment, TemplateError, meta
+
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", source)  # a tag of transformers' own
+    try:
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    except TemplateError as error:
+        raise InputError(f"The chat template is not Jinja ({first_line(error)}): mend it.") from error
 
 
 def _day(date: str) -> datetime:

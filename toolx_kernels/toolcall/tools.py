@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.background import Background, in_time, one_line
 from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.strict_json import encodable
 
 MAX_THREADS = 128  # calls, of all episodes together, that run at the same time
 
@@ -241,11 +242,6 @@ def environment_methods(environment: Any) -> dict[str, Callable]:
 def error_text(error: str) -> str:
     """What the model reads of something that went wrong."""
     return encodable(json.dumps({"error": error}, ensure_ascii=False))
-
-
-def encodable(text: str) -> str:
-    """``text`` with "?" for lone surrogates, which no tokenizer takes."""
-    return text.encode(errors="replace").decode()
 
 
 def _reset(session: Session, environment_factory: Callable[[], Any]) -> Any:

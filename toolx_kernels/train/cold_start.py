@@ -90,16 +90,23 @@ def supervised(prompts: Prompts, example: Example | Episode) -> tuple[PackedGrou
 
     Only examples of the self-exemplifying form show its instructions, whatever form the run has.
     """
+    chat, row = prompts.chat, example.row
     if isinstance(example, Episode):
-        ids, mask = supervised_episode(prompts.chat, example.row, example.turns)
-        return PackedGroup(prompts.render(example.row, instructions=""), [ids], [mask]), 0
+        prompt = prompts.render(row, instructions="")
+        ids, mask = supervised_episode(chat, row, prompt, example.turns)
+        return PackedGroup(prompt, [ids], [mask]), 0
     if example.examples:
+        prompt = prompts.render(row, instructions=instructions(chat.tool_format))
         written = [{"tools": e.tool_names, "question": e.user_text, "answer": e.answer} for e in example.examples]
         thought = ", ".join(call["name"] for call in example.target)
-        form = prompts.chat.tool_format
-        target = prompts.chat.turn_ids(render_self_exemplified(written, thought, example.target, form))
-        return PackedGroup(prompts.render(example.row, instructions=instructions(form)), [target]), 0
-    target = prompts.chat.completion_ids(example.target)
-    shown = prompts.fitting(example.row, example.demonstrations, room=len(target))
+        for left in range(len(written), -1, -1):  # as many as the context holds
+            text = render_self_exemplified(written[:left], thought, example.target, chat.tool_format)
+            target = chat.turn_ids(text, prompt)
+            if len(prompt) + len(target) <= prompts.context:
+                break
+        return PackedGroup(prompt, [target]), len(written) - left
+    prompt = prompts.render(row, instructions="")
+    target = chat.completion_ids(example.target, prompt)
+    shown = prompts.fitting(row, example.demonstrations, room=len(target))
     cut = len(example.demonstrations) - len(shown)
-    return PackedGroup(prompts.render(example.row, shown, instructions=""), [target]), cut
+    return PackedGroup(prompts.render(row, shown, instructions="") if shown else prompt, [target]), cut

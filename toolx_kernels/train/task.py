@@ -26,13 +26,18 @@ def judge_and_rewards(
 ) -> tuple[Judge, RewardFunctions]:
     """What is right and what is rewarded, by default in the form that ``args`` choose and ``chat`` writes calls in."""
     form = chat.tool_format
-    if args.self_exemplify and chat.opened_thought:
+    if args.self_exemplify and chat.conventions.opens_thought:
         raise InputError(
             "self_exemplify=True wants the examples before the thought, and the chat template opens a thought first: "
             "tell it not to with chat_template_kwargs, or leave self_exemplify out."
         )
     if reward_funcs is None:
-        allowed = chat.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
+        if args.thoughts == "forbidden" and chat.conventions.opens_thought:
+            raise InputError(
+                "thoughts='forbidden' leaves nothing to earn, as the chat template opens a thought: tell it not to "
+                "with chat_template_kwargs, or allow thoughts."
+            )
+        allowed = chat.conventions.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
         reward_funcs = (
             SelfExemplifyingReward(distinct=args.distinct_examples, tool_format=form)
             if args.self_exemplify

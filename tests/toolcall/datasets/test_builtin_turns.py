@@ -126,6 +126,6 @@ def test_the_tiny_model_has_pieces_for_all_of_it_but_a_comma():
     chat = Chat(tokenizer := tiny_tokenizer())
     for row, turns in [(e.row, e.turns) for e in COLD[:200]] + [(r, turns_of(r, r.answer[-1])) for r in HELD_OUT]:
         prompt = chat.prompt_ids(row)
-        completion, mask = supervised_episode(chat, row, turns)
+        completion, mask = supervised_episode(chat, row, prompt, turns)
         odd = {t for t in tokenizer.convert_ids_to_tokens(prompt + completion) if t.startswith("<0x")}
         assert odd <= {"<0x2C>"} and len(prompt) <= 90 and len(completion) <= 64 and not all(mask)
