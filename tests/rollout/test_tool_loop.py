@@ -15,6 +15,7 @@ from toolx_kernels.models.bridge import head_of, toolx_attention
 from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import MALFORMED, ToolLoop, supervised_episode
 from toolx_kernels.toolcall.chat import Chat, render_text
 from toolx_kernels.toolcall.parse import Reading
@@ -117,6 +118,26 @@ def test_an_episode_to_imitate_has_the_tokens_of_a_sampled_one():
     for wrong in ([], rollout.messages[:2], rollout.messages[1:], rollout.messages[:1] * 2):
         with pytest.raises(InputError, match="row 'row 0' have the roles"):
             supervised_episode(CHAT, ROWS[0], [], wrong)
+
+
+def test_the_token_that_stopped_a_turn_is_no_part_of_its_text():
+    """Whichever of several stops it is: an end of message that only the generation config names, say."""
+    ping = TOKENIZER.convert_tokens_to_ids("<0x41>")  # which the text would show
+    params = SamplingParams(400, stop_token_ids=(ping, END))
+
+    class Ends(Scripted):
+        def generate(self, prompts, n, params, *, on_completion=None, limits=(99,), **keywords):
+            ids = [*self.tokenizer("No.", add_special_tokens=False)["input_ids"], ping]
+            completion = Completion(ids, [-1.0] * len(ids), [0.0] * len(ids), [], [], "stop")
+            if on_completion:
+                on_completion(0, 0, completion)
+            return [Group(prompts[0], [completion])]
+
+    prompt, keywords = CHAT.prompt_ids(ROWS[0]), {"row_ids": [0], "first_rollout": [0]}
+    loop = ToolLoop(Ends({}), Prompts(CHAT, 99), tools=[find], max_turns=2, tool_timeout=1)
+    for rollouter in (SingleTurn(Ends({}), CHAT), loop):
+        ((rollout,),) = rollouter.roll_out(loop.offer(ROWS[:1]), [prompt], 1, params, **keywords)
+        assert rollout.text == "No." and rollout.ids[-1] == ping and len(rollout.ids) > 1
 
 
 def test_a_single_turn_has_no_mask():

@@ -10,8 +10,11 @@ import pytest
 from tests.train.test_trainer import SMALL, even_is_good, training_rows
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
+from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
+from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run import folder as run_folder
 from toolx_kernels.train.trainer import ToolExpanderTrainer
@@ -58,6 +61,39 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="was run on other prompts"):
         make(tmp_path / "run", dated, max_steps=3, resume=True, date="2026-03-01").train()
     assert "01 Mar 2026." in first_prompt(make(tmp_path / "new", dated))
+
+
+def opening(template):
+    return template.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>' }}")
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"thoughts": "forbidden"}, "thoughts='forbidden' leaves nothing to earn"),
+        ({"self_exemplify": True}, "self_exemplify=True wants the examples before the thought"),
+    ],
+)
+def test_what_a_template_that_opens_a_thought_cannot_earn_is_refused(settings, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        make(tmp_path / "run", opening, None, **settings)
+    assert not (tmp_path / "run").exists()
+    assert first_prompt(make(tmp_path / "run", opening, None)).endswith("<think>")
+
+
+def test_self_exemplifying_examples_are_cut_to_what_the_context_holds():
+    rows = training_rows(6)
+    tokenizer = tiny_tokenizer()
+    example = builtin.Example(rows[0], (), rows[0].answer, tuple(rows[1:5]))
+    cuts = []
+    group, cut = supervised(Prompts(Chat(tokenizer), 1024), example)
+    assert cut == 0
+    length = len(group.prompt) + len(group.completions[0])
+    for context in range(length, length - 120, -20):
+        group, cut = supervised(Prompts(Chat(tokenizer), context), example)
+        assert len(group.prompt) + len(group.completions[0]) <= context
+        cuts.append(cut)
+    assert cuts == sorted(cuts) and cuts[0] == 0 < cuts[-1] < 4
 
 
 def thinking(template):

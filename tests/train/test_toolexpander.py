@@ -314,6 +314,10 @@ def test_a_policy_of_ones_own(tmp_path):
         ({"min_reward_std": -1}, "min_reward_std=-1.0 must be a number"),
         ({"hard_sampling": "drop"}, "hard_sampling='drop' is unknown"),
         ({"reward_weights": []}, "reward_weights=\\[\\] must be a list"),
+        ({"chat_template_kwargs": {True: 1}}, "chat_template_kwargs={True: 1} must be a JSON object"),
+        ({"chat_template_kwargs": {"x": float("nan")}}, "chat_template_kwargs={'x': nan} must be a JSON object"),
+        ({"chat_template_kwargs": {"x": object}}, "chat_template_kwargs={'x': .* must be a JSON object"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs=\\[1\\] must be a JSON object"),
         ({"reward_weights": ["much"]}, "reward_weights='much' must be a number"),
     ],
 )
