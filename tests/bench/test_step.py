@@ -21,20 +21,22 @@ from tests.ops.cases import DEVICE
 from toolx_kernels.models.load import load_model
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.rollout import Rollout
-from toolx_kernels.toolcall.chat import Chat, render_prompt
+from toolx_kernels.toolcall.chat import Chat
 
 TINY = Case("tiny", 2, 120, 4, 6)
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 
+CHAT = Chat(tiny_tokenizer())
+
 
 def test_prompts_are_as_long_as_the_case_says_and_new_in_each_step():
     case = replace(TINY, prompts=3, rounds=2)
-    rows = make_rows(case, Chat(tiny_tokenizer()))
-    lengths = [len(render_prompt(tiny_tokenizer(), row)) for row in rows]
+    rows = make_rows(case, CHAT)
+    lengths = [len(CHAT.prompt_ids(row)) for row in rows]
     assert len(rows) == 9 and len({row.messages[0]["content"] for row in rows}) == 9
     for length, wanted in zip(lengths, [115, 120, 125] * 3, strict=True):
         assert wanted - 4 <= length <= wanted  # a word has several tokens
-    assert rows == make_rows(case, Chat(tiny_tokenizer()))
+    assert rows == make_rows(case, CHAT)
     assert max(lengths[at] for at in range(3)) + case.n * case.new <= case.group_tokens
 
 
@@ -72,8 +74,8 @@ def moved(kind, case, completions, settings, folder):
     """How the weights differ after one update from ``completions``."""
     model, tokenizer = load_model("tiny", case.dtype, str(DEVICE))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    rows = make_rows(case, Chat(tokenizer))
-    count = Count(case, [len(render_prompt(tokenizer, row)) for row in rows])
+    rows = make_rows(case, CHAT)
+    count = Count(case, [len(CHAT.prompt_ids(row)) for row in rows])
     count.watch(model)
     stepper = kind(model, tokenizer, case, settings, rows, count.reward, folder)
     if issubclass(kind, TRL):
@@ -116,7 +118,7 @@ def test_both_sides_make_the_same_update_of_the_same_completions(peer, settings,
     assert our_update["learning_rate"] == their_update["learning_rate"] == settings.learning_rate
     for name in ("lengths", "rewards", "unshared_tokens", "shared_tokens"):
         assert our_record[name] == their_record[name]
-    prompt = max(len(render_prompt(tiny_tokenizer(), row)) for row in make_rows(case, Chat(tiny_tokenizer())))
+    prompt = max(len(CHAT.prompt_ids(row)) for row in make_rows(case, CHAT))
     assert their_record["trained_tokens"] == case.rows * (prompt + 9)  # padded
     assert our_record["trained_tokens"] == our_record["shared_tokens"] - case.rows  # the last token predicts nothing
 

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from tests.ops.cases import DEVICE
@@ -327,7 +326,7 @@ def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch
     assert all(p.requires_grad for p in model.parameters()) and not adapters.has_adapter(model)
     with pytest.raises(InputError, match=f"The adapter in {tmp_path} needs peft {versions}"):
         attach_adapter(model, tmp_path)
-    monkeypatch.setattr(transformers, "__version__", "99.0")
+    monkeypatch.setattr(peft_library.transformers, "__version__", "99.0")
     with pytest.raises(InputError, match=r"or where there is none yet 'transformers==5\.17\.\*'"):
         base_of(tmp_path)
 

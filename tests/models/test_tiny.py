@@ -41,13 +41,14 @@ def test_completions_round_trip_exactly(tokenizer):
 
 
 def test_the_task_needs_no_byte_tokens(tokenizer):
+    chat = Chat(tokenizer)
     for example in islice(builtin.cold_start_examples(1), builtin.COLD_EASY_EXAMPLES - 200, None):
-        prompt = render_prompt(tokenizer, example.row, example.demonstrations)
+        prompt = chat.prompt_ids(example.row, example.demonstrations)
         assert not byte_tokens(tokenizer, prompt + tokenizer(render_completion(example.target))["input_ids"])
         if int(example.row.id.split("-")[1]) > builtin.COLD_EASY_EXAMPLES + 300:
             break
     for row in ROWS:
-        prompt = render_prompt(tokenizer, row)
+        prompt = chat.prompt_ids(row)
         assert not byte_tokens(tokenizer, prompt) and len(prompt) <= 110
 
 

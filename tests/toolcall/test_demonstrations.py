@@ -7,6 +7,7 @@ import pytest
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall import (
     CATEGORIES,
+    Chat,
     DemonstrationIndex,
     Row,
     bfcl_match,
@@ -14,7 +15,6 @@ from toolx_kernels.toolcall import (
     read_bfcl,
     read_dataset,
     render_completion,
-    render_text,
 )
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.match import call_key
@@ -217,15 +217,15 @@ def seal_tools():
 @pytest.mark.parametrize(("name", "read"), [pytest.param(*dataset, id=dataset[0]) for dataset in datasets()])
 def test_no_prompt_of_a_dataset_tells_its_answer(name, read):
     """In the prompt as the model reads it, not in what was meant to be shown."""
-    rows, tokenizer = read(), tiny_tokenizer()
+    rows, chat = read(), Chat(tiny_tokenizer())
     index, shown = DemonstrationIndex(rows), 0
     for row in rows:
         demonstrations = index.choose(row, random.Random(row.id), per_tool=2)
         assert bool(demonstrations) == index.possible(row)
         if not demonstrations:
             continue
-        text = render_text(tokenizer, row, demonstrations)
-        assert text.endswith(render_text(tokenizer, row).partition("<|user|>")[2])
+        text = chat.prompt_text(row, demonstrations)
+        assert text.endswith(chat.prompt_text(row).partition("<|user|>")[2])
         head = text.partition("<|user|>")[0]
         examples = head.partition("Example:\n")[2].split("\nExample:\n")
         calls = parse_calls(head)
