@@ -1,9 +1,14 @@
 """What runs is what was checked: architectures that are exact, and those that are refused with their reason."""
 
+import warnings
+from functools import partial
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils import logging
 
 from tests.small_models import VOCAB, small_model
 from toolx_kernels.engine import RolloutEngine, SamplingParams
@@ -146,6 +151,79 @@ def test_state_of_any_name_shows_in_rows_together_even_where_its_gate_is_closed(
         InputError, match="the log-probs of rows packed together differ by .* through our attention and head"
     ):
         check_supported(ShiftingLlama(tiny_config("llama")))
+
+
+class SequenceNorm(nn.Module):
+    def forward(self, hidden):
+        return hidden - hidden.mean(1, keepdim=True)
+
+
+class Gated(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = nn.Sequential(TokenShift(config), self.model.norm)
+        nn.init.constant_(self.model.norm[0].gate, -20.0)  # so that no noise opens it
+        self.model.norm[0].forward = partial(self.shifted, self.model.norm[0])
+
+    @staticmethod
+    def shifted(module, hidden):
+        before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+        return hidden + module.gate.sigmoid() * before
+
+
+def shifting_hook(module, inputs, hidden):
+    return hidden + torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+
+
+def with_a_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(shifting_hook)
+    return model
+
+
+def with_a_norm_over_the_sequence(model):
+    model.model.norm = nn.Sequential(SequenceNorm(), model.model.norm)
+    return model
+
+
+def with_a_gate_that_was_opened(model):
+    gated = Gated(model.config)
+    gated.model.norm[0].gate.data.fill_(2.0)
+    return gated.eval()
+
+
+@pytest.mark.parametrize("made", [with_a_hook, with_a_norm_over_the_sequence, with_a_gate_that_was_opened])
+def test_what_only_the_model_itself_has_shows_in_a_row_behind_another(made):
+    with pytest.raises(InputError, match="its log-probs differ by .* from the model's own"):
+        check_supported(made(small_model("llama")))
+
+
+def test_large_logits_that_bfloat16_rounds_are_no_reason():
+    config = tiny_config("qwen2", hidden_size=512, num_attention_heads=8, num_key_value_heads=2, vocab_size=2000)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.lm_head.weight.data.normal_(0, 1.5)
+    check_supported(model.bfloat16())
+
+
+def test_a_head_with_an_adapter_is_refused_by_the_engine():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model("llama", tied=False), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(InputError, match="its head is a peft.*Linear, no linear layer of torch"):
+        RolloutEngine(model.get_base_model())
+    with pytest.raises(InputError, match="no PreTrainedModel of transformers, but perhaps its get_base_model is"):
+        RolloutEngine(model)
+
+
+def test_checks_in_threads_leave_what_they_share_as_it_was():
+    verbosity, filters = logging.get_verbosity(), list(warnings.filters)
+    support._verdicts.clear()
+    kinds = ("llama", "qwen2", "gemma2", "gpt2")
+    threads = [Thread(target=check_config, args=(AutoConfig.for_model(kind),)) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (logging.get_verbosity(), warnings.filters) == (verbosity, filters)
 
 
 def test_a_module_that_the_architecture_does_not_have_is_refused():

@@ -166,6 +166,24 @@ def test_rewards(tmp_path, rewards, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"demonstrations": 3}, "demonstrations is the number 3: pass a list of rows"),
+        ({"demonstrations": None}, "demonstrations is None: pass a list of rows"),
+        ({"cold_start": 3}, "cold_start is the number 3, which has no __next__"),
+        ({"hard_sample_policy": 3}, "hard_sample_policy is the number 3, which has no start_round"),
+        ({"prompt_order": even_is_good}, "prompt_order is the function even_is_good, which has no rows"),
+        ({"advantage_shaper": "dapo"}, "advantage_shaper is the text 'dapo', which has no __call__"),
+        ({"policy_loss": even_is_good}, "policy_loss is the function even_is_good, which has no denominator"),
+    ],
+)
+def test_parts(tmp_path, part, message):
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, **part)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
 @pytest.mark.parametrize(
     ("rows", "message"),

@@ -8,6 +8,7 @@ second, whatever the size of the model, and without its weights.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ from toolx_kernels.models.trial import (
     said,
 )
 
-TOLERANCE_BF16 = 0.25
+TOLERANCE_BF16, ORDINARY_LOGPROB = 0.25, 32.0
 MOST_PARAMETERS = 200_000_000  # of a copy
 
 # Modules that hand on more from token to token than keys and values, by the names of their classes.
@@ -41,6 +42,10 @@ STATEFUL = re.compile(
     "(?i:conv|mamba|recurren|rglru|lstm|rwkv|retention|delta(net|rule|attention)|lightning|indexer|linear_?att|mixer)"
     "|SSM|Ssm|RNN|GRU"
 )
+
+
+class Untried(Unsupported):
+    """No copy could be made or run."""
 
 
 class Lacking(Unmade):
@@ -83,6 +88,7 @@ def _refused(model: PreTrainedModel, reason: Unsupported) -> InputError:
 # ---- the architecture
 
 _verdicts: dict[tuple, float | str] = {}  # a reason, or the difference
+_one_at_a_time = threading.Lock()  # as ``_undisturbed`` changes what all threads share
 
 
 def _try_architecture(model: PreTrainedModel) -> float:
@@ -92,12 +98,15 @@ def _try_architecture(model: PreTrainedModel) -> float:
     for name in ("_name_or_path", "dtype", "transformers_version"):
         settings.pop(name, None)
     key = type(model), frozenset(kinds), repr(settings)
-    if key not in _verdicts:
-        try:
-            _verdicts[key] = _of_copies(model, kinds)
-        except Unsupported as reason:
-            _verdicts[key] = str(reason)
-    verdict = _verdicts[key]
+    with _one_at_a_time:
+        if key not in _verdicts:
+            try:
+                _verdicts[key] = _of_copies(model, kinds)
+            except Untried:  # which may be no fault of the architecture
+                raise
+            except Unsupported as reason:
+                _verdicts[key] = str(reason)
+        verdict = _verdicts[key]
     if isinstance(verdict, str):
         raise Unsupported(verdict)
     return verdict
@@ -105,12 +114,16 @@ def _try_architecture(model: PreTrainedModel) -> float:
 
 def _check_parts(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise Unsupported("it is no PreTrainedModel of transformers")
+        inside = next((name for name in ("get_base_model", "module", "_orig_mod") if hasattr(model, name)), None)
+        raise Unsupported("it is no PreTrainedModel of transformers" + f", but perhaps its {inside} is" * bool(inside))
     if not model._supports_attention_backend:
         raise Unsupported("it does not take its attention function from transformers' registry")
     decoder = model.get_decoder()
     if model.get_output_embeddings() is None or decoder is model or not isinstance(decoder, PreTrainedModel):
         raise Unsupported("get_decoder() and get_output_embeddings() do not give a decoder and the head on it")
+    head = type(model.get_output_embeddings())
+    if not issubclass(head, nn.Linear):  # as with an adapter on it
+        raise Unsupported(f"its head is a {head.__module__}.{head.__name__}, no linear layer of torch")
     prefix = type(model).__name__.removesuffix("ForCausalLM")
     for name, module in decoder.named_modules():
         if isinstance(module, PreTrainedModel | GradientCheckpointingLayer | Conv1D):
@@ -154,7 +167,7 @@ def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
             except Exception as error:  # configs and models are made by code of every kind
                 failure = str(error) if isinstance(error, Unmade) else said(error)
             failures.append(failure)
-    raise Unsupported(f"no small copy of it can be tried ({'; '.join(dict.fromkeys(failures))})")
+    raise Untried(f"no small copy of it can be tried ({'; '.join(dict.fromkeys(failures))})")
 
 
 @contextmanager
@@ -207,15 +220,16 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
 
 @torch.no_grad()
 def _try_itself(model: PreTrainedModel) -> None:
-    """A few tokens of one row, which see the real weights, hooks and adapters."""
-    length, device, config = 6, model.device, model.get_decoder().config
-    ids = torch.arange(length, device=device) * 7919 % len(head_of(model)["weight"])
+    """A few tokens behind another row, which see the real weights, hooks and adapters, and must not see that row."""
+    other, length, device, config = 3, 6, model.device, model.get_decoder().config
+    ids = torch.arange(other + length, device=device) * 7919 % len(head_of(model)["weight"])
+    positions = torch.cat([torch.arange(other, device=device), torch.arange(length, device=device)])
     try:
         with evaluating(model), torch.autocast(device.type, enabled=False):
-            ours = packed_logprobs(model, ids, torch.arange(length, device=device), [(length, [])])
+            ours = packed_logprobs(model, ids, positions, [(other, []), (length, [])])[other:]
             # sdpa leaves softcaps out
             with attention_of(model, "eager") if getattr(config, "attn_logit_softcapping", None) else nullcontext():
-                theirs = own_logprobs(model, ids).to(ours.device, ours.dtype)
+                theirs = own_logprobs(model, ids[other:]).to(ours.device, ours.dtype)
     except Unsupported:
         raise
     except Exception as error:  # models are made by code of every kind
@@ -225,7 +239,8 @@ def _try_itself(model: PreTrainedModel) -> None:
     differences, tolerance = (ours - theirs).abs(), TOLERANCE
     difference = float(differences.max())
     if model.dtype not in (torch.float32, torch.float64):
-        tolerance = TOLERANCE_BF16
+        # the model rounds its logits: the larger they are, the more
+        tolerance = TOLERANCE_BF16 * max(1.0, float(theirs.abs().max()) / ORDINARY_LOGPROB)
         if has_experts(config):  # last bits choose other experts for a token, now and then
             difference = float(differences.mean())
     if not difference <= tolerance:

@@ -11,20 +11,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.adopt import unwrapped
-from toolx_kernels.toolcall.rows import short
+from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.train.config import ToolExpanderConfig
+
+# what the trainer calls of its other arguments
+PARTS = {
+    "cold_start": ("__next__",),
+    "hard_sample_policy": ("start_round", "groups", "needs_probe"),
+    "prompt_order": ("rows", "keeps", "max_batches"),
+    "advantage_shaper": ("__call__",),
+    "policy_loss": ("denominator", "__call__"),
+}
 
 
 def check_arguments(
-    model: Any, reward_funcs: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any
+    model: Any,
+    reward_funcs: Any,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    **others: Any,
 ) -> None:
-    """Raises InputError for the first argument of ``ToolExpanderTrainer`` that is no such object, with the remedy."""
+    """Raises InputError for the first argument of ``ToolExpanderTrainer`` that is no such object, with the remedy;
+    ``others`` are ``demonstrations`` and those of ``PARTS``."""
     _check_args(args)
     _check_rewards(reward_funcs)
     _check_model(model)
     _check_tokenizer(processing_class, named=isinstance(model, str | os.PathLike))
     _check_rows("train_dataset", train_dataset)
     _check_rows("eval_dataset", eval_dataset)
+    demonstrations = others["demonstrations"]
+    if not isinstance(demonstrations, list | tuple) or not all(isinstance(row, Row) for row in demonstrations):
+        raise InputError(f"demonstrations is {_described(demonstrations)}: pass a list of rows (rows_from makes them).")
+    for name, needed in PARTS.items():
+        part = others[name]
+        if missing := [attribute for attribute in needed if part is not None and not hasattr(part, attribute)]:
+            raise InputError(f"{name} is {_described(part)}, which has no {missing[0]}: see ToolExpanderTrainer.")
 
 
 def _check_args(args: Any) -> None:

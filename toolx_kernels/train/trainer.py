@@ -108,7 +108,20 @@ class ToolExpanderTrainer:
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
-        check_arguments(model, reward_funcs, args, train_dataset, eval_dataset, processing_class)
+        check_arguments(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            demonstrations=demonstrations,
+            cold_start=cold_start,
+            hard_sample_policy=hard_sample_policy,
+            prompt_order=prompt_order,
+            advantage_shaper=advantage_shaper,
+            policy_loss=policy_loss,
+        )
         args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
