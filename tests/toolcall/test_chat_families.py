@@ -156,6 +156,13 @@ def test_marks_of_calls_and_thoughts_are_tokens_where_an_assistant_wrote_them():
     assert (found("user"), found("system")) == ([0, 0], [1, 1])
 
 
+def test_words_that_are_control_tokens_are_shown_all_the_same():
+    tokenizer = tokenizer_with(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["STOPWORD"]})
+    ids = Chat(tokenizer).prompt_ids(Row("r", "a STOPWORD b", [], []))
+    assert tokenizer.convert_tokens_to_ids("STOPWORD") not in ids and "a STOPWORD b" in tokenizer.decode(ids)
+
+
 def test_what_a_template_takes_out_of_contents_leaves_no_control_token():
     tokenizer = tokenizer_with("{% for m in messages %}{{ m.content.replace('/think', '') }}<|im_end|>{% endfor %}")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -93,7 +93,7 @@ class Chat:
             messages = self._with_system(messages, added)
         text = self.template.render(messages, None if asked else tools or None)
         for message in row.messages:
-            if not _is_shown(message, text):
+            if not _is_shown(message, text.replace(MARK, "")):
                 raise InputError(
                     f"The chat template of {self.template.name} does not show its message of the role "
                     f"{message['role']!r}: rename the role (user, assistant, tool, ...), or leave the row out."
