@@ -21,6 +21,10 @@ from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
 
+def rewritten(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def test_a_saved_folder(tmp_path):
     model = small_model("qwen2", tied=False)
     model.save_pretrained(tmp_path / "saved")
@@ -47,6 +51,21 @@ def test_pickled_weights_are_refused(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="holds no .safetensors weights"):
         load_model(str(tmp_path))
+
+
+def test_weights_that_are_in_no_file_are_not_made_up(tmp_path):
+    small_model("llama", tied=False).model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="has no weights for lm_head.weight, which its config asks for: save the whole causal LM"
+    ):
+        load_model(tmp_path)
+    small_model("llama", tied=True).save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors").unlink()
+    assert load_model(tmp_path)[0].config.tie_word_embeddings
+    rewritten(tmp_path / "config.json", num_hidden_layers=5)
+    with pytest.raises(InputError, match=r"has no weights for model.layers.3.\S+ and 17 more, .* mend its config.json"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-architecture"}'])
@@ -204,8 +223,7 @@ def save_adapted(base, folder, base_name=None):
 
 
 def named(folder, base_name):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
+    rewritten(folder / "adapter_config.json", base_model_name_or_path=base_name)
 
 
 @needs_peft

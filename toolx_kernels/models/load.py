@@ -266,24 +266,38 @@ def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrain
     try:
         config = AutoConfig.from_pretrained(source.place)
         tokenizer = AutoTokenizer.from_pretrained(source.place)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.place, config=config, dtype=getattr(torch, dtype), use_safetensors=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source.place, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
         raise InputError(
             f"Model {name!r} cannot be loaded ({first_line(error)}): give tiny, {SMOLLM2}, a folder, a .gguf file "
             "or a hub name."
         ) from error
+    _check_whole(name, loaded["missing_keys"])
     return model, tokenizer
+
+
+def _check_whole(name: str | os.PathLike, missing: set[str]) -> None:
+    """Raises InputError for weights that are in no file: transformers fills them with random numbers."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"Model {os.fspath(name)!r} has no weights for {min(missing)}{more}, which its config asks for: save the "
+            "whole causal LM with save_pretrained, or mend its config.json."
+        )
 
 
 def _from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     require_packages(path, "gguf", "accelerate")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=getattr(torch, dtype), gguf_file=path.name)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=getattr(torch, dtype), gguf_file=path.name, output_loading_info=True
+        )
     except (*LOADING_ERRORS, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({first_line(error)}): give another file.") from error
+    _check_whole(path, loaded["missing_keys"])
     # the weights are plain by now; what says otherwise would keep the model from being saved, or trained elsewhere
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
