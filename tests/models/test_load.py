@@ -191,11 +191,32 @@ def test_without_weights_at_the_root_the_last_checkpoint_is_taken(trained_elsewh
         resolve(run)
 
 
-def test_pickled_weights_at_the_root_are_not_passed_over(trained_elsewhere, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [
+        ("pytorch_model.bin", "no pickle is loaded"),
+        ("pytorch_model-00001-of-00002.bin", "no pickle is loaded"),
+        ("pytorch_model.bin.index.json", "no pickle is loaded"),
+        ("adapter_model.bin", "no pickle is loaded"),
+        ("model.fp16.safetensors", "only model.safetensors, the shards that model.safetensors.index.json lists, and"),
+        ("model-00001-of-00002.safetensors", "only model.safetensors, the shards"),
+        ("model.safetensors", "that link leads nowhere"),
+        ("adapter_model.safetensors", "that link leads nowhere"),
+    ],
+)
+def test_weights_at_the_root_that_are_not_loaded_are_not_passed_over(trained_elsewhere, tmp_path, file, fault):
     run = copied(trained_elsewhere, tmp_path / "run", "model.safetensors")
-    (run / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=f"weights of {run} are in pytorch_model.bin, .* or name {run}/checkpoint-200"):
-        load_model(run)
+    for other in ("training_args.bin", "optimizer.pt", "optimizer.safetensors", "state.json"):
+        (run / other).write_bytes(b"")
+    assert resolve(run).place == f"{run}/checkpoint-200"
+    if fault.startswith("that link"):
+        (run / file).symlink_to("../gone")
+    else:
+        (run / file).write_bytes(b"")
+    said = f"weights of {run} are in {file}, and {fault}.* or name {run}/checkpoint-200 to load that"
+    for load in (load_model, config_of):
+        with pytest.raises(InputError, match=said):
+            load(run)
 
 
 def test_a_shard_that_is_missing_is_no_reason_for_a_checkpoint(trained_elsewhere, tmp_path):

@@ -28,9 +28,10 @@ from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
 SMOLLM2 = "smollm2-135m"
-# what transformers writes a model's weights to, in one file or in several with an index, and what it is not read from
+# what transformers writes a model's weights to, in one file or in several with an index
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+# names of files of weights, most of which are not read
+ANY_WEIGHTS = re.compile(r"(?!optimizer).*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*")
 
 
 def load_model(
@@ -90,7 +91,7 @@ def resolve(name: str | os.PathLike) -> Source:
 
     Raises:
         InputError: the name is that of a file or folder that cannot hold a model, or of a folder whose weights are
-            pickled or whose last checkpoint has none, though something in it could be loaded.
+            in no file that is loaded or whose last checkpoint has none, though something in it could be loaded.
     """
     name = os.path.expanduser(os.fspath(name))
     path = Path(name)
@@ -121,10 +122,17 @@ def _model_folder(path: Path) -> Path:
         return path
     whole = next((checkpoint for checkpoint in reversed(found) if _holds(checkpoint, *weights)), None)
     instead = f"name {whole} to load that" if whole else "none of its checkpoints has any"
-    if pickled := [file for file in PICKLED if _holds(path, file)]:
+    if own := [file for file in path.iterdir() if ANY_WEIGHTS.fullmatch(file.name) and not file.is_dir()]:
+        file = min(own)
+        if not file.exists():
+            fault = "that link leads nowhere"
+        elif ".safetensors" in file.name:
+            fault = f"only {WEIGHTS}, the shards that {WEIGHTS_INDEX} lists, and {ADAPTER_WEIGHTS} are loaded"
+        else:
+            fault = "no pickle is loaded"
         raise InputError(
-            f"The weights of {path} are in {pickled[0]}, and no pickle is loaded: save them as safetensors "
-            f"(save_pretrained does), or {instead}."
+            f"The weights of {path} are in {file.name}, and {fault}: save them as safetensors (save_pretrained does), "
+            f"or {instead}."
         )
     if whole != found[-1]:
         raise InputError(f"{found[-1]} holds no .safetensors weights, and is the last checkpoint: {instead}.")
