@@ -16,7 +16,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.adapters import add_adapter, save_adapter
 from toolx_kernels.models.bridge import toolx_attention
 from toolx_kernels.models.config import config_of
-from toolx_kernels.models.load import load_model, resolve, stop_token_ids
+from toolx_kernels.models.load import latest_checkpoint, load_model, resolve, stop_token_ids
 from toolx_kernels.models.tiny import tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
@@ -219,6 +219,13 @@ def test_weights_at_the_root_that_are_not_loaded_are_not_passed_over(trained_els
             load(run)
 
 
+def test_a_file_is_no_checkpoint(trained_elsewhere, tmp_path):
+    run = copied(trained_elsewhere, tmp_path / "run", "model.safetensors")
+    (run / "checkpoint-999").write_bytes(b"")
+    (run / "checkpoint-1000").symlink_to("gone")
+    assert latest_checkpoint(run) == run / "checkpoint-200" and resolve(run).place == f"{run}/checkpoint-200"
+
+
 def test_a_shard_that_is_missing_is_no_reason_for_a_checkpoint(trained_elsewhere, tmp_path):
     run = saved(copied(trained_elsewhere, tmp_path / "run", "model.safetensors"), 1, max_shard_size="700KB")
     next(run.glob("model-*.safetensors")).unlink()
@@ -259,6 +266,18 @@ def test_a_base_at_a_relative_path_is_found_beside_the_adapter(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(load_model(tmp_path / adapter, device="cpu")[0](torch.arange(9)[None]).logits, logits)
     assert config_of(tmp_path / adapter).hidden_size == 128
+
+
+@needs_peft
+def test_a_run_folder_or_an_adapter_as_base_is_found_beside_the_adapter(tmp_path, monkeypatch):
+    saved(tmp_path / "run" / "checkpoint-8")
+    logits = save_adapted(tmp_path / "run", tmp_path / "adapter", "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(load_model(tmp_path / "adapter", device="cpu")[0](torch.arange(9)[None]).logits, logits)
+    named(tmp_path / "adapter", "adapter")
+    with pytest.raises(InputError, match="that is an adapter itself"):
+        load_model(tmp_path / "adapter")
 
 
 @needs_peft

@@ -165,7 +165,9 @@ def base_source(adapter: Path) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     found = [
-        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        (int(m[1]), path)
+        for path in run.glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(found)]
 
@@ -259,7 +261,9 @@ def naming_adapter(folder: Path, base: str) -> Iterator[None]:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return _holds(path, "config.json", ADAPTER_CONFIG) or bool(checkpoints(path))
 
 
 def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
