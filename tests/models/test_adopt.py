@@ -129,6 +129,12 @@ def switched_off():
     return model
 
 
+def under_another_wrapper(wrapped):
+    model = small_model("llama", tied=False).to(DEVICE)
+    wrapper = of_peft(model, target_modules=["q_proj"])
+    return of_peft(wrapper if wrapped else model, target_modules=["v_proj"])
+
+
 def with_trained_norm():
     model = of_peft()
     model.get_base_model().model.norm.weight.requires_grad_(True)
@@ -159,6 +165,11 @@ def with_trained_norm():
         (lambda: of_transformers(bias="lora_only"), "The LlamaForCausalLM given as model .* with bias='lora_only'"),
         (merged, "has its adapter merged into model.layers.0.self_attn.q_proj: undo that"),
         (switched_off, r"has its adapter switched off: call enable_adapter_layers and set_adapter\('default'\)"),
+        (
+            lambda: under_another_wrapper(True),
+            "on model.layers.0.self_attn.q_proj that its config does not target: make",
+        ),
+        (lambda: under_another_wrapper(False), "one adapter of all target_modules, not one around another, or put use"),
         (with_trained_norm, "has an adapter, and model.norm.weight needs a gradient besides: freeze it"),
     ],
 )

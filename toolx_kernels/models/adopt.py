@@ -61,7 +61,7 @@ def adopt_adapter(model: Any, name: str | None) -> PreTrainedModel:
     [config] = configs.values()
     _check_config(what, config)
     base: PreTrainedModel = unwrapped(model)
-    _check_layers(what, base)
+    _check_layers(what, base, config)
     if not has_adapter(base):
         base = copy.copy(base)
         base._hf_peft_config_loaded = True
@@ -99,11 +99,20 @@ def _check_config(what: str, config: Any) -> None:
         )
 
 
-def _check_layers(what: str, base: PreTrainedModel) -> None:
+def _check_layers(what: str, base: PreTrainedModel, config: Any) -> None:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     layers = {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
     if not layers:
         raise InputError(f"{what} has no adapter any more: pass the model that peft's merge_and_unload returned.")
+    with using_peft(what, f"{what} has an adapter that cannot be read", ELSE):
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        others = [name for name in layers if not check_target_module_exists(config, name)]
+    if others:
+        raise InputError(
+            f"{what} has an adapter on {others[0]} that its config does not target: make one adapter of all "
+            f"target_modules, not one around another, or {ELSE}."
+        )
     for name, layer in layers.items():
         if layer in ends or not isinstance(layer.base_layer, torch.nn.Linear):
             raise InputError(
