@@ -7,8 +7,8 @@ from safetensors import SafetensorError
 
 T = TypeVar("T")
 
-# what transformers, safetensors and torch raise over files that are damaged or of another model
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+# what transformers, safetensors and torch raise over files that are damaged, of another model or of a missing package
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 MEMORY_ERRORS = (RuntimeError, MemoryError)  # to be caught where ``out_of_memory`` is asked
 _WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch and Triton, of a CPU, of cuBLAS
 

@@ -329,6 +329,11 @@ def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch
     monkeypatch.setattr(peft_library.transformers, "__version__", "99.0")
     with pytest.raises(InputError, match=r"or where there is none yet 'transformers==5\.17\.\*'"):
         base_of(tmp_path)
+    monkeypatch.setattr(peft_library.metadata, "version", lambda name: "garbage")
+    with pytest.raises(
+        InputError, match="needs peft 99.1 or newer, .* calls its version 'garbage': pip install --force"
+    ):
+        base_of(tmp_path)
 
 
 @needs_peft

@@ -131,6 +131,39 @@ def test_smollm2_can_be_saved_and_opened_again(smollm2, tmp_path):
     assert same_tokenizer.eos_token_id == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "requires bitsandbytes.*insta",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "requires .*install that, or save .* dequantized",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "requires .*install that, or save .* dequantized",
+        ),
+        ({"model_type": "mamba"}, "no weights for backbone.* mend its config.json"),
+    ],
+    ids=["bitsandbytes", "gptq", "awq", "mamba"],
+)
+def test_configs_that_the_weights_cannot_be_loaded_with(tmp_path, settings, words):
+    saved(tmp_path)
+    rewritten(tmp_path / "config.json", **settings)
+    with pytest.raises(InputError, match=words):
+        load_model(tmp_path)
+
+
+def test_a_seed_beyond_a_generators():
+    assert load_model("tiny:999999999999999999")[0].name_or_path == "tiny:999999999999999999"
+    for load in (load_model, config_of):
+        with pytest.raises(InputError, match="seed of the model tiny:99999999999999999999 is too large: give at most"):
+            load("tiny:99999999999999999999")
+
+
 # ---- which folder
 
 
@@ -298,6 +331,9 @@ def test_what_is_wrong_with_a_base_names_adapter_and_base(tmp_path, monkeypatch)
         for load in (load_model, config_of):
             with pytest.raises(InputError, match=names + words):
                 load(adapter)
+    named(adapter, 5)
+    with pytest.raises(InputError, match="base_model_name_or_path is 5: write a folder or a hub name"):
+        load_model(adapter)
     named(adapter, str(tmp_path / "other"))
     with pytest.raises(InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*; write the base that it was"):
         load_model(adapter)

@@ -111,6 +111,8 @@ def base_of(folder: Path) -> str:
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise InputError(f"{folder}/{CONFIG_FILE} names no base model: write its base_model_name_or_path there.")
+    if not isinstance(name, str):
+        raise InputError(f"{folder}/{CONFIG_FILE}: base_model_name_or_path is {name!r}: write a folder or a hub name.")
     return name
 
 

@@ -96,6 +96,8 @@ def resolve(name: str | os.PathLike) -> Source:
     name = os.path.expanduser(os.fspath(name))
     path = Path(name)
     if is_tiny(name):
+        if len(name) > len("tiny:") + 18:  # a generator's seed has 64 bits
+            raise InputError(f"The seed of the model {name} is too large: give at most 18 digits.")
         return Source("tiny", name)
     if name == SMOLLM2:
         return Source("smollm2", name)
@@ -282,10 +284,10 @@ def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrain
             source.place, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
-        raise InputError(
-            f"Model {name!r} cannot be loaded ({first_line(error)}): give tiny, {SMOLLM2}, a folder, a .gguf file "
-            "or a hub name."
-        ) from error
+        remedy = f"give tiny, {SMOLLM2}, a folder, a .gguf file or a hub name"
+        if isinstance(error, ImportError):
+            remedy = "install that, or save the model dequantized (its dequantize method) if its weights are quantized"
+        raise InputError(f"Model {name!r} cannot be loaded ({first_line(error).rstrip('.')}): {remedy}.") from error
     _check_whole(name, loaded["missing_keys"])
     return model, tokenizer
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import metadata
 
 import transformers
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from toolx_kernels.errors import InputError, first_line, out_of_memory
@@ -23,8 +23,14 @@ def peft_fault() -> str | None:
         installed = ""
     if not installed or importlib.util.find_spec("peft") is None:
         return "peft: pip install 'toolx_kernels[lora]'"
-    if Version(installed) >= Version(MIN_PEFT_VERSION):
-        return None
+    try:
+        if Version(installed) >= Version(MIN_PEFT_VERSION):
+            return None
+    except InvalidVersion:
+        return (
+            f"peft {MIN_PEFT_VERSION} or newer, and the installed one calls its version {installed!r}: "
+            f"pip install --force-reinstall 'peft>={MIN_PEFT_VERSION}'"
+        )
     tested = SUPPORTED["transformers"].tested[-1]
     newer = not transformers.__version__.startswith(f"{tested}.")
     return (
