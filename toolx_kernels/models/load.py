@@ -133,8 +133,7 @@ def _model_folder(path: Path) -> Path:
         else:
             fault = "no pickle is loaded"
         raise InputError(
-            f"The weights of {path} are in {file.name}, and {fault}: save them as safetensors (save_pretrained does), "
-            f"or {instead}."
+            f"The weights of {path} are in {file.name}, and {fault}: save them with save_pretrained, or {instead}."
         )
     if whole != found[-1]:
         raise InputError(f"{found[-1]} holds no .safetensors weights, and is the last checkpoint: {instead}.")
