@@ -107,6 +107,7 @@ def test_pure_wheel_installs_and_imports(unpacked_sdist, tmp_path):
     assert probed["kv_write"] == "plain torch"
 
 
+@pytest.mark.soak  # it compiles what setting up has compiled
 @pytest.mark.skipif(not CAN_COMPILE, reason="no C++ compiler or no Python.h on this machine")
 def test_compiled_wheel_installs_and_imports(unpacked_sdist, tmp_path):
     _, (wheel,) = build_wheel(unpacked_sdist, tmp_path, build_ext="1")

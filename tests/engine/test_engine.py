@@ -206,7 +206,8 @@ def test_sizes_are_captured_when_they_come_for_the_third_time():
     assert FakeGraph.made == 2, "it has come often enough"
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("llama", marks=pytest.mark.soak), "gemma3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_compiled_step_gives_what_an_eager_one_gives(architecture, monkeypatch):
     """Traced and functionalised, without the slow code generation: cache writes must survive it."""
     compile, graphs = torch.compile, []

@@ -98,6 +98,7 @@ def smollm2():
     return load_model("smollm2-135m", dtype="bfloat16")
 
 
+@pytest.mark.soak  # its weights take half a minute to read
 def test_smollm2_ends_its_turns(smollm2):
     """Its GGUF names <|im_start|> as end of sequence, and completions would run to the limit."""
     model, tokenizer = smollm2
@@ -117,11 +118,13 @@ def test_smollm2_answers_and_stops(smollm2):
     assert "Paris" in text and group.completions[0].finish_reason == "stop"
 
 
+@pytest.mark.soak  # its weights take half a minute to read
 def test_smollm2_can_be_trained_by_transformers_own_trainer(smollm2):
     """Which refuses quantized models; these weights are no longer."""
     validate_quantization_for_training(smollm2[0])
 
 
+@pytest.mark.soak  # its weights take half a minute to read
 def test_smollm2_can_be_saved_and_opened_again(smollm2, tmp_path):
     model, tokenizer = smollm2
     model.save_pretrained(tmp_path)
