@@ -108,6 +108,7 @@ def test_the_floor_is_the_gemms_and_nothing_else():
         assert counter.get_total_flops() == flops
 
 
+@pytest.mark.soak
 def test_report_writes_table_figures_and_plots(tmp_path):
     cases = [Case("both", n, 16, 50, dtype="float32", dead=dead) for n in (32, 64) for dead in (0.0, 0.5)]
     cases += [Case("forward", 32, 16, 50), Case("both", 32, 16, 50, frozen=True)]

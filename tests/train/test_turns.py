@@ -27,6 +27,7 @@ TURNS = SMALL | dict(
 )
 
 
+@pytest.mark.soak
 def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_path, monkeypatch):
     """After a short cold start the model calls, reads what the registry returns, and goes on."""
     seen, improve = [], Learner.improve

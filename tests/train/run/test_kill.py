@@ -25,6 +25,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.soak
 def test_killed_runs_end_as_undisturbed_ones():
     """Four kills, one of each kind; ``make soak`` does fifty."""
     done = subprocess.run(
