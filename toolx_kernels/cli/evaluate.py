@@ -83,17 +83,14 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.files import check_new, new_folder
     from toolx_kernels.models.load import check_tokenizer, load_model, processors_of, stop_token_ids
     from toolx_kernels.models.shape import context_of
-    from toolx_kernels.rollout.prompts import Prompts
     from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
     from toolx_kernels.rollout.tool_loop import ToolLoop
-    from toolx_kernels.toolcall.chat import Chat
     from toolx_kernels.toolcall.datasets.builtin_turns import MAX_TURNS, Registry
-    from toolx_kernels.toolcall.rewards import is_correct
     from toolx_kernels.toolcall.rows import Row
-    from toolx_kernels.toolcall.self_exemplify import instructions, is_answer_correct
     from toolx_kernels.train.config import ChatSettings
     from toolx_kernels.train.rows import BUILT_IN, load_eval_rows, some_rows, split_rows
+    from toolx_kernels.train.task import judge_of, prompts_of
 
     if args.output:
         check_new(Path(args.output))
@@ -114,17 +111,15 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     check_tokenizer(model, tokenizer)
     engine = RolloutEngine(model, seed=args.seed)
-    chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
-    form = chat.tool_format
+    own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
+    prompts = prompts_of(asked, tokenizer, context_of(model.get_decoder().config), own_examples)
+    chat, form = prompts.chat, prompts.chat.tool_format
     if unlike := processors_of(model.generation_config):
         print(
             f"The model's generation_config names {unlike}, which transformers' generate applies and no rollout here "
             "does: answers may differ from generate's, greedy ones too."
         )
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, chat))
-    own_examples = args.self_exemplify or bool(trained.get("self_exemplify"))
-    context = context_of(model.get_decoder().config)
-    prompts = Prompts(chat, context, instructions(form) if own_examples else "")
     in_turns = partial(ToolLoop, engine, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
 
     def rollouter_of(dataset: str) -> Rollouter:
@@ -139,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 sampling,
                 n=args.num_generations,
                 ks=args.k,
-                judge=partial(is_answer_correct if own_examples else is_correct, tool_format=form),
+                judge=judge_of(chat, own_examples),
                 progress=dataset,
             )
             for dataset, of_dataset in rows.items()

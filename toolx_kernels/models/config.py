@@ -65,9 +65,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise InputError(
             f"No language model can be made of a {config.model_type} config ({first_line(error)}): {SUPPORTED}."
         ) from error
-    for module in model.modules():
+    for module in model.modules():  # within the context their factors do not change, and positions are not known here
         if getattr(module, "rope_type", None) in ("longrope", "dynamic"):
-            module.rope_type = (
-                "default"  # within the context the factors do not change, and positions are not known here
-            )
+            module.rope_type = "default"
     return model

@@ -92,8 +92,9 @@ class Chat:
         if added := "\n\n".join(filter(None, [instructions, shown, asked])):
             messages = self._with_system(messages, added)
         text = self.template.render(messages, None if asked else tools or None)
+        said = text.replace(MARK, "")
         for message in row.messages:
-            if not _is_shown(message, text.replace(MARK, "")):
+            if not _is_shown(message, said):
                 raise InputError(
                     f"The chat template of {self.template.name} does not show its message of the role "
                     f"{message['role']!r}: rename the role (user, assistant, tool, ...), or leave the row out."

@@ -100,7 +100,7 @@ class Template:
         return self._before + str(text).replace(_SPELT, MARK)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, which writes its own special tokens; cut where ``protect`` put its marks."""
+        """Token ids of ``text``, which writes its own special tokens; cut where a ``Protector`` put its marks."""
         ids: list[int] = []
         for piece in encodable(text).split(MARK):
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]

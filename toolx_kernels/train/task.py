@@ -17,7 +17,7 @@ from toolx_kernels.toolcall.reward_runner import RewardFunctions
 from toolx_kernels.toolcall.rewards import CallReward, is_correct
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, instructions, is_answer_correct
-from toolx_kernels.train.config import RewardSettings, ToolExpanderConfig
+from toolx_kernels.train.config import ChatSettings, RewardSettings
 from toolx_kernels.train.rows import digest, shared_rows
 
 
@@ -44,13 +44,18 @@ def judge_and_rewards(
             else CallReward(form, allow_thoughts=allowed)
         )
     rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
-    return partial(is_answer_correct if args.self_exemplify else is_correct, tool_format=form), rewards
+    return judge_of(chat, args.self_exemplify), rewards
 
 
-def prompts_of(args: ToolExpanderConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Prompts:
-    """The prompts of a run, in the form that ``args`` choose or the tokenizer's chat template wants."""
-    chat = Chat(tokenizer, args.tool_format, args.chat_template_kwargs, args.date)
-    return Prompts(chat, context, instructions(chat.tool_format) if args.self_exemplify else "")
+def judge_of(chat: Chat, self_exemplify: bool) -> Judge:
+    """What is right, in the form in which ``chat`` writes calls."""
+    return partial(is_answer_correct if self_exemplify else is_correct, tool_format=chat.tool_format)
+
+
+def prompts_of(asked: ChatSettings, tokenizer: PreTrainedTokenizerBase, context: int, self_exemplify: bool) -> Prompts:
+    """Prompts in the form that is ``asked`` for or that the tokenizer's chat template wants."""
+    chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
+    return Prompts(chat, context, instructions(chat.tool_format) if self_exemplify else "")
 
 
 class Task:

@@ -129,7 +129,7 @@ class ToolExpanderTrainer:
         rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
         self.model, self.tokenizer = policy_model(model, processing_class, args)
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
-        prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config))
+        prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config), args.self_exemplify)
         chat = prompts.chat
         judge, rewards = judge_and_rewards(args, reward_funcs, chat)
         self.rollouter = chosen_rollouter(args, self.engine, prompts, tools, environment_factory)

@@ -80,7 +80,7 @@ class Workload:
         if tokenizer is None:
             return None
         rows, eval_rows = load_rows(args)
-        prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)))
+        prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)), args.self_exemplify)
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
         index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
         return cls.of(args, prompts, index, rows, eval_rows)
