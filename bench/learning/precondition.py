@@ -18,11 +18,12 @@ from tempfile import TemporaryDirectory
 
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.files import write_atomically
-from toolx_kernels.train.demonstrators import RandomDemonstrations, VerifiedDemonstrations
 from toolx_kernels.train.hard_sampling import Demonstrations, HardSamples, probe
-from toolx_kernels.train.rounds import PROBE_STREAM, VERIFY_STREAM
+from toolx_kernels.train.policies.demonstrators import RandomDemonstrations, VerifiedDemonstrations
+from toolx_kernels.train.rounds import PROBE_STREAM
 from toolx_kernels.train.rows import load_demonstrations, load_rows
 from toolx_kernels.train.trainer import ToolExpanderTrainer
+from toolx_kernels.train.verification import VERIFY_STREAM
 
 
 def main(output: str, *flags: str) -> None:
@@ -31,9 +32,7 @@ def main(output: str, *flags: str) -> None:
         more = load_demonstrations(args.demonstration_dataset)
         trainer = ToolExpanderTrainer(args.model, None, args, *load_rows(args), demonstrations=more)
         rows, collector = trainer.task.rows, trainer.collector
-        drawer = RandomDemonstrations(
-            trainer.task.demonstrations, args.seed, args.few_shots_per_tool, args.max_few_shots, trainer.fitting
-        )
+        drawer = RandomDemonstrations.of(args, trainer.task.demonstrations, trainer.task.prompts)
 
         def hard(shown: list[Demonstrations], stream: int) -> int:
             asked = list(enumerate(shown))

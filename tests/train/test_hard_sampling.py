@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import DemonstrationIndex
 from toolx_kernels.toolcall.datasets import builtin
-from toolx_kernels.train.demonstrators import FewShot, PlainGRPO, RandomDemonstrations, VerifiedDemonstrations
-from toolx_kernels.train.groups import GroupPlan
+from toolx_kernels.train.groups import RAW, GroupPlan, Help
 from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe, waves
+from toolx_kernels.train.policies.demonstrators import RandomDemonstrations, VerifiedDemonstrations
+from toolx_kernels.train.policies.hard_samples import FewShot, PlainGRPO
 
 
 def raw(rows):
@@ -163,7 +164,7 @@ def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_so
     assert calls[1] == solved and all(table.demonstrations(row) for row in hard)
     assert table.counters(2) | {} == {
         "rows": 6, "hard": 6, "replaced": 6, "without_demonstrations": 0, "demonstrations_cut": 0,
-        "recovered": 0, "relapsed": 2,
+        "recovered": 0, "relapsed": 2, "only_shown": 0,
     }  # fmt: skip
 
 
@@ -178,13 +179,13 @@ def test_the_table_tells_the_story_of_every_row(rows):
     table.record(Probe({0: 1, 1: 10, 2: 10}, [1, 2], 0.0), 1)
     assert table.counters(1) == {
         "rows": 3, "hard": 2, "replaced": 0, "without_demonstrations": 2, "demonstrations_cut": 0,
-        "recovered": 1, "relapsed": 1,
+        "recovered": 1, "relapsed": 1, "only_shown": 0,
     }  # fmt: skip
     lines = table.lines()
     assert [line["id"] for line in lines] == [row.id for row in rows[:3]], "a row that was never probed has no line"
     assert lines[0] == {
         "id": rows[0].id, "hard": False, "probes": [[0, 0, 10], [1, 1, 1]], "demonstrations": [], "cut": 0,
-        "verified": None, "tries": 0, "retired": [1], "relapsed": [],
+        "verified": None, "tries": 0, "retired": [1], "relapsed": [], "draws": [0, 0], "only_shown": [],
     }  # fmt: skip
     assert lines[1]["relapsed"] == [1] and lines[1]["hard"]
 
@@ -242,9 +243,9 @@ def test_what_each_form_rolls_out(rows):
 
     shown, _ = chooser(rows).draw(rows[row], 0, 0)
     forms = {form: FewShot(form, chooser(rows)) for form in ("replace", "add", "distill")}
-    assert groups(forms["replace"], row) == [GroupPlan(row, (shown,), shown)]
-    assert groups(forms["add"], row) == [GroupPlan(row), GroupPlan(row, (shown,), shown)]
-    assert groups(forms["distill"], row) == [GroupPlan(row, ((), shown), ())]
+    assert groups(forms["replace"], row) == [GroupPlan(row, (Help(shown),), Help(shown))]
+    assert groups(forms["add"], row) == [GroupPlan(row), GroupPlan(row, (Help(shown),), Help(shown))]
+    assert groups(forms["distill"], row) == [GroupPlan(row, (RAW, Help(shown)))]
     assert groups(PlainGRPO(), row) == [GroupPlan(row)]
     for form in forms.values():
         assert groups(form, easy) == [GroupPlan(easy)], "a row that is not hard is raw"
@@ -290,5 +291,5 @@ def test_ten_thousand_rows_of_which_all_or_none_are_hard(solved):
     counters = table.counters(0)
     assert counters["hard"] == (0 if solved else 10_000) == len(fitted)
     assert counters["replaced"] + counters["without_demonstrations"] == counters["hard"]
-    assert sum(bool(of_row[0].scored_with) for of_row in groups) == counters["replaced"]
+    assert sum(bool(of_row[0].scored_with.demonstrations) for of_row in groups) == counters["replaced"]
     assert len(table.lines()) == 10_000

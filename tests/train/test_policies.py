@@ -7,7 +7,9 @@ from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, ScoredGroup
-from toolx_kernels.train.policies import ClippedLoss, DifficultyWeighted, DynamicSampling, EpochOrder, GroupRelative
+from toolx_kernels.train.policies.advantages import DifficultyWeighted, GroupRelative
+from toolx_kernels.train.policies.loss import ClippedLoss
+from toolx_kernels.train.policies.prompt_order import DynamicSampling, EpochOrder
 
 
 def scored(rewards, correct=None):

@@ -22,7 +22,9 @@ from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.hard_sampling import probe
-from toolx_kernels.train.policies import ClippedLoss, EpochOrder, GroupRelative
+from toolx_kernels.train.policies.advantages import GroupRelative
+from toolx_kernels.train.policies.loss import ClippedLoss
+from toolx_kernels.train.policies.prompt_order import EpochOrder
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.learner import Learner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Literal
@@ -23,10 +24,10 @@ class Prompts:
         # as 4-byte numbers, since a large dataset has tens of millions of tokens
         self._cache: dict[int, tuple[Row, array]] = {}
 
-    def ids(self, row: Row, demonstrations: Sequence[Row] = ()) -> list[int]:
-        """The prompt that a rollout begins with; raw ones are kept."""
-        if demonstrations:
-            return self.render(row, demonstrations)
+    def ids(self, row: Row, demonstrations: Sequence[Row] = (), hint: str = "") -> list[int]:
+        """The prompt that a rollout begins with; raw ones are kept. A hint stands where demonstrations do."""
+        if demonstrations or hint:
+            return self.render(row, demonstrations, "\n\n".join(filter(None, [self.instructions, hint])))
         if id(row) not in self._cache:
             self._cache[id(row)] = row, array("i", self.render(row))
         return self._cache[id(row)][1].tolist()
@@ -38,6 +39,15 @@ class Prompts:
             return self.chat.prompt_ids(row, demonstrations, instructions)
         except InputError as error:
             raise InputError(f"Row {row.id}: {error}") from None
+
+    def hint(self, row: Row, share: float, room: int = 1) -> str:
+        """A sentence that tells this share of the tokens of the row's answer, the first ones; "" where that tells
+        nothing or leaves less room than ``fitting`` asks for."""
+        answer = self.chat.completion_ids(row.answer)[:-1]
+        beginning = self.chat.written_text(answer[: math.ceil(share * len(answer))])
+        text = f"The answer begins: {self.chat.protect_turn(beginning)}"
+        room = min(room, self.context - len(self.ids(row)))
+        return text if beginning and len(self.ids(row, (), text)) + room <= self.context else ""
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
         """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or

@@ -32,12 +32,6 @@ class DemonstrationIndex:
             for name in dict.fromkeys(call["name"] for call in row.answer):
                 self._by_tool.setdefault(name, _Users()).add(sample)
 
-    @classmethod
-    def of(cls, rows: Sequence[Row], more: Iterable[Row]) -> DemonstrationIndex:
-        """Of training rows and of ``more`` rows, without those of these that have a training row's id."""
-        ids = {row.id for row in rows}
-        return cls([*rows, *(row for row in more if row.id not in ids)])
-
     def choose(self, row: Row, rng: random.Random, per_tool: int = 1, limit: int = 3) -> list[Row]:
         """At most ``limit`` demonstrations for ``row``, at most ``per_tool`` for each offered tool, tools in random
         order.

@@ -17,8 +17,9 @@ from toolx_kernels.train.config import ToolExpanderConfig
 # what the trainer calls of its other arguments
 PARTS = {
     "cold_start": ("__next__",),
-    "hard_sample_policy": ("start_round", "groups", "needs_probe"),
-    "prompt_order": ("rows", "keeps", "max_batches"),
+    "hard_sample_policy": ("start_round", "groups", "retry", "needs_probe"),
+    "prompt_order": ("rows", "candidates", "keeps", "max_batches"),
+    "group_selector": ("__call__",),
     "advantage_shaper": ("__call__",),
     "policy_loss": ("denominator", "__call__"),
 }

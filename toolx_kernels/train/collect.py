@@ -1,4 +1,4 @@
-"""Collector: rollouts of training rows, scored into groups or judged for a probe, and the tokens they took."""
+"""Collector: rollouts of training rows, scored into groups or for a probe, and the tokens they took."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
 from toolx_kernels.train.config import RolloutSettings, ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan, ScoredGroup
+from toolx_kernels.train.groups import GroupPlan, Help, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
-from toolx_kernels.train.task import Task
+from toolx_kernels.train.task import Task, solved_by_default
 
-Prompt = tuple[int, Demonstrations]  # the index of a row, and the demonstrations that its prompt shows
+Prompt = tuple[int, Help]  # the index of a row, and what its prompt shows
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 
 
 class Collector:
-    """Rolls out prompts of the training rows and judges the rollouts.
+    """Rolls out prompts of the training rows and rewards the rollouts.
 
-    ``tokens`` counts what the model wrote, by purpose: "step", "probe", "verify", "measure" (the last probe);
-    ``unrewarded`` the rollouts to which no reward function applied, which earn 0.
+    tokens      that the model wrote, by purpose: "step", "retry", "probe", "verify", "measure" (the last probe)
+    prefilled   that it read, likewise: each prompt once for all its rollouts in a call, and what tools answered
+    unrewarded  rollouts to which no reward function applied, which earn 0
     """
 
     def __init__(
@@ -43,41 +44,46 @@ class Collector:
         self.task, self.rollouter, self.args, self.phases = task, rollouter, args, phases
         self.params = args.sampling(stop_token_ids)
         self.tokens: Counter[str] = Counter()
+        self.prefilled: Counter[str] = Counter()
         self.unrewarded = 0
 
     def state_dict(self) -> dict:
-        return {"tokens": dict(self.tokens), "unrewarded": self.unrewarded}
+        return {"tokens": dict(self.tokens), "prefilled": dict(self.prefilled), "unrewarded": self.unrewarded}
 
     def load_state_dict(self, state: dict) -> None:
         self.tokens.update(state["tokens"])
+        self.prefilled.update(state["prefilled"])
         self.unrewarded = state["unrewarded"]
 
-    def groups(self, plans: Sequence[GroupPlan], batch: int) -> list[ScoredGroup]:
-        """Samples and scores the groups of batch number ``batch``; all their prompts go to the engine together."""
-        prompts = [(plan.row, shown) for plan in plans for shown in plan.demonstrations]
+    def groups(self, plans: Sequence[GroupPlan], stream: int, purpose: str = "step") -> list[ScoredGroup]:
+        """Samples and scores the groups of a batch, all their prompts together, with the random numbers of ``stream``;
+        ``purpose`` is "step" or "retry"."""
+        prompts = [(plan.row, shown) for plan in plans for shown in plan.shown]
         # one stream of random numbers for each prompt of a row in a batch
         prompts_of_row: Counter[int] = Counter()
         row_ids = []
         for row, _ in prompts:
             row_ids.append(row + prompts_of_row[row] * len(self.task.rows))
             prompts_of_row[row] += 1
-        sampled = iter(self._roll_out(prompts, self.args.num_generations, self.rollouter, "step", row_ids, batch))
+        sampled = iter(self._roll_out(prompts, self.args.num_generations, self.rollouter, purpose, row_ids, stream))
         groups = []
         for plan in plans:
-            group = ScoredGroup(plan, self.task.prompts.ids(self.task.rows[plan.row], plan.scored_with), [], [])
-            for shown in plan.demonstrations:
+            group = ScoredGroup(plan, self.task.prompts.ids(self.task.rows[plan.row], *plan.scored_with))
+            for shown in plan.shown:
                 rollouts = next(sampled)
                 group.rollouts += rollouts
-                group.on_policy_prompt += [shown == plan.scored_with] * len(rollouts)
+                group.shown += [shown] * len(rollouts)
+                group.retried += [purpose == "retry"] * len(rollouts)
             groups.append(group)
         self._score(groups)
         return groups
 
     def attempt(self, stream: int, purpose: str, rollouter: Rollouter | None = None) -> Attempt:
-        """A function for ``probe`` that rolls prompts out, each until it has a correct rollout, with the random numbers
+        """A function for ``probe`` that rolls prompts out, each until it has a solved rollout, with the random numbers
         of ``stream``."""
 
-        def solved_by(prompts: list[Prompt], n: int, first: int) -> list[bool]:
+        def solved_by(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
+            prompts = [(row, Help(shown)) for row, shown in asked]
             solved: list[bool] = []
             size = max(1, MAX_ROLLOUTS // n)
             with tqdm(total=len(prompts), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
@@ -93,16 +99,23 @@ class Collector:
     def _solved(
         self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first_rollout: int
     ) -> list[bool]:
-        """Of each prompt: whether one of its ``n`` rollouts is correct, which cancels those that are still going on."""
+        """Of each prompt: whether one of its ``n`` rollouts is solved. By the default reward, which takes no time, that
+        cancels those that are still going on; a user's functions get all rollouts at once."""
         solved = [False] * len(prompts)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.task.judge(rollout.answer_text, self.task.rows[prompts[place][0]])
+            solved[place] |= self.task.solves([self.task.rows[prompts[place][0]]], [rollout])[0]
             return solved[place]
 
         row_ids = [row for row, _ in prompts]
-        self._roll_out(prompts, n, rollouter, purpose, row_ids, stream, first_rollout, ends_its_group)
-        return solved
+        at_once = self.task.solved is solved_by_default
+        on_rollout = ends_its_group if at_once else None
+        groups = self._roll_out(prompts, n, rollouter, purpose, row_ids, stream, first_rollout, on_rollout)
+        if at_once:
+            return solved
+        rows = [self.task.rows[row] for row, _ in prompts for _ in range(n)]
+        flags = self.task.solves(rows, [rollout for rollouts in groups for rollout in rollouts])
+        return [any(flags[place * n : (place + 1) * n]) for place in range(len(prompts))]
 
     def _roll_out(
         self,
@@ -116,8 +129,9 @@ class Collector:
         on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         rows = [self.task.rows[row] for row, _ in prompts]
-        ids = [self.task.prompts.ids(row, shown) for row, (_, shown) in zip(rows, prompts, strict=True)]
-        with self.phases.phase("rollout" if purpose == "step" else "probe"):
+        ids = [self.task.prompts.ids(row, *shown) for row, (_, shown) in zip(rows, prompts, strict=True)]
+        self.prefilled[purpose] += sum(map(len, ids))
+        with self.phases.phase("rollout" if purpose in ("step", "retry") else "probe"):
             groups = rollouter.roll_out(
                 rows,
                 ids,
@@ -133,6 +147,7 @@ class Collector:
                 if not math.isfinite(sum(rollout.logprobs) + sum(rollout.entropies)):
                     raise DivergedError(f"the model's log-probs on row {row.id} are not finite")
                 self.tokens[purpose] += rollout.written
+                self.prefilled[purpose] += len(rollout.ids) - rollout.written
         return groups
 
     def _score(self, groups: Sequence[ScoredGroup]) -> None:
@@ -141,7 +156,7 @@ class Collector:
         with self.phases.phase("reward"):
             scores = self.task.rewards(rows, rollouts)
         self.unrewarded += scores.unrewarded
-        total = iter(scores.total)
+        total, solved = iter(scores.total), iter(self.task.solved(scores))
         parts = {name: iter(values) for name, values in scores.parts.items()}
         for group in groups:
             group.rewards = [next(total) for _ in group.rollouts]
@@ -149,6 +164,7 @@ class Collector:
             group.correct = [
                 self.task.judge(rollout.answer_text, self.task.rows[group.plan.row]) for rollout in group.rollouts
             ]
+            group.solved = [next(solved) for _ in group.rollouts]
 
 
 def chosen_rollouter(

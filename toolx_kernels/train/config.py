@@ -7,20 +7,25 @@ Each field is a flag of ``toolx train`` and a YAML key; names are TRL's where TR
 from __future__ import annotations
 
 import datetime
-import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.loss_config import GRPOLossConfig, LossType
+from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.settings import NO_LIMIT_OR_POSITIVE, POSITIVE, SHARE, Bounds, Settings, setting
+from toolx_kernels.train.method_settings import (
+    HardSamplingSettings,
+    ImitationSettings,
+    LossSettings,
+    RewardSettings,
+)
 
 if TYPE_CHECKING:  # it loads torch, and a parser of flags is made without
     from toolx_kernels.engine.types import SamplingParams
 
 BELOW_1 = Bounds("lie in [0, 1)", lambda value: 0 <= value < 1)
-BY_LOSS, BY_SAMPLING = "GRPOLossConfig checks it", "SamplingParams checks it"
+BY_SAMPLING = "SamplingParams checks it"
 
 
 @dataclass(kw_only=True)
@@ -56,6 +61,9 @@ class DataSettings(Settings):
     eval_dataset: str | None = setting(None, "as --dataset; by default a held-out part of --dataset")
     demonstration_dataset: str | None = setting(
         None, "as --dataset: more rows that demonstrations are taken from, besides the training rows"
+    )
+    demonstrate_training_rows: bool = setting(
+        True, "demonstrations are taken from the training rows too; false: only from --demonstration_dataset"
     )
     calls: int | None = setting(
         None, "keep only rows whose answer has this many calls", unbounded="a number that no row has leaves no rows"
@@ -100,8 +108,13 @@ class RolloutSettings(Settings):
 
     num_generations: int = setting(5, "completions per prompt, G", least=1)
     prompts_per_step: int = setting(8, "prompts in one optimizer step", least=1)
-    prompt_sampling: Literal["epochs", "dynamic"] = setting(
-        "epochs", "dynamic: groups of equal reward are dropped and the step filled up with the next prompts (DAPO)"
+    prompt_sampling: Literal["epochs", "dynamic", "solve-rate"] = setting(
+        "epochs",
+        "epochs: every prompt once an epoch; dynamic: groups of equal reward are dropped and the step filled up with "
+        "the next prompts (DAPO); solve-rate: prompts that are nearly always or nearly never solved are left out",
+    )
+    rollout_selection: Literal["all", "max-variance"] = setting(
+        "all", "rollouts of a group that are learned from; max-variance: the half whose rewards differ most"
     )
     temperature: float = setting(0.7, "of sampling, and of the loss", bounds=POSITIVE)
     top_k: int = setting(0, "0 is off", unbounded=BY_SAMPLING)
@@ -130,84 +143,6 @@ class RolloutSettings(Settings):
             min_p=self.min_p,
             stop_token_ids=stop_token_ids,
         )
-
-
-@dataclass(kw_only=True)
-class HardSamplingSettings(Settings):
-    """Dynamic multi-round hard sampling."""
-
-    hard_sampling: Literal["replace", "add", "distill", "none"] = setting(
-        "replace",
-        "hard prompts get demonstrations for a round: instead of the raw prompt (replace), besides it (add), or "
-        "besides it with the loss on the raw prompt (distill); none: plain GRPO, whose hard prompts are only counted",
-    )
-    probe_rollouts: int = setting(10, "rollouts that decide whether a prompt is hard", least=1)
-    epochs_per_round: int = setting(1, "passes over the training rows between two probes", least=1)
-    few_shots_per_tool: int = setting(1, "demonstrations per offered tool", least=1)
-    max_few_shots: int = setting(3, "demonstrations per prompt", least=1)
-    demonstrations: Literal["random", "better"] = setting(
-        "random", "better: drawn again until they make a model answer correctly; where none do, the prompt stays raw"
-    )
-    verification: Literal["cautious", "bold"] = setting(
-        "cautious", "of better demonstrations: by the model before RL (cautious) or the present one (bold)"
-    )
-    demonstration_tries: int = setting(4, "draws of better demonstrations per row and round", least=1)
-    verify_rollouts: int = setting(4, "rollouts that verify a draw; the first correct one ends them", least=1)
-
-
-@dataclass(kw_only=True)
-class RewardSettings(Settings):
-    """Rewards, self-exemplifying thinking, advantages."""
-
-    self_exemplify: bool = setting(
-        False, "the model writes examples of its own and thinks before it answers; its reward rewards the examples"
-    )
-    thoughts: Literal["auto", "allowed", "forbidden"] = setting(
-        "auto",
-        "whether the default reward lets a turn begin with a thought; auto: where the chat template expects one. A "
-        "thought is never read for calls",
-    )
-    distinct_examples: bool = setting(
-        True, "duplicates and trivial edits of one another count as one example; false judges by parse and count alone"
-    )
-    reward_weights: list[float] | None = setting(
-        None, "one per reward function; all 1 by default", unbounded="a weight below 0 punishes"
-    )
-    reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take", bounds=POSITIVE)
-    scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose std divides the advantages")
-    min_reward_std: float = setting(
-        0.1,
-        "the least std of a group that divides advantages, so that a bonus of 0.01 stays small; 0: none (0 / 1 rewards "
-        "of up to 100 rollouts never have less)",
-        bounds=Bounds("be a number that is not negative", lambda std: 0 <= std < math.inf),
-    )
-    advantage_shaping: Literal["group", "difficulty"] = setting(
-        "group", "difficulty: weighted by how middling a prompt's difficulty is (Observe-R1)"
-    )
-
-
-@dataclass(kw_only=True)
-class LossSettings(Settings):
-    """The loss, and how often a batch is learned from."""
-
-    loss_type: LossType = setting("grpo", "the objective, and how token losses are averaged")
-    epsilon: float = setting(0.2, "lower clip", unbounded=BY_LOSS)
-    epsilon_high: float | None = setting(0.26, "upper clip", unbounded=BY_LOSS)
-    delta: float | None = setting(None, "two-sided clip", unbounded=BY_LOSS)
-    beta: float = setting(0.0, "weight of the KL to the model before RL; 0 needs no reference model", unbounded=BY_LOSS)
-    importance_sampling_level: Literal["token", "sequence"] = setting("token", "sequence is GSPO")
-    num_iterations: int = setting(
-        1, "updates from one batch; with 1 the ratio is exactly 1 and no old log-probs exist", least=1
-    )
-    old_logprobs: Literal["trainer", "sampler"] = setting(
-        "trainer",
-        "what ratios start from where a batch has several updates: the log-probs of the first update's own forward, or "
-        "those that the sampler reported",
-    )
-    importance_sampling_mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
-        setting("none", "weights for what trainer and sampler disagree in, cut or left out beyond the cap")
-    )
-    importance_sampling_cap: float = setting(2.0, "largest of these weights", bounds=POSITIVE)
 
 
 @dataclass(kw_only=True)
@@ -240,6 +175,11 @@ class UpdateSettings(Settings):
     max_tokens: int = setting(
         -1,
         "stop after N tokens: generated (including the method's probes) plus trained-on tokens",
+        bounds=NO_LIMIT_OR_POSITIVE,
+    )
+    max_fe: int = setting(
+        -1,
+        "stop after N forward-equivalents: tokens prefilled, written, and 3 times those trained on (docs/remedies.md)",
         bounds=NO_LIMIT_OR_POSITIVE,
     )
     micro_batch_tokens: int = setting(
@@ -293,6 +233,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
     ColdStartSettings,
     AdapterSettings,
     UpdateSettings,
+    ImitationSettings,
     LossSettings,
     RewardSettings,
     HardSamplingSettings,
@@ -312,13 +253,21 @@ class ToolExpanderConfig(  # the fields of the last base come first
     def __post_init__(self) -> None:
         super().__post_init__()
         from_sampler = self.num_iterations > 1 and self.old_logprobs == "sampler"
-        if self.hard_sampling == "distill" and (from_sampler or self.importance_sampling_mode != "none"):
+        elsewhere = self.hard_sampling == "distill" or (self.hard_sampling == "retry" and self.retry_learns == "raw")
+        if elsewhere and (from_sampler or self.importance_sampling_mode != "none"):
             mode = f"importance_sampling_mode={self.importance_sampling_mode}"
             which = "old_logprobs=sampler" if from_sampler else mode
             raise InputError(
-                f"{which} compares log-probs on one prompt, and hard_sampling=distill samples on another one than it "
-                "learns on: leave it at its default there."
+                f"{which} compares log-probs on one prompt, and hard_sampling={self.hard_sampling} samples on another "
+                "one than it learns on: leave it at its default there."
             )
+        if self.self_exemplify and (self.sft_fraction or self.sft_coef):
+            raise InputError(
+                "self_exemplify=True wants examples before an answer, and sft_fraction and sft_coef imitate answers "
+                "alone: leave them at 0."
+            )
+        if self.self_exemplify and self.reward != "exact":
+            raise InputError(f"self_exemplify=True has a reward of its own: leave reward={self.reward} out.")
         if from_sampler and self.importance_sampling_mode != "none":
             raise InputError(
                 f"importance_sampling_mode={self.importance_sampling_mode} weighs what trainer and sampler disagree "
@@ -338,7 +287,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
     def needs_reference(self) -> bool:
         """Whether the model before RL is kept: for the KL term, or because it is what verifies demonstrations."""
         cautious = self.demonstrations == "better" and self.verification == "cautious"
-        return bool(self.beta) or (cautious and self.hard_sampling != "none")
+        return bool(self.beta) or (cautious and self.probes)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -1,7 +1,7 @@
 """Dynamic multi-round hard sampling (arXiv 2510.07737): what happens to prompts that the model never gets right.
 
-A training row is *hard* when none of ``probe_rollouts`` rollouts of its raw prompt is correct. Before each round its
-rows are probed; a hard row gets demonstrations for that round, and is raw again once a probe solves it.
+A training row is *hard* when none of ``probe_rollouts`` rollouts of its raw prompt is solved (``Task.solved``). Before
+each round its rows are probed; a hard row gets demonstrations for that round, and is raw again once a probe solves it.
 
     probe -> HardSamples (the table) -> Demonstrator (which demonstrations) -> policy (what is rolled out with them)
 """
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.groups import RAW, ScoredGroup
 
 Demonstrations = tuple[Row, ...]
-# Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them correct?
+# Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them solved?
 Attempt = Callable[[list[tuple[int, Demonstrations]], int, int], list[bool]]
 
 
@@ -24,8 +25,8 @@ Attempt = Callable[[list[tuple[int, Demonstrations]], int, int], list[bool]]
 class Probe:
     """What a probe found.
 
-    tried     per probed row, the rollouts begun when it left: after the first wave with a correct one, or after all
-    hard      the rows without any correct rollout, in the order asked
+    tried     per probed row, the rollouts begun when it left: after the first wave with a solved one, or after all
+    hard      the rows without any solved rollout, in the order asked
     """
 
     tried: dict[int, int]
@@ -38,7 +39,7 @@ class Probe:
 
 
 def waves(rollouts: int) -> list[int]:
-    """Sizes of the waves in which a prompt is probed: it leaves after the first wave that holds a correct rollout.
+    """Sizes of the waves in which a prompt is probed: it leaves after the first wave that holds a solved rollout.
 
     >>> waves(10)
     [1, 3, 6]
@@ -52,7 +53,7 @@ def waves(rollouts: int) -> list[int]:
 
 
 def probe(asked: Iterable[tuple[int, Demonstrations]], rollouts: int, attempt: Attempt) -> Probe:
-    """Rolls out each row's prompt with its demonstrations (none: raw) until one rollout is correct."""
+    """Rolls out each row's prompt with its demonstrations (none: raw) until one rollout is solved."""
     started = time.perf_counter()
     left = list(asked)
     tried, first = {row: 0 for row, _ in left}, 0
@@ -74,22 +75,26 @@ def probe(asked: Iterable[tuple[int, Demonstrations]], rollouts: int, attempt: A
 class RowState:
     """What is known of one training row; a line of ``hard_samples.jsonl``.
 
-    probes          [round, correct (0 or 1: it leaves at the first), rollouts begun] of each probe
+    probes          [round, solved (0 or 1: it leaves at the first), rollouts begun] of each probe
+    draws           [rollouts, how many were solved] of its raw prompt in steps, retries aside
     demonstrations  ids of the rows that its prompt shows in the present round; none: it is raw
     cut             demonstrations that were left out of these because the model's context would not hold them
     verified        whether these made a model answer correctly; null when nobody asked
     tries           choices of demonstrations that were tried for the present ones
     retired         rounds whose probe solved the row after one that had not
     relapsed        rounds whose probe failed on the row after one that had solved it
+    only_shown      rounds in which all rollouts with demonstrations were solved, so that nothing was learned
     """
 
     probes: list[list[int]] = field(default_factory=list)
+    draws: list[int] = field(default_factory=lambda: [0, 0])
     demonstrations: list[str] = field(default_factory=list)
     cut: int = 0
     verified: bool | None = None
     tries: int = 0
     retired: list[int] = field(default_factory=list)
     relapsed: list[int] = field(default_factory=list)
+    only_shown: list[int] = field(default_factory=list)
 
     @property
     def hard(self) -> bool:
@@ -128,6 +133,21 @@ class HardSamples:
                 self.show(row, (), 0, None, 0)
         self.hard += len(hard) - before
 
+    def draw(self, groups: Iterable[ScoredGroup], round_index: int) -> None:
+        """Enters what a step has sampled for rows, before anything is retried.
+
+        Where a group is scored with demonstrations and all of it is solved, it has no gradient, and would have none the
+        next time: the row's prompt shows one demonstration less from here on, and none once the last one is gone.
+        """
+        for group in groups:
+            state, help = self.states[group.plan.row], group.plan.scored_with
+            raw = [solved for solved, shown in zip(group.solved, group.shown, strict=True) if shown == RAW]
+            state.draws = [state.draws[0] + len(raw), state.draws[1] + sum(raw)]
+            if help.demonstrations and all(group.solved):
+                state.demonstrations = state.demonstrations[:-1]
+                if round_index not in state.only_shown:
+                    state.only_shown.append(round_index)
+
     def show(self, row: int, demonstrations: Demonstrations, cut: int, verified: bool | None, tries: int) -> None:
         state = self.states[row]
         state.demonstrations = [demonstration.id for demonstration in demonstrations]
@@ -139,7 +159,8 @@ class HardSamples:
     def counters(self, round_index: int) -> dict[str, int]:
         """Of the rows that were probed for the round: how many are hard, how many of these are shown with
         demonstrations and how many found none, how many demonstrations the context cut from these, how many rows are
-        solved or hard unlike the last time."""
+        solved or hard unlike the last time, and of how many hard rows demonstrations solved all rollouts since the
+        last time."""
         probed = [state for state in self.states if state.probes and state.probes[-1][0] == round_index]
         hard = [state for state in probed if state.hard]
         shown = sum(bool(state.demonstrations) for state in hard)
@@ -151,15 +172,16 @@ class HardSamples:
             "demonstrations_cut": sum(state.cut for state in hard),
             "recovered": sum(round_index in state.retired for state in probed),
             "relapsed": sum(round_index in state.relapsed for state in probed),
+            "only_shown": sum(_only_shown_since_last_probe(state) for state in hard),
         }
 
     def lines(self) -> list[dict]:
-        """The table for people: one object per row that was ever probed."""
+        """The table for people: one object per row that was ever probed or sampled."""
         names = tuple(RowState.__dataclass_fields__)
         return [
             {"id": row.id, "hard": state.hard} | {name: getattr(state, name) for name in names}
             for row, state in zip(self.rows, self.states, strict=True)
-            if state.probes
+            if state.probes or state.draws[0]
         ]
 
     def load(self, lines: Iterable[dict]) -> None:
@@ -168,3 +190,8 @@ class HardSamples:
             values = {name: line[name] for name in RowState.__dataclass_fields__}
             self.states[self._place[line["id"]]] = RowState(**values)
         self.hard = sum(state.hard for state in self.states)
+
+
+def _only_shown_since_last_probe(state: RowState) -> bool:
+    before = state.probes[-2][0] if len(state.probes) > 1 else 0
+    return bool(state.only_shown) and state.only_shown[-1] >= before

@@ -25,7 +25,7 @@ from toolx_kernels.toolcall.parse import split_thought
 from toolx_kernels.toolcall.rewards import completion_turns
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import ScoredGroup
+from toolx_kernels.train.groups import RAW, ScoredGroup
 from toolx_kernels.train.hard_sampling import Probe
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
@@ -135,15 +135,16 @@ class Reporter:
         self.run.log("cold_start", step, {"seconds": seconds}, **metrics)
         self.doing(f"cold start {step}/{self.args.cold_start_steps}, loss {metrics['loss']:.3f}")
 
-    def evaluation(self, step: int, evaluate: Callable[[], Scores], spent_tokens: int) -> float:
+    def evaluation(self, rounds: Rounds, evaluate: Callable[[], Scores]) -> float:
         """Runs ``evaluate`` and logs its scores; returns the accuracy."""
         started = time.perf_counter()
         with self.phases.phase("evaluation"):
             scores = evaluate()
         timing = {"seconds": time.perf_counter() - started}
         parts = {name: score.accuracy.value for name, score in scores.parts.items()}
-        self.run.log("eval", step, timing, accuracy=scores.accuracy, parts=parts, spent_tokens=spent_tokens)
-        self.evaluated = step
+        spent = {"spent_tokens": rounds.spent_tokens, "spent_fe": rounds.spent_fe}
+        self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **spent)
+        self.evaluated = rounds.step
         return scores.accuracy
 
     def before(self, accuracy: float) -> None:
@@ -153,7 +154,8 @@ class Reporter:
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs what a probe found, and the table of all rows."""
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
-        counts = {"rollouts": found.rollouts, "saved_rollouts": saved, "spent_tokens": rounds.spent_tokens}
+        counts = {"rollouts": found.rollouts, "saved_rollouts": saved}
+        counts |= {"spent_tokens": rounds.spent_tokens, "spent_fe": rounds.spent_fe}
         self.run.log("probe", rounds.step, {"seconds": found.seconds}, round=round_index, **counters, **counts)
         self.run.write_hard_samples(rounds.table.lines())
 
@@ -178,13 +180,14 @@ class Reporter:
         self,
         step: int,
         round_index: int,
-        sampled: Sequence[ScoredGroup],
-        trained: Sequence[ScoredGroup],
-        dropped: int,
+        sampled: Sequence[ScoredGroup] = (),
+        trained: Sequence[ScoredGroup] = (),
+        dropped: int = 0,
         **values,
     ) -> dict:
         """Logs a step: the groups that it ``sampled``, those of them that it ``trained`` on, how many the prompt order
-        ``dropped``, and other ``values``. Returns its line of metrics.jsonl.
+        ``dropped``, and other ``values``. Returns its line of metrics.jsonl. One that sampled nothing is supervised, an
+        event of its own ("sft").
 
         Its ``timing``:
 
@@ -196,6 +199,9 @@ class Reporter:
                             None where there is no memory for one
         """
         seconds, phases = self._step
+        if not sampled:
+            timing = {"seconds": seconds, "phases": phases}
+            return self.run.log("sft", step, timing, round=round_index, **values)
         learned = self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
         flops = self._flops.sampled(sampled) + learned
         written = sum(rollout.written for group in sampled for rollout in group.rollouts)
@@ -205,14 +211,17 @@ class Reporter:
             "tokens_per_second": written / phases["rollout"],
             "flop_share": flops / seconds / self._gemm_speed if self._gemm_speed else None,
         }
-        for line in rollout_lines(sampled, self.task.rows, self.args.num_generations, self.args.log_completions):
+        for line in rollout_lines(sampled, self.task.rows, self.args.log_completions):
             self.run.log_rollout(step=step, **line)
         return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
 
     def progress(self, record: dict, hard: int) -> None:
         """Moves the bar on by a step."""
-        reward, accuracy, timing = record["reward"], record["accuracy"], describe_timing(record["timing"])
-        self._bar.set_postfix_str(f"reward {reward:.2f}, accuracy {accuracy:.2f}, hard {hard}, {timing}")
+        if record["event"] == "sft":
+            self._bar.set_postfix_str(f"loss {record['loss']:.3f}")
+        else:
+            reward, accuracy, timing = record["reward"], record["accuracy"], describe_timing(record["timing"])
+            self._bar.set_postfix_str(f"reward {reward:.2f}, accuracy {accuracy:.2f}, hard {hard}, {timing}")
         self._bar.update()
 
     # ---- the end
@@ -243,18 +252,22 @@ class Reporter:
 
 
 def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
-    """Means over all groups that a step sampled, of which the prompt order ``dropped`` so many."""
+    """Means over all groups that a step sampled, of which the prompt order ``dropped`` so many: of rewards and of what
+    is right or solved over first draws, of lengths and the like over all rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    correct = [flag for group in groups for flag in group.correct]
-    rewards = [reward for group in groups for reward in group.rewards]
+    first = [group.part(places) for group in groups if (places := group.first_places)]
+    correct = [flag for group in first for flag in group.correct]
+    rewards = [reward for group in first for reward in group.rewards]
     written = sum(rollout.written for rollout in rollouts)
     thoughts = [_thought(rollout) for rollout in rollouts]
     return {
         "reward": sum(rewards) / len(rewards),
-        "rewards": {name: _mean_part(groups, name) for name in groups[0].parts},
+        "rewards": {name: _mean_part(first, name) for name in first[0].parts},
         "accuracy": sum(correct) / len(correct),
-        "solved": sum(any(group.correct) for group in groups) / len(groups),
-        "replaced": sum(any(group.plan.demonstrations) for group in groups),
+        "solved": sum(not group.dead for group in first) / len(first),
+        "replaced": sum(group.shown[0] != RAW or group.shown[-1] != RAW for group in first),
+        "retried": sum(group.tries > 0 for group in first),
+        "revived": sum(group.revived for group in first),
         "dropped": dropped,
         "sampler_entropy": sum(sum(rollout.entropies) for rollout in rollouts) / written,
         "completion_length": written / len(rollouts),
@@ -276,19 +289,25 @@ def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def rollout_lines(groups: Sequence[ScoredGroup], rows: Sequence[Row], size: int, count: int) -> Iterator[dict]:
+def _mean(advantage: float | list[float]) -> float:
+    return sum(advantage) / len(advantage) if isinstance(advantage, list) else advantage
+
+
+def rollout_lines(groups: Sequence[ScoredGroup], rows: Sequence[Row], count: int) -> Iterator[dict]:
     """At most ``count`` lines of rollouts.jsonl: one rollout of each group, then another one of each, ..."""
     longest = max(len(group.rollouts) for group in groups)
     places = ((place, group) for place in range(longest) for group in groups if place < len(group.rollouts))
     for place, group in islice(places, count):
         yield {
             "row": rows[group.plan.row].id,
-            "demonstrations": [demonstration.id for demonstration in group.plan.demonstrations[place // size]],
-            "learned_with": [demonstration.id for demonstration in group.plan.scored_with],
+            "demonstrations": [demonstration.id for demonstration in group.shown[place].demonstrations],
+            "hint": group.shown[place].hint,
+            "retried": group.retried[place],
+            "learned_with": [demonstration.id for demonstration in group.plan.scored_with.demonstrations],
             "prompt": rows[group.plan.row].user_text,
             "completion": group.rollouts[place].text,
             "reward": group.rewards[place],
-            "advantage": group.advantages[place] if group.advantages else None,
+            "advantage": _mean(group.advantages[place]) if group.advantages else None,
         }
 
 

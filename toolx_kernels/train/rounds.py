@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.demonstrators import HardSamplePolicy
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe
-from toolx_kernels.train.policies import PromptOrder
+from toolx_kernels.train.policies.hard_samples import HardSamplePolicy
+from toolx_kernels.train.policies.prompt_order import PromptOrder
 
-# Probes and verifications draw from other random streams than training steps.
+# Retries and probes draw from other random streams than the first draws of steps, and verifications from yet others.
+RETRY_STREAM = 1 << 30
 PROBE_STREAM = 1 << 31
-VERIFY_STREAM = 3 << 30
+MOST_TRIES = 16  # of one step, each with a stream of its own
 
 
 class Rounds:
@@ -21,6 +24,7 @@ class Rounds:
     batch           batches drawn: one a step, unless groups are dropped and the step filled up
     probed_round    the one whose probe was done last
     trained_tokens  that passed through the training forward
+    trained_fe      forward-equivalents of all updates, see ``Learner.improve``
     table           the state of every training row
     """
 
@@ -33,7 +37,7 @@ class Rounds:
         args: ToolExpanderConfig,
     ):
         self.table, self.policy, self.order, self.collector, self.args = table, policy, order, collector, args
-        self.step = self.batch = self.trained_tokens = 0
+        self.step = self.batch = self.trained_tokens = self.trained_fe = 0
         self.probed_round = -1
         self._begun = -1  # by this process; a resumed run begins its round once more
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
@@ -43,12 +47,13 @@ class Rounds:
             self.total = min(self.total, args.max_steps * order.max_batches)
 
     def state_dict(self) -> dict:
-        names = ("step", "batch", "probed_round", "trained_tokens")
+        names = ("step", "batch", "probed_round", "trained_tokens", "trained_fe")
         return {name: getattr(self, name) for name in names} | {"table": self.table.lines()}
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.batch = state["step"], state["batch"]
-        self.probed_round, self.trained_tokens = state["probed_round"], state["trained_tokens"]
+        self.probed_round = state["probed_round"]
+        self.trained_tokens, self.trained_fe = state["trained_tokens"], state["trained_fe"]
         self.table.load(state["table"])
         self._begun = -1
 
@@ -60,10 +65,19 @@ class Rounds:
         return min(self.total, self.args.max_steps) if self.args.max_steps > 0 else self.total
 
     @property
+    def progress(self) -> float:
+        """The share of the run that is done, by the limit that ends it first; 1 or more: all of it.
+
+        Without a budget of steps or tokens a run is its batches; supervised steps, which draw none, count as one each.
+        """
+        args = self.args
+        spent = [(self.step, args.max_steps), (self.spent_tokens, args.max_tokens), (self.spent_fe, args.max_fe)]
+        budgets = [(done, limit) for done, limit in spent if limit > 0] or [(self.step, self.total)]
+        return max(done / limit if limit else 1.0 for done, limit in [*budgets, (self.batch, self.total)])
+
+    @property
     def finished(self) -> bool:
-        out_of_tokens = 0 < self.args.max_tokens <= self.spent_tokens
-        out_of_steps = 0 < self.args.max_steps <= self.step
-        return out_of_tokens or out_of_steps or self.batch >= self.total
+        return self.progress >= 1
 
     @property
     def next_round(self) -> int:
@@ -79,32 +93,47 @@ class Rounds:
         """Rounds or epochs before that of the batch drawn last, or steps done."""
         if unit == "step":
             return self.step
-        return (self.batch - 1) // {"round": self.per_round, "epoch": self.per_epoch}[unit]
+        return max(0, self.batch - 1) // {"round": self.per_round, "epoch": self.per_epoch}[unit]
 
     @property
     def spent_tokens(self) -> int:
         """Tokens that the method cost so far: written in steps and verifications, trained on, and written in probes
         if the hard-sample policy needs them; evaluations and the last probe are measurements."""
-        tokens = self.collector.tokens
-        probed = tokens["probe"] if getattr(self.policy, "needs_probe", True) else 0
-        return self.trained_tokens + tokens["step"] + tokens["verify"] + probed
+        return self.trained_tokens + sum(self.collector.tokens[purpose] for purpose in self._of_method())
+
+    @property
+    def spent_fe(self) -> int:
+        """The same in forward-equivalents: what was prefilled counts too, and training three times or more."""
+        read, written = self.collector.prefilled, self.collector.tokens
+        return self.trained_fe + sum(read[purpose] + written[purpose] for purpose in self._of_method())
+
+    def _of_method(self) -> list[str]:
+        return ["step", "retry", "verify", *(["probe"] if self.policy.needs_probe else [])]
 
     # ---- probes
 
-    def members(self, round_index: int) -> list[int]:
-        """The training rows that a round may use, in dataset order."""
+    @property
+    def _probe_every(self) -> int:
+        """Rounds between two probes; 0: only the first round has one."""
+        return self.args.probe_every or int(self.policy.needs_probe)
+
+    def members(self, round_index: int, rounds: int = 1) -> list[int]:
+        """The training rows that so many rounds may use, in dataset order."""
         first = round_index * self.per_round
-        batches = range(first, min(first + self.per_round, self.total))
-        return sorted({row for batch in batches for row in self.order.rows(batch)})
+        return self.order.candidates(range(first, min(first + rounds * self.per_round, self.total)))
 
     def begin_round(self) -> Probe | None:
-        """Probes the raw prompts of the next batch's round, then lets the policy choose what it shows with hard ones.
+        """Probes the raw prompts of the next batch's round, and of those up to the next probe, then lets the policy
+        choose what it shows with hard ones.
 
         When a resumed run begins a round again, only rows that an earlier, smaller ``max_steps`` skipped are probed.
-        Returns None if there are none.
+        Returns None if there are none, or no probe is due.
         """
-        index = self._begun = self.next_round
-        members = self.members(index)
+        index, every = self.next_round, self._probe_every
+        self._begun = index
+        if index % every if every else index:
+            return None
+        members = self.members(index, every or 1)
         if self.probed_round == index:
             done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == index}
             members = [row for row in members if row not in done]
@@ -116,11 +145,11 @@ class Rounds:
         return found
 
     def measure(self) -> Probe:
-        """Probes the rows of the first round once more, after the run."""
-        return self.probe(self.members(0), self.probed_round + 1, "measure")
+        """Probes the rows of the first probe once more, after the run."""
+        return self.probe(self.members(0, self._probe_every or 1), self.probed_round + 1, "measure")
 
     def probe(self, members: list[int], round_index: int, purpose: str = "probe") -> Probe:
-        """Finds the rows among ``members`` whose raw prompts get no correct rollout, and enters them in the table."""
+        """Finds the rows among ``members`` whose raw prompts get no solved rollout, and enters them in the table."""
         attempt = self.collector.attempt(PROBE_STREAM + round_index, purpose)
         found = probe([(row, ()) for row in members], self.args.probe_rollouts, attempt)
         self.table.record(found, round_index)
@@ -139,17 +168,41 @@ class Rounds:
         batches = range(self.batch, min(end_of_round, self.batch + self.order.max_batches))
         wanted = 0
         for batch in batches:
-            plans = [plan for row in self.order.rows(batch) for plan in self.policy.groups(self.table, row)]
+            rows = self.order.rows(batch, self.table)
+            plans = [plan for row in rows for plan in self.policy.groups(self.table, row)]
             groups = self.collector.groups(plans, batch)
+            self.table.draw(groups, self.next_round)
+            groups += self._retry(groups, batch)
             self.batch = batch + 1
-            wanted = wanted or len(plans)
             sampled += groups
             kept += [group for group in groups if self.order.keeps(group)]
+            # further groups of retries are no more than there are dead ones, which an order that drops groups drops
+            wanted = wanted or max(len(plans), len(kept))
             if len(kept) >= wanted:
                 break
         return kept[:wanted], sampled
 
-    def finish_step(self, trained_tokens: int) -> None:
-        """Counts a step whose update took ``trained_tokens``."""
+    def _retry(self, groups: Sequence[ScoredGroup], batch: int) -> list[ScoredGroup]:
+        """Samples groups of the batch again, as the policy asks; returns those that do not join the ones there are."""
+        further: list[ScoredGroup] = []
+        number = 0
+        while again := self.policy.retry(self.table, groups):
+            stream = RETRY_STREAM + batch * MOST_TRIES + number
+            retried = self.collector.groups([plan for _, plan in again], stream, "retry")
+            for (group, _), new in zip(again, retried, strict=True):
+                group.tries += 1
+                if new.dead:
+                    continue
+                group.revived = True
+                if new.plan.scored_with == group.plan.scored_with:
+                    group.extend(new)
+                else:
+                    further.append(new)
+            number += 1
+        return further
+
+    def finish_step(self, update: dict) -> None:
+        """Counts a step with what ``Learner.improve`` told of it."""
         self.step += 1
-        self.trained_tokens += trained_tokens
+        self.trained_tokens += update["trained_tokens"]
+        self.trained_fe += update["trained_fe"]

@@ -54,6 +54,12 @@ def load_demonstrations(dataset: str | None) -> list[Row]:
     return read_dataset(dataset) if dataset else []
 
 
+def demonstration_rows(rows: Sequence[Row], more: Sequence[Row]) -> list[Row]:
+    """``rows``, and those of ``more`` that have the id of none of them."""
+    ids = {row.id for row in rows}
+    return [*rows, *(row for row in more if row.id not in ids)]
+
+
 def _read(dataset: str) -> list[Row]:
     for name in dataset.split(","):
         if name.strip() in BUILT_IN:

@@ -1,14 +1,14 @@
 """The training run, top to bottom.
 
     cold start -> evaluate -> for each round: probe, give hard prompts demonstrations ->
-        for each step: prompts -> rollouts -> rewards -> advantages -> update
+        for each step: prompts -> rollouts -> retries -> rewards -> advantages -> update
     -> evaluate -> probe -> summary
 
 Five parts do it: the task (rows, prompts, what is right, what is rewarded), the collector (rollouts and their rewards),
 the rounds (which prompts are next), the learner (weights) and the reporter (all that is said of it).
 
 An epoch is a permutation of the training rows, cut into batches of ``prompts_per_step``; what does not fill a batch
-waits for another epoch. A row is hard by its calls alone, while the default reward also asks for nothing but calls.
+waits for another epoch.
 
 What this is not: it knows one device and no distributed training. Everything random is a function of (seed, step,
 row), so a resumed run goes on bit for bit where the checkpoint stood.
@@ -16,7 +16,6 @@ row), so a resumed run goes on bit for bit where the checkpoint stood.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,7 +31,6 @@ from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.load import stop_token_ids
 from toolx_kernels.models.shape import context_of
-from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.datasets.read import rows_from
@@ -41,27 +39,27 @@ from toolx_kernels.train.arguments import check_arguments
 from toolx_kernels.train.cold_start import cold_start_examples, imitate
 from toolx_kernels.train.collect import Collector, chosen_rollouter
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.demonstrators import HardSamplePolicy, chosen_hard_sample_policy
-from toolx_kernels.train.hard_sampling import Attempt, HardSamples
+from toolx_kernels.train.hard_sampling import HardSamples
 from toolx_kernels.train.memory.workload import Workload
-from toolx_kernels.train.policies import (
-    AdvantageShaper,
-    ClippedLoss,
-    PolicyLoss,
-    PromptOrder,
-    chosen_advantage_shaper,
-    chosen_prompt_order,
-    give_advantages,
-)
+from toolx_kernels.train.policies.advantages import AdvantageShaper, chosen_advantage_shaper, give_advantages
+from toolx_kernels.train.policies.hard_samples import HardSamplePolicy, chosen_hard_sample_policy
+from toolx_kernels.train.policies.imitation import Imitation
+from toolx_kernels.train.policies.loss import ClippedLoss, PolicyLoss
+from toolx_kernels.train.policies.prompt_order import PromptOrder, chosen_prompt_order
+from toolx_kernels.train.policies.selection import GroupSelector, chosen_group_selector
 from toolx_kernels.train.reporter import Reporter
-from toolx_kernels.train.rounds import VERIFY_STREAM, Rounds
+from toolx_kernels.train.rounds import Rounds
 from toolx_kernels.train.run.checkpoint import check_reference, resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.run.folder import RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run.stopping import Stop
 from toolx_kernels.train.task import Task, judge_and_rewards, prompts_of
 from toolx_kernels.train.update.learner import Learner
 from toolx_kernels.train.update.policy_model import policy_model
-from toolx_kernels.train.update.reference_model import ReferenceModel, ReferenceRollouter
+from toolx_kernels.train.update.reference_model import ReferenceModel
+from toolx_kernels.train.verification import Verification
+
+# what a checkpoint keeps the state of, besides weights and optimizer
+WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")
 
 
 class ToolExpanderTrainer:
@@ -82,8 +80,8 @@ class ToolExpanderTrainer:
         demonstrations: more rows that demonstrations are taken from, besides the training rows.
         tools, environment_factory: Python functions, or what makes an environment for each rollout, that the model may
             call in turns; TRL's names and habits, see ``Toolbox``. With either, rollouts have several turns.
-        hard_sample_policy, prompt_order, advantage_shaper, policy_loss: instead of what ``args`` choose; see the
-            protocols in ``demonstrators`` and ``policies``.
+        hard_sample_policy, prompt_order, group_selector, advantage_shaper, policy_loss: instead of what ``args``
+            choose; see the protocols in ``policies`` and docs/remedies.md.
 
     Raises:
         InputError: an argument is no such object, or rows, prompts, run folder or model do not fit; before any work is
@@ -105,6 +103,7 @@ class ToolExpanderTrainer:
         environment_factory: Callable[[], Any] | None = None,
         hard_sample_policy: HardSamplePolicy | None = None,
         prompt_order: PromptOrder | None = None,
+        group_selector: GroupSelector | None = None,
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
@@ -119,6 +118,7 @@ class ToolExpanderTrainer:
             cold_start=cold_start,
             hard_sample_policy=hard_sample_policy,
             prompt_order=prompt_order,
+            group_selector=group_selector,
             advantage_shaper=advantage_shaper,
             policy_loss=policy_loss,
         )
@@ -131,14 +131,14 @@ class ToolExpanderTrainer:
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
         prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config), args.self_exemplify)
         chat = prompts.chat
-        judge, rewards = judge_and_rewards(args, reward_funcs, chat)
+        judging = judge_and_rewards(args, reward_funcs, chat)
         self.rollouter = chosen_rollouter(args, self.engine, prompts, tools, environment_factory)
         chat.check([*rows, *eval_rows, *demonstrations])
         offered = [self.rollouter.offer(those) for those in (rows, eval_rows)]
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in offered)
         left_out = sum(map(len, offered)) - len(rows) - len(eval_rows)
-        self._cautious: Rollouter | None = None  # of the model before RL
-        self.task = task = Task(rows, eval_rows, demonstrations, prompts, judge, rewards, left_out)
+        given = (rows, eval_rows, demonstrations, prompts)
+        self.task = task = Task(*given, *judging, left_out, args.demonstrate_training_rows)
         if args.cold_start_steps and cold_start is None:
             answerable = prompts.fitting_rows(rows, args.overlong, answers=True)
             cold_start = cold_start_examples(args, answerable, task.demonstrations)
@@ -148,20 +148,18 @@ class ToolExpanderTrainer:
         self.greedy = args.sampling(stops, greedy=True)
         self.collector = Collector(task, self.rollouter, args, stops, phases)
         self.learner = Learner(self.model, args, policy_loss or ClippedLoss(args.loss), phases, self._release_pools)
+        self.verification = Verification(args, self.collector, self.learner, lambda: self.rounds.probed_round)
+        self.imitation = Imitation(args, task)
         self.rounds = Rounds(
             HardSamples(rows, demonstrations),
-            hard_sample_policy
-            or chosen_hard_sample_policy(args, task.demonstrations, self.fitting, self._verification),
+            hard_sample_policy or chosen_hard_sample_policy(args, task.demonstrations, prompts, self.verification),
             prompt_order or chosen_prompt_order(args, len(rows)),
             self.collector,
             args,
         )
+        self.group_selector = group_selector or chosen_group_selector(args)
         self.advantage_shaper = advantage_shaper or chosen_advantage_shaper(args)
         self.stop = Stop()
-
-    def fitting(self, row: Row, demonstrations: Sequence[Row]) -> list[Row]:
-        """Those of the demonstrations with which the context still holds an answer."""
-        return self.task.prompts.fitting(row, demonstrations, room=self.args.max_completion_length)
 
     # ---- the run
 
@@ -186,7 +184,7 @@ class ToolExpanderTrainer:
             if args.needs_reference:
                 self.learner.reference = ReferenceModel(self.model, self.run.path / "checkpoint-0")
                 after.callback(self.learner.reference.close)
-            while not rounds.finished:  # by steps, epochs or tokens
+            while not self.finished:
                 if args.eval_steps and rounds.step % args.eval_steps == 0 and rounds.step != report.evaluated:
                     self._evaluate()
                 elif rounds.at_round_start:
@@ -194,7 +192,7 @@ class ToolExpanderTrainer:
                 else:
                     with self.stop.deferred():
                         report.progress(self.step(), rounds.table.hard)
-                        if self.stop.requested or (rounds.step % args.save_steps == 0 and not rounds.finished):
+                        if self.stop.requested or (rounds.step % args.save_steps == 0 and not self.finished):
                             self._save()
             checkpoint = self._save()
             no_step = rounds.step == 0 and report.eval_before is not None
@@ -207,32 +205,51 @@ class ToolExpanderTrainer:
             steps=rounds.step,
             sampled_tokens=sum(self.collector.tokens.values()),
             spent_tokens=rounds.spent_tokens,
+            spent_fe=rounds.spent_fe,
             trained_tokens=rounds.trained_tokens,
             tokens=dict(self.collector.tokens),
+            prefilled=dict(self.collector.prefilled),
         )
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left, by steps, epochs, tokens or forward-equivalents."""
+        return self.rounds.finished or self.imitation.over
+
     def step(self) -> dict:
-        """One optimizer step: prompts -> rollouts -> rewards -> advantages -> update; its line of metrics.jsonl."""
-        rounds, report, index = self.rounds, self.reporter, self.rounds.next_round
-        with self._naming(f"step {rounds.step + 1}"), report.step(rounds.step + 1):
-            groups, sampled = rounds.next_groups()
-            give_advantages(groups, self.advantage_shaper)
-            self.learner.schedule.advance_to(rounds.passed(self.args.lr_decay_per))
-            update = self.learner.improve(groups, rounds.step)
-        rounds.finish_step(update["trained_tokens"])
+        """One optimizer step; its line of metrics.jsonl."""
+        number = self.rounds.step + 1
+        with self._naming(f"step {number}"), self.reporter.step(number):
+            told = self._imitate() if self.imitation.leads(self.rounds.progress) else self._improve()
         self._forget_prefixes()
-        return report.metrics(
-            rounds.step,
-            index,
-            sampled,
-            self.learner.needed(groups),
-            dropped=sum(not rounds.order.keeps(group) for group in sampled),
-            unrewarded=self.collector.unrewarded,
-            learning_rate=self.learner.schedule.get_last_lr()[0],
+        told |= {"spent_tokens": self.rounds.spent_tokens, "spent_fe": self.rounds.spent_fe}
+        return self.reporter.metrics(number, **told)
+
+    def _imitate(self) -> dict:
+        """A supervised step on demonstrations."""
+        index, update = self.rounds.next_round, self.imitation.step(self.learner, self.rounds.step)
+        self.rounds.finish_step(update)
+        return {"round_index": index, **update}
+
+    def _improve(self) -> dict:
+        """A step of RL: prompts -> rollouts -> rewards -> advantages -> update."""
+        rounds, learner, index = self.rounds, self.learner, self.rounds.next_round
+        groups, sampled = rounds.next_groups()
+        groups = self.group_selector(groups)
+        give_advantages(groups, self.advantage_shaper)
+        learner.schedule.advance_to(rounds.passed(self.args.lr_decay_per))
+        update = learner.improve(groups, rounds.step, *self.imitation.beside(groups, rounds.progress))
+        rounds.finish_step(update)
+        return {
+            "round_index": index,
+            "sampled": sampled,
+            "trained": learner.needed(groups),
+            "dropped": sum(not rounds.order.keeps(group) for group in sampled),
+            "unrewarded": self.collector.unrewarded,
+            "learning_rate": learner.schedule.get_last_lr()[0],
             **update,
-            tokens=sum(self.collector.tokens.values()),
-            spent_tokens=rounds.spent_tokens,
-        )
+            "tokens": sum(self.collector.tokens.values()),
+        }
 
     def evaluate(self) -> Scores:
         """Greedy answers to the held-out rows, judged."""
@@ -247,7 +264,7 @@ class ToolExpanderTrainer:
 
     def _evaluate(self) -> float:
         self.reporter.doing("evaluating")
-        return self.reporter.evaluation(self.rounds.step, self.evaluate, self.rounds.spent_tokens)
+        return self.reporter.evaluation(self.rounds, self.evaluate)
 
     def _probe(self) -> None:
         """Probes the next round's rows; saves, because that may have taken long."""
@@ -273,16 +290,6 @@ class ToolExpanderTrainer:
         self.reporter.probe(rounds, found, after, counters)
         return counters
 
-    def _verification(self, number: int) -> Attempt:
-        """How draw ``number`` of demonstrations in this round is verified."""
-        stream = VERIFY_STREAM + self.rounds.probed_round * self.args.demonstration_tries + number
-        if self.args.verification == "cautious" and self._cautious is None:
-            reference, rollouter = self.learner.reference, copy.copy(self.rollouter)
-            assert reference is not None  # args.needs_reference
-            rollouter.engine = RolloutEngine(reference.model, seed=self.args.seed, compile=self.args.torch_compile)
-            self._cautious = ReferenceRollouter(reference, rollouter)
-        return self.collector.attempt(stream, "verify", self._cautious)
-
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:
         """Says of a diverged update where it happened and what is left."""
@@ -296,15 +303,11 @@ class ToolExpanderTrainer:
 
     # ---- checkpoints
 
-    def _parts(self) -> dict:
-        """What a checkpoint keeps the state of, besides weights and optimizer."""
-        return {"rounds": self.rounds, "collector": self.collector, "learner": self.learner, "reporter": self.reporter}
-
     def _save(self) -> Path:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             with self._naming(f"checkpoint {self.rounds.step}"):
                 raise DivergedError("the weights are not finite")
-        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state = {name: getattr(self, name).state_dict() for name in WITH_STATE}
         state |= {"settings": binding_settings(self.args), "data": self.task.digests}
         self._forget_prefixes()
         with self.stop.deferred():
@@ -329,22 +332,19 @@ class ToolExpanderTrainer:
             check_same_settings(checkpoint.path, checkpoint.state["settings"], self.args)
             self.task.check_same(self.run.path, checkpoint.state["data"])
             checkpoint.copy_into(self.model, self.learner.optimizer)
-            for name, part in self._parts().items():
-                part.load_state_dict(checkpoint.state[name])
+            for name in WITH_STATE:
+                getattr(self, name).load_state_dict(checkpoint.state[name])
             self.run.write_hard_samples(self.rounds.table.lines())
         elif self.args.resume:  # it was interrupted before its first checkpoint
             self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
         self.run.start(self.args)
         return checkpoint is not None
 
-    def _rollouters(self) -> list[Rollouter]:
-        return [rollouter for rollouter in (self.rollouter, self._cautious) if rollouter]
-
     def _release_pools(self) -> bool:
         """Gives the memory of the KV pools back, for as long as nothing is sampled; whether there was any."""
-        return any([rollouter.engine.release_pool() for rollouter in self._rollouters()])
+        return any([rollouter.engine.release_pool() for rollouter in self.verification.rollouters])
 
     def _forget_prefixes(self) -> None:
         """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""
-        for rollouter in self._rollouters():
+        for rollouter in self.verification.rollouters:
             rollouter.engine.forget_prefixes()

@@ -31,7 +31,7 @@ from toolx_kernels.train.groups import GroupPlan, ScoredGroup
 from toolx_kernels.train.memory import flops as flops_module
 from toolx_kernels.train.memory.flops import Flops
 from toolx_kernels.train.phases import Phases
-from toolx_kernels.train.policies import ClippedLoss
+from toolx_kernels.train.policies.loss import ClippedLoss
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 from toolx_kernels.train.update.batch import pack
 from toolx_kernels.train.update.learner import Learner, packed

@@ -249,9 +249,16 @@ def step_prompts(args: ToolExpanderConfig, workload: Workload) -> tuple[list[int
     """The prompts of a step whose rows are all hard: tokens of each that is sampled, and the groups that are learned
     from."""
     raw, shown, n = workload.prompt_length, workload.shown_length, args.num_generations
-    prompts = {"none": [raw], "replace": [shown], "add": [shown, raw], "distill": [shown, raw]}[args.hard_sampling]
-    groups = [GroupSize(raw, 2 * n)] if args.hard_sampling == "distill" else [GroupSize(p, n) for p in prompts]
-    return prompts * args.prompts_per_step, groups * args.prompts_per_step
+    both, alone = [GroupSize(raw, 2 * n)], [GroupSize(raw, n)]
+    # a retry is sampled when the raw prompts have been, so what is sampled together are the longer prompts
+    sampled, groups = {
+        "none": ([raw], alone),
+        "replace": ([shown], [GroupSize(shown, n)]),
+        "add": ([shown, raw], [GroupSize(shown, n), *alone]),
+        "distill": ([shown, raw], both),
+        "retry": ([shown], both if args.retry_learns == "raw" else [GroupSize(shown, n), *alone]),
+    }[args.hard_sampling]
+    return sampled * args.prompts_per_step, groups * args.prompts_per_step
 
 
 def micro_batch(learned: Sequence[GroupSize], limit: int, token_budget: int) -> tuple[tuple[GroupSize, ...], int]:

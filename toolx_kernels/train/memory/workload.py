@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,8 +17,15 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.demonstrators import RandomDemonstrations
-from toolx_kernels.train.rows import BUILT_IN, BUILT_IN_EVAL_ROWS, BUILT_IN_TRAIN_ROWS, load_demonstrations, load_rows
+from toolx_kernels.train.policies.demonstrators import RandomDemonstrations
+from toolx_kernels.train.rows import (
+    BUILT_IN,
+    BUILT_IN_EVAL_ROWS,
+    BUILT_IN_TRAIN_ROWS,
+    demonstration_rows,
+    load_demonstrations,
+    load_rows,
+)
 from toolx_kernels.train.task import prompts_of
 
 MOST_SHOWN = 256  # rows whose prompts with demonstrations are measured
@@ -57,9 +63,11 @@ class Workload:
         """The workload of these rows."""
         longest = max(len(prompts.ids(row)) for row in rows)
         shown = longest
-        if args.hard_sampling != "none":
-            fitting = partial(prompts.fitting, room=args.max_completion_length)
-            drawn = RandomDemonstrations.of(args, index, fitting)
+        if args.hard_sampling == "retry" and args.retry_with == "hint":
+            hints = [(row, prompts.hint(row, 1.0, args.max_completion_length)) for row in rows[:MOST_SHOWN]]
+            shown = max(longest, *(len(prompts.ids(row, (), hint)) for row, hint in hints))
+        elif args.hard_sampling != "none":
+            drawn = RandomDemonstrations.of(args, index, prompts)
             shown = max(longest, *(len(prompts.ids(row, drawn.draw(row, 0, 0)[0])) for row in rows[:MOST_SHOWN]))
         return cls(longest, shown, len(rows), len(eval_rows))
 
@@ -82,7 +90,8 @@ class Workload:
         rows, eval_rows = load_rows(args)
         prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)), args.self_exemplify)
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
-        index = DemonstrationIndex.of(rows, load_demonstrations(args.demonstration_dataset))
+        more = load_demonstrations(args.demonstration_dataset)
+        index = DemonstrationIndex(demonstration_rows(rows if args.demonstrate_training_rows else (), more))
         return cls.of(args, prompts, index, rows, eval_rows)
 
 

@@ -30,7 +30,7 @@ from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
-FORMAT = 3  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
+FORMAT = 4  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
 

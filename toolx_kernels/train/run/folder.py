@@ -24,8 +24,8 @@ CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
 )  # fmt: skip
 LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; written anew each time
 MAY_DIFFER = (
-    "resume", "overwrite", "max_steps", "max_tokens", "num_train_epochs", "device", "output_dir", "log_completions",
-    "save_steps", "save_total_limit", "profile_step",
+    "resume", "overwrite", "max_steps", "max_tokens", "max_fe", "num_train_epochs", "device", "output_dir",
+    "log_completions", "save_steps", "save_total_limit", "profile_step",
     "date",  # the run keeps its own, and its prompts are compared
     # these change the last bits of a gradient, and may be what lets a run that was out of memory go on
     "micro_batch_tokens", "gradient_checkpointing",
@@ -59,8 +59,8 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
 class RunFolder:
     """Where a run writes. Lines are appended and flushed whole; files are replaced atomically.
 
-    Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step" or "eval") and the
-    ``step`` it belongs to; what depends on the machine stands under ``timing``, so that runs compare without it.
+    Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step", "sft" or "eval") and
+    the ``step`` it belongs to; what depends on the machine stands under ``timing``, so that runs compare without it.
     """
 
     def __init__(self, path: str | Path):

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,46 +20,16 @@ from toolx_kernels.reference import compute_dtype
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.phases import Phases
-from toolx_kernels.train.policies import PolicyLoss
+from toolx_kernels.train.policies.loss import PolicyLoss
 from toolx_kernels.train.update.adamw import make_optimizer
 from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, micro_batches, pack
 from toolx_kernels.train.update.reference_model import ReferenceModel
+from toolx_kernels.train.update.results import MicroBatchResult, keep_logprobs, sampler_differences
 from toolx_kernels.train.update.schedule import ExponentialDecay
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatchResult:
-    """Loss and statistics of one micro-batch, or of several together."""
-
-    loss: float
-    logprobs: Tensor  # of the targets, on the CPU; NaN where nothing was computed
-    n_tokens: int  # that passed through the model
-    ref_logprobs: Tensor | None = None
-    live: float = 0.0  # tokens in the loss
-    nonfinite: float = 0.0  # of them, those without a finite log-prob
-    means: dict[str, float] = field(default_factory=dict)  # over the live tokens
-
-    @classmethod
-    def together(cls, results: Sequence[MicroBatchResult]) -> MicroBatchResult:
-        live = sum(result.live for result in results)
-        references = [result.ref_logprobs for result in results if result.ref_logprobs is not None]
-        return cls(
-            sum(result.loss for result in results),
-            torch.cat([result.logprobs for result in results]),
-            sum(result.n_tokens for result in results),
-            torch.cat(references) if references else None,
-            live,
-            sum(result.nonfinite for result in results),
-            {
-                name: sum(result.live * result.means[name] for result in results if result.live) / live
-                for name in results[0].means
-                if live
-            },
-        )
-
 
 # from the hidden states of a micro-batch to its loss
 LossOf = Callable[[Tensor, PackedBatch], tuple[Tensor, MicroBatchResult]]
+Work = tuple[Sequence[PackedGroup], LossOf]  # what adds to a gradient
 
 
 class Learner:
@@ -114,65 +83,101 @@ class Learner:
 
     def imitate(self, groups: Sequence[PackedGroup], number: int) -> dict[str, float]:
         """Supervised step ``number``: mean negative log-prob of the completion tokens that the model is to write."""
-        n_tokens = sum(
+        (result,) = self._accumulate([self._supervised(groups)])
+        return {"loss": result.loss, "grad_norm": self._apply([result], number)}
+
+    def supervised_loss(self, groups: Sequence[PackedGroup]) -> float:
+        """The loss of such a step, without its gradient."""
+        groups, loss_of = self._supervised(groups)
+        with torch.no_grad(), toolx_attention(self.model):
+            packs = [pack(part, self.model.device) for part in self._cut(groups)]
+            return sum(loss_of(batch.hidden(self.model), batch)[1].loss for batch in packs)
+
+    def _supervised(self, groups: Sequence[PackedGroup], coefficient: float = 1.0) -> Work:
+        counted = [
             len(ids) if mask is None else sum(mask)
             for group in groups
             for ids, mask in zip(group.completions, group.masks or [None] * len(group.completions), strict=True)
-        )
+        ]
 
         def loss_of(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
             rows = slice(None) if batch.mask is None else batch.mask
             stats = linear_logprob(hidden[rows], targets=batch.targets[rows], **head_of(self.model))
-            loss = -stats.logprobs.sum() / n_tokens
-            return loss, MicroBatchResult(float(loss.detach()), stats.logprobs.detach().cpu(), len(batch.input_ids))
+            loss = -stats.logprobs.sum() / sum(counted) * coefficient
+            return loss, MicroBatchResult(float(loss.detach()), stats.logprobs.detach().cpu())
 
-        result = self._accumulate(groups, loss_of)
-        return {"loss": result.loss, "grad_norm": self._apply(result, number)}
+        return groups, loss_of
 
     # ---- policy-gradient updates
 
-    def improve(self, groups: Sequence[ScoredGroup], number: int) -> dict[str, Any]:
+    def improve(
+        self,
+        groups: Sequence[ScoredGroup],
+        number: int,
+        imitated: Sequence[PackedGroup] = (),
+        coefficient: float = 0.0,
+    ) -> dict[str, Any]:
         """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
+
+        To the loss ``coefficient`` times that of ``imitate`` on the ``imitated`` examples is added.
 
         The first update is of the policy as it is, so its ratio is exactly 1, and its forward pass gives the log-probs
         that the ratio of later ones starts from; with ``args.old_logprobs`` "sampler" all start from the sampler's.
         Metrics are the first update's; where there are several, ``ratio``, ``clip_low`` and ``clip_high`` the last's.
+
+        ``trained_tokens`` counts each group's prompt and completions once an update, however it is cut into
+        micro-batches; ``trained_fe`` (forward-equivalents) three times that, four with gradient checkpointing, and once
+        more what passed through the reference model, which is asked in the first update.
         """
         needed = self.needed(groups)
         share = len(needed) / max(1, len(groups))
         metrics: dict[str, Any] = {"loss": 0.0, "grad_norm": 0.0, "groups_with_gradient": share}
-        metrics |= {"entropy": None, "trained_tokens": 0}
-        if not needed:
+        metrics |= {"entropy": None, "trained_tokens": 0, "trained_fe": 0}
+        imitated = imitated if coefficient else ()
+        if not needed and not imitated:
             return metrics
-        denominator = self.loss.denominator([rollout.written for group in groups for rollout in group.rollouts])
-        updates = self.args.num_iterations
+        denominator = self.loss.denominator(self._lengths(groups)) if needed else 1.0
+        updates, passes = self.args.num_iterations, 4 if self.args.gradient_checkpointing else 3
         corrected = self.args.importance_sampling_mode != "none"
         from_sampler = updates > 1 and self.args.old_logprobs == "sampler"
         rollouts = [rollout for group in needed for rollout in group.rollouts]
         for rollout in rollouts:
             rollout.old_logprobs = torch.tensor(rollout.logprobs, dtype=torch.float64) if from_sampler else None
+        means: dict[str, float] = {}
         for update in range(updates):
             together = [packed(group, corrected) for group in needed]
-            result = self._accumulate(together, partial(self._policy_loss, denominator))
-            norm = self._apply(result, number * updates + update)
-            metrics["trained_tokens"] += result.n_tokens
+            work: list[Work] = [(together, partial(self._policy_loss, denominator))] if needed else []
+            work += [self._supervised(imitated, coefficient)] if imitated else []
+            results = self._accumulate(work)
+            norm = self._apply(results, number * updates + update)
+            metrics["trained_tokens"] += tokens_of(imitated) + tokens_of(together)
+            metrics["trained_fe"] += passes * (tokens_of(imitated) + tokens_of(together))
             if update == 0:
-                metrics |= {"loss": result.loss, "grad_norm": norm}
-                metrics |= {name: result.means[name] for name in ("entropy", "kl") if name in result.means}
-                metrics |= sampler_differences(needed, result.logprobs)
-                lengths = [len(rollout.ids) for rollout in rollouts]
-                for rollout, logprobs in zip(rollouts, result.logprobs.split(lengths), strict=True):
-                    rollout.old_logprobs = rollout.old_logprobs if from_sampler else logprobs
-                if result.ref_logprobs is not None:
-                    for rollout, logprobs in zip(rollouts, result.ref_logprobs.split(lengths), strict=True):
-                        rollout.ref_logprobs = logprobs
+                metrics |= {"loss": sum(result.loss for result in results), "grad_norm": norm}
+                metrics |= {"imitation_loss": results[-1].loss / coefficient} if imitated else {}
+            if needed:
+                means = results[0].means
+            if needed and update == 0:
+                metrics |= {name: means[name] for name in ("entropy", "kl") if name in means}
+                metrics |= sampler_differences(needed, results[0].logprobs)
+                metrics["trained_fe"] += tokens_of(together) if results[0].ref_logprobs is not None else 0
+                keep_logprobs(rollouts, results[0], old=not from_sampler)
         if updates > 1:
-            metrics |= {name: result.means[name] for name in ("ratio", "clip_low", "clip_high")}
+            metrics |= {name: means[name] for name in ("ratio", "clip_low", "clip_high") if name in means}
         return metrics
 
     def needed(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """The groups that have a gradient."""
-        return [group for group in groups if self.args.beta or any(group.advantages)]
+        return [group for group in groups if self.args.beta or group.has_gradient]
+
+    def _lengths(self, groups: Sequence[ScoredGroup]) -> list[int]:
+        """Written tokens of the completions that the loss is divided by: first draws alone, so that retries leave the
+        gradient of the other groups as it is; of ``live`` groups alone, each as large as it was first drawn."""
+        if self.args.denominator == "live":
+            drawn = [group.first_draws or group.rollouts for group in groups if group.has_gradient]
+        else:
+            drawn = [group.first_draws for group in groups]
+        return [rollout.written for rollouts in drawn for rollout in rollouts]
 
     def _policy_loss(self, denominator: float, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
         ref_logprobs = batch.ref_logprobs
@@ -194,7 +199,6 @@ class Learner:
         return output.loss, MicroBatchResult(
             float(output.loss.detach()),
             output.logprobs.cpu(),
-            len(batch.input_ids),
             None if ref_logprobs is None else ref_logprobs.cpu(),
             stats.pop("live_tokens"),
             stats.pop("nonfinite"),
@@ -209,23 +213,29 @@ class Learner:
 
     # ---- gradients over micro-batches, and what is done with them
 
-    def _accumulate(self, groups: Sequence[PackedGroup], loss_of: LossOf) -> MicroBatchResult:
-        """Adds up the gradients of ``loss_of`` over micro-batches.
+    def _accumulate(self, work: Sequence[Work]) -> list[MicroBatchResult]:
+        """Adds up the gradients of all work over micro-batches.
 
         When memory runs out, all of it is done again without what rollouts keep, or in smaller micro-batches.
         """
         if self.makes_room:
             self.make_room()
 
-        def work() -> MicroBatchResult:
-            parts = micro_batches(groups, self.token_budget)
-            return MicroBatchResult.together([self._backward(part, loss_of) for part in parts])
+        def all_of_it() -> list[MicroBatchResult]:
+            return [
+                MicroBatchResult.together([self._backward(part, loss_of) for part in self._cut(groups)])
+                for groups, loss_of in work
+            ]
 
         def give_back(reason: str) -> bool:
             self.optimizer.drop_gradients()
-            return self._made_room(reason) or self._halved(micro_batches(groups, self.token_budget), reason)
+            failed = [part for groups, _ in work for part in self._cut(groups)]
+            return self._made_room(reason) or self._halved(failed, reason)
 
-        return retry_with_less(work, give_back)
+        return retry_with_less(all_of_it, give_back)
+
+    def _cut(self, groups: Sequence[PackedGroup]) -> list[list[PackedGroup]]:
+        return micro_batches(groups, self.token_budget)
 
     def _backward(self, groups: Sequence[PackedGroup], loss_of: LossOf) -> MicroBatchResult:
         """Forward and backward of one micro-batch."""
@@ -239,22 +249,24 @@ class Learner:
                 self.optimizer.collect()
         return result
 
-    def _apply(self, result: MicroBatchResult, number: int) -> float:
+    def _apply(self, results: Sequence[MicroBatchResult], number: int) -> float:
         """Clips and applies the accumulated gradient; returns its norm before clipping."""
-        if result.nonfinite or not math.isfinite(result.loss):
-            self.optimizer.drop_gradients()
-            raise DivergedError(
-                f"{result.nonfinite:.0f} of {result.live:.0f} tokens have a log-prob that is not a number"
-                if result.nonfinite
-                else f"the loss is {result.loss}"
-            )
+        for result in results:
+            if result.nonfinite or not math.isfinite(result.loss):
+                self.optimizer.drop_gradients()
+                raise DivergedError(
+                    f"{result.nonfinite:.0f} of {result.live:.0f} tokens have a log-prob that is not a number"
+                    if result.nonfinite
+                    else f"the loss is {result.loss}"
+                )
         with self.phases.phase("optimizer"):
             norm = retry_with_less(
                 lambda: self.optimizer.apply(self.args.max_grad_norm, (self.args.seed, number), self._made_room),
                 no_memory_for_update,
             )
         if not math.isfinite(norm):
-            raise DivergedError(f"the loss is {result.loss} and the gradient norm {norm}")
+            losses = " and ".join(str(result.loss) for result in results)
+            raise DivergedError(f"the loss is {losses} and the gradient norm {norm}")
         return norm
 
     # ---- when memory runs out
@@ -314,17 +326,6 @@ def packed(group: ScoredGroup, corrected: bool = False) -> PackedGroup:
     )
 
 
-def sampler_differences(groups: Sequence[ScoredGroup], logprobs: Tensor) -> dict[str, float]:
-    """How much the trainer's log-probs of the groups' rollouts differ from the sampler's: on the prompt that a rollout
-    was sampled on, where it is rounding (largest and mean), and on another one (``distill``; largest)."""
-    differences: dict[bool, list[float]] = {True: [], False: []}
-    rollouts = [(r, here) for group in groups for r, here in zip(group.rollouts, group.on_policy_prompt, strict=True)]
-    of_rollout = logprobs.split([len(rollout.ids) for rollout, _ in rollouts])
-    for (rollout, on_policy), own_logprobs in zip(rollouts, of_rollout, strict=True):
-        pairs = zip(own_logprobs.tolist(), rollout.logprobs, strict=True)
-        # the loss leaves NaN where it computed nothing
-        differences[on_policy] += [abs(own - sampler) for own, sampler in pairs if not math.isnan(own)]
-    metrics = {}
-    if rounding := differences[True]:
-        metrics = {"logp_difference": max(rounding), "logp_difference_mean": sum(rounding) / len(rounding)}
-    return metrics | ({"distilled_gap": max(differences[False])} if differences[False] else {})
+def tokens_of(groups: Sequence[PackedGroup]) -> int:
+    """That pass through the model once; each prompt counts once."""
+    return sum(group.n_tokens for group in groups)

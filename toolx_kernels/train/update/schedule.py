@@ -35,6 +35,12 @@ class ExponentialDecay:
         """As many ``step()`` calls as are missing; the rate never goes back up."""
         while self.count < count:
             self.step()
+        self._set()
+
+    def hold(self, rate: float) -> None:
+        """This rate, until the schedule goes on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def get_last_lr(self) -> list[float]:
         rate = max(self.factor**self.count, self.floor)

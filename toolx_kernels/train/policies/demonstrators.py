@@ -1,16 +1,17 @@
-"""Hard-sample policies: what is sampled for rows without a correct rollout, and with which demonstrations."""
+"""Demonstrators: which demonstrations a row is shown with."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import partial
+from typing import Protocol
 
+from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations, HardSamples, probe
 
 
@@ -33,9 +34,9 @@ class RandomDemonstrations:
     fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
 
     @classmethod
-    def of(
-        cls, args: ToolExpanderConfig, index: DemonstrationIndex, fitting: Callable[[Row, Sequence[Row]], Sequence[Row]]
-    ) -> RandomDemonstrations:
+    def of(cls, args: ToolExpanderConfig, index: DemonstrationIndex, prompts: Prompts) -> RandomDemonstrations:
+        """As the settings choose them, with room for an answer of ``max_completion_length`` tokens behind them."""
+        fitting = partial(prompts.fitting, room=args.max_completion_length)
         return cls(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
 
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
@@ -74,71 +75,3 @@ class VerifiedDemonstrations:
                 verified = bool(shown) and row not in failed
                 table.show(row, shown if verified else (), cut, verified, number + 1)
             left = [row for row in left if not table.states[row].verified]
-
-
-class HardSamplePolicy(Protocol):
-    """What happens to rows without a correct rollout."""
-
-    @property
-    def needs_probe(self) -> bool:
-        """Whether it acts on what a probe finds; otherwise a probe only measures."""
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        """Prepares the rows that a probe has just found hard."""
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        """The groups that a step samples for the row."""
-
-
-class PlainGRPO:
-    """Every row stays as it is."""
-
-    needs_probe = False
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        pass
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        return [GroupPlan(row)]
-
-
-@dataclass(slots=True)
-class FewShot:
-    """Hard rows are sampled with demonstrations in their prompt.
-
-    replace  instead of the raw prompt
-    add      besides the raw prompt, as a group of its own
-    distill  besides the raw prompt, in one group with it, and the loss scores all of it on the raw prompt: the
-             demonstrations' help goes into the weights instead of into the use of demonstrations. Beyond the paper.
-    """
-
-    form: str
-    demonstrator: Demonstrator
-    needs_probe: ClassVar[bool] = True
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        self.demonstrator.choose(table, hard, round_index)
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        shown = table.demonstrations(row)
-        if not shown:
-            return [GroupPlan(row)]
-        if self.form == "distill":
-            return [GroupPlan(row, ((), shown))]
-        replaced = GroupPlan(row, (shown,), shown)
-        return [replaced] if self.form == "replace" else [GroupPlan(row), replaced]
-
-
-def chosen_hard_sample_policy(
-    args: ToolExpanderConfig,
-    index: DemonstrationIndex,
-    fitting: Callable[[Row, Sequence[Row]], Sequence[Row]],
-    verification: Callable[[int], Attempt],
-) -> HardSamplePolicy:
-    if args.hard_sampling == "none":
-        return PlainGRPO()
-    drawn = RandomDemonstrations.of(args, index, fitting)
-    if args.demonstrations == "random":
-        return FewShot(args.hard_sampling, drawn)
-    verified = VerifiedDemonstrations(drawn, args.demonstration_tries, args.verify_rollouts, verification)
-    return FewShot(args.hard_sampling, verified)
