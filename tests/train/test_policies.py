@@ -6,31 +6,39 @@ import torch
 from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import GroupPlan, ScoredGroup
+from toolx_kernels.train.groups import RAW, GroupPlan, ScoredGroup
+from toolx_kernels.train.hard_sampling import HardSamples
 from toolx_kernels.train.policies.advantages import DifficultyWeighted, GroupRelative
 from toolx_kernels.train.policies.loss import ClippedLoss
 from toolx_kernels.train.policies.prompt_order import DynamicSampling, EpochOrder
 
+NOTHING = HardSamples([])  # is known of the rows
 
-def scored(rewards, correct=None):
+
+def scored(rewards):
     rollouts = [Rollout([1, 2], [-1.0, -1.0], [0.5, 0.5], None, "", [], "stop") for _ in rewards]
-    correct = [reward >= 1 for reward in rewards] if correct is None else correct
-    return ScoredGroup(GroupPlan(0), [3], rollouts, [True] * len(rewards), list(rewards), correct=correct)
+    n, solved = len(rewards), [reward >= 1 for reward in rewards]
+    return ScoredGroup(GroupPlan(0), [3], rollouts, [RAW] * n, [False] * n, list(rewards), {}, solved, solved)
 
 
 @pytest.mark.parametrize("order_of", [EpochOrder, DynamicSampling])
 def test_an_epoch_is_a_permutation_in_equal_batches(order_of):
     order = order_of(count=11, size=3, seed=0)
-    epochs = [[order.rows(3 * epoch + place) for place in range(3)] for epoch in range(4)]
+    epochs = [[order.rows(3 * epoch + place, NOTHING) for place in range(3)] for epoch in range(4)]
     for epoch in epochs:
         flat = [row for batch in epoch for row in batch]
         assert len(set(flat)) == 9 and set(flat) <= set(range(11)) and all(len(batch) == 3 for batch in epoch)
     assert epochs[0] != epochs[1]
-    assert order.rows(5) == order_of(count=11, size=3, seed=0).rows(5) != order_of(count=11, size=3, seed=1).rows(5)
+    rows = order.rows(5, NOTHING)
+    assert (
+        rows
+        == order_of(count=11, size=3, seed=0).rows(5, NOTHING)
+        != order_of(count=11, size=3, seed=1).rows(5, NOTHING)
+    )
 
 
 def test_fewer_rows_than_a_batch_are_one_batch():
-    assert sorted(EpochOrder(count=2, size=8, seed=0).rows(3)) == [0, 1]
+    assert sorted(EpochOrder(count=2, size=8, seed=0).rows(3, NOTHING)) == [0, 1]
 
 
 def test_dynamic_sampling_drops_groups_of_equal_reward_by_comparing_them():

@@ -21,6 +21,7 @@ from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.groups import RAW
 from toolx_kernels.train.hard_sampling import probe
 from toolx_kernels.train.policies.advantages import GroupRelative
 from toolx_kernels.train.policies.loss import ClippedLoss
@@ -37,9 +38,9 @@ def spied(monkeypatch):
     """The groups that the learner gets, step by step."""
     steps, improve = [], Learner.improve
 
-    def spy(self, groups, number):
+    def spy(self, groups, *others):
         steps.append(groups)
-        return improve(self, groups, number)
+        return improve(self, groups, *others)
 
     monkeypatch.setattr(Learner, "improve", spy)
     return steps
@@ -56,16 +57,16 @@ def test_every_form_learns_on_the_prompts_it_says(tmp_path, monkeypatch, form):
         raw, shown = {}, {}
         for group in groups:
             row, plan = trainer.task.rows[group.plan.row], group.plan
-            (shown if plan.scored_with else raw).setdefault(row.id, []).append(group)
-            assert group.prompt == trainer.task.prompts.ids(row, plan.scored_with)
-            assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.demonstrations)
+            (raw if plan.scored_with == RAW else shown).setdefault(row.id, []).append(group)
+            assert group.prompt == trainer.task.prompts.ids(row, *plan.scored_with)
+            assert len(group.rollouts) == len(group.advantages) == len(group.rewards) == 4 * len(plan.shown)
             torch.testing.assert_close(torch.tensor(group.advantages), GroupRelative(min_std=0.1)([group]))
         for row_id in hard:
             n_raw, n_shown = len(raw.get(row_id, ())), len(shown.get(row_id, ()))
             if n_raw + n_shown:
                 assert (n_raw, n_shown) == {"replace": (0, 1), "add": (1, 1), "distill": (1, 0)}[form]
             for group in raw.get(row_id, ()) if form == "distill" else ():
-                assert len(group.plan.demonstrations) == 2 and group.on_policy_prompt == [True] * 4 + [False] * 4
+                assert len(group.plan.shown) == 2 and group.on_policy_prompt == [True] * 4 + [False] * 4
     logged = metrics(tmp_path / form, ["step"])
     assert all(step["replaced"] > 0 and step["logp_difference"] < 1e-4 for step in logged)
     assert all(("distilled_gap" in step) == (form == "distill") for step in logged)
@@ -76,7 +77,7 @@ def test_the_two_prompts_of_a_row_draw_different_random_numbers(tmp_path, monkey
     trainer = make_trainer(tmp_path / "add", hard_sampling="add", max_steps=1, few_shots_per_tool=1)
     monkeypatch.setattr(trainer.task.prompts, "fitting", lambda row, shown, room=1: ())
     trainer.task.prompts.ids_of = trainer.task.prompts.ids
-    monkeypatch.setattr(trainer.task.prompts, "ids", lambda row, shown=(): trainer.task.prompts.ids_of(row))
+    monkeypatch.setattr(trainer.task.prompts, "ids", lambda row, shown=(), hint="": trainer.task.prompts.ids_of(row))
     trainer.rounds.policy.demonstrator.fitting = lambda row, shown: shown
     trainer.train()
     by_row = {}
@@ -285,8 +286,8 @@ def test_a_policy_of_ones_own(tmp_path):
             return torch.tensor([reward - 0.5 for group in groups for reward in group.rewards])
 
     class Backwards(EpochOrder):
-        def rows(self, batch):
-            return [11 - 4 * batch - k for k in range(4)] if batch < 3 else super().rows(batch)
+        def _rows(self, batch):
+            return [11 - 4 * batch - k for k in range(4)] if batch < 3 else super()._rows(batch)
 
     seen, inner = [], ClippedLoss(ToolExpanderConfig(**SMALL).loss)
     args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), max_steps=1, log_completions=16, **SMALL)

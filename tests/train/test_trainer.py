@@ -27,6 +27,7 @@ SMALL = dict(
     num_train_epochs=2,
     save_steps=2,
     probe_rollouts=2,
+    solved_reward=2.0,  # nothing is
     cold_start_steps=2,
     cold_start_batch_size=4,
     cold_start_learning_rate=1e-3,
@@ -169,8 +170,8 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
     run, calls = tmp_path / "nan", []
 
     def poison(prompts, completions, completion_ids, **columns):
-        calls.append(1)
-        if len(calls) == 4:
+        calls.append(len(completions) == 16)  # of a step, not of a probe
+        if calls[-1] and sum(calls) == 4:
             with torch.no_grad():
                 next(trainer.model.parameters())[9:].fill_(torch.nan)
         return even_is_good(prompts, completions, completion_ids)
@@ -215,7 +216,7 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(RolloutEngine, "generate", spy)
-    make_trainer(tmp_path / "run", temperature=0.7, probe_rollouts=5, cold_start_steps=0).train()
+    make_trainer(tmp_path / "run", None, temperature=0.7, beta=1e-3, probe_rollouts=5, cold_start_steps=0).train()
     training = [call for call in calls if call[0] < 2**31]
     assert training == [(step, 4, 0) for step in range(6)]
     for round_index in range(3):  # waves of 1, 3 and 1 of the 5 rollouts

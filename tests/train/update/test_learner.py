@@ -27,7 +27,7 @@ from toolx_kernels.reference import linear_grpo_loss as naive_loss
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.train import reporter
-from toolx_kernels.train.groups import GroupPlan, ScoredGroup
+from toolx_kernels.train.groups import RAW, GroupPlan, ScoredGroup
 from toolx_kernels.train.memory import flops as flops_module
 from toolx_kernels.train.memory.flops import Flops
 from toolx_kernels.train.phases import Phases
@@ -65,7 +65,9 @@ def some_groups(of, shift=0.0):
     for number, advantages in enumerate(([1.2, -0.4, -0.8], [0.0, 0.0, 0.0], [-1.0, 1.0, 0.0])):
         rollouts = [Rollout(ids(n), [0.0] * n, [0.0] * n, None, "", [], "stop") for n in (5, 3, 7)]
         rollouts[0].mask = [True, False, False, True, True] if number == 0 else None
-        groups.append(ScoredGroup(GroupPlan(number), ids(6 + number), rollouts, [True] * 3, advantages=advantages))
+        groups.append(
+            ScoredGroup(GroupPlan(number), ids(6 + number), rollouts, [RAW] * 3, [False] * 3, advantages=advantages)
+        )
     for group, of_group in zip(groups, log_probs(of, groups), strict=True):
         for rollout, logprobs in zip(group.rollouts, of_group, strict=True):
             mask = rollout.mask or [True] * len(logprobs)
