@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.toolcall.datasets import builtin, builtin_facts
 from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -70,7 +70,8 @@ def _pieces() -> list[str]:
     words = [*builtin.VERBS, *builtin.NOUNS, *builtin.PARAMETERS, "currency", *builtin.CURRENCIES]
     words += [*builtin.BOOLEAN_WORDS.values(), *builtin.STRING_HEADS, *builtin.STRING_TAILS]
     numbers = [str(i) for i in range(10, 100)]
-    pieces = dict.fromkeys([*FRAGMENTS, *literals, *words, *numbers, *string.digits, "."])
+    facts = ["office", "account", builtin_facts.COLD_CODE, *builtin_facts.CODES]
+    pieces = dict.fromkeys([*FRAGMENTS, *literals, *words, *numbers, *string.digits, ".", *facts])
     return [p for p in pieces if p]
 
 

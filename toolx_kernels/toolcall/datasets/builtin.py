@@ -14,7 +14,7 @@ common to both.
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -179,7 +179,8 @@ def signature(name: str, types: dict[str, str]) -> dict:
     }
 
 
-def _value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
+def value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
+    """A value of this type, of one side of the split."""
     if kind == "boolean":
         return rng.random() < 0.5
     return rng.choice(strings(held_out)) if kind == "string" else rng.choice(integers(held_out))
@@ -187,13 +188,14 @@ def _value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
 
 def _call(name: str, catalogue: _Catalogue, currency: str, rng: random.Random) -> dict:
     own = [(p, kind) for p, kind in catalogue.types(name).items() if p != "currency"]
-    arguments = {p: _value(kind, catalogue.held_out, rng) for p, kind in rng.sample(own, len(own))}
+    arguments = {p: value(kind, catalogue.held_out, rng) for p, kind in rng.sample(own, len(own))}
     if "currency" in catalogue.types(name):
         arguments["currency"] = currency
     return {"name": name, "arguments": arguments}
 
 
-def _request(calls: Sequence[dict], rng: random.Random) -> str:
+def request(calls: Sequence[dict], rng: random.Random, untold: Collection[str] = ("currency",)) -> str:
+    """Asks for these calls, without a word on the arguments ``untold``."""
     determiner, introduction = rng.choice(DETERMINERS), rng.choice(INTRODUCTIONS)
     mention, separator = rng.choice(MENTIONS), rng.choice(SEPARATORS)
     parts = []
@@ -202,16 +204,17 @@ def _request(calls: Sequence[dict], rng: random.Random) -> str:
         mentions = [
             mention.format(name=p, value=BOOLEAN_WORDS[v] if isinstance(v, bool) else v)
             for p, v in call["arguments"].items()
-            if p != "currency"
+            if p not in untold
         ]
         parts.append(verb + determiner + noun + introduction + separator.join(mentions))
     return rng.choice(OPENINGS) + rng.choice(CALL_SEPARATORS).join(parts) + "."
 
 
-def _distractors(answered: str, level: Level, catalogue: _Catalogue, rng: random.Random) -> list[str]:
-    pool = [n for n in catalogue.names(False, *level.arguments) if n != answered]
+def distractors(answered: str, names: Sequence[str], similar: bool, rng: random.Random) -> list[str]:
+    """The other ``names`` in random order; with ``similar`` those first that share verb or noun with the answered."""
+    pool = [n for n in names if n != answered]
     rng.shuffle(pool)
-    if level.similar:
+    if similar:
         verb, noun = answered.split("_")
         pool.sort(key=lambda n: not (n.startswith(verb + "_") or n.endswith("_" + noun)))
     return pool
@@ -224,11 +227,12 @@ def _row(tier: str, identifier: str, catalogue: _Catalogue, currency: str, rng: 
     names += [rng.choice([names[0], rng.choice(pool)]) for _ in range(level.calls - 1)]
     calls = [_call(name, catalogue, currency, rng) for name in names]
     offered = list(dict.fromkeys(names))
-    others = [n for n in _distractors(names[0], level, catalogue, rng) if n not in offered]
+    plain = catalogue.names(False, *level.arguments)
+    others = [n for n in distractors(names[0], plain, level.similar, rng) if n not in offered]
     offered += others[: max(0, rng.randint(*level.offered) - len(offered))]
     rng.shuffle(offered)
     tools = [signature(n, catalogue.types(n)) for n in offered]
-    return Row(identifier, _request(calls, rng), tools, calls, {"tier": tier})
+    return Row(identifier, request(calls, rng), tools, calls, {"tier": tier})
 
 
 def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[Row]:
@@ -257,7 +261,8 @@ def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Ro
     return _rows(count, seed, tiers, held_out=True)
 
 
-def _imitated(calls: list[dict], rng: random.Random) -> list[dict]:
+def imitated(calls: list[dict], rng: random.Random) -> list[dict]:
+    """What the cold start has the model write instead of these calls: with bad habits, as often as ``NOISE`` says."""
     quoted, worded, short = (rng.random() < NOISE[habit] for habit in NOISE)
 
     def spoil(value):
@@ -276,7 +281,7 @@ def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Ra
         name = rng.choice(row.tool_names)
         call = _call(name, catalogue, currency, rng)
         tools = [tool for tool in row.tools if tool["function"]["name"] == name]
-        examples.append(Row(f"{row.id}-example-{number}", _request([call], rng), tools, [call]))
+        examples.append(Row(f"{row.id}-example-{number}", request([call], rng), tools, [call]))
     return tuple(examples)
 
 
@@ -296,10 +301,10 @@ def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Exam
         tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
         if self_exemplify and index >= COLD_OWN_EXAMPLES_AFTER and rng.random() < self_exemplify:
             row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
-            yield Example(row, (), _imitated(row.answer, rng), _own_examples(row, catalogue, COLD_CURRENCY, rng))
+            yield Example(row, (), imitated(row.answer, rng), _own_examples(row, catalogue, COLD_CURRENCY, rng))
         elif easy or rng.random() >= COLD_DEMONSTRATED:
             row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
-            yield Example(row, (), _imitated(row.answer, rng))
+            yield Example(row, (), imitated(row.answer, rng))
         else:
             tier = rng.choice(("convention", tier))
             currency = rng.choice(CURRENCIES)

@@ -1,0 +1,233 @@
+"""The built-in task with facts that exploration does not find: codes that only demonstrations tell.
+
+Tools, requests and the tiers easy, hard and convention are those of ``builtin``, but a tool's noun alone decides its
+kind: plain, ``convention`` (a ``currency``, one of four that the signature lists), ``office`` (a code that all such
+tools share: one fact) or ``account`` (a code that the tools of one noun share: one fact a noun). No request mentions a
+code and no signature lists them. There are hundreds, each one token of the tiny model; the cold start has the habit of
+``COLD_CODE``, which is always wrong, and copies whichever code demonstrations show.
+
+Each tool that training rows offer is solved once in ``documentation``, the only rows that demonstrate anything.
+Held-out rows share the facts with it and with training rows, but no tool name, string or integer.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.toolcall.datasets.builtin import (
+    Example,
+    distractors,
+    imitated,
+    request,
+    signature,
+    tool_names,
+    value,
+)
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
+from toolx_kernels.toolcall.rows import Row
+
+NOUNS = {
+    "account": ("flight", "report", "tour"),
+    "office": ("ticket", "contract", "garden", "parcel", "lesson"),
+    "convention": ("hotel", "concert", "package", "room"),
+    "plain": ("table", "invoice", "meeting", "car", "course", "boat", "dinner", "museum"),
+}
+KIND_OF_NOUN = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
+UNTOLD = {"convention": "currency", "office": "office", "account": "account"}  # the argument that no request mentions
+TRAINED_VERBS = 3  # of each noun, in training rows and documentation
+
+COLD_CODE = "A0A"
+CODES = tuple(f"{head}{digit}{tail}" for head in "BCDFGHJKLMNPQRSTVWXZ" for digit in range(10) for tail in "KT")
+
+# What the cold start writes where nothing tells.
+HABITS = {"convention": builtin.COLD_CURRENCY, "office": COLD_CODE, "account": COLD_CODE}
+
+LEVELS = {tier: builtin.LEVELS[tier] for tier in ("easy", "hard", "convention")}
+LEVELS |= dict.fromkeys(("office", "account"), builtin.LEVELS["convention"])
+TIERS = tuple(LEVELS)
+MOST_DISTRACTORS = 3  # that documentation offers
+
+Untold = Callable[[str, str], str]  # kind and noun of a tool -> the value of its untold argument
+
+# The cold start: how long it stays easy, what it mixes then, how often it shows demonstrations.
+COLD_EDITIONS = 100
+COLD_KINDS = {"plain": 0.5, "convention": 0.15, "office": 0.15, "account": 0.2}
+COLD_EASY_EXAMPLES = 4800
+COLD_MIX = {"easy": 0.15, "hard": 0.25, "convention": 0.15, "office": 0.2, "account": 0.25}
+COLD_DEMONSTRATED = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What a row's answer holds and its request does not tell: the ``value`` of an ``argument``."""
+
+    name: str
+    argument: str
+    value: str
+
+
+@cache
+def required(kind: str, noun: str) -> str:
+    """What the untold argument of a tool of this kind and noun must be."""
+    if kind == "convention":
+        return builtin.WANTED_CURRENCY
+    office, *accounts = random.Random("facts").sample(CODES, 1 + len(NOUNS["account"]))
+    return office if kind == "office" else accounts[NOUNS["account"].index(noun)]
+
+
+def fact_of(row: Row) -> Fact | None:
+    """The fact that a row of this task or of ``builtin`` needs; None for any other row."""
+    tier = row.columns.get("tier")
+    if tier not in UNTOLD:
+        return None
+    (call,) = row.answer
+    name = f"account of {call['name'].split('_')[1]}" if tier == "account" else tier
+    return Fact(name, UNTOLD[tier], call["arguments"][UNTOLD[tier]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalogue:
+    """Tools: those of training rows, held-out ones, or all that are not held out (``side`` "cold").
+
+    ``edition`` decides which kind and parameters a name gets: 0 in rows, in the cold start many others, so that
+    nothing can be known by name.
+    """
+
+    side: str
+    edition: int = 0
+
+    @property
+    def held_out(self) -> bool:
+        return self.side == "held-out"
+
+    def kind(self, name: str) -> str:
+        return _kind(name, self.edition)
+
+    def types(self, name: str) -> dict[str, str]:
+        return _types(name, self.edition)
+
+    def names(self, kind: str, low: int = 1, high: int = 3) -> tuple[str, ...]:
+        """The tools of a kind that have so many arguments, the untold one not counted."""
+        return _sized(self, kind, low, high)
+
+
+@cache
+def _names(side: str) -> tuple[str, ...]:
+    names = tool_names(side == "held-out")
+    if side != "train":
+        return names
+    of_noun = ([name for name in names if name.endswith(f"_{noun}")] for noun in builtin.NOUNS)
+    return tuple(name for of_one in of_noun for name in of_one[:TRAINED_VERBS])
+
+
+@cache
+def _kind(name: str, edition: int) -> str:
+    if not edition:
+        return KIND_OF_NOUN[name.split("_")[1]]
+    return random.Random(f"kind of {name}, edition {edition}").choices(list(COLD_KINDS), list(COLD_KINDS.values()))[0]
+
+
+@cache
+def _types(name: str, edition: int) -> dict[str, str]:
+    rng, kind = random.Random(f"parameters of {name} with facts, edition {edition}"), _kind(name, edition)
+    chosen = rng.sample(list(builtin.PARAMETERS), rng.randint(1, 3 if kind == "plain" else 2))
+    return {p: builtin.PARAMETERS[p] for p in chosen} | ({} if kind == "plain" else {UNTOLD[kind]: "string"})
+
+
+@cache
+def _sized(catalogue: _Catalogue, kind: str, low: int, high: int) -> tuple[str, ...]:
+    of_kind = [name for name in _names(catalogue.side) if catalogue.kind(name) == kind]
+    return tuple(n for n in of_kind if low <= len(catalogue.types(n)) - (kind != "plain") <= high)
+
+
+def _for_kind(values: dict[str, str]) -> Untold:
+    return lambda kind, noun: values[kind]
+
+
+def _solved(
+    identifier: str, name: str, others: Sequence[str], catalogue: _Catalogue, untold: Untold, rng: random.Random
+) -> Row:
+    """A row that wants ``name`` called and offers ``others`` too."""
+    own = [(p, kind) for p, kind in catalogue.types(name).items() if p not in UNTOLD.values()]
+    arguments = {p: value(kind, catalogue.held_out, rng) for p, kind in rng.sample(own, len(own))}
+    kind = catalogue.kind(name)
+    if kind in UNTOLD:
+        arguments[UNTOLD[kind]] = untold(kind, name.split("_")[1])
+    call = {"name": name, "arguments": arguments}
+    offered = rng.sample([name, *others], 1 + len(others))
+    tools = [signature(n, catalogue.types(n)) for n in offered]
+    return Row(identifier, request([call], rng, UNTOLD.values()), tools, [call])
+
+
+def _row(tier: str, identifier: str, catalogue: _Catalogue, untold: Untold, rng: random.Random) -> Row:
+    level = LEVELS[tier]
+    name = rng.choice(catalogue.names(tier if tier in UNTOLD else "plain", *level.arguments))
+    others = distractors(name, catalogue.names("plain", *level.arguments), level.similar, rng)
+    row = _solved(identifier, name, others[: rng.randint(*level.offered) - 1], catalogue, untold, rng)
+    return replace(row, columns={"tier": tier})
+
+
+def _rows(count: int, seed: int, tiers: Sequence[str], side: str) -> list[Row]:
+    for tier in tiers:
+        if tier not in LEVELS:
+            raise InputError(f"unknown tier {tier!r} of the built-in task with facts; use some of {', '.join(TIERS)}")
+    rng, catalogue = random.Random(f"{side} rows with facts {seed}"), _Catalogue(side)
+    chosen = [tiers[i % len(tiers)] for i in range(count)]
+    return [_row(tier, f"{tier}-{i}", catalogue, required, rng) for i, tier in enumerate(chosen)]
+
+
+def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
+    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
+
+    Raises InputError on a tier that does not exist.
+    """
+    return _rows(count, seed, tiers, "train")
+
+
+def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
+    """``count`` rows to evaluate on, the tiers in turn; they share facts with training rows and no tool name, string or
+    integer.
+
+    Raises InputError on a tier that does not exist.
+    """
+    return _rows(count, seed, tiers, "held-out")
+
+
+def documentation() -> list[Row]:
+    """One solved row for each tool that training rows offer, always the same; it offers up to three others too."""
+    rng, catalogue = random.Random("documentation"), _Catalogue("train")
+    rows = []
+    for name in _names("train"):
+        others = distractors(name, catalogue.names("plain"), False, rng)[: rng.randint(0, MOST_DISTRACTORS)]
+        rows.append(_solved(f"documentation-{name}", name, others, catalogue, required, rng))
+    return rows
+
+
+def cold_start_examples(seed: int) -> Iterator[Example]:
+    """An endless stream of supervised examples, in the order in which they are to be learned.
+
+    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a share ``COLD_DEMONSTRATED``
+    with demonstrations, drawn as training draws them from a solved row of each offered tool. Without demonstrations
+    the target has the bad habits of ``builtin`` (``NOISE``) and ``HABITS``; with them it is right, and what no request
+    tells is a currency or code drawn for this example alone.
+    """
+    rng = random.Random(f"cold start with facts {seed}")
+    for index in itertools.count():
+        catalogue = _Catalogue("cold", rng.randint(1, COLD_EDITIONS))
+        easy = index < COLD_EASY_EXAMPLES
+        tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
+        if easy or rng.random() >= COLD_DEMONSTRATED:
+            row = _row(tier, f"cold-{index}", catalogue, _for_kind(HABITS), rng)
+            yield Example(row, (), imitated(row.answer, rng))
+            continue
+        currency, code = rng.choice(builtin.CURRENCIES), rng.choice(CODES)
+        untold = _for_kind({"convention": currency, "office": code, "account": code})
+        row = _row(tier, f"cold-{index}", catalogue, untold, rng)
+        solved = [_solved(f"{row.id}-{name}", name, (), catalogue, untold, rng) for name in row.tool_names]
+        shown = DemonstrationIndex(solved).choose(row, rng)
+        if tier not in UNTOLD or any(other.answer[0]["name"] == row.answer[0]["name"] for other in shown):
+            yield Example(row, tuple(shown), row.answer)
