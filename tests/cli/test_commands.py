@@ -238,6 +238,8 @@ def test_flags_beat_the_config_file_which_beats_the_defaults(tmp_path):
     assert builtin.learning_rate > 1e-5 and builtin.cold_start_steps > 0
     assert args.cold_start_steps == builtin.cold_start_steps, "the tiny model's recipe lies under a user's file"
     assert parse_train(["--model", "smollm2-135m"]).learning_rate == ToolExpanderConfig().learning_rate
+    facts = parse_train(["--dataset", "builtin-facts"])
+    assert facts == parse_train(["--config", "builtin-facts"]) and facts.train_rows == 320
     path.write_text("learning_rate: 5e-4")  # text to YAML 1.1
     assert parse_train(["--config", str(path)]).learning_rate == 5e-4
     twice = parse_train(["--config", "replace", "--config", str(path)])

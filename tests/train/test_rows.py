@@ -1,5 +1,6 @@
 """Rows by name, their split, and their prompts."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall import DemonstrationIndex
 from toolx_kernels.toolcall.chat import Chat, render_prompt
-from toolx_kernels.toolcall.datasets import builtin
+from toolx_kernels.toolcall.datasets import builtin, builtin_facts
 from toolx_kernels.train.cold_start import cold_start_examples
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.rows import load_demonstrations, load_eval_rows, load_rows, split_rows
@@ -114,4 +115,14 @@ def test_built_in_tasks_stand_alone(dataset):
     with pytest.raises(InputError, match="builtin.* is made up for each run: name it alone"):
         load_eval_rows(dataset)
     with pytest.raises(InputError, match="demonstration_dataset=builtin has the rows that builtin evaluates on"):
-        load_demonstrations("builtin")
+        load_demonstrations(ToolExpanderConfig(demonstration_dataset="builtin"))
+
+
+def test_the_task_with_facts_brings_its_demonstrations_unless_others_are_named(tmp_path):
+    assert load_demonstrations(ToolExpanderConfig(dataset="builtin-facts")) == builtin_facts.documentation()
+    assert load_demonstrations(ToolExpanderConfig(dataset="builtin")) == []
+    file = tmp_path / "rows.jsonl"
+    row = builtin.train_rows(1, 0)[0]
+    file.write_text(json.dumps({"id": "mine", "prompt": row.prompt, "tools": row.tools, "answer": row.answer}))
+    (other,) = load_demonstrations(ToolExpanderConfig(dataset="builtin-facts", demonstration_dataset=str(file)))
+    assert other.id == "mine"

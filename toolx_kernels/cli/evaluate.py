@@ -26,8 +26,8 @@ def add_flags(parser: Parser) -> None:
         "dataset",
         nargs="+",
         default=["builtin"],
-        help="one or several of: builtin, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, "
-        "2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
+        help="one or several of: builtin, builtin-facts, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight "
+        "categories, 2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
     )
     parser.flag("eval_rows", type=int, help="at most N rows per dataset, drawn with a fixed seed")
     parser.flag(

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 cold_start=built_in_cold_start(config),
-                demonstrations=load_demonstrations(config.demonstration_dataset),
+                demonstrations=load_demonstrations(config),
                 environment_factory=builtin_turns.Registry if config.dataset == "builtin-turns" else None,
             ).train(stop)
     except Stopped as stopped:
@@ -82,6 +82,7 @@ def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
     With ``--resume`` the settings that the run was started with stand in for recipe and YAML.
     """
     from toolx_kernels.models.tiny import is_tiny
+    from toolx_kernels.train.rows import BUILT_IN
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
     settings: dict[str, Any] = {}
@@ -99,7 +100,7 @@ def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
         k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
     }
     if is_tiny(settings["model"]):
-        recipe = settings["dataset"] if settings["dataset"] in ("builtin", "builtin-turns") else "builtin"
+        recipe = settings["dataset"] if settings["dataset"] in BUILT_IN else "builtin"
         settings = read_config(recipe) | settings
     return ToolExpanderConfig(**settings)
 

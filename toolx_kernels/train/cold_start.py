@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.tool_loop import supervised_episode
-from toolx_kernels.toolcall.datasets import builtin, builtin_turns
+from toolx_kernels.toolcall.datasets import builtin, builtin_facts, builtin_turns
 from toolx_kernels.toolcall.datasets.builtin import Example
 from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
@@ -57,6 +57,8 @@ def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episod
     if config.dataset == "builtin-turns":
         copying = islice(builtin.cold_start_examples(config.seed), BEFORE_TURNS)
         return chain(copying, builtin_turns.cold_start_episodes(config.seed))
+    if config.dataset == "builtin-facts":
+        return builtin_facts.cold_start_examples(config.seed)
     return None
 
 

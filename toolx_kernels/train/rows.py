@@ -8,12 +8,13 @@ import random
 from collections.abc import Sequence
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.datasets import builtin, builtin_turns
+from toolx_kernels.toolcall.datasets import builtin, builtin_facts, builtin_turns
 from toolx_kernels.toolcall.datasets.read import read_dataset
 from toolx_kernels.toolcall.rows import Row, with_calls
-from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.config import DataSettings, ToolExpanderConfig
 
-BUILT_IN = {"builtin": builtin, "builtin-turns": builtin_turns}  # tasks that need no data, by name
+# tasks that need no data, by name
+BUILT_IN = {"builtin": builtin, "builtin-turns": builtin_turns, "builtin-facts": builtin_facts}
 BUILT_IN_TRAIN_ROWS = 640
 BUILT_IN_EVAL_ROWS = 480
 
@@ -47,10 +48,13 @@ def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     return some_rows(_read(dataset), count)
 
 
-def load_demonstrations(dataset: str | None) -> list[Row]:
-    """More rows to demonstrate with, as ``demonstration_dataset`` names them."""
+def load_demonstrations(config: DataSettings) -> list[Row]:
+    """More rows to demonstrate with: as ``demonstration_dataset`` names them, else those that the task brings."""
+    dataset = config.demonstration_dataset
     if dataset in BUILT_IN:
         raise InputError(f"demonstration_dataset={dataset} has the rows that {dataset} evaluates on: name a file.")
+    if dataset is None and config.dataset == "builtin-facts":
+        return builtin_facts.documentation()
     return read_dataset(dataset) if dataset else []
 
 

@@ -90,7 +90,7 @@ class Workload:
         rows, eval_rows = load_rows(args)
         prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)), args.self_exemplify)
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
-        more = load_demonstrations(args.demonstration_dataset)
+        more = load_demonstrations(args)
         index = DemonstrationIndex(demonstration_rows(rows if args.demonstrate_training_rows else (), more))
         return cls.of(args, prompts, index, rows, eval_rows)
 
