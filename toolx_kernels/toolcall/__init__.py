@@ -10,7 +10,7 @@ from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.match import exact_match
 from toolx_kernels.toolcall.parse import THOUGHTS, only_calls, parse_calls, split_thought
 from toolx_kernels.toolcall.reward_runner import RewardFunctions, Rewards
-from toolx_kernels.toolcall.rewards import CallReward, is_correct, no_think_reward
+from toolx_kernels.toolcall.rewards import CallReward, SimilarityReward, is_correct, no_think_reward
 from toolx_kernels.toolcall.rows import Row, check_row, check_rows, with_calls
 from toolx_kernels.toolcall.self_exemplify import (
     SelfExemplifyingReward,
@@ -34,6 +34,7 @@ __all__ = [
     "Rewards",
     "Row",
     "SelfExemplifyingReward",
+    "SimilarityReward",
     "THOUGHTS",
     "ToolFormat",
     "answer_of",

@@ -1,5 +1,8 @@
 """Rewards and correctness of completions that call tools."""
 
+import json
+import math
+import re
 from collections.abc import Sequence
 
 from toolx_kernels.toolcall.bfcl_match import bfcl_match
@@ -7,6 +10,10 @@ from toolx_kernels.toolcall.match import exact_match
 from toolx_kernels.toolcall.parse import Reading, read
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
+
+NEARLY_RIGHT = 0.99  # the most that calls which are not right earn by their similarity
+COMPARED_WORDS = 200  # of a text's beginning, so that similarity is linear in what a model writes
+_WORD = re.compile(r"[^\W_]+")
 
 
 def is_correct(text: str | Sequence[str], row: Row, tool_format: ToolFormat = HERMES) -> bool:
@@ -52,8 +59,49 @@ class CallReward:
             well_formed = all(
                 (turn.bare or turn.calls == []) and (self.allow_thoughts or turn.thought is None) for turn in turns
             )
-            rewards.append(float(well_formed and _is_right(turns, *expected)))
+            rewards.append(self._earned(turns, *expected) if well_formed else 0.0)
         return rewards
+
+    def _earned(
+        self, turns: Sequence[Reading], answer: list, tools: list, possible: list | None, category: str
+    ) -> float:
+        return float(_is_right(turns, answer, tools, possible, category))
+
+
+class SimilarityReward(CallReward):
+    """``CallReward`` with degrees: 1.0 for what earns 1.0 there, and for other calls, as well-formed as there, how
+    similar they are to the answer, at most ``NEARLY_RIGHT``. After STAR (arXiv 2602.03022, Sim-RL).
+
+    Calls of one name are paired, the most similar first. A pair scores the sum over its common arguments, 1 for equal
+    ones (as JSON) and ROUGE-L's F1 for two texts, by the number of arguments in either; without any it scores 1. The
+    sum over the pairs is divided by the number of calls in either answer, a pair counting as one. A tool that is not
+    offered, an argument that its schema does not know, a call where none is wanted and silence where one is earn 0.
+
+    Words are letters and digits of any script, in lower case; the longest common subsequence is that of the first
+    ``COMPARED_WORDS`` words, by the lengths of the whole texts. STAR's own code pairs calls in the order they are
+    written, stems English words, takes 1, 1.0 and True for equal, and gives -1 for malformed and unknown calls.
+
+    >>> answer = [{"name": "f", "arguments": {"city": "New York", "days": 3}}]
+    >>> text = '<tool_call>{"name": "f", "arguments": {"city": "York", "days": 3}}</tool_call>'
+    >>> tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    >>> SimilarityReward()(["How is it?"], [text], [[1]], answer=[answer], tools=[tools])  # (2/3 + 1) / 2
+    [0.8333333333333333]
+    """
+
+    def __init__(self, tool_format: ToolFormat = HERMES, allow_thoughts: bool = False) -> None:
+        super().__init__(tool_format, allow_thoughts)
+        self.__name__ = "similarity_reward"
+
+    def _earned(
+        self, turns: Sequence[Reading], answer: list, tools: list, possible: list | None, category: str
+    ) -> float:
+        if _is_right(turns, answer, tools, possible, category):
+            return 1.0
+        calls = [call for turn in turns for call in turn.calls or ()]
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+        if not calls or not all(_is_known(call, schemas) for call in calls):
+            return 0.0
+        return min(_similarity(calls, answer), NEARLY_RIGHT)
 
 
 def no_think_reward(prompts: list, completions: list, completion_ids: list[list[int]], **columns: list) -> list[float]:
@@ -77,3 +125,64 @@ def completion_turns(completion: str | list[dict]) -> list[str]:
 def _is_right(turns: Sequence[Reading], answer: list, tools: list, possible: list | None, category: str) -> bool:
     calls = None if any(turn.calls is None for turn in turns) else [call for turn in turns for call in turn.calls or ()]
     return exact_match(calls, answer) if possible is None else bfcl_match(calls, tools, possible, category)
+
+
+def _is_known(call: dict, schemas: dict[str, dict]) -> bool:
+    """Whether the call is of an offered tool and its arguments are among the schema's, as ``arguments_fault`` asks."""
+    if call["name"] not in schemas:
+        return False
+    schema = schemas[call["name"]]
+    properties = schema.get("properties")
+    return (
+        properties is None or bool(schema.get("additionalProperties")) or call["arguments"].keys() <= properties.keys()
+    )
+
+
+def _similarity(calls: list[dict], answer: list[dict]) -> float:
+    """Of two lists of calls, of which one at least has some; symmetric."""
+    ours, theirs = ([_readings(call["arguments"]) for call in some] for some in (calls, answer))
+    pairs = [
+        (_pair_similarity(ours[n], theirs[m]), n, m)
+        for n, call in enumerate(calls)
+        for m, wanted in enumerate(answer)
+        if call["name"] == wanted["name"]
+    ]
+    left, wanting, scores = set(range(len(calls))), set(range(len(answer))), []
+    for score, n, m in sorted(pairs, key=lambda pair: -pair[0]):
+        if n in left and m in wanting:
+            left.remove(n)
+            wanting.remove(m)
+            scores.append(score)
+    return math.fsum(scores) / (len(left) + len(wanting) + len(scores))
+
+
+def _readings(arguments: dict) -> dict[str, tuple[str, list[str] | None]]:
+    """Of each argument its JSON, by which it is equal to another or not, and the words if it is a text."""
+    return {
+        name: (json.dumps(value, sort_keys=True), _WORD.findall(value.lower()) if isinstance(value, str) else None)
+        for name, value in arguments.items()
+    }
+
+
+def _pair_similarity(ours: dict, theirs: dict) -> float:
+    names = len(ours.keys() | theirs.keys())
+    scores = []
+    for name in ours.keys() & theirs.keys():
+        (value, words), (wanted, wanted_words) = ours[name], theirs[name]
+        if value == wanted:
+            scores.append(1.0)
+        elif words and wanted_words:
+            scores.append(_rouge_l(words, wanted_words))
+    return math.fsum(scores) / names if names else 1.0
+
+
+def _rouge_l(ours: list[str], theirs: list[str]) -> float:
+    """F1 of the longest common subsequence, found for all of one text's words at once, a bit each (Hyyro 2004)."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(ours[:COMPARED_WORDS]):
+        places[word] = places.get(word, 0) | 1 << place
+    every = free = (1 << len(ours[:COMPARED_WORDS])) - 1
+    for word in theirs[:COMPARED_WORDS]:
+        hits = free & places.get(word, 0)
+        free = (free + hits | free - hits) & every
+    return 2 * (every & ~free).bit_count() / (len(ours) + len(theirs))
