@@ -278,11 +278,11 @@ def test_the_reference_is_asked_once_for_a_batch(monkeypatch):
             asked.append(len(batch.targets))
             return whole(batch)
 
-        def again(*arguments):
+        def again(work):
             learner.token_budget = next(budgets)
             if ask_again:
-                arguments = ([replace(group, ref_logprobs=()) for group in arguments[0]], *arguments[1:])
-            return accumulate(*arguments)
+                work = [([replace(group, ref_logprobs=()) for group in of], loss) for of, loss in work]
+            return accumulate(work)
 
         learner._reference_logprobs, learner._accumulate = spied, again
         told = learner.improve(groups, 0)
