@@ -15,7 +15,7 @@ from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.reward_runner import RewardFunctions, Rewards
-from toolx_kernels.toolcall.rewards import CallReward, is_correct
+from toolx_kernels.toolcall.rewards import CallReward, SimilarityReward, is_correct
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, instructions, is_answer_correct
 from toolx_kernels.train.config import ChatSettings
@@ -55,11 +55,10 @@ def judge_and_rewards(
                 "with chat_template_kwargs, or allow thoughts."
             )
         allowed = chat.conventions.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
-        reward_funcs = (
-            SelfExemplifyingReward(distinct=args.distinct_examples, tool_format=form)
-            if args.self_exemplify
-            else CallReward(form, allow_thoughts=allowed)
-        )
+        if args.self_exemplify:
+            reward_funcs = SelfExemplifyingReward(distinct=args.distinct_examples, tool_format=form)
+        else:
+            reward_funcs = {"exact": CallReward, "similarity": SimilarityReward}[args.reward](form, allowed)
     rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
     return judge_of(chat, args.self_exemplify), rewards, solved
 
