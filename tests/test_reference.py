@@ -14,6 +14,7 @@ from toolx_kernels.loss_config import LOSS_TYPES, GRPOLossConfig
 LENGTHS = [3, 0, 4, 2, 3]
 MASKED = 5
 ADVANTAGES = [0.7, 1.0, -0.9, 0.0, 1.3]
+TOKEN_ADVANTAGES = [0.7, 0.0, -1.1, 0.4, 0.0, -2.0, 0.9, 0.0, 0.0, -0.3, 1.3, 0.0]
 INPUTS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
@@ -55,12 +56,15 @@ def loss_and_grads(case, config, *names):
     + [{"entropy_coef": 0.2, "top_entropy_quantile": 0.5, "beta": 0.3}],
     ids=str,
 )
-def test_gradients_are_those_of_the_loss(settings):
+@pytest.mark.parametrize("by_token", [False, True], ids=["by completion", "by token"])
+def test_gradients_are_those_of_the_loss(settings, by_token):
     """cispo and vespo hold a weight constant that moves with the log-probs: their gradient is not that of their value,
     so the weight is held by hand, at what it is when the ratio is 1 and the sampler's weight too."""
     config = config_of(**settings)
     weighted = config.loss_type in ("cispo", "vespo")
-    case = make_case(bias=numbers(7, seed=8)) | {"softcap": 3.0}
+    owner = torch.repeat_interleave(torch.tensor(LENGTHS))
+    advantages = torch.tensor(TOKEN_ADVANTAGES if by_token else ADVANTAGES, dtype=torch.float64)
+    case = make_case(bias=numbers(7, seed=8), advantages=advantages) | {"softcap": 3.0}
     if weighted:
         case |= dict.fromkeys(INPUTS)
     names = ("hidden", "weight", "bias")
@@ -75,8 +79,7 @@ def test_gradients_are_those_of_the_loss(settings):
     # weight 1 exactly: -A logp, summed and divided by the tokens
     given = torch.autograd.grad(loss(*leaves), leaves)
     logprobs = reference.linear_logprob(leaves[0], leaves[1], case["targets"], bias=leaves[2], softcap=3.0).logprobs
-    owner = torch.repeat_interleave(torch.tensor(LENGTHS))
-    plain = -(case["advantages"][owner] * logprobs)[case["mask"]].sum() / case["mask"].sum()
+    plain = -((advantages if by_token else advantages[owner]) * logprobs)[case["mask"]].sum() / case["mask"].sum()
     torch.testing.assert_close(given, torch.autograd.grad(plain, leaves))
 
 

@@ -26,7 +26,8 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class GRPOLossConfig:
-    """The policy-gradient objective, in TRL's names. r is the ratio exp(logp - old), A the advantage.
+    """The policy-gradient objective, in TRL's names. r is the ratio exp(logp - old), A the advantage, of the completion
+    or of the token.
 
     loss_type: the objective of a token, and how token losses become one number. B counts fully masked completions
         too; ``denominator`` replaces what the sum is divided by (for ``grpo`` and ``sapo``: B).
@@ -66,7 +67,7 @@ class GRPOLossConfig:
         ``*_mask`` v where v <= cap and else 0. TRL's ``vllm_importance_sampling_mode`` and ``_clip_max``.
     scale_rewards: the denominator of the advantages, see :func:`group_advantages`.
     max_completion_length: only ``dr_grpo`` uses it.
-    compute_all_logprobs: also compute rows whose gradient is known to be zero (equal-reward groups), so that
+    compute_all_logprobs: also compute rows whose gradient is known to be zero (those of advantage 0), so that
         ``.logprobs`` and ``.entropy`` hold no NaN on unmasked rows.
     recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
         fp32 gradient of the whole weight (``ops/lm_head/tiles.py``).
@@ -190,6 +191,13 @@ class GRPOLossConfig:
     def computes_every_row(self) -> bool:
         """Whether unmasked tokens are computed also where the advantage is zero."""
         return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1 or self.compute_all_logprobs)
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether a token's objective depends on the other unmasked tokens of its completion: then all of them are
+        computed as soon as one has an advantage that is not zero."""
+        modes = (self.importance_sampling_level, self.importance_sampling_mode)
+        return self.loss_type == "vespo" or any(mode.startswith("sequence") for mode in modes)
 
     @classmethod
     @cache

@@ -134,7 +134,7 @@ class CompletionLosses(NamedTuple):
 def completion_losses(
     logprobs: Tensor,  # (T)
     entropy: Tensor,  # (T)
-    advantage: Tensor,  # ()
+    advantage: Tensor,  # () or (T)
     config: GRPOLossConfig,
     *,
     old: Tensor | None = None,  # (T)
@@ -146,15 +146,20 @@ def completion_losses(
 
     ``kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL``, see :class:`GRPOLossConfig`.
     Where the advantage is zero and no KL takes part in it, old and sampler log-probs matter only to a bias-corrected
-    KL, and may otherwise be NaN.
+    KL, and may otherwise be NaN. Where the tokens of a completion share a ratio or a weight, those of all of them
+    matter as soon as one has an advantage.
     """
     own, bound = logprobs.detach(), LOG_RATIO_BOUND
     old, ref, sampler = (x if x is None else x.detach().to(own.dtype) for x in (old, ref, sampler))
-    weighted = bool(advantage != 0) or config.kl_in_advantage
-    if old is None or not (weighted or (config.kl_in_loss and config.use_bias_correction_kl)):
+    weighted = (advantage != 0) | config.kl_in_advantage
+    if config.needs_whole_sequences:
+        weighted = weighted.any()
+    if old is None:
         old = own
-    if not weighted:
-        sampler = None
+    elif not (config.kl_in_loss and config.use_bias_correction_kl):
+        old = torch.where(weighted, old, own)
+    if sampler is not None:
+        sampler = torch.where(weighted, sampler, old)
     finite = own.isfinite() & (own - old).isfinite()
     finite = finite if ref is None else finite & (ref - own).isfinite()
     finite = finite if sampler is None else finite & (old - sampler).isfinite()
@@ -230,7 +235,7 @@ def linear_grpo_loss(
     *,
     cu_seqlens: Tensor,  # (B + 1) int32
     rewards: Tensor | None = None,  # (B)
-    advantages: Tensor | None = None,  # (B)
+    advantages: Tensor | None = None,  # (B) or (N)
     group_size: int | None = None,
     group_ids: Tensor | None = None,  # (B)
     old_logprobs: Tensor | None = None,  # (N)
@@ -251,9 +256,11 @@ def linear_grpo_loss(
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     bounds = cu_seqlens.tolist()
     spans = list(zip(bounds, bounds[1:], strict=False))
-    live = mask.clone()
-    for b, (start, end) in enumerate(spans):
-        live[start:end] &= bool(advantages[b] != 0) or config.computes_every_row
+    if len(advantages) == len(spans):
+        advantages = advantages.repeat_interleave(cu_seqlens.diff())  # (N)
+    live = mask if config.computes_every_row else mask & (advantages != 0)
+    if config.needs_whole_sequences:
+        live = torch.cat([mask[start:end] & live[start:end].any() for start, end in spans])
 
     def stats_of(rows):
         return linear_logprob(
@@ -280,12 +287,12 @@ def linear_grpo_loss(
         kept = seen_entropy >= seen_entropy[sound].quantile(1 - config.top_entropy_quantile)
     total = used.logprobs.sum() * 0  # a zero that backward accepts, should no row be live
     logged = []
-    for b, (start, end) in enumerate(spans):
+    for start, end in spans:
         rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
         parts = completion_losses(
             logprobs[rows],
             entropy[rows],
-            advantages[b],
+            advantages[rows],
             config,
             kept=kept[rows],
             old=None if old_logprobs is None else old_logprobs[rows],

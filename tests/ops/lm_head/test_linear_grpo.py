@@ -711,12 +711,15 @@ def test_a_gpu_is_asked_for_few_things(kept, most, monkeypatch):
 def test_the_op_is_registered_properly():
     case = make_case((2, 3), (1.0, 0.0), extras=("bias", "temperature"), vocab=11, dim=6)
     for needs in ([True] * 3, [True, False, False], [False] * 3):
-        for config in (GRPOLossConfig(beta=0.1), GRPOLossConfig(recompute=True, entropy_coef=0.1)):
+        for config, advantages in (
+            (GRPOLossConfig(beta=0.1), [0.5, -0.5]),
+            (GRPOLossConfig(recompute=True, entropy_coef=0.1), [0.5, 0.0, -0.5, 1.0, 0.0]),
+        ):
             tensors = [case["hidden"], case["weight"], case["bias"]]
             hidden, weight, bias = (t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True))
             arguments = (
                 hidden, weight, case["targets"], case["temperature"], bias, 3.0, -1,
-                case["cu_seqlens"], torch.tensor([0.5, -0.5], device=DEVICE), case[OLD], case[REF], case[SAMPLER],
+                case["cu_seqlens"], torch.tensor(advantages, device=DEVICE), case[OLD], case[REF], case[SAMPLER],
                 case["mask"], None, config.key, needs,
             )  # fmt: skip
             torch.library.opcheck(torch.ops.toolx.linear_grpo.default, arguments)
@@ -737,30 +740,30 @@ def batch_of(lengths, seed):
     ],
 )
 def test_under_compile_with_changing_lengths(backend, recompute):
-    """One graph, which new lengths do not compile again."""
+    """One graph, which new lengths do not compile again; once with rewards, once with an advantage for each token."""
     compiled_graphs = []
     counting = torch._dynamo.utils.counters
     counting.clear()
     torch._dynamo.reset()
     config = GRPOLossConfig(recompute=recompute)
 
-    def step(hidden, weight, targets, cu_seqlens, rewards, old_logprobs):
+    def step(hidden, weight, targets, cu_seqlens, scores, old_logprobs):
         output = linear_grpo_loss(
             hidden * 1.5,
             weight,
             targets,
             cu_seqlens=cu_seqlens,
-            rewards=rewards,
-            group_size=4,
             old_logprobs=old_logprobs,
             config=config,
+            **({"advantages": scores} if recompute else {"rewards": scores, "group_size": 4}),
         )
         return output.loss * 3, output.logprobs
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
     for seed, lengths in enumerate([(3, 4, 2, 5), (6, 1, 8, 2), (9, 9, 3, 4), (2, 2, 3, 1)]):
         case = batch_of(lengths, seed)
-        names = ("targets", "cu_seqlens", "rewards", OLD)
+        case["scores"] = torch.linspace(0.5, 2, sum(lengths), device=DEVICE) if recompute else case["rewards"]
+        names = ("targets", "cu_seqlens", "scores", OLD)
         results = []
         for function in (step, compiled):
             leaves = [case[name].clone().requires_grad_() for name in ("hidden", "weight")]

@@ -1,11 +1,12 @@
 """Which rows are computed: the kernels find what plain torch finds, whatever the values."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from tests.ops.cases import DEVICE, needs_triton
+from tests.ops.cases import BACKENDS, DEVICE, needs_triton
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head import live_rows
 
@@ -62,3 +63,66 @@ def test_kernels_stay_inside_whatever_the_bounds(bounds):
     call = make_call(cu_seqlens=torch.tensor(bounds), mask=None, advantages=torch.ones(6))
     found = live_rows.in_triton(call, GRPOLossConfig(), torch.float32)
     assert found.facts[0].tolist() == bounds and found.facts[1].max() <= N
+
+
+# ---- advantages by token
+
+MASKED, SPARSE, LONE = 2, 700, 1899  # rows of the first, the third and the second-last completion
+
+
+def by_token(*changed: tuple[int, float]) -> torch.Tensor:
+    """The first completion has an advantage only on its masked row, the fourth has none, the fifth one."""
+    g = torch.Generator().manual_seed(1)
+    advantages = torch.randn(N, generator=g) * (torch.rand(N, generator=g) < 0.3)
+    advantages[:5] = 0
+    advantages[1305:1914] = 0
+    for row, value in ((MASKED, 1.0), (SPARSE, 0.0), (LONE, -2.0), (N - 1, 0.5), *changed):
+        advantages[row] = value
+    return advantages
+
+
+MASK = torch.arange(N) % 3 != MASKED
+
+
+def wanted_rows(call, whole, every):
+    """The computed rows, one after the other, and whether all that matters is as it must be."""
+    advantages, targets, temperature = (x.tolist() for x in (call.advantages, call.targets, call.temperature))
+    mask, rows = [True] * N if call.mask is None else call.mask.tolist(), []
+    for start, end in itertools.pairwise(call.cu_seqlens.tolist()):
+        unmasked = [row for row in range(start, end) if mask[row]]
+        moving = [row for row in unmasked if advantages[row] != 0]
+        rows += unmasked if every or (whole and moving) else moving
+    fine = all(0 <= targets[row] < VOCAB and 0 < temperature[row] < math.inf for row in rows)
+    return rows, fine and all(map(math.isfinite, advantages)), sum(mask)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("every", [False, True], ids=["live", "all"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_by_token(backend, every, level):
+    """A wrong value matters where its row is computed, an advantage that is not finite wherever it is."""
+    config = GRPOLossConfig(compute_all_logprobs=every, importance_sampling_level=level)
+    for change in (
+        {}, with_one("targets", SPARSE, VOCAB), with_one("temperature", 1310, torch.nan),
+        with_one("targets", MASKED, VOCAB) | {"mask": MASK},
+        {"advantages": by_token((MASKED, torch.inf))}, {"advantages": by_token((1310, torch.nan))},
+        {"advantages": torch.zeros(N)},
+    ):  # fmt: skip
+        call = make_call(**{"advantages": by_token(), "rewards": None} | change | {"mask": change.get("mask", MASK)})
+        rows, fine, n_unmasked = wanted_rows(call, level == "sequence", every)
+        found = getattr(live_rows, f"in_{backend}")(call, config, torch.float32)
+        assert found.facts[1].sum() == len(rows) and found.facts[2].sum() == n_unmasked
+        assert found.facts[3].any() == (not fine)
+        assert found.rows[: len(rows)].tolist() == rows
+        torch.testing.assert_close(found.advantages[: len(rows)], call.advantages[rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_of_completions_are_those_of_their_tokens(backend, level):
+    find, config = getattr(live_rows, f"in_{backend}"), GRPOLossConfig(importance_sampling_level=level)
+    call = make_call(rewards=None)
+    of_tokens = call.advantages.repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
+    one, other = (find(given, config, torch.float32) for given in (call, call._replace(advantages=of_tokens)))
+    n = int(one.facts[1].sum())
+    assert other.facts.equal(one.facts) and all(b[:n].equal(a[:n]) for a, b in zip(one[1:], other[1:], strict=True))

@@ -40,12 +40,13 @@ OLD, REF, SAMPLER = PLAIN, -PLAIN.flip(0), PLAIN.roll(2)
 
 
 def make_vectors(old=OLD, ref=REF, sampler=SAMPLER, advantages=(1.1, 0.5, -0.8, -0.4)):
-    """Differences to one's own log-probs become log-probs."""
+    """Differences to one's own log-probs become log-probs; advantages are per completion or per token."""
+    advantages = torch.tensor(advantages, dtype=torch.float64)
     own = -torch.tensor([0.5, 3.0, 1.7, 0.1, 6.0, 2.2], dtype=torch.float64)
     return {
         "logprobs": own,
         "entropy": torch.tensor([0.4, 2.0, 1.0, 0.2, 3.0, 1.5], dtype=torch.float64),
-        "advantages": torch.tensor(advantages, dtype=torch.float64),
+        "advantages": advantages[OWNER] if len(advantages) == len(LENGTHS) else advantages,
         "weights": torch.tensor([0.3, 0.3, 0.3, 0.2, 0.2, 0.7], dtype=torch.float64),
         "old": None if old is None else own - old,
         "ref": None if ref is None else own + ref,
@@ -55,7 +56,7 @@ def make_vectors(old=OLD, ref=REF, sampler=SAMPLER, advantages=(1.1, 0.5, -0.8, 
 
 def fast(vectors, config, dtype=torch.float64):
     v = {name: x if x is None else x.to(dtype) for name, x in vectors.items()}
-    given = RowVectors(v["advantages"][OWNER], v["weights"], v["old"], v["ref"], v["sampler"])
+    given = RowVectors(v["advantages"], v["weights"], v["old"], v["ref"], v["sampler"])
     return policy_objective(v["logprobs"], v["entropy"], given, torch.tensor(LENGTHS), config)
 
 
@@ -66,13 +67,13 @@ def definition(vectors, config):
     if config.top_entropy_quantile < 1:
         kept = vectors["entropy"] >= vectors["entropy"].quantile(1 - config.top_entropy_quantile)
     parts = []
-    for b, rows in enumerate(torch.arange(N).split(LENGTHS)):
+    for rows in torch.arange(N).split(LENGTHS):
         others = {name: vectors[name] if vectors[name] is None else vectors[name][rows] for name in ("old", "ref")}
         sampler = vectors["sampler"] if vectors["sampler"] is None else vectors["sampler"][rows]
         parts.append(
             reference.completion_losses(
                 *(leaf[rows] for leaf in leaves),
-                vectors["advantages"][b],
+                vectors["advantages"][rows],
                 config,
                 **others,
                 sampler=sampler,
@@ -117,6 +118,7 @@ def test_every_objective_agrees_with_its_definition(loss_type, level, mode):
 
 
 LOG_RATIO = st.floats(-2, 2) | st.sampled_from([-1e30, -200.0, -39.0, 0.0, 39.0, 200.0, 1e30, math.nan, math.inf])
+ADVANTAGE = st.floats(-2, 2) | st.just(0.0)
 VECTOR = st.none() | st.lists(LOG_RATIO, min_size=N, max_size=N).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
 
@@ -128,7 +130,7 @@ VECTOR = st.none() | st.lists(LOG_RATIO, min_size=N, max_size=N).map(lambda x: t
     VECTOR,
     VECTOR,
     VECTOR,
-    st.lists(st.floats(-2, 2) | st.just(0.0), min_size=len(LENGTHS), max_size=len(LENGTHS)),
+    st.sampled_from([len(LENGTHS), N]).flatmap(lambda n: st.lists(ADVANTAGE, min_size=n, max_size=n)),
     st.sampled_from([{}, {"delta": 2.5}, {"entropy_coef": 0.2}, {"entropy_coef": 0.2, "top_entropy_quantile": 0.4}]),
 )
 def test_any_numbers_agree_with_the_definition(level, mode, kl, old, ref, sampler, advantages, more):
@@ -242,7 +244,7 @@ def test_the_entropy_mask_keeps_the_top_share():
 )
 def test_what_must_be_whole(change, sequences, batch):
     config = config_of(**change)
-    assert objective.needs_whole_sequences(config) is sequences
+    assert config.needs_whole_sequences is sequences
     assert objective.needs_whole_batch(config) is batch
 
 

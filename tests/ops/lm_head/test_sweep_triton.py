@@ -317,7 +317,7 @@ def test_the_objective_is_fused_where_it_can_be(monkeypatch):
     run_loss(linear_grpo_loss, case, GRPOLossConfig())
     assert len(calls) == 1
     config = GRPOLossConfig(importance_sampling_level="sequence")
-    assert losses.needs_whole_sequences(config)
+    assert config.needs_whole_sequences
     run_loss(linear_grpo_loss, case, config)
     assert len(calls) == 1
 

@@ -104,6 +104,19 @@ def test_linear_grpo_loss(path, cut, extras, monkeypatch, taken):
     assert_whole([grads for _, grads in results], exact)
 
 
+@pytest.mark.parametrize("settings", [{}, {"importance_sampling_level": "sequence"}], ids=["rows", "sequences"])
+def test_advantages_by_token(settings, monkeypatch):
+    case = without_logprobs(make_case(dtype=torch.float64, vocab=VOCAB), "old_logprobs")
+    del case["rewards"], case["group_size"]
+    case["advantages"] = torch.linspace(-2, 1, len(case["targets"]), device=case["targets"].device).round()
+    force(monkeypatch, "chunks", rows=11)
+    whole, exact = run_loss(linear_grpo_loss, case, GRPOLossConfig(**settings))
+    results = on_every_rank((64, 149), case, lambda own: run_loss(linear_grpo_loss, own, GRPOLossConfig(**settings)))
+    for output, _ in results:
+        assert_agrees(output, whole)
+    assert_whole([grads for _, grads in results], exact)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -74,10 +74,16 @@ def check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabS
 
 
 def check_vectors(
-    hidden: Tensor, cu_seqlens: Tensor, config: GRPOLossConfig, per_completion: dict, per_row: dict
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    config: GRPOLossConfig,
+    rewards: Tensor | None,
+    advantages: Tensor | None,
+    per_row: dict,
 ) -> None:
     """Raises InputError for vectors of a loss that do not fit, as far as no value must be read."""
-    for name, vector in {"cu_seqlens": cu_seqlens, **per_completion, **per_row}.items():
+    vectors = {"cu_seqlens": cu_seqlens, "rewards": rewards, "advantages": advantages, **per_row}
+    for name, vector in vectors.items():
         if not isinstance(vector, Tensor | None):
             raise InputError(f"{name} is a {type(vector).__name__}: pass a tensor on {hidden.device}.")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
@@ -85,15 +91,21 @@ def check_vectors(
             f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
             "least one completion."
         )
-    if (per_completion["rewards"] is None) == (per_completion["advantages"] is None):
-        raise InputError("Give either rewards or advantages, one number per completion.")
-    for vectors, size in ((per_completion, len(cu_seqlens) - 1), (per_row, len(hidden))):
-        for name, vector in vectors.items():
-            if vector is not None and vector.shape != (size,):
-                raise InputError(
-                    f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
-                )
-    check_devices(hidden.device, cu_seqlens=cu_seqlens, **per_completion, **per_row)
+    if (rewards is None) == (advantages is None):
+        raise InputError("Give either rewards or advantages, and not both.")
+    n_completions, n_rows = len(cu_seqlens) - 1, len(hidden)
+    if advantages is not None and advantages.shape != (n_completions,) and advantages.shape != (n_rows,):
+        raise InputError(
+            f"advantages has shape {tuple(advantages.shape)}: it must be ({n_completions},), one per completion of "
+            f"cu_seqlens, or ({n_rows},), one per row of hidden."
+        )
+    for name, vector in {"rewards": rewards, **per_row}.items():
+        size = n_completions if name == "rewards" else n_rows
+        if vector is not None and vector.shape != (size,):
+            raise InputError(
+                f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
+            )
+    check_devices(hidden.device, **vectors)
     if (mask := per_row["mask"]) is not None and mask.dtype != torch.bool:
         raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
     if config.beta and per_row["ref_logprobs"] is None:

@@ -1,6 +1,6 @@
 """The GRPO loss straight from hidden states and the LM-head weight, in one sweep over the vocabulary.
 
-    hidden (N, D), weight (V, D), targets (N) -> logprobs (N) -> advantages (B) -> token losses (N) -> loss
+    hidden (N, D), weight (V, D), targets (N) -> logprobs (N) -> advantages (B) or (N) -> token losses (N) -> loss
 
 A policy gradient needs of each token only two numbers: c = d loss / d logprob and, with an entropy bonus,
 e = d loss / d entropy. So for a chunk of rows (one GEMM) the exponentials of all logits are kept, relative to an anchor
@@ -11,10 +11,10 @@ never exist beyond the chunk. With E = exp(z - anchor), s its sum, p_y the targe
     d hidden = r * (E W) + t W_y            r = -c / (T s),  t = c (1 - p_y) / T,  E_y = 0
     d weight = E'^T (r * hidden)            E'_y = t / r
 
-Rows that cannot have a gradient never enter the sweep: masked tokens, and completions whose group has equal rewards
-while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the GEMMs; on a
-GPU, which must be waited for to find them, only if the first chunk has enough. Where a sweep is not possible or not
-worth it (``sweeps_once``), and when an anchor turns out to be so far off that exponentials over- or
+Rows that cannot have a gradient never enter the sweep: masked tokens, and those of advantage 0 (all of a group of equal
+rewards) while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the
+GEMMs; on a GPU, which must be waited for to find them, only if the first chunk has enough. Where a sweep is not
+possible or not worth it (``sweeps_once``), and when an anchor turns out to be so far off that exponentials over- or
 underflow, the vocabulary is swept twice instead.
 """
 
@@ -71,7 +71,7 @@ def linear_grpo_loss(
     *,
     cu_seqlens: Tensor,  # (B + 1) int32
     rewards: Tensor | None = None,  # (B)
-    advantages: Tensor | None = None,  # (B)
+    advantages: Tensor | None = None,  # (B) or (N)
     group_size: int | None = None,
     group_ids: Tensor | None = None,  # (B)
     old_logprobs: Tensor | None = None,  # (N)
@@ -93,8 +93,11 @@ def linear_grpo_loss(
     Args:
         hidden: (N, D); ``hidden[n]`` predicts ``targets[n]``. Only completion tokens are packed.
         cu_seqlens: (B + 1) int32; completion b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
-        rewards: (B), turned into advantages within groups of ``group_size`` or of equal ``group_ids``; or pass
-            ``advantages`` (B) yourself.
+        rewards: (B), turned into advantages within groups of ``group_size`` or of equal ``group_ids``.
+        advantages: instead of rewards, (B) one per completion or (N) one per token; where B = N they are per
+            completion. Those of masked tokens must be finite and change nothing. Normalisers count tokens whose
+            advantage is 0, too. Where a completion's tokens share a ratio or a weight (sequence level or mode,
+            ``vespo``), all of them take part in it as soon as one has an advantage that is not 0.
         old_logprobs: (N) log-probs under the policy that the ratio starts from; None when the batch is on-policy.
         ref_logprobs: (N) log-probs under the reference policy; needed when ``config.beta`` is not 0.
         sampler_logprobs: (N) what the sampler reported, for importance weights.
@@ -121,8 +124,9 @@ def linear_grpo_loss(
         hidden,
         cu_seqlens,
         config,
-        per_completion={"rewards": rewards, "advantages": advantages},
-        per_row={
+        rewards,
+        advantages,
+        {
             "old_logprobs": old_logprobs,
             "ref_logprobs": ref_logprobs,
             "sampler_logprobs": sampler_logprobs,
@@ -166,7 +170,7 @@ class LossInputs(NamedTuple):
     """What the operator takes besides the head."""
 
     cu_seqlens: Tensor  # (B + 1)
-    advantages: Tensor  # (B)
+    advantages: Tensor  # (B) or (N)
     old_logprobs: Tensor | None  # (N)
     ref_logprobs: Tensor | None  # (N)
     sampler_logprobs: Tensor | None  # (N)

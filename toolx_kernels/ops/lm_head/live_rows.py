@@ -54,10 +54,18 @@ class Call(NamedTuple):
     temperature: Tensor  # (N)
     vocab_size: int
     cu_seqlens: Tensor  # (B + 1)
-    advantages: Tensor  # (B)
+    advantages: Tensor  # (B) or (N)
     rewards: Tensor | None  # (B)
     mask: Tensor | None  # (N) bool
     denominator: Tensor | None  # ()
+
+    @property
+    def n_completions(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def advantage_per_token(self) -> bool:
+        return len(self.advantages) != self.n_completions
 
 
 def finder(device: torch.device, dtype: torch.dtype) -> Callable[[Call, GRPOLossConfig, torch.dtype], LiveRows]:
@@ -70,14 +78,17 @@ def in_torch(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows
     n_rows, advantages, mask = len(call.targets), call.advantages, call.mask
     bounds = call.cu_seqlens.long().clamp(0, n_rows)
     completion = torch.searchsorted(bounds[1:], torch.arange(n_rows, device=bounds.device), right=True)
-    completion = completion.clamp_(max=len(advantages) - 1)  # (N) each token's
+    completion = completion.clamp_(max=call.n_completions - 1)  # (N) each token's
     if mask is None:
         mask = torch.ones_like(call.targets, dtype=torch.bool)
-    computed = mask if config.computes_every_row else mask & (advantages != 0)[completion]
 
     def per_completion(chosen: Tensor) -> Tensor:  # (B)
         return torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[bounds].diff()
 
+    of_row = advantages if call.advantage_per_token else advantages[completion]
+    computed = mask if config.computes_every_row else mask & (of_row != 0)
+    if config.needs_whole_sequences:
+        computed = mask & (per_completion(computed) > 0)[completion]
     outside, frozen = wrong_rows(call.targets, call.temperature, call.vocab_size)
     wrong = ((outside | frozen) & computed).any() | ~advantages.isfinite().all()
     if call.rewards is not None:
@@ -87,8 +98,7 @@ def in_torch(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows
     facts = torch.cat([call.cu_seqlens[None], torch.nn.functional.pad(counts, (0, 1))])
     weights = token_weights(unmasked.to(dtype), config, call.denominator)
     rows = computed.nonzero_static(size=n_rows, fill_value=0).squeeze(1)
-    owner = completion[rows]
-    return LiveRows(facts, rows, advantages.to(dtype)[owner], weights[owner])
+    return LiveRows(facts, rows, of_row.to(dtype)[rows], weights[completion[rows]])
 
 
 if triton is not None:
@@ -110,33 +120,50 @@ if triton is not None:
     @per_row_kernel
     def survey_kernel(
         cu_ptr, advantage_ptr, reward_ptr, mask_ptr, targets_ptr, temperature_ptr, facts_ptr, N, V,
-        EVERY_ROW: tl.constexpr, HAS_REWARDS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+        EVERY_ROW: tl.constexpr, PER_TOKEN: tl.constexpr, WHOLE: tl.constexpr, HAS_REWARDS: tl.constexpr,
+        HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A column of ``facts``, (4, B + 1); one program a completion. The last column is left to the last of them."""
+        """A column of ``facts``, (4, B + 1); one program a completion. The last column is left to the last of them.
+
+        PER_TOKEN: advantages are (N). WHOLE: as soon as one is not 0, all unmasked rows of its completion are computed.
+        """
         b, n_completions = tl.program_id(0), tl.num_programs(0)
         first, last = _span(cu_ptr, b, N)
-        advantage = tl.load(advantage_ptr + b)
-        fine = is_finite(advantage)
-        if HAS_REWARDS:
-            fine = fine & is_finite(tl.load(reward_ptr + b))
-        live = (advantage != 0) | EVERY_ROW
         n_unmasked = tl.zeros((BLOCK,), dtype=tl.int32)
-        n_wrong = tl.zeros((BLOCK,), dtype=tl.int32)
+        n_computed = tl.zeros((BLOCK,), dtype=tl.int32)
+        n_wrong = tl.zeros((BLOCK,), dtype=tl.int32)  # of rows that are computed, or would be in a whole completion
+        n_infinite = tl.zeros((BLOCK,), dtype=tl.int32)  # advantages and rewards
+        if not PER_TOKEN:
+            advantage = tl.load(advantage_ptr + b)
+            n_infinite += tl.where(is_finite(advantage), 0, 1)
+        if HAS_REWARDS:
+            n_infinite += tl.where(is_finite(tl.load(reward_ptr + b)), 0, 1)
         for start in range(first, last, BLOCK):
             row = start + tl.arange(0, BLOCK)
             counts = _unmasked(mask_ptr, row, last, HAS_MASK)
+            if PER_TOKEN:
+                advantage = tl.load(advantage_ptr + row, mask=row < last, other=0)
+                n_infinite += tl.where(is_finite(advantage), 0, 1)
+            computed = counts
+            if not EVERY_ROW:
+                computed = tl.where(counts, advantage, 0) != 0
             target = tl.load(targets_ptr + row, mask=counts, other=0)
             temperature = tl.load(temperature_ptr + row, mask=counts, other=1)
             right = (target >= 0) & (target < V) & (temperature > 0) & is_finite(temperature)
             n_unmasked += tl.where(counts, 1, 0)
-            n_wrong += tl.where(counts & (right == 0), 1, 0)
-        n_unmasked, n_wrong = tl.sum(n_unmasked, 0), tl.sum(n_wrong, 0)
+            n_computed += tl.where(computed, 1, 0)
+            n_wrong += tl.where((counts if WHOLE else computed) & (right == 0), 1, 0)
+        n_unmasked, n_computed = tl.sum(n_unmasked, 0), tl.sum(n_computed, 0)
+        n_wrong, n_infinite = tl.sum(n_wrong, 0), tl.sum(n_infinite, 0)
+        if WHOLE:
+            n_wrong = tl.where(n_computed > 0, n_wrong, 0)
+            n_computed = tl.where(n_computed > 0, n_unmasked, 0)
         width = n_completions + 1
         column = facts_ptr + b
         tl.store(column, tl.load(cu_ptr + b).to(tl.int64))
-        tl.store(column + width, tl.where(live, n_unmasked, 0))
+        tl.store(column + width, n_computed)
         tl.store(column + 2 * width, n_unmasked)
-        tl.store(column + 3 * width, tl.where(fine & ((n_wrong == 0) | (live == 0)), 0, 1))
+        tl.store(column + 3 * width, tl.where(n_wrong + n_infinite > 0, 1, 0))
         if b == n_completions - 1:
             tl.store(column + 1, tl.load(cu_ptr + b + 1).to(tl.int64))
             for line in tl.static_range(1, 4):
@@ -145,14 +172,17 @@ if triton is not None:
     @per_row_kernel
     def place_rows_kernel(
         cu_ptr, advantage_ptr, weight_ptr, mask_ptr, facts_ptr, rows_ptr, advantages_ptr, weights_ptr, N,
-        EVERY_ROW: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+        PER_TOKEN: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Writes a completion's computed rows behind those of the completions before it; one program a completion."""
-        b = tl.program_id(0)
+        b, width = tl.program_id(0), tl.num_programs(0) + 1
         first, last = _span(cu_ptr, b, N)
-        advantage, weight = tl.load(advantage_ptr + b), tl.load(weight_ptr + b)
-        if (advantage != 0) | EVERY_ROW:
-            computed_ptr = facts_ptr + tl.num_programs(0) + 1
+        computed_ptr = facts_ptr + width
+        n_computed, n_unmasked = tl.load(computed_ptr + b), tl.load(computed_ptr + width + b)
+        if n_computed > 0:
+            weight = tl.load(weight_ptr + b)
+            if not PER_TOKEN:
+                advantage = tl.load(advantage_ptr + b)
             before = tl.zeros((BLOCK,), dtype=tl.int64)
             for start in range(0, b, BLOCK):
                 other = start + tl.arange(0, BLOCK)
@@ -161,6 +191,10 @@ if triton is not None:
             for start in range(first, last, BLOCK):
                 row = start + tl.arange(0, BLOCK)
                 counts = _unmasked(mask_ptr, row, last, HAS_MASK)
+                if PER_TOKEN:
+                    advantage = tl.load(advantage_ptr + row, mask=counts, other=0)
+                    if n_computed < n_unmasked:
+                        counts = counts & (advantage != 0)
                 places = place + tl.cumsum(counts.to(tl.int64), 0) - 1
                 place += tl.sum(counts.to(tl.int64), 0)
                 counts = counts & (places < N)  # bounds that fall count rows twice
@@ -170,18 +204,19 @@ if triton is not None:
 
     def in_triton(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows:
         """The same in two kernels."""
-        n_rows, n_completions = len(call.targets), len(call.advantages)
+        n_rows, n_completions, per_token = len(call.targets), call.n_completions, call.advantage_per_token
         targets, temperature, cu_seqlens, advantages, rewards, mask = (
             None if t is None else t.contiguous()
             for t in (call.targets, call.temperature, call.cu_seqlens, call.advantages, call.rewards, call.mask)
         )
-        flags = {"EVERY_ROW": config.computes_every_row, "HAS_MASK": mask is not None, "BLOCK": 512}
+        flags = {"PER_TOKEN": per_token, "HAS_MASK": mask is not None, "BLOCK": 512}
         absent = targets  # never read
         mask = absent if mask is None else mask
         facts = call.targets.new_empty(4, n_completions + 1)
         survey_kernel[(n_completions,)](
             cu_seqlens, advantages, absent if rewards is None else rewards, mask, targets, temperature, facts,
-            n_rows, call.vocab_size, HAS_REWARDS=rewards is not None, **flags,
+            n_rows, call.vocab_size, EVERY_ROW=config.computes_every_row,
+            WHOLE=per_token and config.needs_whole_sequences, HAS_REWARDS=rewards is not None, **flags,
         )  # fmt: skip
         weights = token_weights(facts[2, :-1].to(dtype), config, call.denominator)
         rows, per_row = torch.empty_like(targets), weights.new_empty(2, n_rows)

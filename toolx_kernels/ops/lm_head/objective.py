@@ -120,16 +120,15 @@ def policy_term(logprobs, log_ratio, advantage, CONFIG):
 
 
 @dual
-def row_inputs(logprobs, advantage, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
+def row_inputs(logprobs, advantage, idle, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
     """What a row's log-probs say: (finite, logprobs, log_ratio, gap to the sampler, KL, its slope, advantage).
 
-    All of it is finite, also on rows that are not. Where the advantage is zero, old and sampler log-probs play no
-    part, unless the KL does so in the advantage or is weighted by the ratio.
+    All of it is finite, also on rows that are not. On ``idle`` rows, whose advantage is zero, old and sampler log-probs
+    play no part, unless the KL does so in the advantage or is weighted by the ratio.
     """
     finite = is_finite(logprobs)
     nothing = tl.where(finite, 0.0 * logprobs, 0.0)
     log_ratio, gap, kl, kl_slope = nothing, nothing, nothing, nothing
-    idle = advantage == 0.0
     if CONFIG.kl_in_advantage:
         idle = idle & (advantage != 0.0)
     if HAS_OLD:
@@ -200,7 +199,7 @@ def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CON
     non-finite log-ratio is all zeros.
     """
     finite, logprobs, log_ratio, gap, kl, kl_slope, advantage = row_inputs(
-        logprobs, advantage, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
+        logprobs, advantage, advantage == 0.0, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
     )
     importance = 1.0
     if HAS_SAMPLER:
@@ -214,7 +213,7 @@ def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CON
 class RowVectors(NamedTuple):
     """What the objective knows of each of n rows besides its log-prob, in the dtype of the log-probs."""
 
-    advantages: Tensor  # (n) its completion's
+    advantages: Tensor  # (n)
     weights: Tensor  # (n) its share in the loss
     old: Tensor | None  # (n) log-probs; None: on-policy, the ratio is exactly 1
     ref: Tensor | None  # (n)
@@ -246,13 +245,10 @@ def policy_objective(
 ) -> Objective:
     """The objective of n rows and its gradient, in the dtype of ``logprobs``; the definition is in ``reference``.
 
-    Any rows will do when the objective is token by token; :func:`needs_whole_sequences` says when completions must
+    Any rows will do when the objective is token by token; ``config.needs_whole_sequences`` says when completions must
     be whole, and :func:`needs_whole_batch` when all unmasked rows of the call must be there.
     """
     advantages, weights, old, ref, sampler = vectors
-    finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
-        logprobs, advantages, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
-    )
 
     def spread_sum(values: Tensor) -> Tensor:
         # in order, so the same bits on every run; in float64, since a completion may have very many tokens; "unsafe"
@@ -260,6 +256,12 @@ def policy_objective(
         sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True).to(values.dtype)
         return sums.repeat_interleave(lengths, output_size=len(values))
 
+    idle = advantages == 0
+    if config.needs_whole_sequences:  # a row without an advantage still takes part in what its completion's rows share
+        idle = spread_sum((~idle).to(logprobs.dtype)) == 0
+    finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
+        logprobs, advantages, idle, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
+    )
     by_sequence = config.importance_sampling_level == "sequence"
     if by_sequence:
         tokens = spread_sum(finite.to(logprobs.dtype)).clamp(min=1)
@@ -300,12 +302,6 @@ def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig)
         torch.where(advantages >= 0, torch.full_like(advantages, p), n) for p, n in zip(rising, falling, strict=True)
     )
     return (rate + k * log_weight - rate * log_weight.exp()).clamp(max=LOG_RATIO_BOUND).exp()
-
-
-def needs_whole_sequences(config: GRPOLossConfig) -> bool:
-    """Whether a row's objective depends on the other rows of its completion."""
-    modes = (config.importance_sampling_level, config.importance_sampling_mode)
-    return config.loss_type == "vespo" or any(mode.startswith("sequence") for mode in modes)
 
 
 def needs_whole_batch(config: GRPOLossConfig) -> bool:

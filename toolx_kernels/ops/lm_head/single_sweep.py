@@ -14,7 +14,7 @@ from toolx_kernels.ops.lm_head import tiles
 from toolx_kernels.ops.lm_head.gradients import Gradients
 from toolx_kernels.ops.lm_head.head import Head, HeadGradients, blocks
 from toolx_kernels.ops.lm_head.live_rows import Batch
-from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, needs_whole_batch, needs_whole_sequences
+from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, needs_whole_batch
 from toolx_kernels.ops.lm_head.per_row import Factors, PerRow, RowStatistics, statistics_and_objective
 from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
@@ -54,7 +54,7 @@ def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
         n_tokens=batch.n_rows,
         trains_weight=batch.needs.weight,
     )
-    if size is not None and needs_whole_sequences(config):
+    if size is not None and config.needs_whole_sequences:
         longest = max(high - low for low, high in zip(batch.bounds, batch.bounds[1:], strict=False))
         return size if longest <= size.rows else None
     return size
@@ -73,7 +73,7 @@ def single_sweep(
     grads = Gradients(head, batch.needs, size.gemm_dtype, whole_weight=True, one_gemm=len(chunks) == 1)
     sweep, all_reduce = sweeps.backend(head), reducer(head.shard)
     space = sweep.workspace(size.rows, len(head.weight), head.hidden, size.dtype)
-    fused = head.shard < 0 and sweep.FUSES_OBJECTIVE and not needs_whole_sequences(config)
+    fused = head.shard < 0 and sweep.FUSES_OBJECTIVE and not config.needs_whole_sequences
     target_logits = all_reduce(sweep.target_logits(head), "sum")
     anchors = _anchors(target_logits, batch.vectors)
     drops = on_cpu or batch.vectors.old is not None  # on-policy, no row loses its gradient
@@ -113,7 +113,7 @@ def _anchored(total: Tensor) -> Tensor:
 def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]]:
     """Slices of at most ``size`` rows with the lengths of their completions, which are whole where they must be."""
     lengths, bounds = batch.lengths, batch.bounds
-    if not needs_whole_sequences(config):
+    if not config.needs_whole_sequences:
         return [(rows, lengths[:0]) for rows in blocks(bounds[-1], size)]
     chunks, first, start = [], 0, 0
     for b, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):

@@ -22,13 +22,14 @@ class PackedGroup:
 
     masks        True for each token that counts, or None where all of them do; the others, of tool outputs, are context
                  for what comes after them and not targets
+    advantages   a number, or one per token
     *_logprobs   one number per token: of the policy that ratios start from, of the reference model, of the sampler
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
     masks: Sequence[Sequence[bool] | None] = ()
-    advantages: Sequence[float] = ()
+    advantages: Sequence[float | Sequence[float]] = ()
     old_logprobs: Sequence[Tensor | None] = ()
     ref_logprobs: Sequence[Tensor | None] = ()
     sampler_logprobs: Sequence[Sequence[float]] = ()
@@ -63,7 +64,7 @@ class PackedBatch:
     targets: Tensor  # (N) int64
     cu_seqlens: Tensor  # (B + 1) int32
     mask: Tensor | None = None  # (N) bool: the targets that the loss takes in
-    advantages: Tensor | None = None  # (B)
+    advantages: Tensor | None = None  # (B), or (N) where some completion has one per token
     old_logprobs: Tensor | None = None  # (N)
     ref_logprobs: Tensor | None = None  # (N)
     sampler_logprobs: Tensor | None = None  # (N)
@@ -111,11 +112,25 @@ def pack(
         torch.tensor(targets, device=device),
         torch.tensor(bounds, dtype=torch.int32, device=device),
         None if all(mask) else torch.tensor(mask, device=device),
-        of_numbers([advantage for group in groups for advantage in group.advantages]),
+        of_numbers(_advantages(groups)),
         end_to_end([logprobs for group in groups for logprobs in group.old_logprobs]),
         end_to_end([logprobs for group in groups for logprobs in group.ref_logprobs]),
         of_numbers([logp for group in groups for logprobs in group.sampler_logprobs for logp in logprobs]),
     )
+
+
+def _advantages(groups: Sequence[PackedGroup]) -> list[float]:
+    """One per completion, or one per token where some completion has them so: a number is that of all its tokens."""
+    given = [advantage for group in groups for advantage in group.advantages]
+    numbers = [advantage for advantage in given if not isinstance(advantage, Sequence)]
+    if len(numbers) == len(given):
+        return numbers
+    completions = [ids for group in groups if group.advantages for ids in group.completions]
+    return [
+        number
+        for advantage, ids in zip(given, completions, strict=True)
+        for number in (advantage if isinstance(advantage, Sequence) else [advantage] * len(ids))
+    ]
 
 
 def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[PackedGroup]]:
