@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.ops.advantages import group_advantages
+from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.method_settings import RewardSettings
 
 
 class AdvantageShaper(Protocol):
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
-        """One advantage per rollout, group after group."""
+        """One advantage per rollout (B), or one per completion token, end to end (N); group after group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +44,143 @@ class DifficultyWeighted:
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         share = torch.tensor([sum(group.solved) / len(group.solved) for group in groups])
-        return self.of(groups) * (4 * self.sigma * share * (1 - share))[_group_ids(groups)]
+        weights = (4 * self.sigma * share * (1 - share))[_group_ids(groups)]
+        advantages = self.of(groups)
+        return advantages * _like(advantages, weights, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessesOnly:
+    """As ``of``, but failures count 0 in groups of which some rollouts were sampled on another prompt than the one they
+    are learned on; also the failures that were sampled on that one."""
+
+    of: AdvantageShaper
+
+    def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
+        counts = [solved or all(group.on_policy_prompt) for group in groups for solved in group.solved]
+        advantages = self.of(groups)
+        return advantages.where(_like(advantages, torch.tensor(counts), groups), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """As ``of``, but groups whose first draws are all failures learn by imitation of the retries that are solved: each
+    of their tokens gets ``1 - H / H_max``, H being the sampler's entropy at it, and the group's other rollouts 0.
+    Groups without solved retries are left to ``of``.
+
+    After SRPO (arXiv 2604.02288), which sends failures to distillation, without its teacher. ``H_max`` is the largest
+    entropy among all tokens that get a weight in the step, or 1 where they have none.
+    """
+
+    of: AdvantageShaper
+
+    def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
+        advantages = _per_token(self.of(groups), groups)
+        imitated = []
+        for group, parts in _by_group(advantages, groups):
+            draws = zip(parts, group.rollouts, group.retried, group.solved, strict=True)
+            solved = [(part, rollout, again) for part, rollout, again, right in draws if right]
+            if solved and all(again for *_, again in solved):
+                for part in parts:
+                    part.zero_()
+                imitated += [(part, rollout) for part, rollout, _ in solved]
+        highest = max((max(rollout.entropies) for _, rollout in imitated), default=0.0) or 1.0
+        for part, rollout in imitated:
+            part.copy_((1 - torch.tensor(rollout.entropies) / highest).where(_written(rollout), 0.0))
+        return advantages
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroVariance:
+    """As ``of``, but groups of equal reward learn by the sampler's entropy H at each token the model wrote: ``alpha H``
+    where all rollouts are solved, ``-alpha (max H - H)`` where none is, with the largest H of the completion. This is
+    RL-ZVP (arXiv 2509.21880, equation 5)."""
+
+    of: AdvantageShaper
+    alpha: float = 0.1
+
+    def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
+        advantages = _per_token(self.of(groups), groups)
+        for group, parts in _by_group(advantages, groups):
+            if not group.equal_rewards:
+                continue
+            for part, rollout, solved in zip(parts, group.rollouts, group.solved, strict=True):
+                entropies = torch.tensor(rollout.entropies)
+                shaped = self.alpha * (entropies if solved else entropies - entropies.max())
+                part.copy_(shaped.where(_written(rollout), 0.0))
+        return advantages
 
 
 def give_advantages(groups: Sequence[ScoredGroup], shaper: AdvantageShaper) -> None:
-    """Puts the advantages of its rollouts into each group."""
-    advantages = iter(shaper(groups).tolist() if groups else ())
-    for group in groups:
-        group.advantages = [next(advantages) for _ in group.rollouts]
+    """Puts the advantages of its rollouts into each group: a number for each, or a list with one for each token.
+
+    Raises InputError: they are neither one per rollout nor one per token.
+    """
+    if not groups:
+        return
+    advantages = shaper(groups)
+    if _is_per_token(advantages, groups):
+        for group, parts in _by_group(advantages, groups):
+            group.advantages = [part.tolist() for part in parts]
+    else:
+        values = iter(advantages.tolist())
+        for group in groups:
+            group.advantages = [next(values) for _ in group.rollouts]
 
 
 def chosen_advantage_shaper(args: RewardSettings) -> AdvantageShaper:
     relative = GroupRelative(args.scale_rewards, args.min_reward_std)
-    return DifficultyWeighted(relative) if args.advantage_shaping == "difficulty" else relative
+    shapers: dict[str, Callable[[AdvantageShaper], AdvantageShaper]] = {
+        "group": lambda of: of,
+        "difficulty": DifficultyWeighted,
+        "successes": SuccessesOnly,
+        "routed": Routed,
+        "zero-variance": ZeroVariance,
+    }
+    return shapers[args.advantage_shaping](relative)
 
 
 def _group_ids(groups: Sequence[ScoredGroup]) -> Tensor:
     return torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.rollouts) for group in groups]))
+
+
+# ---- shapes (B) and (N)
+
+
+def _lengths(groups: Sequence[ScoredGroup]) -> list[int]:
+    return [len(rollout.ids) for group in groups for rollout in group.rollouts]
+
+
+def _is_per_token(advantages: Tensor, groups: Sequence[ScoredGroup]) -> bool:
+    """Whether they have the shape (N) and not (B), which are the same where each completion is one token."""
+    lengths = _lengths(groups)
+    if advantages.shape not in ((len(lengths),), (sum(lengths),)):
+        raise InputError(
+            f"The advantage shaper gave advantages of shape {tuple(advantages.shape)}: give one for each of the "
+            f"{len(lengths)} rollouts or one for each of their {sum(lengths)} tokens."
+        )
+    return len(advantages) != len(lengths)
+
+
+def _per_token(advantages: Tensor, groups: Sequence[ScoredGroup]) -> Tensor:
+    """A copy of shape (N)."""
+    if _is_per_token(advantages, groups):
+        return advantages.clone()
+    return advantages.repeat_interleave(torch.tensor(_lengths(groups)))
+
+
+def _like(advantages: Tensor, values: Tensor, groups: Sequence[ScoredGroup]) -> Tensor:
+    """``values`` (B) in the shape of ``advantages``."""
+    return _per_token(values, groups) if _is_per_token(advantages, groups) else values
+
+
+def _by_group(advantages: Tensor, groups: Sequence[ScoredGroup]) -> Iterator[tuple[ScoredGroup, list[Tensor]]]:
+    """Each group with the views of its rollouts in ``advantages`` (N)."""
+    parts = iter(advantages.split(_lengths(groups)))
+    for group in groups:
+        yield group, [next(parts) for _ in group.rollouts]
+
+
+def _written(rollout: Rollout) -> Tensor:
+    """Which tokens the model wrote."""
+    return torch.ones(len(rollout.ids), dtype=torch.bool) if rollout.mask is None else torch.tensor(rollout.mask)
