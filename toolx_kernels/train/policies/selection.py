@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from toolx_kernels.train.config import RolloutSettings
@@ -23,5 +26,30 @@ class AllRollouts:
         return list(groups)
 
 
+@dataclass(frozen=True, slots=True)
+class MaxVariance:
+    """Of a group's G rollouts the ``m = max(2, floor(share G))`` whose rewards have the largest variance, in their
+    order; where all rewards are equal, the first m (arXiv 2606.00135).
+
+    These are the k of lowest and the m - k of highest reward, for the best k; the smallest of several.
+
+    >>> MaxVariance().places([0.0, 0.0, 1.0, 0.0, 0.0, 0.5])  # m is 3
+    [0, 1, 2]
+    """
+
+    share: float = 0.5
+
+    def __call__(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        return [group.part(self.places(group.rewards)) for group in groups]
+
+    def places(self, rewards: Sequence[float]) -> list[int]:
+        kept = min(len(rewards), max(2, math.floor(self.share * len(rewards))))
+        if min(rewards) == max(rewards):
+            return list(range(kept))
+        order = sorted(range(len(rewards)), key=rewards.__getitem__)
+        cuts = (order[:low] + order[len(order) - kept + low :] for low in range(kept + 1))
+        return sorted(max(cuts, key=lambda places: statistics.pvariance([rewards[place] for place in places])))
+
+
 def chosen_group_selector(args: RolloutSettings) -> GroupSelector:
-    return AllRollouts()
+    return {"all": AllRollouts, "max-variance": MaxVariance}[args.rollout_selection]()
