@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -72,6 +72,42 @@ class DynamicSampling(EpochOrder):
         return not group.equal_rewards
 
 
+@dataclass(frozen=True, slots=True)
+class SolveRateOrder:
+    """Batches of rows that are worth rollouts: neither nearly always nor nearly never solved (arXiv 2606.00135).
+
+    A row is when ``(1 + solved) / (2 + rollouts)``, the mean of its solve rate's posterior from Beta(1, 1) and its raw
+    prompt's rollouts so far, lies in [.05, .95]. A tenth of a batch, rounded down, is drawn from the others, so that
+    they can come back; where either kind has too few, the rest is of the other kind. Each draw is uniform.
+    """
+
+    count: int  # training rows
+    size: int  # rows in a batch
+    seed: int
+    max_batches: int = 1
+
+    def rows(self, batch: int, table: HardSamples) -> list[int]:
+        worth: list[int] = []
+        others: list[int] = []
+        for row in range(self.count):
+            rollouts, solved = table.states[row].draws
+            (worth if 0.05 <= (1 + solved) / (2 + rollouts) <= 0.95 else others).append(row)
+        size = min(self.size, self.count)
+        drawn = min(size - min(size // 10, len(others)), len(worth))
+        chance = random.Random(f"solve rate {self.seed} {batch}")
+        return chance.sample(worth, drawn) + chance.sample(others, size - drawn)
+
+    def candidates(self, batches: Iterable[int]) -> list[int]:
+        return list(range(self.count))
+
+    def keeps(self, group: ScoredGroup) -> bool:
+        return True
+
+
 def chosen_prompt_order(args: ToolExpanderConfig, count: int) -> PromptOrder:
-    order = {"epochs": EpochOrder, "dynamic": DynamicSampling}[args.prompt_sampling]
-    return order(count, args.prompts_per_step, args.seed)
+    orders: dict[str, Callable[[int, int, int], PromptOrder]] = {
+        "epochs": EpochOrder,
+        "dynamic": DynamicSampling,
+        "solve-rate": SolveRateOrder,
+    }
+    return orders[args.prompt_sampling](count, args.prompts_per_step, args.seed)
