@@ -153,7 +153,7 @@ CALLS = st.lists(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(CALLS, CALLS)
 def test_similarity_is_symmetric_and_1_for_right_calls_alone(calls, answer):
     reward = similar(calls, answer)
@@ -162,7 +162,7 @@ def test_similarity_is_symmetric_and_1_for_right_calls_alone(calls, answer):
     assert similar(calls, calls[::-1]) == 1
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(deadline=None, derandomize=True, max_examples=50)
 @given(*[st.lists(st.sampled_from("abcd"), min_size=1, max_size=12)] * 2)
 def test_similar_texts_share_a_subsequence(one, other):
     """Against the recurrence of the longest common subsequence."""
