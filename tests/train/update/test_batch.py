@@ -35,6 +35,20 @@ def test_what_the_loss_needs_of_completions_is_laid_end_to_end():
     assert pack([group.part(slice(1, 3))]).ref_logprobs.tolist() == [-0.25, -4.0]
 
 
+def test_advantages_of_tokens_are_laid_end_to_end():
+    """A number beside them is that of all tokens of its completion."""
+    numbers = PackedGroup([1], [[5, 2], [6]], (), [0.5, -0.5])
+    mixed = PackedGroup([3, 4], [[7, 8, 9], [5, 2], [3]], (), [[0.1, 0.0, 0.3], 2.0, [-1.0]])
+    batch = pack([numbers, mixed], dtype=torch.float64)
+    assert batch.advantages.tolist() == [0.5, 0.5, -0.5, 0.1, 0.0, 0.3, 2.0, 2.0, -1.0]
+    assert len(batch.advantages) == len(batch.targets) and batch.advantages.dtype == torch.float64
+    assert pack([numbers]).advantages.tolist() == [0.5, -0.5]
+    assert pack([mixed.part(slice(1, 3))]).advantages.tolist() == [2.0, 2.0, -1.0]
+    parts = [pack(part).advantages.tolist() for part in micro_batches([numbers, mixed], 4)]
+    assert parts == [[0.5, -0.5], pytest.approx([0.1, 0.0, 0.3]), [2.0, 2.0, -1.0]]
+    assert pack([PackedGroup([1], [[5, 2]])]).advantages is None
+
+
 def test_a_part_is_the_prompt_with_some_completions():
     group = PackedGroup((1, 7), ((5, 2), (9, 2, 4), (3,)), (None, (True, False, True), None))
     assert group.part(slice(1, 3)) == PackedGroup((1, 7), ((9, 2, 4), (3,)), ((True, False, True), None))

@@ -81,8 +81,8 @@ def single_gradients(model, groups, scores=SCORES):
             rows = torch.tensor([[*group.prompt, *ids]], device=model.device)
             logits = model(input_ids=rows, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
             logprobs = logits.log_softmax(-1).gather(1, rows[0, len(group.prompt) :, None]).squeeze(1)
-            ratio = (logprobs - logprobs.detach()).exp()[torch.tensor(mask or [True] * len(ids))]
-            (-advantage * ratio.mean() / sum(map(len, scores))).backward()
+            ratio = (logprobs - logprobs.detach()).exp() * torch.tensor(advantage, dtype=logprobs.dtype)
+            (-ratio[torch.tensor(mask or [True] * len(ids))].mean() / sum(map(len, scores))).backward()
     return gradients(model)
 
 
@@ -112,6 +112,24 @@ def test_the_gradient_is_that_of_single_rows(architecture, tied):
         assert_equal_gradients(packed_gradients(model, groups), truth, 1e-10)
     model = model_of(architecture, tied, torch.float32)
     assert_equal_gradients(packed_gradients(model, groups), single_gradients(model, groups), 1e-5)
+
+
+def test_an_advantage_for_each_token():
+    """Of some completions, and of some tokens none; equal ones within each completion are one."""
+    groups, model = make_groups(), model_of("llama", False, torch.float64)
+    scores = [
+        [[1.0, 0.0, -2.0, 0.5, 0.5, 0.0, 3.0], -0.5, [0.0] * 6 + [1.0] * 7, [0.7, 0.0, 0.0, -1.0, 2.0]],
+        [-2.0],
+        [0.3, [0.1 * place for place in range(12)], [0.0, 0.4]],
+    ]
+    with InDouble():
+        truth = single_gradients(model, groups, scores)
+        assert_equal_gradients(packed_gradients(model, groups, scores), truth, 1e-10)
+        assert_equal_gradients(packed_gradients(model, groups, scores, budget=43), truth, 1e-10)
+    lengths = [[len(ids) for ids in group.completions] for group in groups]
+    spread = [[[a] * n for a, n in zip(*pair, strict=True)] for pair in zip(SCORES, lengths, strict=True)]
+    whole, same = packed_gradients(model, groups), packed_gradients(model, groups, spread)
+    assert whole.keys() == same.keys() and all(same[name].equal(whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("architecture, tied", [("llama", False), ("gemma3", True)])
