@@ -40,7 +40,8 @@ OUTSIDE = {row for row in range(40) if row % 4 == 1}
 )
 def test_the_bounds_of_what_is_worth_rollouts(drawn, worth):
     order, table = SolveRateOrder(count=6, size=3, seed=0), table_of([drawn] * 3 + [NEVER] * 3)
-    assert all(set(order.rows(batch, table)) == {0, 1, 2} for batch in range(9)) == worth
+    others = sum(len({3, 4, 5} & set(order.rows(batch, table))) for batch in range(10))
+    assert (others == 3) == worth  # a tenth of the thirty that are drawn
 
 
 def test_a_tenth_of_a_batch_comes_from_the_others():
@@ -48,8 +49,9 @@ def test_a_tenth_of_a_batch_comes_from_the_others():
     for batch in range(50):
         rows = order.rows(batch, MIXED)
         assert len(set(rows)) == len(rows) == 20 and len(OUTSIDE & set(rows)) == 2
-    for size, others in ((8, 0), (9, 0), (10, 1), (19, 1)):
-        assert len(OUTSIDE & set(SolveRateOrder(count=40, size=size, seed=0).rows(3, MIXED))) == others
+    for size in (2, 8, 10, 19):
+        others = [len(OUTSIDE & set(SolveRateOrder(40, size, seed=0).rows(batch, MIXED))) for batch in range(20)]
+        assert sum(others) == 2 * size and max(others) - min(others) <= 1
 
 
 def test_where_one_kind_has_too_few_the_rest_is_of_the_other():

@@ -77,8 +77,9 @@ class SolveRateOrder:
     """Batches of rows that are worth rollouts: neither nearly always nor nearly never solved (arXiv 2606.00135).
 
     A row is when ``(1 + solved) / (2 + rollouts)``, the mean of its solve rate's posterior from Beta(1, 1) and its raw
-    prompt's rollouts so far, lies in [.05, .95]. A tenth of a batch, rounded down, is drawn from the others, so that
-    they can come back; where either kind has too few, the rest is of the other kind. Each draw is uniform.
+    prompt's rollouts so far, lies in [.05, .95]. A tenth of all that is drawn comes from the others (of small batches
+    not each has one), so that they can come back; where either kind has too few, the rest is of the other kind. Each
+    draw is uniform.
     """
 
     count: int  # training rows
@@ -93,7 +94,8 @@ class SolveRateOrder:
             rollouts, solved = table.states[row].draws
             (worth if 0.05 <= (1 + solved) / (2 + rollouts) <= 0.95 else others).append(row)
         size = min(self.size, self.count)
-        drawn = min(size - min(size // 10, len(others)), len(worth))
+        tenth = (batch + 1) * size // 10 - batch * size // 10
+        drawn = min(size - min(tenth, len(others)), len(worth))
         chance = random.Random(f"solve rate {self.seed} {batch}")
         return chance.sample(worth, drawn) + chance.sample(others, size - drawn)
 
