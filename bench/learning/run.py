@@ -2,6 +2,7 @@
 
     python -m bench.learning.run builtin runs/record
     python -m bench.learning.run builtin runs/record --other-decay
+    python -m bench.learning.run builtin-facts runs/facts --seeds 3 --arms grpo retry replace-better
     python -m bench.learning.seal_rows seal-tools-train.jsonl runs/smollm2/data
     python -m bench.learning.run smollm2 runs/smollm2 --seeds 2 --workers 1
 
@@ -20,6 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
+
+REMEDIES = (
+    "grpo", "replace", "replace-better", "add", "distill", "distill-successes", "retry", "retry-shown",
+    "retry-successes", "retry-hint", "routed", "imitate", "zero-variance", "max-variance", "similarity", "dapo", "sft",
+    "sft-grpo", "sft-retry",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ RECORDS = {
         True,
         {"grpo": {}, "replace": {}, "add": {}, "distill": {}, "self-exemplify": {"max_completion_length": 320}},
     ),
+    "builtin-facts": Record(("builtin-facts",), 8, True, dict.fromkeys(REMEDIES, {})),
     "smollm2": Record((), 2, False, {"grpo": {}, "replace": {}, "distill": {}}),
 }
 WITHOUT_DECAY = ("grpo",)  # the recipes of all others have 0.8 a round
