@@ -162,9 +162,12 @@ def test_runs_that_differ_in_the_seed_are_an_arm(tmp_path):
     runs = runs_of(
         tmp_path,
         ("grpo-seed10", dict(seed=10, hard_sampling="none", model="cold/seed10/checkpoint-0")),
-        ("replace/seed3", dict(seed=3, hard_sampling="replace", model="cold/seed3/checkpoint-0", save_steps=7)),
-        ("replace/seed1", dict(seed=1, hard_sampling="replace", model="cold/seed1/checkpoint-0", device="cuda")),
-        ("grpo-seed9", dict(seed=9, hard_sampling="none", model="cold/seed9/checkpoint-0")),
+        ("replace/seed3", dict(seed=3, hard_sampling="replace", model="cold/seed3/checkpoint-0", date="2026-01-31")),
+        ("replace/seed1", dict(seed=1, hard_sampling="replace", model="cold/seed1/checkpoint-0", date="2026-02-01")),
+        (
+            "grpo-seed9",
+            dict(seed=9, hard_sampling="none", model="cold/seed9/checkpoint-0", device="cuda", save_steps=7),
+        ),
         ("other", dict(seed=1, hard_sampling="none", model="warm/seed1/checkpoint-0")),
     )
     arms = arms_of(runs)

@@ -15,9 +15,10 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, mean_of
 from toolx_kernels.train.run.folder import CONFIG, METRICS, SUMMARY, RunFolder
 
-# settings that tell two runs of one arm apart, besides the seed: where they ran, and what they kept
+# settings that tell two runs of one arm apart, besides the seed: when and where they ran, and what they kept
 INCIDENTAL = (
     "seed",
+    "date",
     "output_dir",
     "resume",
     "overwrite",
