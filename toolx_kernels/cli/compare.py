@@ -11,8 +11,9 @@ from toolx_kernels.errors import InputError
 
 def add_flags(parser: Parser) -> None:
     parser.description = (
-        "Runs side by side: curves in one picture, final figures with 95 % intervals in tables. Runs whose settings "
-        "differ only in the seed are one arm; differences are to the first arm, paired by seed."
+        "Runs side by side: accuracy, hard rows and the accuracy on each tier over what was spent, in one picture; "
+        "final figures with 95 % intervals, in tables. Runs whose settings differ only in the seed are one arm; "
+        "differences are to the first arm, paired by seed."
     )
     parser.add_argument("runs", nargs="+", help="run folders of toolx train")
     parser.flag(
@@ -32,8 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")
 
+    from toolx_kernels.compare.arms import arms_of
     from toolx_kernels.compare.report import describe, write_comparison
-    from toolx_kernels.compare.runs import arms_of, read_run
+    from toolx_kernels.compare.runs import read_run
 
     arms = arms_of([read_run(Path(run)) for run in args.runs], args.names)
     write_comparison(output, arms)

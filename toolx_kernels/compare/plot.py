@@ -1,164 +1,123 @@
-"""Plot of several runs: accuracy and hard rows over steps and over tokens, and where every arm ended."""
+"""Picture of several runs: small multiples of accuracy, hard rows and the accuracy on each tier, over the budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle, islice
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
-from toolx_kernels.compare.runs import Arm, Run, paired_difference
-from toolx_kernels.evaluate.intervals import mean_of
-from toolx_kernels.evaluate.tables import estimate
+from toolx_kernels.compare.arms import Arm, tiers_of
+from toolx_kernels.compare.runs import ACCURACY, HARD, Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that fades on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colours, which colour-blind readers tell apart, with grey for the yellow that fades on white; markers
+# are one fewer, so that 56 pairs differ
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C8C8C")
 MARKERS = "osD^vPX"
-TITLES = {"accuracy": "held-out accuracy", "hard": "hard rows (no correct rollout)"}
-AXES = {"step": "optimizer steps", "tokens": "tokens spent"}
-LINE = 0.075  # height of a label, as a share of a panel's
+AXES = {"fe": "forward-equivalents spent (FE)", "tokens": "tokens spent (some run does not tell its FE)"}
+WIDTH, HEIGHT = 3.6, 2.6  # inches of a panel
+CHARACTERS = 12  # of the legend's and titles' text in an inch, capitals among them
+PIECE = 8  # characters that a name's piece of line takes in the legend, with the gaps
+
+Styles = Mapping[str, tuple[str, str]]  # colour and marker of each arm
 
 
 def draw_comparison(arms: Sequence[Arm], path: Path) -> bool:
-    """Draws the runs of all arms; a thick line is an arm's mean, its band the 95 % interval over seeds.
-
-    A dotted line is a run that has not finished. Without matplotlib one line says so and False comes back.
-    """
+    """Draws the runs of all arms. Without matplotlib one line says so and False comes back."""
     try:
         import matplotlib
     except ModuleNotFoundError:
         print(f"{path.name} was not drawn: `pip install matplotlib` brings what draws it.")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    styles = dict(
-        zip((arm.name for arm in arms), islice(cycle(zip(COLOURS, MARKERS, strict=True)), len(arms)), strict=True)
-    )
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        ends_height = 1.0 + 0.42 * len(arms)
-        figure = plt.figure(figsize=(13, 7.5 + ends_height), layout="constrained")
-        # apart, because the margins that names and figures take are not the same
-        above, below = figure.subfigures(2, 1, height_ratios=(7.5, ends_height), hspace=0.03)
-        panels, ends = above.subplots(2, 2), below.subplots(1, 2)
-        for row, (curve, of_ends) in enumerate(zip(TITLES, ends, strict=True)):
-            for axis, along in zip(panels[row], AXES, strict=True):
-                _curves(axis, arms, styles, curve, along)
-            _ends(of_ends, arms, styles, curve)
-        figure.suptitle(_caption(arms), fontsize=9)
-        beside = path.with_name(path.name + ".part")
-        figure.savefig(beside, dpi=120, format="png")
-        plt.close(figure)
+    beside = path.with_name(path.name + ".part")
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        comparison_figure(arms).savefig(beside, dpi=120, format="png")
     beside.replace(path)
     return True
 
 
-def _caption(arms: Sequence[Arm]) -> str:
-    sentences = []
-    if any(len(arm.runs) > 1 for arm in arms):
-        sentences.append("thick: mean over an arm's seeds with its 95 % interval (t); thin, small: single seeds")
-    if any(not run.finished for arm in arms for run in arm.runs):
-        sentences.append("dotted: unfinished")
-    return "; ".join(sentences)
+def comparison_figure(arms: Sequence[Arm]) -> Figure:
+    """A panel for accuracy, one for hard rows and one for each tier, all over the same axis.
 
-
-def _curves(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str, along: str) -> None:
-    """One panel of curves, with the arms' names at the ends of their lines."""
+    The axis is FE where all runs tell theirs, else tokens. A thick line is an arm's mean, with its marker at the end; a
+    thin one is a run; dotted ones have not finished.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    labels = []
+    along = "fe" if all(run.fe is not None for arm in arms for run in arm.runs) else "tokens"
+    curves = [ACCURACY, HARD, *(Curve("accuracy", tier) for tier in tiers_of(arms))]
+    columns = math.ceil(math.sqrt(len(curves)))
+    rows = math.ceil(len(curves) / columns)
+    names, legend_columns, legend_rows = _legend_of([arm.name for arm in arms], columns * WIDTH)
+    figure = Figure(figsize=(columns * WIDTH, rows * HEIGHT + 0.2 * legend_rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    styles = dict(zip((arm.name for arm in arms), zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+    for panel, curve in zip(panels, curves, strict=False):
+        _panel(panel, arms, styles, curve, along)
+    for panel in panels[len(curves) :]:
+        panel.set_visible(False)
+    for panel in panels[max(0, len(curves) - columns) : len(curves)]:  # nothing is drawn below them
+        panel.tick_params(labelbottom=True)
+    panels[0].set_xlim(0, None)
+    panels[0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel(AXES[along], fontsize=9)
+    handles = [Line2D([], [], **_line(*styles[arm.name], arm)) for arm in arms]
+    figure.legend(handles, names, loc="outside upper center", ncols=legend_columns, frameon=False, title=_caption(arms))
+    return figure
+
+
+def _legend_of(names: Sequence[str], width: float) -> tuple[list[str], int, int]:
+    """The names, in lines that fit a legend of ``width`` inches; its columns; its rows of text, with the caption's."""
+    room = int(width * CHARACTERS)
+    most = max(1, room // (max(map(len, names)) + PIECE))
+    columns = math.ceil(len(names) / math.ceil(len(names) / most))  # rows of about the same length
+    names = [fill(name, room - PIECE) for name in names]
+    lines = sum(name.count("\n") + 1 for name in names)
+    return names, columns, math.ceil(lines / columns) + 1
+
+
+def _caption(arms: Sequence[Arm]) -> str:
+    parts = ["thick: mean of an arm's seeds, thin: each seed"] if any(len(arm.runs) > 1 for arm in arms) else []
+    if any(not run.finished for arm in arms for run in arm.runs):
+        parts.append("dotted: unfinished")
+    return "; ".join(parts)
+
+
+def _line(colour: str, marker: str, arm: Arm) -> dict[str, Any]:
+    linestyle = "-" if arm.finished else ":"
+    return {"color": colour, "marker": marker, "linestyle": linestyle, "linewidth": 2, "markersize": 6}
+
+
+def _panel(panel: Axes, arms: Sequence[Arm], styles: Styles, curve: Curve, along: str) -> None:
+    title = {ACCURACY: "held-out accuracy", HARD: "hard rows (no correct rollout)"}.get(curve, f"tier {curve.tier}")
+    panel.set_title(fill(title, int((WIDTH - 0.5) * CHARACTERS)), fontsize=9)
+    panel.grid(alpha=0.25)
+    values = [point.value for arm in arms for run in arm.runs for point in run.points(curve)]
+    if not values:
+        panel.text(0.5, 0.5, "none measured", ha="center", va="center", transform=panel.transAxes, color="0.5")
+        panel.set_yticks([])
+        return
     for arm in arms:
         colour, marker = styles[arm.name]
-        mean = arm.mean_curve(curve)
-        several = len(arm.finished or arm.runs) > 1
-        for run in arm.runs:
-            _single(axis, run, curve, along, colour, marker, faint=several)
-        if several and mean:
-            x = [getattr(point, along) for point in mean]
-            style = {"color": colour, "marker": marker, "linestyle": "-" if arm.finished else ":"}
-            axis.plot(x, [point.mean.value for point in mean], markersize=4, linewidth=2.2, **style)
-            low, high = [point.mean.low for point in mean], [point.mean.high for point in mean]
-            axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        lasts = [point.mean.value for point in mean] or [
-            run.curves[curve][-1].value for run in arm.runs if run.curves[curve]
-        ]
-        if lasts:
-            labels.append((lasts[-1], arm.name, colour))
-    values = [p.value for arm in arms for run in arm.runs for p in run.curves[curve]]
-    axis.set(title=f"{TITLES[curve]} over {AXES[along]}", xlabel=AXES[along], xlim=(0, None))
-    # few seeds make wide bands: the lines set the scale
-    axis.set_ylim(0, 1.08 * max([*values, 1e-9]) if curve == "hard" else min(1.0, 1.15 * max([*values, 0.05])))
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=along == "step"))
-    if along == "tokens":
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.grid(alpha=0.25)
-    if not values:
-        axis.text(0.5, 0.5, "none measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
-    top = axis.get_ylim()[1]
-    places = _spread([value / top for value, *_ in labels], LINE)
-    for (_, name, colour), place in zip(labels, places, strict=True):
-        axis.text(1.015, place, name, color=colour, transform=axis.transAxes, va="center", fontweight="bold")
-
-
-def _single(axis: Axes, run: Run, curve: str, along: str, colour: str, marker: str, faint: bool) -> None:
-    points = run.curves[curve]
-    x, y = [getattr(point, along) for point in points], [point.value for point in points]
-    axis.plot(
-        x,
-        y,
-        color=colour,
-        linestyle="-" if run.finished else ":",
-        linewidth=0.8 if faint else 2.0,
-        alpha=0.4 if faint and run.finished else 0.9,
-        marker="" if faint and len(points) > 1 else marker,
-        markersize=4,
-    )
-    if not run.finished and points:
-        axis.plot(x[-1], y[-1], marker=marker, color=colour, markerfacecolor="white", markersize=6)
-
-
-def _ends(axis: Axes, arms: Sequence[Arm], styles: dict, curve: str) -> None:
-    """Where the runs of every arm ended: seeds, mean and interval, in figures too, with the difference to the first."""
-    digits = 3 if curve == "accuracy" else 1
-    values = [value for arm in arms for value in arm.ends(curve).values()]
-    for place, arm in enumerate(arms):
-        colour, marker = styles[arm.name]
-        ends = [*arm.ends(curve).values()]
-        axis.plot(ends, [place + 0.25] * len(ends), marker, color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
-        mean = mean_of(ends)
+        for run in arm.runs if len(arm.runs) > 1 else ():
+            points = run.points(curve)
+            x, y = [getattr(point, along) for point in points], [point.value for point in points]
+            faint = (
+                {"linewidth": 0.7, "alpha": 0.3} if run.finished else {"linewidth": 1, "alpha": 0.8, "linestyle": ":"}
+            )
+            panel.plot(x, y, color=colour, zorder=2, **faint)
+        mean = arm.mean_curve(curve, along)
         if mean:
-            axis.plot(mean.value, place, marker, color=colour, markersize=8, markeredgecolor="white")
-        if mean and mean.low is not None:
-            axis.plot(mean[1:], [place, place], color=colour, linewidth=2, zorder=1)
-        text = estimate(mean, digits) if mean else "no finished run"
-        pairs, difference = paired_difference(arm, arms[0], curve) if place else (0, None)
-        if difference:
-            text += f"\nminus {arms[0].name}: {estimate(difference, digits, '+')}, n = {pairs}"
-        axis.text(1.015, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
-    axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    for tick, arm in zip(axis.get_yticklabels(), arms, strict=True):
-        tick.set(color=styles[arm.name][0], fontweight="bold")
-    if values:
-        margin = 0.25 * (max(values) - min(values)) or 0.1 * max(values) or 0.1
-        axis.set_xlim(max(0, min(values) - margin), max(values) + margin)
-    axis.set(ylim=(len(arms) - 0.5, -0.5), title=f"{TITLES[curve]} at the end, with 95 % interval")
-    axis.grid(axis="x", alpha=0.25)
-
-
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, pushed up where they are closer than ``gap``, and down again where that leads beyond 1.
-
-    >>> [round(place, 3) for place in _spread([0.95, 0.5, 0.52], 0.1)]
-    [0.95, 0.5, 0.6]
-    """
-    moved, order = list(places), sorted(range(len(places)), key=lambda i: places[i])
-    for below, i in zip(order, order[1:], strict=False):
-        moved[i] = max(moved[i], moved[below] + gap)
-    ceiling = 1.0
-    for i in reversed(order):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - gap
-    return moved
+            style = _line(colour, marker, arm) | {"markeredgecolor": "white", "markeredgewidth": 0.5}
+            panel.plot(*zip(*mean, strict=True), markevery=[-1], zorder=3, **style)
+    top = 1.08 * max(values) or 1e-9
+    panel.set_ylim(0, top if curve == HARD else min(1.02, max(top, 0.05)))

@@ -1,63 +1,63 @@
-"""Runs read from their folders, and arms of runs that differ only in the seed."""
+"""Runs read from their folders: accuracy, hard rows and what was spent, over steps."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.evaluate.intervals import Estimate, mean_of
 from toolx_kernels.train.run.folder import CONFIG, METRICS, SUMMARY, RunFolder
 
-# settings that tell two runs of one arm apart, besides the seed: when and where they ran, and what they kept
-INCIDENTAL = (
-    "seed",
-    "date",
-    "output_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "log_completions",
-    "save_steps",
-    "save_total_limit",
-)
 LEAST_BEST = 0.05  # the accuracy that a run must have reached to collapse
-_CURVES = {"eval": "accuracy", "probe": "hard"}
+
+
+class Curve(NamedTuple):
+    """What is followed over a run; of an accuracy perhaps that of one tier, ``Curve("accuracy", "parallel")``."""
+
+    name: str
+    tier: str | None = None
+
+
+ACCURACY, HARD = Curve("accuracy"), Curve("hard")
 
 
 class Point(NamedTuple):
-    """A value of a curve, e.g. ``Point(step=40, tokens=181_000, value=0.51)``; tokens are all spent until then."""
+    """A value of a curve, e.g. ``Point(step=40, tokens=181_000, fe=402_000, value=0.51)``.
+
+    Tokens and forward-equivalents are all that the method spent until then; fe is None where the run does not tell.
+    """
 
     step: int
     tokens: int
+    fe: int | None
     value: float
-
-
-class MeanPoint(NamedTuple):
-    """A mean over runs of a curve's values at a step, and of the tokens spent until then."""
-
-    step: int
-    tokens: float
-    mean: Estimate
 
 
 @dataclass(slots=True)
 class Run:
-    """Contents of a run folder: accuracy on ``eval_rows`` held-out rows, and hard rows, over the run."""
+    """Contents of a run folder: accuracy on ``eval_rows`` held-out rows and their tiers, and hard rows, over the run.
+
+    seconds      from start to end; None of an unfinished run, or where the summary does not tell
+    fe           forward-equivalents spent; None where not every line of the metrics tells
+    round_steps  steps of the first round; None where no step of another one is told
+    relapses     rows that each probe found hard again, by its round; None where it does not tell
+    """
 
     path: Path
     config: dict[str, Any]
     finished: bool
     eval_rows: int | None
+    seconds: float | None = None
     step: int = 0
     tokens: int = 0
-    curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in _CURVES.values()})
+    fe: int | None = 0
+    round_steps: int | None = None
+    curves: dict[Curve, list[Point]] = field(default_factory=dict)
+    relapses: dict[int, int | None] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -66,41 +66,24 @@ class Run:
     @property
     def collapsed(self) -> bool | None:
         """See ``collapse``; None also where the folder does not tell the steps of a round or the rows evaluated."""
-        probes = sorted({point.step for point in self.curves["hard"]})
-        if len(probes) < 2 or not self.eval_rows:
+        if not self.round_steps or not self.eval_rows:
             return None
-        return collapse(self.curves["accuracy"], probes[1] - probes[0], self.eval_rows)
-
-
-@dataclass(slots=True)
-class Arm:
-    """Runs of one kind, by seed."""
-
-    name: str
-    runs: list[Run]
+        return collapse(self.points(ACCURACY), self.round_steps, self.eval_rows)
 
     @property
-    def finished(self) -> list[Run]:
-        return [run for run in self.runs if run.finished]
+    def later_probes(self) -> int:
+        """Probes after the first."""
+        return max(0, len(self.relapses) - 1)
 
-    def ends(self, curve: str) -> dict[int, float]:
-        """The last value of a curve in each finished run that has one, by seed."""
-        return {run.seed: run.curves[curve][-1].value for run in self.finished if run.curves[curve]}
+    @property
+    def relapsed(self) -> int | None:
+        """Rows that turned hard again, added up over the probes after the first; None where one does not tell, or
+        where there is none."""
+        counts = [count for count in [*self.relapses.values()][1:] if count is not None]
+        return sum(counts) if counts and len(counts) == self.later_probes else None
 
-    def starts(self, curve: str) -> list[float]:
-        """The value before the first step in each finished run that measured it."""
-        of_runs = (run.curves[curve][0] for run in self.finished if run.curves[curve])
-        return [point.value for point in of_runs if point.step == 0]
-
-    def mean_curve(self, curve: str) -> list[MeanPoint]:
-        """The means at the steps where all finished runs have a value; of all runs where none has finished."""
-        of_runs = [{point.step: point for point in run.curves[curve]} for run in self.finished or self.runs]
-        steps = sorted(set.intersection(*(set(points) for points in of_runs)))
-        return [
-            MeanPoint(step, fmean(points[step].tokens for points in of_runs), mean)
-            for step in steps
-            if (mean := mean_of([points[step].value for points in of_runs]))
-        ]
+    def points(self, curve: Curve) -> list[Point]:
+        return self.curves.get(curve, [])
 
 
 def collapse(curve: Sequence[Point], round_steps: int, rows: int) -> bool | None:
@@ -127,13 +110,6 @@ def _fell(before: float, after: float, rows: int) -> bool:
     return before - after > 2 * math.sqrt((before * (1 - before) + after * (1 - after)) / rows)
 
 
-def paired_difference(arm: Arm, base: Arm, curve: str) -> tuple[int, Estimate | None]:
-    """Over the seeds that both finished: their number, and the mean of ``arm`` minus ``base`` at the runs' ends."""
-    ours, theirs = arm.ends(curve), base.ends(curve)
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return len(differences), mean_of(differences)
-
-
 def read_run(path: Path) -> Run:
     """The run in a folder that ``toolx train`` writes, or is still writing.
 
@@ -143,7 +119,9 @@ def read_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise InputError(f"There is no run in {path}: name a folder that toolx train wrote.")
     config, finished = RunFolder(path).config(), (path / SUMMARY).is_file()
-    run = Run(path, config, finished, _eval_rows(path / SUMMARY) if finished else config.get("eval_rows"))
+    # an unfinished run knows no more of its rows than its config asks for
+    eval_rows, seconds = _summary(path / SUMMARY) if finished else (config.get("eval_rows"), None)
+    run = Run(path, config, finished, eval_rows, seconds)
     if type(run.config.get("seed")) is not int:
         raise InputError(f"{path / CONFIG} names the seed {run.config.get('seed')!r}: give the number the run had.")
     metrics = path / METRICS
@@ -153,25 +131,28 @@ def read_run(path: Path) -> Run:
     for number, line in enumerate(lines, 1):
         try:
             _take(run, json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise InputError(f"{metrics}, line {number}, is damaged: mend it, or leave this run out.") from None
-    if not any(run.curves.values()):
+    if not run.curves:
         raise InputError(f"{path} has no evaluation or probe to show yet: leave it out, or wait.")
     return run
 
 
-def _eval_rows(summary: Path) -> int | None:
-    """The rows that a finished run was evaluated on. An unfinished one has no more than its config asks for."""
+def _summary(path: Path) -> tuple[int | None, float | None]:
+    """The rows that a finished run was evaluated on, and its seconds."""
     try:
-        return json.loads(summary.read_bytes()).get("eval_rows")
-    except (ValueError, AttributeError):
-        raise InputError(f"{summary} is damaged: mend it, or leave this run out.") from None
+        summary = json.loads(path.read_bytes())
+        seconds = summary.get("wall_seconds")
+        return summary.get("eval_rows"), None if seconds is None else float(seconds)
+    except (ValueError, AttributeError, TypeError):
+        raise InputError(f"{path} is damaged: mend it, or leave this run out.") from None
 
 
 def _take(run: Run, record: dict[str, Any]) -> None:
-    """Adds a line of the metrics to the run; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    """Adds a line of the metrics to the run; ValueError, KeyError, TypeError, AttributeError or OverflowError where it
+    is none."""
     event = record["event"]
-    if event not in ("step", *_CURVES):
+    if event not in ("step", "eval", "probe"):
         return
     if record["step"] < run.step:  # two processes wrote here
         raise ValueError(record["step"])
@@ -179,62 +160,24 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     # runs of older versions count sampled tokens alone, and only in their steps
     fallback = record.get("tokens", run.tokens) if event == "step" else run.tokens
     tokens = int(record.get("spent_tokens", fallback))
+    fe = int(record["spent_fe"]) if "spent_fe" in record and run.fe is not None else None
     if event != "probe":  # the last one measures, and may have been counted
         run.tokens = tokens
-    if event in _CURVES:
-        value = float(record[_CURVES[event]])
-        if not math.isfinite(value):
+    if event != "probe" or fe is None:
+        run.fe = fe
+    values = {}
+    if event == "step":
+        if run.round_steps is None and record.get("round", 0) > 0:
+            run.round_steps = run.step - 1
+    elif event == "eval":
+        values[ACCURACY] = record["accuracy"]
+        values |= {Curve("accuracy", name): value for name, value in record.get("parts", {}).items()}
+    elif record.get("rows") != 0:  # a run without steps has none to probe
+        values[HARD] = record["hard"]
+        # one that a resumed run made for more rows counts all of its round's
+        relapsed = record.get("relapsed")
+        run.relapses[record.get("round", len(run.relapses))] = None if relapsed is None else int(relapsed)
+    for curve, value in values.items():
+        if not math.isfinite(float(value)):
             raise ValueError(value)
-        run.curves[_CURVES[event]].append(Point(run.step, tokens, value))
-
-
-def arms_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Arm]:
-    """The runs in arms, in the order of their first runs.
-
-    Runs whose settings are the same but for the seed (also where ``seed<number>`` stands in a path) are one arm, which
-    is called after their folders. ``names`` name the arms, or each run: then runs of one name are one arm.
-
-    Raises InputError: a run is given twice, two runs of an arm have the same seed, or the names are neither as many as
-    the arms nor as many as the runs.
-    """
-    if len({run.path.resolve() for run in runs}) < len(runs):
-        raise InputError("A run is named twice: name each once.")
-    kinds = [_kind(run) for run in runs]
-    order = list(dict.fromkeys(kinds))
-    if names is None:
-        of_kind = dict(zip(order, _default_names([_members(runs, kinds, kind) for kind in order]), strict=True))
-        names = [of_kind[kind] for kind in kinds]
-    elif len(names) == len(order) and len(names) != len(runs):
-        names = [names[order.index(kind)] for kind in kinds]
-    elif len(names) != len(runs):
-        raise InputError(
-            f"--names gives {len(names)} names for {len(runs)} runs in {len(order)} arms: name all arms, or all runs."
-        )
-    arms = [Arm(name, sorted(_members(runs, names, name), key=lambda run: run.seed)) for name in dict.fromkeys(names)]
-    for arm in arms:
-        for one, other in zip(arm.runs, arm.runs[1:], strict=False):
-            if one.seed == other.seed:
-                raise InputError(
-                    f"{one.path} and {other.path} are both runs of {arm.name!r} with seed {one.seed}: leave one "
-                    "out, or tell them apart with --names."
-                )
-    return arms
-
-
-def _members(runs: Sequence[Run], labels: Sequence[str], label: str) -> list[Run]:
-    return [run for run, of_run in zip(runs, labels, strict=True) if of_run == label]
-
-
-def _kind(run: Run) -> str:
-    """A text that runs share exactly when their settings differ in nothing that matters but the seed."""
-    settings = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
-    return re.sub(r"(?i)seed[-_]?\d+", "seed", json.dumps(settings, sort_keys=True, default=str))
-
-
-def _default_names(arms: Sequence[Sequence[Run]]) -> list[str]:
-    """The folder that an arm's runs share when the seed is taken off the end of their paths, else the first path."""
-    stems = [{re.sub(rf"[-_./]*(seed)?[-_]?{run.seed}$", "", str(run.path)) for run in arm} for arm in arms]
-    names = [Path(next(iter(stem))).name if len(stem) == 1 else "" for stem in stems]
-    return [
-        name if name and names.count(name) == 1 else str(arm[0].path) for name, arm in zip(names, arms, strict=True)
-    ]
+        run.curves.setdefault(curve, []).append(Point(run.step, tokens, fe, float(value)))

@@ -1,0 +1,142 @@
+"""Arms: runs that differ only in the seed, their means, and differences between two arms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from toolx_kernels.compare.runs import Curve, Run
+from toolx_kernels.errors import InputError
+from toolx_kernels.evaluate.intervals import Estimate, mean_of
+
+# settings that tell two runs of one arm apart, besides the seed: when and where they ran, and what they kept
+INCIDENTAL = (
+    "seed",
+    "date",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "log_completions",
+    "save_steps",
+    "save_total_limit",
+)
+
+
+@dataclass(slots=True)
+class Arm:
+    """Runs of one kind, by seed."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.finished]
+
+    def starts(self, curve: Curve) -> list[float]:
+        """The value before the first step in each finished run that measured it."""
+        firsts = [run.points(curve)[0] for run in self.finished if run.points(curve)]
+        return [point.value for point in firsts if point.step == 0]
+
+    def ends(self, curve: Curve) -> dict[int, float]:
+        """The last value of a curve in each finished run that has one, by seed."""
+        return {run.seed: run.points(curve)[-1].value for run in self.finished if run.points(curve)}
+
+    def relapsed(self) -> dict[int, int]:
+        """The rows that turned hard again in each finished run that tells, by seed."""
+        return {run.seed: run.relapsed for run in self.finished if run.relapsed is not None}
+
+    def mean_curve(self, curve: Curve, along: str) -> list[tuple[float, float]]:
+        """The mean over finished runs, or over all where none has finished, from where all have begun to where the
+        first ends.
+
+        ``along`` names what of a point is the first of each pair. Between its points a run's values lie on a line, so
+        that runs are averaged at equal cost wherever they were measured.
+        """
+        of_runs = [run.points(curve) for run in self.finished or self.runs if run.points(curve)]
+        if not of_runs:
+            return []
+        lines = [([getattr(point, along) for point in points], [point.value for point in points]) for points in of_runs]
+        begin, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+        places = sorted({place for x, _ in lines for place in x if begin <= place <= end})
+        means = np.mean([np.interp(places, x, y) for x, y in lines], axis=0)
+        return [*zip(places, means.tolist(), strict=True)]
+
+
+class Difference(NamedTuple):
+    """The mean of one arm's values minus another's, over the ``pairs`` seeds that both have; None of no pairs."""
+
+    pairs: int
+    mean: Estimate | None
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """Of values by seed."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return Difference(len(differences), mean_of(differences))
+
+
+def tiers_of(arms: Sequence[Arm]) -> list[str]:
+    """The tiers of the held-out rows, as they are first met; none where there is but one, which is all rows."""
+    curves = (curve for arm in arms for run in arm.runs for curve in run.curves if curve.tier is not None)
+    tiers = list(dict.fromkeys(str(curve.tier) for curve in curves))
+    return tiers if len(tiers) > 1 else []
+
+
+def arms_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Arm]:
+    """The runs in arms, in the order of their first runs.
+
+    Runs whose settings are the same but for the seed (also where ``seed<number>`` stands in a path) are one arm, which
+    is called after their folders. ``names`` name the arms, or each run: then runs of one name are one arm.
+
+    Raises InputError: a run is given twice, two runs of an arm have the same seed, or the names are neither as many as
+    the arms nor as many as the runs.
+    """
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise InputError("A run is named twice: name each once.")
+    kinds = [_kind(run) for run in runs]
+    order = list(dict.fromkeys(kinds))
+    if names is None:
+        of_kind = dict(zip(order, _default_names([_members(runs, kinds, kind) for kind in order]), strict=True))
+        names = [of_kind[kind] for kind in kinds]
+    elif len(names) == len(order) and len(names) != len(runs):
+        names = [names[order.index(kind)] for kind in kinds]
+    elif len(names) != len(runs):
+        raise InputError(
+            f"--names gives {len(names)} names for {len(runs)} runs in {len(order)} arms: name all arms, or all runs."
+        )
+    arms = [Arm(name, sorted(_members(runs, names, name), key=lambda run: run.seed)) for name in dict.fromkeys(names)]
+    for arm in arms:
+        for one, other in zip(arm.runs, arm.runs[1:], strict=False):
+            if one.seed == other.seed:
+                raise InputError(
+                    f"{one.path} and {other.path} are both runs of {arm.name!r} with seed {one.seed}: leave one "
+                    "out, or tell them apart with --names."
+                )
+    return arms
+
+
+def _members(runs: Sequence[Run], labels: Sequence[str], label: str) -> list[Run]:
+    return [run for run, of_run in zip(runs, labels, strict=True) if of_run == label]
+
+
+def _kind(run: Run) -> str:
+    """A text that runs share exactly when their settings differ in nothing that matters but the seed."""
+    settings = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
+    return re.sub(r"(?i)seed[-_]?\d+", "seed", json.dumps(settings, sort_keys=True, default=str))
+
+
+def _default_names(arms: Sequence[Sequence[Run]]) -> list[str]:
+    """The folder that an arm's runs share when the seed is taken off the end of their paths, else the first path."""
+    stems = [{re.sub(rf"[-_./]*(seed)?[-_]?{run.seed}$", "", str(run.path)) for run in arm} for arm in arms]
+    names = [Path(next(iter(stem))).name if len(stem) == 1 else "" for stem in stems]
+    return [
+        name if name and names.count(name) == 1 else str(arm[0].path) for name, arm in zip(names, arms, strict=True)
+    ]
