@@ -44,8 +44,8 @@ class Prompts:
         """A sentence that tells this share of the tokens of the row's answer, the first ones; "" where that tells
         nothing or leaves less room than ``fitting`` asks for."""
         answer = self.chat.completion_ids(row.answer)[:-1]
-        beginning = self.chat.written_text(answer[: math.ceil(share * len(answer))])
-        text = f"The answer begins: {self.chat.protect_turn(beginning)}"
+        beginning = self.chat.quoted(answer[: math.ceil(share * len(answer))])
+        text = f"The answer begins: {beginning}"
         room = min(room, self.context - len(self.ids(row)))
         return text if beginning and len(self.ids(row, (), text)) + room <= self.context else ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from toolx_kernels.errors import InputError
@@ -140,6 +141,14 @@ class Chat:
         written = str(self.tokenizer.decode([i for i in ids if i not in self._silent]))
         return self._opened_by(context) + written
 
+    def quoted(self, ids: Sequence[int]) -> str:
+        """The text of the first ``ids`` of ``completion_ids``, for a prompt, with the marks of ``Protector``: tokens of
+        the form of calls stay what they are, and what an argument spells becomes none. Half a character is left out."""
+        runs = [
+            (form, str(self.tokenizer.decode(list(run)))) for form, run in groupby(ids, self._form_ids.__contains__)
+        ]
+        return "".join(text if form else self.protect_data(text) for form, text in runs).rstrip("\ufffd")
+
     def read(self, text: str) -> Reading:
         """Thought and calls of a turn."""
         return read(text, self.tool_format)
@@ -169,6 +178,7 @@ class Chat:
         tokenizer, marks = self.tokenizer, {*self.tool_format.markers, *THOUGHTS, *THOUGHTS.values()}
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         turns = {token: i for token, i in self.conventions.turn_tokens().items() if token not in marks}
+        self._form_ids = {i for token, i in added.items() if token in marks}
         control = {*self.conventions.special_tokens(), *turns}
         # what users, tools and datasets wrote; what an assistant wrote, and system prompts, may show calls
         self.protect_data = Protector(control | (marks & added.keys()))
