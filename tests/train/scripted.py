@@ -1,0 +1,76 @@
+"""A sampler without a model, for tests of what a run does with rollouts."""
+
+import random
+from collections.abc import Callable
+
+from tests.train.test_trainer import make_trainer
+from toolx_kernels.rollout.rollout import Rollout
+from toolx_kernels.toolcall.rows import Row
+
+SHARES = (0.25, 0.5, 0.75)
+CHATTER = "chatter"  # the right calls, and words beside them
+
+
+class Scripted:
+    """Writes the row's answer where ``right(row, help, index)`` is True, ``CHATTER`` where it is that, else nonsense.
+
+    ``help`` is "raw" or "demonstrations", or the share of the answer that a hint tells. As of the engine, what it
+    writes is a function of the prompt, the stream, the row's id in it and the rollout's index. With ``tool`` tokens, as
+    if a tool had answered them, each rollout goes on with these.
+
+    asked  of each call: stream, rows, prompts
+    """
+
+    def __init__(self, trainer, right: Callable[[Row, str | float, int], bool | str], tool: int = 0):
+        self.engine, self.prompts, self.right, self.tool = trainer.engine, trainer.task.prompts, right, tool
+        self.asked: list[tuple[int, list[Row], list[list[int]]]] = []
+
+    def offer(self, rows):
+        return rows
+
+    def help_of(self, row, prompt):
+        if prompt == self.prompts.ids(row):
+            return "raw"
+        if "The answer begins:" not in self.prompts.chat.tokenizer.decode(prompt):
+            return "demonstrations"
+        (share,) = (s for s in SHARES if prompt == self.prompts.ids(row, (), self.prompts.hint(row, s)))
+        return share
+
+    def roll_out(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
+        self.asked.append((step, list(rows), list(prompts)))
+        groups = []
+        for place, (row, prompt, row_id) in enumerate(zip(rows, prompts, row_ids, strict=True)):
+            help, rollouts = self.help_of(row, prompt), []
+            for index in range(first_rollout, first_rollout + n):
+                rng = random.Random(f"{step} {row_id} {index} {prompt}")
+                rollouts.append(self._rollout(row, prompt, self.right(row, help, index), rng))
+                if on_rollout and on_rollout(place, index, rollouts[-1]):
+                    break
+            groups.append(rollouts)
+        return groups
+
+    def _rollout(self, row, prompt, right, rng):
+        chat = self.prompts.chat
+        if right == CHATTER:
+            ids = chat.turn_ids(f"Here it is: {chat.tool_format.render(row.answer)}", prompt)
+        elif right:
+            ids = chat.completion_ids(row.answer, prompt)
+        else:
+            ids = [*rng.choices(range(300, 900), k=rng.randint(3, 7)), chat.tokenizer.eos_token_id]
+        text = chat.written_text(ids[:-1], prompt)
+        mask = [True] * len(ids) + [False] * self.tool if self.tool else None
+        ids = ids + rng.choices(range(300, 900), k=self.tool)
+        zeros = [0.0] * len(ids)
+        return Rollout(ids, zeros, zeros, mask, text, [{"role": "assistant", "content": text}], "stop")
+
+
+def scripted_trainer(folder, right, reward=None, tool=0, **settings):
+    """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward."""
+    trainer = make_trainer(folder, reward, **{"cold_start_steps": 0, "max_completion_length": 64, **settings})
+    trainer.rollouter = trainer.collector.rollouter = Scripted(trainer, right, tool)
+    return trainer
+
+
+def place_of(trainer):
+    """The place of each training row by its id."""
+    return {row.id: place for place, row in enumerate(trainer.task.rows)}
