@@ -44,7 +44,9 @@ class HardSamplingSettings(Settings):
     demonstration_tries: int = setting(4, "draws of better demonstrations per row and round", least=1)
     verify_rollouts: int = setting(4, "rollouts that verify a draw; the first solved one ends them", least=1)
     retry_with: Literal["demonstrations", "hint"] = setting(
-        "demonstrations", "what a retry shows; hint: the first 25, 50 and 75 % of the answer, until a rollout is solved"
+        "demonstrations",
+        "what a retry shows; hint: the first quarter of the answer, then half, then three quarters, until a rollout is "
+        "solved",
     )
     retry_learns: Literal["raw", "shown"] = setting(
         "raw",

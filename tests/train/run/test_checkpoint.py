@@ -161,10 +161,10 @@ def test_another_format_names_both(run, monkeypatch):
     model = small_model("llama")
     with monkeypatch.context() as patched:
         patched.setattr(module, "FORMAT", 7)
-        with pytest.raises(InputError, match="checkpoint-4 has format 3, and .* reads format 7: resume with"):
+        with pytest.raises(InputError, match="checkpoint-4 has format 4, and .* reads format 7: resume with"):
             resumable_checkpoint(run, model)
     (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
-    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 3"):
+    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 4"):
         resumable_checkpoint(run, model)
 
 
@@ -198,7 +198,8 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         "importance_sampling_level": "sequence", "importance_sampling_mode": "token_mask", "optim": "adamw_8bit",
         "lr_decay_per": "step", "distinct_examples": False, "eval_on_start": False, "eval_dataset": "builtin",
         "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0,
-        "tool_format": "json", "overlong": "drop",
+        "tool_format": "json", "overlong": "drop", "demonstrate_training_rows": False, "retry_with": "hint", "probe_every": 2, "sft_learning_rate": 0.5,
+        "retry_learns": "shown", "rollout_selection": "max-variance", "reward": "similarity", "denominator": "live",
         "chat_template_kwargs": {"enable_thinking": False}, "thoughts": "forbidden",
     }  # fmt: skip
     defaults = ToolExpanderConfig(output_dir=str(tmp_path / "run"))
@@ -369,7 +370,8 @@ def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
 
 def test_a_run_whose_folder_is_deleted_says_so(tmp_path):
     def deletes(prompts, completions, completion_ids, **columns):
-        shutil.rmtree(tmp_path / "run")
+        if len(completions) == 16:  # of a step, not of a probe
+            shutil.rmtree(tmp_path / "run")
         return [1.0] * len(completions)
 
     with pytest.raises(InputError, match="run is gone"):
