@@ -34,7 +34,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     accuracy.plot([r["step"] for r in steps], smooth, color="C0", label="rollouts (mean of 10 steps)")
     line(accuracy, evals, "accuracy", "held-out, greedy", color="C1", marker="o")
     accuracy.set(title="accuracy", ylim=(0, 1))
-    line(hard, probes, "hard", "hard rows (0 correct rollouts)", color="C3", marker="o")
+    line(hard, probes, "hard", "hard rows (0 solved rollouts)", color="C3", marker="o")
     line(hard, probes, "replaced", "shown with demonstrations", color="C4", marker="s", linestyle="--")
     hard.set(title="hard samples, of the training rows", ylim=(0, None))
     line(text, steps, "entropy", "entropy (nats per token)", color="C2")
