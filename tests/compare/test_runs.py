@@ -64,16 +64,32 @@ def test_the_tiers_of_a_run_are_read(tmp_path):
     assert run.points(Curve("accuracy", "other")) == []
 
 
-def test_the_steps_of_a_round_are_those_before_the_second_rounds_first(tmp_path):
+def test_the_steps_of_a_round_are_those_of_the_first(tmp_path):
     """However rarely the run was probed."""
     fall = dict(accuracies=(0.1, 0.6, 0.2, 0.2, 0.58), hard=(40, 30, 40, 40, 40))
     for probes in ("each", "ends", "none"):
         run = read_run(write_run(tmp_path / f"short {probes}", probes=probes, round_steps=10, **fall))
-        assert run.round_steps == 10 and run.collapsed is True
+        assert run.rounds[0] == 10 and run.collapsed is True
         run = read_run(write_run(tmp_path / f"long {probes}", probes=probes, round_steps=20, **fall))
-        assert run.round_steps == 20 and run.collapsed is False, "it stayed down for half a round"
-    run = read_run(write_run(tmp_path / "one round", round_steps=100, **fall))
-    assert run.round_steps is None and run.collapsed is None
+        assert run.rounds[0] == 20 and run.collapsed is False, "it stayed down for half a round"
+    assert read_run(write_run(tmp_path / "one round", round_steps=100, **fall)).collapsed is None
+
+
+def test_supervised_steps_are_spent_and_in_no_round(tmp_path):
+    """Of 25 steps before the second round 15 are supervised: a fall of 10 steps has stayed for a round."""
+    fall = dict(accuracies=(0.1, 0.6, 0.2, 0.2, 0.58), hard=(40, 30, 40, 40, 40), round_steps=25)
+    folder = write_run(tmp_path / "a", **fall)
+    assert read_run(folder).collapsed is False
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [line | {"event": "sft"} if line["event"] == "step" and line["step"] <= 15 else line for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert run.rounds == {0: 10, 1: 15} and run.collapsed is True
+    (folder / "summary.json").unlink()
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines[:10]))
+    run = read_run(folder)
+    assert (run.step, run.tokens, run.fe) == (7, 7_000, 21_000), "still in its supervised steps"
 
 
 def test_rows_that_turned_hard_again_are_added_up_over_later_probes(tmp_path):

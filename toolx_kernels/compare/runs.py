@@ -43,7 +43,7 @@ class Run:
 
     seconds      from start to end; None of an unfinished run, or where the summary does not tell
     fe           forward-equivalents spent; None where not every line of the metrics tells
-    round_steps  steps of the first round; None where no step of another one is told
+    rounds       optimizer steps of each round, without those of supervised training before RL
     relapses     rows that each probe found hard again, by its round; None where it does not tell
     """
 
@@ -55,8 +55,8 @@ class Run:
     step: int = 0
     tokens: int = 0
     fe: int | None = 0
-    round_steps: int | None = None
     curves: dict[Curve, list[Point]] = field(default_factory=dict)
+    rounds: dict[int, int] = field(default_factory=dict)
     relapses: dict[int, int | None] = field(default_factory=dict)
 
     @property
@@ -66,9 +66,9 @@ class Run:
     @property
     def collapsed(self) -> bool | None:
         """See ``collapse``; None also where the folder does not tell the steps of a round or the rows evaluated."""
-        if not self.round_steps or not self.eval_rows:
+        if 0 not in self.rounds or len(self.rounds) < 2 or not self.eval_rows:  # the last round may be cut short
             return None
-        return collapse(self.points(ACCURACY), self.round_steps, self.eval_rows)
+        return collapse(self.points(ACCURACY), self.rounds[0], self.eval_rows)
 
     @property
     def later_probes(self) -> int:
@@ -152,7 +152,7 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     """Adds a line of the metrics to the run; ValueError, KeyError, TypeError, AttributeError or OverflowError where it
     is none."""
     event = record["event"]
-    if event not in ("step", "eval", "probe"):
+    if event not in ("sft", "step", "eval", "probe"):
         return
     if record["step"] < run.step:  # two processes wrote here
         raise ValueError(record["step"])
@@ -166,13 +166,13 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     if event != "probe" or fe is None:
         run.fe = fe
     values = {}
-    if event == "step":
-        if run.round_steps is None and record.get("round", 0) > 0:
-            run.round_steps = run.step - 1
+    if event == "step" and "round" in record:
+        number = int(record["round"])
+        run.rounds[number] = run.rounds.get(number, 0) + 1
     elif event == "eval":
         values[ACCURACY] = record["accuracy"]
         values |= {Curve("accuracy", name): value for name, value in record.get("parts", {}).items()}
-    elif record.get("rows") != 0:  # a run without steps has none to probe
+    elif event == "probe" and record.get("rows") != 0:  # a run without steps has none to probe
         values[HARD] = record["hard"]
         # one that a resumed run made for more rows counts all of its round's
         relapsed = record.get("relapsed")
