@@ -233,12 +233,12 @@ class ToolExpanderTrainer:
 
     def _improve(self) -> dict:
         """A step of RL: prompts -> rollouts -> rewards -> advantages -> update."""
-        rounds, learner, index = self.rounds, self.learner, self.rounds.next_round
+        rounds, learner, index, progress = self.rounds, self.learner, self.rounds.next_round, self.rounds.progress
         groups, sampled = rounds.next_groups()
         groups = self.group_selector(groups)
         give_advantages(groups, self.advantage_shaper)
         learner.schedule.advance_to(rounds.passed(self.args.lr_decay_per))
-        update = learner.improve(groups, rounds.step, *self.imitation.beside(groups, rounds.progress))
+        update = learner.improve(groups, rounds.step, *self.imitation.beside(groups, progress))
         rounds.finish_step(update)
         return {
             "round_index": index,
