@@ -3,10 +3,14 @@
 import random
 from collections.abc import Callable
 
-from tests.train.test_trainer import make_trainer
+from tests.train.test_trainer import SMALL, training_rows
 from toolx_kernels.rollout.rollout import Rollout
+from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.trainer import ToolExpanderTrainer
 
+PLACES = {row.id: place for place, row in enumerate(training_rows())}
 SHARES = (0.25, 0.5, 0.75)
 CHATTER = "chatter"  # the right calls, and words beside them
 
@@ -16,7 +20,7 @@ class Scripted:
 
     ``help`` is "raw" or "demonstrations", or the share of the answer that a hint tells. As of the engine, what it
     writes is a function of the prompt, the stream, the row's id in it and the rollout's index. With ``tool`` tokens, as
-    if a tool had answered them, each rollout goes on with these.
+    if a tool had answered them, each rollout goes on with these. Greedy answers are nonsense.
 
     asked  of each call: stream, rows, prompts
     """
@@ -43,7 +47,8 @@ class Scripted:
             help, rollouts = self.help_of(row, prompt), []
             for index in range(first_rollout, first_rollout + n):
                 rng = random.Random(f"{step} {row_id} {index} {prompt}")
-                rollouts.append(self._rollout(row, prompt, self.right(row, help, index), rng))
+                right = params.temperature > 0 and self.right(row, help, index)
+                rollouts.append(self._rollout(row, prompt, right, rng))
                 if on_rollout and on_rollout(place, index, rollouts[-1]):
                     break
             groups.append(rollouts)
@@ -64,13 +69,13 @@ class Scripted:
         return Rollout(ids, zeros, zeros, mask, text, [{"role": "assistant", "content": text}], "stop")
 
 
-def scripted_trainer(folder, right, reward=None, tool=0, **settings):
+def scripted_trainer(folder, right, reward=None, tool=0, demonstrations=(), **settings):
     """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward."""
-    trainer = make_trainer(folder, reward, **{"cold_start_steps": 0, "max_completion_length": 64, **settings})
+    settings = SMALL | {"cold_start_steps": 0, "max_completion_length": 64} | settings
+    args = ToolExpanderConfig(output_dir=str(folder), **settings)
+    held_out = builtin.heldout_rows(2, 0, ("easy",))
+    trainer = ToolExpanderTrainer("tiny", reward, args, training_rows(), held_out, demonstrations=demonstrations)
     trainer.rollouter = trainer.collector.rollouter = Scripted(trainer, right, tool)
+    # what takes longer than a step
+    trainer.reporter.plan, trainer.reporter._gemm_speed = (lambda workload: None), 1.0
     return trainer
-
-
-def place_of(trainer):
-    """The place of each training row by its id."""
-    return {row.id: place for place, row in enumerate(trainer.task.rows)}

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.scripted import SHARES, scripted_trainer
+from tests.train.scripted import CHATTER, PLACES, SHARES, Scripted, scripted_trainer
 from tests.train.test_trainer import make_trainer, training_rows
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.template import MARK
 from toolx_kernels.train.groups import RAW
 from toolx_kernels.train.policies.advantages import give_advantages
+from toolx_kernels.train.task import solved_by_default
+from toolx_kernels.train.trainer import ToolExpanderTrainer
 
-PLACES = {row.id: place for place, row in enumerate(training_rows())}
 G = 4
 ALL_AT_ONCE = dict(prompts_per_step=12, num_train_epochs=1, num_generations=G)
 EPOCHS = dict(num_train_epochs=4)
@@ -210,9 +211,8 @@ def test_hard_rows_show_demonstrations_and_fewer_once_these_always_work(tmp_path
 
 
 def test_demonstrations_of_retries_are_drawn_anew_at_each_visit_and_repeat_after_a_resume(tmp_path):
-    def drawn(visits, state=None, number=[0]):
-        number[0] += 1
-        folder = tmp_path / str(number[0])
+    def drawn(visits, state=None):
+        folder = tmp_path / "run"  # nothing is written
         trainer = scripted_trainer(folder, lambda *_: False, hard_sampling="retry", **ALL_AT_ONCE | EPOCHS)
         if state:
             trainer.rounds.load_state_dict(state)
@@ -300,3 +300,71 @@ def test_hints_without_room_are_left_out(tmp_path):
     trainer.rounds.next_groups()
     asked = [sum(other.id == row.id for other in rows) for _, rows, _ in trainer.rollouter.asked]
     assert asked == [1, 1, 1, 0], "the first draw and two hints"
+
+
+# ---- what is solved
+
+
+def test_right_calls_beside_words_are_correct_and_not_solved(tmp_path):
+    """In the probe, in what is dead, and in the verification of demonstrations."""
+
+    def right(row, help, index):
+        return CHATTER if PLACES[row.id] % 2 else True
+
+    odd, even = list(range(1, 12, 2)), list(range(0, 12, 2))
+    trainer = scripted_trainer(tmp_path / "run", right, hard_sampling="retry", **ALL_AT_ONCE)
+    assert trainer.rounds.begin_round().hard == odd
+    groups, _ = trainer.rounds.next_groups()
+    assert all(all(group.correct) for group in groups)
+    assert [group.plan.row for group in groups if group.dead] == sorted(odd, key=[g.plan.row for g in groups].index)
+    _, first, again = [{PLACES[row.id] for row in rows} for _, rows, _ in trainer.rollouter.asked if len(rows) > 5][-3:]
+    assert first == {*odd, *even} and again == set(odd), "groups that are all solved are never retried"
+    better = replace(trainer.args, hard_sampling="replace", demonstrations="better", verification="bold")
+    for works in (CHATTER, True):
+        trainer = ToolExpanderTrainer("tiny", None, better, training_rows(), training_rows())
+        trainer.collector.rollouter = Scripted(trainer, lambda row, help, index, works=works: help != "raw" and works)
+        trainer.rounds.begin_round()
+        verified = {state.verified for state in trainer.rounds.table.states if state.tries}
+        assert verified == {works is True}
+
+
+def test_a_bonus_or_a_weight_solves_nothing_and_hides_nothing(tmp_path):
+    class Bonus:
+        """0.01 beyond the right calls, as SelfExemplifyingReward pays it."""
+
+        parts = {"self_exemplifying_reward": [1.01, 1.0, 0.01, 0.0, None]}
+
+    assert solved_by_default(Bonus()) == [True, True, False, False, False]
+    trainer = scripted_trainer(tmp_path / "run", lambda *_: True, reward_weights=[0.5], **ALL_AT_ONCE)
+    assert trainer.rounds.begin_round().hard == []
+    groups, _ = trainer.rounds.next_groups()
+    assert all(group.rewards == [0.5] * G and all(group.solved) for group in groups)
+
+
+def test_with_rewards_of_ones_own_the_total_solves(tmp_path):
+    """Two functions give .3 and .2 for rows of even number where the call is right, and .3 alone for the others."""
+
+    def first(prompts, completions, completion_ids, answer, **columns):
+        return [0.3 * ("tool_call" in text) for text in completions]
+
+    def second(prompts, completions, completion_ids, id, **columns):
+        return [0.2 * (PLACES[name] % 2 == 0) for name in id]
+
+    def hard_and_dead(solved_reward):
+        trainer = scripted_trainer(
+            tmp_path / "run",
+            lambda row, help, index: help != "raw" or index == 1,
+            [first, second],
+            solved_reward=solved_reward,
+            hard_sampling="retry",
+            **ALL_AT_ONCE,
+        )
+        found = trainer.rounds.begin_round()
+        groups, _ = trainer.rounds.next_groups()
+        return found.hard, sorted(group.plan.row for group in groups if group.tries)
+
+    odd = list(range(1, 12, 2))
+    assert hard_and_dead(0.3) == ([], [])
+    assert hard_and_dead(0.5) == (odd, odd)
+    assert hard_and_dead(0.51) == (list(range(12)), list(range(12)))
+    assert hard_and_dead(0.0) == ([], [])
