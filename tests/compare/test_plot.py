@@ -22,7 +22,7 @@ def names(figure):
 
 def test_the_picture_has_a_panel_for_accuracy_for_hard_rows_and_for_each_tier(tmp_path):
     figure = comparison_figure(two_arms(tmp_path))
-    assert [*panels(figure)] == ["held-out accuracy", "hard rows (no correct rollout)", "tier easy", "tier office"]
+    assert [*panels(figure)] == ["held-out accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
     assert names(figure) == ["base", "ours"]
     assert "unfinished" in figure.legends[0].get_title().get_text()
 
@@ -57,7 +57,7 @@ def test_the_axis_is_fe_where_all_runs_tell(tmp_path):
 
 def test_what_was_not_measured_is_said(tmp_path):
     arms = arms_of(runs_of(tmp_path, ("a", dict(probes="none")), ("b", dict(arm=1, probes="none"))))
-    panel = panels(comparison_figure(arms))["hard rows (no correct rollout)"]
+    panel = panels(comparison_figure(arms))["hard rows (no solved rollout)"]
     assert [text.get_text() for text in panel.texts] == ["none measured"]
 
 

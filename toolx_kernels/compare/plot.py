@@ -98,7 +98,7 @@ def _line(colour: str, marker: str, arm: Arm) -> dict[str, Any]:
 
 
 def _panel(panel: Axes, arms: Sequence[Arm], styles: Styles, curve: Curve, along: str) -> None:
-    title = {ACCURACY: "held-out accuracy", HARD: "hard rows (no correct rollout)"}.get(curve, f"tier {curve.tier}")
+    title = {ACCURACY: "held-out accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
     panel.set_title(fill(title, int((WIDTH - 0.5) * CHARACTERS)), fontsize=9)
     panel.grid(alpha=0.25)
     values = [point.value for arm in arms for run in arm.runs for point in run.points(curve)]

@@ -23,7 +23,7 @@ from toolx_kernels.files import write_atomically
 PICTURE, PAGE, FIGURES = "comparison.png", "comparison.md", "comparison.json"
 DEFINITIONS = (
     "Means over finished runs, with 95 % intervals (Student's t over seeds); differences are paired by seed. Hard: "
-    "training rows without a correct rollout of their raw prompt. Turned hard again: rows that a probe solved and the "
+    "training rows without a solved rollout of their raw prompt. Turned hard again: rows that a probe solved and the "
     "next one did not, added up over the probes after the first; more probes see more of them. Collapsed: runs whose "
     "accuracy fell by more than two standard errors from a best of at least .05 and stayed there for a round. FE "
     "(forward-equivalents): prompt tokens prefilled + tokens written + 3 x tokens trained on, + 1 x with a reference, "

@@ -188,7 +188,7 @@ class ToolExpanderTrainer:
                 if args.eval_steps and rounds.step % args.eval_steps == 0 and rounds.step != report.evaluated:
                     self._evaluate()
                 elif rounds.at_round_start:
-                    self._probe()  # which raw prompts get no correct rollout?
+                    self._probe()  # which raw prompts get no solved rollout?
                 else:
                     with self.stop.deferred():
                         report.progress(self.step(), rounds.table.hard)

@@ -17,7 +17,7 @@ from toolx_kernels.train.policies.retry import Retry, ShowDemonstrations, ShowHi
 
 
 class HardSamplePolicy(Protocol):
-    """What happens to rows without a correct rollout."""
+    """What happens to rows without a solved rollout."""
 
     @property
     def needs_probe(self) -> bool:
