@@ -67,3 +67,10 @@ def group_of(row, solved):
     rollouts = [Rollout([1], [0.0], [0.0], None, "", [], "stop") for _ in flags]
     drawn = dict(rollouts=rollouts, shown=[RAW] * 4, retried=[False] * 4, rewards=list(map(float, flags)))
     return ScoredGroup(GroupPlan(row), [3], **drawn, solved=flags)
+
+
+def test_the_documentation_lists_every_recipe():
+    page = (ROOT / "docs" / "remedies.md").read_text()
+    listed = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    recipes = {path.stem for path in (ROOT / "toolx_kernels" / "configs").glob("*.yaml")}
+    assert set(listed) & recipes == {name for name in recipes if not name.startswith(("builtin", "self-exemplify"))}
