@@ -172,11 +172,10 @@ class Learner:
 
     def _lengths(self, groups: Sequence[ScoredGroup]) -> list[int]:
         """Written tokens of the completions that the loss is divided by: first draws alone, so that retries leave the
-        gradient of the other groups as it is; of ``live`` groups alone, each as large as it was first drawn."""
-        if self.args.denominator == "live":
-            drawn = [group.first_draws or group.rollouts for group in groups if group.has_gradient]
-        else:
-            drawn = [group.first_draws for group in groups]
+        gradient of the other groups as it is; of ``live`` groups alone, each as large as it was first drawn, unless
+        there is none and the KL is all that is learned."""
+        live = [group for group in groups if group.has_gradient] if self.args.denominator == "live" else []
+        drawn = [group.first_draws or group.rollouts for group in live] or [group.first_draws for group in groups]
         return [rollout.written for rollouts in drawn for rollout in rollouts]
 
     def _policy_loss(self, denominator: float, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
