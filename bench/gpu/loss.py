@@ -35,6 +35,7 @@ FORMS = (
     "entropy bonus, softcap, bias",
     "temperature by row, mask, dead",
     "whole sequences",
+    "advantages by token",
 )
 
 
@@ -87,6 +88,9 @@ def form_of(form: str, dtype: torch.dtype, bench: Bench) -> tuple[dict[str, Tens
         options["temperature"] = torch.linspace(0.6, 1.4, n, device=bench.device)
         options["mask"] = torch.rand(n, generator=g, device=bench.device) > 0.3
         options["advantages"][:5] = 0
+    if form == "advantages by token":
+        options["advantages"] = randn(n)
+        options["advantages"][::3] = 0
     leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
     if form == "frozen head":
         leaves["weight"].requires_grad_(False)

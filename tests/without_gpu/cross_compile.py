@@ -141,10 +141,12 @@ def cases_without_tiles():
         config = GRPOLossConfig(**settings)
         constants = {"CONFIG": config, **given, "HAS_ENTROPY": bool(config.entropy_coef), **small}
         yield f"statistics {config.loss_type}", "statistics_kernel", constants, "fp32", (4, 3)
-    for every_row in (False, True):
-        constants = {"EVERY_ROW": every_row, "HAS_MASK": True, "HAS_REWARDS": True, "BLOCK": 512}
-        for name in ("survey_kernel", "place_rows_kernel"):
-            yield f"{name.removesuffix('_kernel')} {every_row}", name, constants, "fp32", (4, 3)
+    for flags in ((), ("EVERY_ROW",), ("PER_TOKEN",), ("PER_TOKEN", "WHOLE")):
+        constants = {flag: flag in flags for flag in ("EVERY_ROW", "PER_TOKEN", "WHOLE")}
+        constants |= {"HAS_MASK": True, "HAS_REWARDS": True, "BLOCK": 512}
+        yield f"survey {flags}", "survey_kernel", constants, "fp32", (4, 3)
+        if flags in ((), ("PER_TOKEN",)):
+            yield f"place_rows {flags}", "place_rows_kernel", constants, "fp32", (4, 3)
     for scale in ("group", "batch"):
         constants = {"HAS_IDS": True, "SCALE": scale, "BLOCK": 1024}
         yield f"advantages {scale}", "advantages_kernel", constants, "fp32", (4, 3)

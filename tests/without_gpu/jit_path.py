@@ -76,10 +76,13 @@ class Case(NamedTuple):
 # ---- the loss
 
 
-def loss(dtype, config, path="chunks", extras=(), kept=()):
+def loss(dtype, config, path="chunks", extras=(), kept=(), by_token=False):
     def run(patch, size):
         lengths, vocab, rows = size
         case = cases.make_case(lengths, [0.0, 1.0, 0.5, 0.0], dim=64, vocab=vocab, dtype=dtype, extras=extras)
+        if by_token:
+            advantages = torch.arange(sum(lengths)) % 3 - 1.0
+            case = {name: case[name] for name in case.keys() - {"rewards", "group_size"}} | {"advantages": advantages}
         cases.force(patch, path, rows, vocab)
         cases.run_loss(linear_grpo_loss, cases.without_logprobs(case, *kept), config)
 
@@ -157,7 +160,7 @@ CASES = {
     "loss bf16": loss(BF16, GRPOLossConfig()),
     "loss bf16, off-policy": loss(BF16, GRPOLossConfig(), kept=(OLD,)),
     "loss bf16, everything": loss(BF16, ENTROPY, extras=EVERY, kept=(OLD, REF, SAMPLER)),
-    "loss bf16, two sweeps": loss(BF16, GRPOLossConfig(), "recompute"),
+    "loss bf16, two sweeps, advantages by token": loss(BF16, GRPOLossConfig(), "recompute", by_token=True),
     "loss fp32, everything": loss(FP32, ENTROPY, extras=EVERY, kept=(OLD, REF, SAMPLER)),
     "log-probs bf16": logprobs(BF16),
     "advantages": give_advantages("group"),

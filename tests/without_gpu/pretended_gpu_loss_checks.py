@@ -4,6 +4,7 @@ In a file of its own because it needs no transformers, which takes seconds to im
 """
 
 import pytest
+import torch
 
 from tests.ops.cases import EXTRAS, assert_agrees, assert_equal_gradients, make_case, run_loss, without_logprobs
 from tests.without_gpu.pretended_gpu import log, on_cpu, waits_before_a_product
@@ -20,6 +21,8 @@ FORMS = {
     "entropy": {"entropy_coef": 0.02},
     "kl": {"beta": 0.1},
     "recompute": {"recompute": True},
+    "by token": {},
+    "by token, gspo": {"importance_sampling_level": "sequence"},
 }
 
 
@@ -37,6 +40,9 @@ FORMS = {
 def test_a_loss_is_the_cpus(form, extras, others, frozen):
     config = GRPOLossConfig(**FORMS[form])
     case = without_logprobs(make_case((2, 1, 4, 3, 0, 2, 3, 1), vocab=70, extras=extras, masked=(3, 4)), *others)
+    if form.startswith("by token"):
+        advantages = torch.tensor([0, 0, 0.5, 0, 1, 0, -2, 0, 0, 0, 0, 1.5, -1, 0, 0, 1], device=case["hidden"].device)
+        case = {name: case[name] for name in case.keys() - {"rewards", "group_size"}} | {"advantages": advantages}
     theirs, their_gradients = run_loss(linear_grpo_loss, on_cpu(case), config, frozen)
     log.clear()
     ours, gradients = run_loss(linear_grpo_loss, case, config, frozen)

@@ -27,7 +27,7 @@ EXPECTED = {
     "loss bf16": LOSS,
     "loss bf16, off-policy": LOSS | {"move_rows_kernel": 1},
     "loss bf16, everything": EVERYTHING,
-    "loss bf16, two sweeps": ROWS | LOGPROBS,
+    "loss bf16, two sweeps, advantages by token": ROWS | LOGPROBS,
     "loss fp32, everything": EVERYTHING,
     "log-probs bf16": LOGPROBS,
     "advantages": {"advantages_kernel": 1},
