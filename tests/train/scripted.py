@@ -61,20 +61,21 @@ class Scripted:
         elif right:
             ids = chat.completion_ids(row.answer, prompt)
         else:
-            ids = [*rng.choices(range(300, 900), k=rng.randint(3, 7)), chat.tokenizer.eos_token_id]
+            ids = [*rng.choices(range(300, 600), k=rng.randint(3, 7)), chat.tokenizer.eos_token_id]
         text = chat.written_text(ids[:-1], prompt)
         mask = [True] * len(ids) + [False] * self.tool if self.tool else None
-        ids = ids + rng.choices(range(300, 900), k=self.tool)
+        ids = ids + rng.choices(range(300, 600), k=self.tool)
         zeros = [0.0] * len(ids)
         return Rollout(ids, zeros, zeros, mask, text, [{"role": "assistant", "content": text}], "stop")
 
 
-def scripted_trainer(folder, right, reward=None, tool=0, demonstrations=(), **settings):
-    """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward."""
+def scripted_trainer(folder, right, reward=None, tool=0, more=(), **settings):
+    """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward. ``more``
+    are demonstrations too."""
     settings = SMALL | {"cold_start_steps": 0, "max_completion_length": 64} | settings
     args = ToolExpanderConfig(output_dir=str(folder), **settings)
     held_out = builtin.heldout_rows(2, 0, ("easy",))
-    trainer = ToolExpanderTrainer("tiny", reward, args, training_rows(), held_out, demonstrations=demonstrations)
+    trainer = ToolExpanderTrainer("tiny", reward, args, training_rows(), held_out, demonstrations=more)
     trainer.rollouter = trainer.collector.rollouter = Scripted(trainer, right, tool)
     # what takes longer than a step
     trainer.reporter.plan, trainer.reporter._gemm_speed = (lambda workload: None), 1.0

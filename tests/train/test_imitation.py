@@ -95,7 +95,7 @@ def test_as_many_demonstrations_as_groups_are_imitated_beside_rl(tmp_path, decay
     trainer = scripted_trainer(
         tmp_path / "run",
         lambda row, help, index: help != "raw" or index % 2 == 0 and PLACES[row.id] % 2 == 0,
-        demonstrations=rows,
+        more=rows,
         demonstrate_training_rows=False,
         **settings | dict(hard_sampling="retry"),
     )

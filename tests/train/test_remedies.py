@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.scripted import CHATTER, PLACES, SHARES, Scripted, scripted_trainer
+from tests.train.scripted import CHATTER, PLACES, SHARES, scripted_trainer
 from tests.train.test_trainer import make_trainer, training_rows
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.chat import Chat
@@ -15,7 +15,6 @@ from toolx_kernels.toolcall.template import MARK
 from toolx_kernels.train.groups import RAW
 from toolx_kernels.train.policies.advantages import give_advantages
 from toolx_kernels.train.task import solved_by_default
-from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 G = 4
 ALL_AT_ONCE = dict(prompts_per_step=12, num_train_epochs=1, num_generations=G)
@@ -319,10 +318,11 @@ def test_right_calls_beside_words_are_correct_and_not_solved(tmp_path):
     assert [group.plan.row for group in groups if group.dead] == sorted(odd, key=[g.plan.row for g in groups].index)
     _, first, again = [{PLACES[row.id] for row in rows} for _, rows, _ in trainer.rollouter.asked if len(rows) > 5][-3:]
     assert first == {*odd, *even} and again == set(odd), "groups that are all solved are never retried"
-    better = replace(trainer.args, hard_sampling="replace", demonstrations="better", verification="bold")
+    better = dict(hard_sampling="replace", demonstrations="better", verification="bold", demonstration_tries=1)
     for works in (CHATTER, True):
-        trainer = ToolExpanderTrainer("tiny", None, better, training_rows(), training_rows())
-        trainer.collector.rollouter = Scripted(trainer, lambda row, help, index, works=works: help != "raw" and works)
+        trainer = scripted_trainer(
+            tmp_path / "run", lambda row, help, index, works=works: help != "raw" and works, **better, **ALL_AT_ONCE
+        )
         trainer.rounds.begin_round()
         verified = {state.verified for state in trainer.rounds.table.states if state.tries}
         assert verified == {works is True}
