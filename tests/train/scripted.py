@@ -1,9 +1,15 @@
 """A sampler without a model, for tests of what a run does with rollouts."""
 
+import copy
 import random
 from collections.abc import Callable
+from functools import cache
+
+import torch
+from transformers import LlamaForCausalLM
 
 from tests.train.test_trainer import SMALL, training_rows
+from toolx_kernels.models.load import load_model
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.rows import Row
@@ -18,9 +24,9 @@ CHATTER = "chatter"  # the right calls, and words beside them
 class Scripted:
     """Writes the row's answer where ``right(row, help, index)`` is True, ``CHATTER`` where it is that, else nonsense.
 
-    ``help`` is "raw" or "demonstrations", or the share of the answer that a hint tells. As of the engine, what it
-    writes is a function of the prompt, the stream, the row's id in it and the rollout's index. With ``tool`` tokens, as
-    if a tool had answered them, each rollout goes on with these. Greedy answers are nonsense.
+    ``help`` is "raw" or "demonstrations", the share of the answer that a hint tells, or the prompt's text. As of the
+    engine, what it writes is a function of the prompt, the stream, the row's id in it and the rollout's index. With
+    ``tool`` tokens, as if a tool had answered them, each rollout goes on with these. Greedy answers are nonsense.
 
     asked  of each call: stream, rows, prompts
     """
@@ -35,10 +41,11 @@ class Scripted:
     def help_of(self, row, prompt):
         if prompt == self.prompts.ids(row):
             return "raw"
-        if "The answer begins:" not in self.prompts.chat.tokenizer.decode(prompt):
+        text = self.prompts.chat.tokenizer.decode(prompt)
+        if "Example:" in text:
             return "demonstrations"
-        (share,) = (s for s in SHARES if prompt == self.prompts.ids(row, (), self.prompts.hint(row, s)))
-        return share
+        shares = (s for s in SHARES if prompt == self.prompts.ids(row, (), self.prompts.hint(row, s)))
+        return next(shares, text)
 
     def roll_out(self, rows, prompts, n, params, *, row_ids, step=0, first_rollout=0, on_rollout=None):
         self.asked.append((step, list(rows), list(prompts)))
@@ -69,13 +76,32 @@ class Scripted:
         return Rollout(ids, zeros, zeros, mask, text, [{"role": "assistant", "content": text}], "stop")
 
 
-def scripted_trainer(folder, right, reward=None, tool=0, more=(), **settings):
+@cache
+def _tiny():
+    return load_model("tiny")
+
+
+def smaller_tokenizer():
+    return _tiny()[1]
+
+
+def smaller_model():
+    """The tiny model with a layer and few dimensions, as what it says is of no matter."""
+    config = copy.deepcopy(_tiny()[0].config)
+    config.update(dict(hidden_size=32, intermediate_size=32, head_dim=16, num_hidden_layers=1))
+    config.update(dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2))
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def scripted_trainer(folder, right, reward_funcs=None, tool=0, more=(), policies=None, **settings):
     """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward. ``more``
     are demonstrations too."""
     settings = SMALL | {"cold_start_steps": 0, "max_completion_length": 64} | settings
     args = ToolExpanderConfig(output_dir=str(folder), **settings)
     held_out = builtin.heldout_rows(2, 0, ("easy",))
-    trainer = ToolExpanderTrainer("tiny", reward, args, training_rows(), held_out, demonstrations=more)
+    rows = training_rows(), held_out, smaller_tokenizer()
+    trainer = ToolExpanderTrainer(smaller_model(), reward_funcs, args, *rows, demonstrations=more, **policies or {})
     trainer.rollouter = trainer.collector.rollouter = Scripted(trainer, right, tool)
     # what takes longer than a step
     trainer.reporter.plan, trainer.reporter._gemm_speed = (lambda workload: None), 1.0
