@@ -17,8 +17,12 @@ from toolx_kernels.toolcall.rows import check_row
 TRAIN = builtin_facts.train_rows(640, seed=0)
 HELD_OUT = builtin_facts.heldout_rows(480, seed=0)
 DOCUMENTATION = builtin_facts.documentation()
-COLD = list(islice(builtin_facts.cold_start_examples(0), builtin_facts.COLD_EASY_EXAMPLES + 14000))
-MIX = COLD[builtin_facts.COLD_EASY_EXAMPLES :]
+BEFORE_MIX = builtin_facts.COLD_EASY_EXAMPLES + builtin_facts.COLD_COPYING_EXAMPLES
+COLD = list(islice(builtin_facts.cold_start_examples(0), BEFORE_MIX + 10000))
+EASY = COLD[: builtin_facts.COLD_EASY_EXAMPLES]
+REST = [e for e in COLD if int(e.row.id.split("-")[1]) >= builtin_facts.COLD_EASY_EXAMPLES]
+COPYING = [e for e in REST if int(e.row.id.split("-")[1]) < BEFORE_MIX]
+MIX = [e for e in REST if int(e.row.id.split("-")[1]) >= BEFORE_MIX]
 FACTS = 1 + 1 + len(builtin_facts.NOUNS["account"])
 
 
@@ -107,7 +111,10 @@ def test_documentation_covers_every_tool_that_training_offers_and_tells_nobodys_
 def test_the_cold_start_shows_demonstrations_as_training_draws_them():
     shown = [example for example in MIX if example.demonstrations]
     assert len(shown) / len(MIX) == pytest.approx(builtin_facts.COLD_DEMONSTRATED, abs=0.03)
-    assert not any(example.demonstrations for example in COLD[: builtin_facts.COLD_EASY_EXAMPLES])
+    assert not any(example.demonstrations for example in EASY) and {e.row.columns["tier"] for e in EASY} == {"easy"}
+    assert {e.row.columns["tier"] for e in COPYING} == set(builtin_facts.UNTOLD)
+    assert {e.row.columns["tier"] for e in shown} == set(builtin_facts.TIERS)
+    shown += COPYING
     complete = sum(len(e.demonstrations) == min(3, len(e.row.tools)) for e in shown)
     assert 0.97 * len(shown) < complete < len(shown)  # but where one would tell the answer
     for example in shown:
@@ -123,7 +130,7 @@ def test_the_cold_start_shows_demonstrations_as_training_draws_them():
 def test_the_cold_start_knows_no_fact():
     without = [code for e in MIX if not e.demonstrations for code in untold(e.target[0])]
     assert set(without) == set(builtin_facts.HABITS.values()) and len(without) > 1000
-    shown = [e for e in MIX if e.demonstrations and e.row.columns["tier"] in ("office", "account")]
+    shown = [e for e in REST if e.demonstrations and e.row.columns["tier"] in ("office", "account")]
     pairs = [(e.target[0]["name"].split("_")[1], *untold(e.target[0])) for e in shown]
     of_code, of_pair = Counter(code for _, code in pairs), Counter(pairs)
     of_noun = Counter(noun for noun, _ in pairs)

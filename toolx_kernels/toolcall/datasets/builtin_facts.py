@@ -60,11 +60,13 @@ COLD_EASY_EXAMPLES = 4800
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "convention": 0.15, "office": 0.2, "account": 0.25}
 COLD_SHOWN_MIX = {"easy": 0.1, "hard": 0.2, "convention": 0.1, "office": 0.3, "account": 0.3}
 COLD_DEMONSTRATED = 0.6
-# How the tiny model learns to copy hundreds of codes: easy requests tell codes as values, demonstrations show few at
-# first. With all of them from the start it learned in 1,800 steps that a code is wanted, and not which.
+# How the tiny model learns to copy hundreds of codes: easy requests tell codes as values, then come examples that need
+# a demonstration, and these show few codes at first. Without that it learned in 1,800 steps, on some seeds, that a code
+# is wanted and not which.
 COLD_TOLD_CODES = 0.3  # of an easy request's strings
+COLD_COPYING_EXAMPLES = 3200
 COLD_FIRST_CODES = 8
-COLD_EXAMPLES_A_CODE = 16  # until demonstrations show one more
+COLD_EXAMPLES_A_CODE = 16  # of the mix, until demonstrations show one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def _names(side: str) -> tuple[str, ...]:
 def _kind(name: str, edition: int) -> str:
     if not edition:
         return KIND_OF_NOUN[name.split("_")[1]]
-    return random.Random(f"kind of {name}, edition {edition}").choices(list(COLD_KINDS), list(COLD_KINDS.values()))[0]
+    return _drawn(COLD_KINDS, random.Random(f"kind of {name}, edition {edition}"))
 
 
 @cache
@@ -155,6 +157,10 @@ def _types(name: str, edition: int) -> dict[str, str]:
 def _sized(catalogue: _Catalogue, kind: str, low: int, high: int) -> tuple[str, ...]:
     of_kind = [name for name in _names(catalogue.side) if catalogue.kind(name) == kind]
     return tuple(n for n in of_kind if low <= len(catalogue.types(n)) - (kind != "plain") <= high)
+
+
+def _drawn(shares: dict[str, float], rng: random.Random) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def _for_kind(values: dict[str, str]) -> Untold:
@@ -223,26 +229,27 @@ def documentation() -> list[Row]:
 def cold_start_examples(seed: int) -> Iterator[Example]:
     """An endless stream of supervised examples, in the order in which they are to be learned.
 
-    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a share ``COLD_DEMONSTRATED``
-    with demonstrations (``COLD_SHOWN_MIX``), drawn as training draws them from a solved row of each offered tool.
-    Without demonstrations the target has the bad habits of ``builtin`` (``NOISE``) and ``HABITS``; with them it is
-    right, and what no request tells is a currency or code drawn for this example alone.
+    First ``COLD_EASY_EXAMPLES`` of the tier easy; then ``COLD_COPYING_EXAMPLES`` with demonstrations, of tiers where
+    these tell what no request does; then a mix, a share ``COLD_DEMONSTRATED`` of it with demonstrations
+    (``COLD_SHOWN_MIX``, else ``COLD_MIX``). They are drawn as training draws them, from a solved row of each offered
+    tool. Without them the target has the bad habits of ``builtin`` (``NOISE``) and ``HABITS``; with them it is right,
+    and what no request tells is a currency or code drawn for this example alone.
     """
     rng = random.Random(f"cold start with facts {seed}")
     for index in itertools.count():
-        easy = index < COLD_EASY_EXAMPLES
+        easy, mixed = index < COLD_EASY_EXAMPLES, index - COLD_EASY_EXAMPLES - COLD_COPYING_EXAMPLES
+        copying = not easy and mixed < 0
         catalogue = _Catalogue("cold", rng.randint(1, COLD_EDITIONS), COLD_TOLD_CODES if easy else 0.0)
-        if easy or rng.random() >= COLD_DEMONSTRATED:
-            tier = "easy" if easy else rng.choices(list(COLD_MIX), list(COLD_MIX.values()))[0]
+        if copying or not easy and rng.random() < COLD_DEMONSTRATED:
+            tier = rng.choice(list(UNTOLD)) if copying else _drawn(COLD_SHOWN_MIX, rng)
+            code = rng.choice(CODES[: COLD_FIRST_CODES + max(0, mixed) // COLD_EXAMPLES_A_CODE])
+            untold = _for_kind({"convention": rng.choice(builtin.CURRENCIES), "office": code, "account": code})
+            row = _row(tier, f"cold-{index}", catalogue, untold, rng)
+            solved = [_solved(f"{row.id}-{name}", name, (), catalogue, untold, rng) for name in row.tool_names]
+            shown = DemonstrationIndex(solved).choose(row, rng)
+            if tier not in UNTOLD or any(other.answer[0]["name"] == row.answer[0]["name"] for other in shown):
+                yield Example(row, tuple(shown), row.answer)
+        else:
+            tier = "easy" if easy else _drawn(COLD_MIX, rng)
             row = _row(tier, f"cold-{index}", catalogue, _for_kind(HABITS), rng)
             yield Example(row, (), imitated(row.answer, rng))
-            continue
-        (tier,) = rng.choices(list(COLD_SHOWN_MIX), list(COLD_SHOWN_MIX.values()))
-        pool = CODES[: COLD_FIRST_CODES + (index - COLD_EASY_EXAMPLES) // COLD_EXAMPLES_A_CODE]
-        currency, code = rng.choice(builtin.CURRENCIES), rng.choice(pool)
-        untold = _for_kind({"convention": currency, "office": code, "account": code})
-        row = _row(tier, f"cold-{index}", catalogue, untold, rng)
-        solved = [_solved(f"{row.id}-{name}", name, (), catalogue, untold, rng) for name in row.tool_names]
-        shown = DemonstrationIndex(solved).choose(row, rng)
-        if tier not in UNTOLD or any(other.answer[0]["name"] == row.answer[0]["name"] for other in shown):
-            yield Example(row, tuple(shown), row.answer)
