@@ -170,5 +170,5 @@ def test_other_shapes_are_refused(shape, wrapped):
     ],
 )
 def test_the_setting_chooses_the_shaper(name, shaper):
-    args = ToolExpanderConfig(advantage_shaping=name, scale_rewards="batch", min_reward_std=0.2)
+    args = ToolExpanderConfig(advantage_shaping=name, scale_rewards="batch", min_reward_std=0.2, hard_sampling="retry")
     assert chosen_advantage_shaper(args) == shaper(GroupRelative("batch", 0.2))

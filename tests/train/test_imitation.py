@@ -127,7 +127,7 @@ def test_supervised_steps_take_their_share_of_the_budget(tmp_path, budget):
     settings = SFT | {"sft_fraction": 0.3, "max_steps": -1, budget: limit[budget]}
     trainer = scripted_trainer(tmp_path / "part", mixed, **settings)
     progress, finish = [], trainer.rounds.finish_step
-    trainer.rounds.finish_step = lambda update: (finish(update), progress.append(trainer.rounds.progress))
+    trainer.rounds.finish_step = lambda *a, **k: (finish(*a, **k), progress.append(trainer.rounds.progress))
     trainer.train()
     kinds = events(tmp_path / "part")[1:-1]
     supervised = kinds.index("step")

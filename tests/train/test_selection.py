@@ -17,7 +17,14 @@ def scored(rewards):
     solved = [reward >= 1 for reward in rewards]
     flags = {"shown": [RAW] * len(rewards), "retried": [n % 2 == 1 for n in range(len(rewards))]}
     return ScoredGroup(
-        GroupPlan(0), [3], rollouts, **flags, rewards=rewards, parts={"f": rewards}, correct=solved, solved=solved
+        GroupPlan(0),
+        [3],
+        rollouts,
+        **flags,
+        rewards=list(rewards),
+        parts={"f": list(rewards)},
+        correct=list(solved),
+        solved=solved,
     )
 
 
@@ -51,7 +58,7 @@ def test_no_other_subset_varies_more():
     for _ in range(60):
         rewards = [chance.choice([0.0, 0.25, 1.0, chance.random(), -1.5]) for _ in range(chance.randint(2, 8))]
         share = chance.choice([0.3, 0.5, 0.75])
-        kept = MaxVariance(share).places(rewards)
+        kept = MaxVariance(share).places(rewards, max(2, int(share * len(rewards))))
         assert len(kept) == max(2, int(share * len(rewards))) and kept == sorted(set(kept))
         most = max(statistics.pvariance(some) for some in itertools.combinations(rewards, len(kept)))
         assert statistics.pvariance([rewards[place] for place in kept]) == pytest.approx(most, rel=1e-12)
@@ -62,3 +69,11 @@ def test_the_setting_chooses_the_selector():
     selector = chosen_group_selector(ToolExpanderConfig())
     assert isinstance(selector, AllRollouts) and all(a is b for a, b in zip(selector(groups), groups, strict=True))
     assert chosen_group_selector(ToolExpanderConfig(rollout_selection="max-variance")) == MaxVariance(share=0.5)
+
+
+def test_a_retried_group_keeps_half_of_what_it_was_drawn_with_and_divides_the_loss_by_that():
+    group = scored([0.0] * 4)
+    group.extend(scored([1.0, 0.0, 1.0, 0.0]))
+    (part,) = MaxVariance()([group])
+    assert sorted(part.rewards) == [0.0, 1.0] and len(part.lengths) == 2
+    assert [len(each.lengths) for each in MaxVariance()([scored([0.0, 1.0, 0.0, 1.0])])] == [2]

@@ -70,7 +70,7 @@ def _pieces() -> list[str]:
     words = [*builtin.VERBS, *builtin.NOUNS, *builtin.PARAMETERS, "currency", *builtin.CURRENCIES]
     words += [*builtin.BOOLEAN_WORDS.values(), *builtin.STRING_HEADS, *builtin.STRING_TAILS]
     numbers = [str(i) for i in range(10, 100)]
-    facts = ["office", "account", builtin_facts.COLD_CODE, *builtin_facts.CODES]
+    facts = ["office", "account", builtin_facts.COLD_CODE]
     pieces = dict.fromkeys([*FRAGMENTS, *literals, *words, *numbers, *string.digits, ".", *facts])
     return [p for p in pieces if p]
 

@@ -74,6 +74,7 @@ class Collector:
                 group.rollouts += rollouts
                 group.shown += [shown] * len(rollouts)
                 group.retried += [purpose == "retry"] * len(rollouts)
+            group.lengths = [rollout.written for rollout in group.rollouts]
             groups.append(group)
         self._score(groups)
         return groups
@@ -99,8 +100,9 @@ class Collector:
     def _solved(
         self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first_rollout: int
     ) -> list[bool]:
-        """Of each prompt: whether one of its ``n`` rollouts is solved. By the default reward, which takes no time, that
-        cancels those that are still going on; a user's functions get all rollouts at once."""
+        """Of each prompt: whether one of its ``n`` rollouts is solved. By the default reward, a matter of microseconds,
+        that cancels those that are still going on; a user's functions get as many as in a step, when all are written.
+        """
         solved = [False] * len(prompts)
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
@@ -114,7 +116,12 @@ class Collector:
         if at_once:
             return solved
         rows = [self.task.rows[row] for row, _ in prompts for _ in range(n)]
-        flags = self.task.solves(rows, [rollout for rollouts in groups for rollout in rollouts])
+        rollouts = [rollout for group in groups for rollout in group]
+        size, flags = self.args.num_generations * self.args.prompts_per_step, []
+        with self.phases.phase("probe"):
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                flags += self.task.solves(rows[part], rollouts[part])
         return [any(flags[place * n : (place + 1) * n]) for place in range(len(prompts))]
 
     def _roll_out(
@@ -177,6 +184,11 @@ def chosen_rollouter(
     """Several turns where there are tools or an environment, else one."""
     if not (tools or environment_factory):
         return SingleTurn(engine, prompts.chat)
+    if args.imitates or (args.hard_sampling == "retry" and args.retry_with == "hint"):
+        raise InputError(
+            "sft_fraction, sft_coef and retry_with=hint write all calls in one turn, and tools and environment_factory "
+            "make several: leave out one or the other."
+        )
     if args.self_exemplify:
         raise InputError(
             "self_exemplify=True has one turn, with examples, thought and answer: leave tools and environment_factory "

@@ -261,19 +261,54 @@ class ToolExpanderConfig(  # the fields of the last base come first
                 f"{which} compares log-probs on one prompt, and hard_sampling={self.hard_sampling} samples on another "
                 "one than it learns on: leave it at its default there."
             )
-        if self.self_exemplify and (self.sft_fraction or self.sft_coef):
-            raise InputError(
-                "self_exemplify=True wants examples before an answer, and sft_fraction and sft_coef imitate answers "
-                "alone: leave them at 0."
-            )
-        if self.self_exemplify and self.reward != "exact":
-            raise InputError(f"self_exemplify=True has a reward of its own: leave reward={self.reward} out.")
+        self._check_remedies()
         if from_sampler and self.importance_sampling_mode != "none":
             raise InputError(
                 f"importance_sampling_mode={self.importance_sampling_mode} weighs what trainer and sampler disagree "
                 "in, and old_logprobs=sampler has that in its ratios already: choose one."
             )
         assert self.loss  # which checks itself
+
+    def _check_remedies(self) -> None:
+        """Refuses combinations of which one half would silently do nothing, or what it does not say."""
+        retry, raw = self.hard_sampling == "retry", self.retry_learns == "raw"
+        shaping = f"advantage_shaping={self.advantage_shaping}"
+        for wrong, sentence in (
+            (
+                self.advantage_shaping == "routed" and not (retry and raw),
+                f"{shaping} imitates retries on the raw prompt: choose hard_sampling=retry and retry_learns=raw.",
+            ),
+            (
+                self.advantage_shaping == "successes" and not (self.hard_sampling == "distill" or (retry and raw)),
+                f"{shaping} is of rollouts that are learned on another prompt than they were sampled on: choose "
+                "hard_sampling=distill, or retry with retry_learns=raw.",
+            ),
+            (
+                self.advantage_shaping == "zero-variance" and self.prompt_sampling == "dynamic",
+                f"{shaping} learns from groups of equal reward, and prompt_sampling=dynamic drops them: choose one.",
+            ),
+            (
+                retry and self.demonstrations == "better",
+                "hard_sampling=retry draws demonstrations anew for each step, and demonstrations=better verifies them "
+                "before a round: leave it at random.",
+            ),
+            (
+                self.self_exemplify and (self.imitates or (retry and self.retry_with == "hint")),
+                "self_exemplify=True wants examples before an answer, and sft_fraction, sft_coef and retry_with=hint "
+                "show answers alone: leave them out.",
+            ),
+            (
+                self.self_exemplify and self.reward != "exact",
+                f"self_exemplify=True has a reward of its own: leave reward={self.reward} out.",
+            ),
+            (
+                not self.sft_fraction and (self.sft_patience or self.sft_learning_rate),
+                "sft_patience and sft_learning_rate are of supervised steps: give sft_fraction, the share of these.",
+            ),
+            (self.sft_decay and not self.sft_coef, "sft_decay lets sft_coef fall: give sft_coef, or leave it out."),
+        ):
+            if wrong:
+                raise InputError(sentence)
 
     @property
     def loss(self) -> GRPOLossConfig:

@@ -59,10 +59,16 @@ class ScoredGroup:
     advantages: list[float | list[float]] = field(default_factory=list)  # a number, or one for each token
     tries: int = 0  # retries of the whole group
     revived: bool = False  # whether one of them was solved
+    retry_of: ScoredGroup | None = None  # the dead group whose retry it is, where it does not join that
+    lengths: list[int] = field(default_factory=list)  # written tokens of the completions that divide the loss for it
+    counted: bool = True  # whether they do beside those of all other groups
+
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [rollout.written for rollout in self.rollouts]
 
     @property
     def equal_rewards(self) -> bool:
-        """Nothing can be learned from it; decided by comparing, as the mean of equal floats may differ from them."""
+        """Its rollouts do not tell right from wrong; compared, as the mean of equal floats may differ from them."""
         return min(self.rewards) == max(self.rewards)
 
     @property
@@ -81,10 +87,6 @@ class ScoredGroup:
         return [place for place, again in enumerate(self.retried) if not again]
 
     @property
-    def first_draws(self) -> list[Rollout]:
-        return [self.rollouts[place] for place in self.first_places]
-
-    @property
     def has_gradient(self) -> bool:
         """Whether some advantage is not 0."""
         return any(any(a) if isinstance(a, list) else a for a in self.advantages)
@@ -98,9 +100,10 @@ class ScoredGroup:
             values.extend(other.parts[name])
 
     def part(self, places: Sequence[int]) -> ScoredGroup:
-        """The group of some of its rollouts."""
+        """The group of some of its rollouts, which also divide the loss."""
         group = replace(self, parts={name: [of[place] for place in places] for name, of in self.parts.items()})
         for name in (*PER_ROLLOUT, "advantages"):
             values = getattr(self, name)
             setattr(group, name, [values[place] for place in places] if values else [])
+        group.lengths = [rollout.written for rollout in group.rollouts]
         return group

@@ -144,7 +144,7 @@ class HardSamples:
             raw = [solved for solved, shown in zip(group.solved, group.shown, strict=True) if shown == RAW]
             state.draws = [state.draws[0] + len(raw), state.draws[1] + sum(raw)]
             if help.demonstrations and all(group.solved):
-                state.demonstrations = state.demonstrations[:-1]
+                state.demonstrations, state.verified = state.demonstrations[:-1], None
                 if round_index not in state.only_shown:
                     state.only_shown.append(round_index)
 
@@ -181,7 +181,7 @@ class HardSamples:
         return [
             {"id": row.id, "hard": state.hard} | {name: getattr(state, name) for name in names}
             for row, state in zip(self.rows, self.states, strict=True)
-            if state.probes or state.draws[0]
+            if state != RowState()
         ]
 
     def load(self, lines: Iterable[dict]) -> None:

@@ -13,6 +13,8 @@ from toolx_kernels.loss_config import LossType
 from toolx_kernels.settings import POSITIVE, SHARE, Bounds, Settings, setting
 
 BY_LOSS = "GRPOLossConfig checks it"
+FINITE = Bounds("be finite", math.isfinite)
+NOT_NEGATIVE = Bounds("be a number that is not negative", lambda value: 0 <= value < math.inf)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +78,7 @@ class RewardSettings(Settings):
         1.0,
         "the total of your own reward functions from which a rollout counts as solved; with the default rewards only "
         "the right calls are",
-        unbounded="rewards may have any sign",
+        bounds=FINITE,
     )
     thoughts: Literal["auto", "allowed", "forbidden"] = setting(
         "auto",
@@ -95,7 +97,7 @@ class RewardSettings(Settings):
         0.1,
         "the least std of a group that divides advantages, so that a bonus of 0.01 stays small; 0: none (0 / 1 rewards "
         "of up to 100 rollouts never have less)",
-        bounds=Bounds("be a number that is not negative", lambda std: 0 <= std < math.inf),
+        bounds=NOT_NEGATIVE,
     )
     advantage_shaping: Literal["group", "difficulty", "successes", "routed", "zero-variance"] = setting(
         "group",
@@ -147,6 +149,12 @@ class ImitationSettings(Settings):
         least=0,
     )
     sft_coef: float = setting(
-        0.0, "weight of the mean negative log-prob of demonstrations beside the loss, one for each group", least=0
+        0.0,
+        "weight of the mean negative log-prob of demonstrations beside the loss, one for each group",
+        bounds=NOT_NEGATIVE,
     )
     sft_decay: bool = setting(False, "sft_coef falls to 0 along a cosine until the end of the run")
+
+    @property
+    def imitates(self) -> bool:
+        return bool(self.sft_fraction or self.sft_coef)

@@ -181,11 +181,11 @@ class Reporter:
         step: int,
         round_index: int,
         sampled: Sequence[ScoredGroup] = (),
-        trained: Sequence[ScoredGroup] = (),
+        learned: Sequence[ScoredGroup] = (),
         dropped: int = 0,
         **values,
     ) -> dict:
-        """Logs a step: the groups that it ``sampled``, those of them that it ``trained`` on, how many the prompt order
+        """Logs a step: the groups that it ``sampled``, those that it ``learned`` from, how many the prompt order
         ``dropped``, and other ``values``. Returns its line of metrics.jsonl. One that sampled nothing is supervised, an
         event of its own ("sft").
 
@@ -202,8 +202,9 @@ class Reporter:
         if not sampled:
             timing = {"seconds": seconds, "phases": phases}
             return self.run.log("sft", step, timing, round=round_index, **values)
-        learned = self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
-        flops = self._flops.sampled(sampled) + learned
+        trained = [group for group in learned if self.args.beta or group.has_gradient]
+        flops = self._flops.sampled(sampled)
+        flops += self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
         written = sum(rollout.written for group in sampled for rollout in group.rollouts)
         timing = {
             "seconds": seconds,
@@ -211,7 +212,7 @@ class Reporter:
             "tokens_per_second": written / phases["rollout"],
             "flop_share": flops / seconds / self._gemm_speed if self._gemm_speed else None,
         }
-        for line in rollout_lines(sampled, self.task.rows, self.args.log_completions):
+        for line in rollout_lines(sampled, learned, self.task.rows, self.args.log_completions):
             self.run.log_rollout(step=step, **line)
         return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
 
@@ -293,8 +294,16 @@ def _mean(advantage: float | list[float]) -> float:
     return sum(advantage) / len(advantage) if isinstance(advantage, list) else advantage
 
 
-def rollout_lines(groups: Sequence[ScoredGroup], rows: Sequence[Row], count: int) -> Iterator[dict]:
-    """At most ``count`` lines of rollouts.jsonl: one rollout of each group, then another one of each, ..."""
+def rollout_lines(
+    groups: Sequence[ScoredGroup], learned: Sequence[ScoredGroup], rows: Sequence[Row], count: int
+) -> Iterator[dict]:
+    """At most ``count`` lines of rollouts.jsonl: one rollout of each group, then another one of each, ...; only those
+    in a group that was ``learned`` from have an advantage."""
+    advantages = {
+        id(rollout): _mean(advantage)
+        for group in learned
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+    }
     longest = max(len(group.rollouts) for group in groups)
     places = ((place, group) for place in range(longest) for group in groups if place < len(group.rollouts))
     for place, group in islice(places, count):
@@ -307,7 +316,7 @@ def rollout_lines(groups: Sequence[ScoredGroup], rows: Sequence[Row], count: int
             "prompt": rows[group.plan.row].user_text,
             "completion": group.rollouts[place].text,
             "reward": group.rewards[place],
-            "advantage": _mean(group.advantages[place]) if group.advantages else None,
+            "advantage": advantages.get(id(group.rollouts[place])),
         }
 
 

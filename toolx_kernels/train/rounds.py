@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
@@ -16,6 +17,8 @@ RETRY_STREAM = 1 << 30
 PROBE_STREAM = 1 << 31
 MOST_TRIES = 16  # of one step, each with a stream of its own
 
+COUNTS = ("step", "batch", "supervised", "probed_round", "trained_tokens", "trained_fe")  # kept by a checkpoint
+
 
 class Rounds:
     """A run as batches of prompts: ``per_epoch`` of them are an epoch, ``per_round`` a round, ``total`` the run.
@@ -25,6 +28,7 @@ class Rounds:
     probed_round    the one whose probe was done last
     trained_tokens  that passed through the training forward
     trained_fe      forward-equivalents of all updates, see ``Learner.improve``
+    supervised      steps of these that sampled nothing
     table           the state of every training row
     """
 
@@ -37,7 +41,7 @@ class Rounds:
         args: ToolExpanderConfig,
     ):
         self.table, self.policy, self.order, self.collector, self.args = table, policy, order, collector, args
-        self.step = self.batch = self.trained_tokens = self.trained_fe = 0
+        self.step = self.batch = self.supervised = self.trained_tokens = self.trained_fe = 0
         self.probed_round = -1
         self._begun = -1  # by this process; a resumed run begins its round once more
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
@@ -47,13 +51,11 @@ class Rounds:
             self.total = min(self.total, args.max_steps * order.max_batches)
 
     def state_dict(self) -> dict:
-        names = ("step", "batch", "probed_round", "trained_tokens", "trained_fe")
-        return {name: getattr(self, name) for name in names} | {"table": self.table.lines()}
+        return {name: getattr(self, name) for name in COUNTS} | {"table": self.table.lines()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.batch = state["step"], state["batch"]
-        self.probed_round = state["probed_round"]
-        self.trained_tokens, self.trained_fe = state["trained_tokens"], state["trained_fe"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
         self.table.load(state["table"])
         self._begun = -1
 
@@ -90,9 +92,9 @@ class Rounds:
         return self._begun != self.next_round
 
     def passed(self, unit: str) -> int:
-        """Rounds or epochs before that of the batch drawn last, or steps done."""
+        """Rounds or epochs before that of the batch drawn last, or steps of RL done."""
         if unit == "step":
-            return self.step
+            return self.step - self.supervised
         return max(0, self.batch - 1) // {"round": self.per_round, "epoch": self.per_epoch}[unit]
 
     @property
@@ -126,22 +128,20 @@ class Rounds:
         """Probes the raw prompts of the next batch's round, and of those up to the next probe, then lets the policy
         choose what it shows with hard ones.
 
-        When a resumed run begins a round again, only rows that an earlier, smaller ``max_steps`` skipped are probed.
-        Returns None if there are none, or no probe is due.
+        Rows that were probed already are left out: between two probes all of them, and when a run is resumed those that
+        an earlier, smaller ``max_steps`` did not skip. Returns None if there are no others.
         """
-        index, every = self.next_round, self._probe_every
-        self._begun = index
-        if index % every if every else index:
-            return None
-        members = self.members(index, every or 1)
-        if self.probed_round == index:
-            done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == index}
+        self._begun, every = self.next_round, self._probe_every
+        due = self.next_round // every * every if every else 0
+        members = self.members(due, every or 1)
+        if self.probed_round == due:
+            done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == due}
             members = [row for row in members if row not in done]
-        self.probed_round = index
+        self.probed_round = due
         if not members:
             return None
-        found = self.probe(members, index)
-        self.policy.start_round(self.table, found.hard, index)
+        found = self.probe(members, due)
+        self.policy.start_round(self.table, found.hard, due)
         return found
 
     def measure(self) -> Probe:
@@ -161,6 +161,8 @@ class Rounds:
         """The groups that the next step learns from, and all that were sampled for it.
 
         What the prompt order does not keep is replaced by groups of the round's next batches, as long as it allows.
+
+        Raises InputError: the order or the policy names nothing to sample, or a row that is not there.
         """
         kept: list[ScoredGroup] = []
         sampled: list[ScoredGroup] = []
@@ -169,7 +171,14 @@ class Rounds:
         wanted = 0
         for batch in batches:
             rows = self.order.rows(batch, self.table)
+            if any(not 0 <= row < len(self.table.rows) for row in rows):
+                raise InputError(f"{_name(self.order)}.rows gives {rows}, and there are {len(self.table.rows)} rows.")
             plans = [plan for row in rows for plan in self.policy.groups(self.table, row)]
+            if not plans:
+                raise InputError(
+                    f"Batch {batch} has nothing to sample: {_name(self.order)}.rows gave {rows}, and "
+                    f"{_name(self.policy)}.groups no group for these."
+                )
             groups = self.collector.groups(plans, batch)
             self.table.draw(groups, self.next_round)
             groups += self._retry(groups, batch)
@@ -180,13 +189,21 @@ class Rounds:
             wanted = wanted or max(len(plans), len(kept))
             if len(kept) >= wanted:
                 break
-        return kept[:wanted], sampled
+        kept = kept[:wanted]
+        for group in kept:  # a retry that does not join its group divides the loss in the place of that
+            group.counted = not any(group.retry_of is other for other in kept)
+        return kept, sampled
 
     def _retry(self, groups: Sequence[ScoredGroup], batch: int) -> list[ScoredGroup]:
         """Samples groups of the batch again, as the policy asks; returns those that do not join the ones there are."""
         further: list[ScoredGroup] = []
         number = 0
         while again := self.policy.retry(self.table, groups):
+            if number == MOST_TRIES:
+                raise InputError(
+                    f"{_name(self.policy)}.retry names groups for more than {MOST_TRIES} tries of one step: let it "
+                    "stop by their tries."
+                )
             stream = RETRY_STREAM + batch * MOST_TRIES + number
             retried = self.collector.groups([plan for _, plan in again], stream, "retry")
             for (group, _), new in zip(again, retried, strict=True):
@@ -197,12 +214,18 @@ class Rounds:
                 if new.plan.scored_with == group.plan.scored_with:
                     group.extend(new)
                 else:
+                    new.retry_of, new.lengths = group, list(group.lengths)
                     further.append(new)
             number += 1
         return further
 
-    def finish_step(self, update: dict) -> None:
+    def finish_step(self, update: dict, *, supervised: bool = False) -> None:
         """Counts a step with what ``Learner.improve`` told of it."""
         self.step += 1
+        self.supervised += supervised
         self.trained_tokens += update["trained_tokens"]
         self.trained_fe += update["trained_fe"]
+
+
+def _name(part: object) -> str:
+    return type(part).__name__

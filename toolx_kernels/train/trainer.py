@@ -1,7 +1,7 @@
 """The training run, top to bottom.
 
     cold start -> evaluate -> for each round: probe, give hard prompts demonstrations ->
-        for each step: prompts -> rollouts -> retries -> rewards -> advantages -> update
+        for each step: prompts -> rollouts -> rewards -> retries -> selection -> advantages -> update
     -> evaluate -> probe -> summary
 
 Five parts do it: the task (rows, prompts, what is right, what is rewarded), the collector (rollouts and their rewards),
@@ -187,7 +187,7 @@ class ToolExpanderTrainer:
             while not self.finished:
                 if args.eval_steps and rounds.step % args.eval_steps == 0 and rounds.step != report.evaluated:
                     self._evaluate()
-                elif rounds.at_round_start:
+                elif rounds.at_round_start and (self.imitation.ended or not rounds.policy.needs_probe):
                     self._probe()  # which raw prompts get no solved rollout?
                 else:
                     with self.stop.deferred():
@@ -212,27 +212,27 @@ class ToolExpanderTrainer:
         )
 
     @property
-    def finished(self) -> bool:
-        """Whether there is no step left, by steps, epochs, tokens or forward-equivalents."""
+    def finished(self) -> bool:  # by steps, epochs, tokens or forward-equivalents
         return self.rounds.finished or self.imitation.over
 
     def step(self) -> dict:
         """One optimizer step; its line of metrics.jsonl."""
         number = self.rounds.step + 1
         with self._naming(f"step {number}"), self.reporter.step(number):
-            told = self._imitate() if self.imitation.leads(self.rounds.progress) else self._improve()
+            told = self._improve() if self.imitation.ended else self._imitate()
         self._forget_prefixes()
-        told |= {"spent_tokens": self.rounds.spent_tokens, "spent_fe": self.rounds.spent_fe}
-        return self.reporter.metrics(number, **told)
+        spent = dict(spent_tokens=self.rounds.spent_tokens, spent_fe=self.rounds.spent_fe)
+        return self.reporter.metrics(number, **told | spent)
 
     def _imitate(self) -> dict:
         """A supervised step on demonstrations."""
         index, update = self.rounds.next_round, self.imitation.step(self.learner, self.rounds.step)
-        self.rounds.finish_step(update)
+        self.rounds.finish_step(update, supervised=True)
+        self.imitation.end(self.rounds.progress)
         return {"round_index": index, **update}
 
     def _improve(self) -> dict:
-        """A step of RL: prompts -> rollouts -> rewards -> advantages -> update."""
+        """A step of RL."""
         rounds, learner, index, progress = self.rounds, self.learner, self.rounds.next_round, self.rounds.progress
         groups, sampled = rounds.next_groups()
         groups = self.group_selector(groups)
@@ -243,7 +243,7 @@ class ToolExpanderTrainer:
         return {
             "round_index": index,
             "sampled": sampled,
-            "trained": learner.needed(groups),
+            "learned": groups,
             "dropped": sum(not rounds.order.keeps(group) for group in sampled),
             "unrewarded": self.collector.unrewarded,
             "learning_rate": learner.schedule.get_last_lr()[0],

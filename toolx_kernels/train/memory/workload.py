@@ -18,6 +18,7 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.collect import MAX_ROLLOUTS
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.policies.demonstrators import RandomDemonstrations
+from toolx_kernels.train.policies.retry import ShowHint
 from toolx_kernels.train.rows import (
     BUILT_IN,
     BUILT_IN_EVAL_ROWS,
@@ -64,7 +65,8 @@ class Workload:
         longest = max(len(prompts.ids(row)) for row in rows)
         shown = longest
         if args.hard_sampling == "retry" and args.retry_with == "hint":
-            hints = [(row, prompts.hint(row, 1.0, args.max_completion_length)) for row in rows[:MOST_SHOWN]]
+            room, some = args.max_completion_length, rows[:MOST_SHOWN]
+            hints = [(row, prompts.hint(row, share, room)) for row in some for share in ShowHint.shares]
             shown = max(longest, *(len(prompts.ids(row, (), hint)) for row, hint in hints))
         elif args.hard_sampling != "none":
             drawn = RandomDemonstrations.of(args, index, prompts)

@@ -154,6 +154,8 @@ def _lengths(groups: Sequence[ScoredGroup]) -> list[int]:
 def _is_per_token(advantages: Tensor, groups: Sequence[ScoredGroup]) -> bool:
     """Whether they have the shape (N) and not (B), which are the same where each completion is one token."""
     lengths = _lengths(groups)
+    if not isinstance(advantages, Tensor):
+        raise InputError(f"The advantage shaper gave a {type(advantages).__name__}: give a tensor of advantages.")
     if advantages.shape not in ((len(lengths),), (sum(lengths),)):
         raise InputError(
             f"The advantage shaper gave advantages of shape {tuple(advantages.shape)}: give one for each of the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from toolx_kernels.errors import InputError
@@ -18,6 +19,7 @@ from toolx_kernels.train.update.batch import PackedGroup
 from toolx_kernels.train.update.learner import Learner
 
 HELD_OUT = 10  # one of so many demonstrations is not imitated and tells when to stop
+STATE = ("drawn", "best", "passes", "looked", "ended")
 
 
 class Imitation:
@@ -28,61 +30,56 @@ class Imitation:
 
     drawn   demonstrations imitated so far
     best    lowest mean negative log-prob of those held out; ``passes`` how often it was looked at since
+    ended   whether the supervised steps have
 
-    Raises:
-        InputError: imitation is asked for and there is nothing to imitate, or another form than that of answers.
+    Raises InputError: imitation is asked for and there is nothing to imitate.
     """
 
     def __init__(self, args: ToolExpanderConfig, task: Task):
         self.args, self.prompts = args, task.prompts
-        rows: list[Row] = []
-        if args.sft_fraction or args.sft_coef:
-            rows = task.prompts.fitting_rows(task.demonstration_rows, "drop", answers=True)
+        rows = task.prompts.fitting_rows(task.demonstration_rows, "drop", answers=True) if args.imitates else []
         random.Random(f"imitation {args.seed}").shuffle(rows)
         held_out = max(1, len(rows) // HELD_OUT) if args.sft_patience else 0
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        if (args.sft_fraction or args.sft_coef) and not self.rows:
+        if args.imitates and not self.rows:
             raise InputError(
                 f"sft_fraction={args.sft_fraction} and sft_coef={args.sft_coef} imitate demonstrations, and there are "
                 f"{len(rows)}: name a demonstration_dataset with more, or leave both at 0."
             )
-        self.drawn = self.passes = self._looked = 0
-        self.best = math.inf
+        self.drawn = self.passes = self.looked = 0
+        self.best: float | None = None
+        self.ended = not args.sft_fraction
 
     def state_dict(self) -> dict:
-        best = None if math.isinf(self.best) else self.best
-        return {"drawn": self.drawn, "best": best, "passes": self.passes, "looked": self._looked}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        self.drawn, self.passes, self._looked = state["drawn"], state["passes"], state["looked"]
-        self.best = math.inf if state["best"] is None else state["best"]
+        for name in STATE:
+            setattr(self, name, state[name])
 
     # ---- supervised steps
-
-    def leads(self, progress: float) -> bool:
-        """Whether the next step is a supervised one, with this share of the run done."""
-        return progress < self.args.sft_fraction and not self._stopped
 
     @property
     def over(self) -> bool:
         """Whether supervised steps alone were asked for and have ended."""
-        return self.args.sft_fraction == 1 and self._stopped
+        return self.ended and self.args.sft_fraction == 1
 
-    @property
-    def _stopped(self) -> bool:
-        return 0 < self.args.sft_patience <= self.passes
+    def end(self, progress: float) -> None:
+        """Ends them for good once this share of the run, or their patience, is through; a larger budget later on does
+        not bring them back."""
+        self.ended |= progress >= self.args.sft_fraction or 0 < self.args.sft_patience <= self.passes
 
     def step(self, learner: Learner, number: int) -> dict[str, Any]:
         """Supervised step ``number``, an update on as many demonstrations as a step of RL has prompts; what
         ``Learner.improve`` tells, and ``held_out_loss`` once a pass."""
         learner.schedule.hold(self.args.sft_learning_rate or self.args.learning_rate)
         told = learner.improve([], number, self._draw(self.args.prompts_per_step), 1.0)
-        if self.held_out and self.drawn // len(self.rows) > self._looked:
-            self._looked = self.drawn // len(self.rows)
+        if self.held_out and self.drawn // len(self.rows) > self.looked:
+            self.looked = self.drawn // len(self.rows)
             examples = [self._example(row) for row in self.held_out]
             loss = learner.supervised_loss(examples)
-            self.passes = 0 if loss < self.best else self.passes + 1
-            self.best = min(self.best, loss)
+            better = self.best is None or loss < self.best
+            self.passes, self.best = (0, loss) if better else (self.passes + 1, self.best)
             forward = sum(example.n_tokens for example in examples)
             told |= {"held_out_loss": loss, "trained_fe": told["trained_fe"] + forward}
         return told
@@ -97,12 +94,11 @@ class Imitation:
         return (self._draw(len(groups)), weight) if weight else ([], 0.0)
 
     def _draw(self, count: int) -> list[PackedGroup]:
-        places = range(self.drawn, self.drawn + count)
-        self.drawn += count
         examples = []
-        for number, place in (divmod(place, len(self.rows)) for place in places):
-            order = random.Random(f"imitation {self.args.seed} {number}").sample(range(len(self.rows)), len(self.rows))
-            examples.append(self._example(self.rows[order[place]]))
+        for number, places in groupby(range(self.drawn, self.drawn + count), lambda place: place // len(self.rows)):
+            order = random.Random(f"imitation {self.args.seed} {number}").sample(self.rows, len(self.rows))
+            examples += [self._example(order[place % len(self.rows)]) for place in places]
+        self.drawn += count
         return examples
 
     def _example(self, row: Row) -> PackedGroup:

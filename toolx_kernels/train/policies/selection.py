@@ -28,22 +28,24 @@ class AllRollouts:
 
 @dataclass(frozen=True, slots=True)
 class MaxVariance:
-    """Of a group's G rollouts the ``m = max(2, floor(share G))`` whose rewards have the largest variance, in their
-    order; where all rewards are equal, the first m (arXiv 2606.00135).
+    """Of a group that was drawn with G rollouts the ``m = max(2, floor(share G))`` whose rewards have the largest
+    variance, retries among them, in their order; where all rewards are equal, the first m (arXiv 2606.00135).
 
     These are the k of lowest and the m - k of highest reward, for the best k; the smallest of several.
 
-    >>> MaxVariance().places([0.0, 0.0, 1.0, 0.0, 0.0, 0.5])  # m is 3
+    >>> MaxVariance().places([0.0, 0.0, 1.0, 0.0, 0.0, 0.5], 3)
     [0, 1, 2]
     """
 
     share: float = 0.5
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        return [group.part(self.places(group.rewards)) for group in groups]
+        sizes = [max(2, math.floor(self.share * len(group.lengths))) for group in groups]
+        return [group.part(self.places(group.rewards, size)) for group, size in zip(groups, sizes, strict=True)]
 
-    def places(self, rewards: Sequence[float]) -> list[int]:
-        kept = min(len(rewards), max(2, math.floor(self.share * len(rewards))))
+    def places(self, rewards: Sequence[float], m: int) -> list[int]:
+        """Where the m stand; all, where there are no more."""
+        kept = min(len(rewards), m)
         if min(rewards) == max(rewards):
             return list(range(kept))
         order = sorted(range(len(rewards)), key=rewards.__getitem__)

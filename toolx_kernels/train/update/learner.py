@@ -137,10 +137,15 @@ class Learner:
         if not needed and not imitated:
             return metrics
         denominator = self.loss.denominator(self._lengths(groups)) if needed else 1.0
-        updates, passes = self.args.num_iterations, 4 if self.args.gradient_checkpointing else 3
+        updates, passes = self.args.num_iterations if needed else 1, 4 if self.args.gradient_checkpointing else 3
         corrected = self.args.importance_sampling_mode != "none"
         from_sampler = updates > 1 and self.args.old_logprobs == "sampler"
         rollouts = [rollout for group in needed for rollout in group.rollouts]
+        if (from_sampler or corrected) and not all(here for group in needed for here in group.on_policy_prompt):
+            raise InputError(
+                "old_logprobs=sampler and importance_sampling_mode compare log-probs on one prompt, and the "
+                "hard_sample_policy samples on another one than it learns on: leave them at their defaults."
+            )
         for rollout in rollouts:
             rollout.old_logprobs = torch.tensor(rollout.logprobs, dtype=torch.float64) if from_sampler else None
         means: dict[str, float] = {}
@@ -149,7 +154,7 @@ class Learner:
             work: list[Work] = [(together, partial(self._policy_loss, denominator))] if needed else []
             work += [self._supervised(imitated, coefficient)] if imitated else []
             results = self._accumulate(work)
-            norm = self._apply(results, number * updates + update)
+            norm = self._apply(results, number * self.args.num_iterations + update)
             metrics["trained_tokens"] += tokens_of(imitated) + tokens_of(together)
             metrics["trained_fe"] += passes * (tokens_of(imitated) + tokens_of(together))
             if update == 0:
@@ -171,12 +176,13 @@ class Learner:
         return [group for group in groups if self.args.beta or group.has_gradient]
 
     def _lengths(self, groups: Sequence[ScoredGroup]) -> list[int]:
-        """Written tokens of the completions that the loss is divided by: first draws alone, so that retries leave the
-        gradient of the other groups as it is; of ``live`` groups alone, each as large as it was first drawn, unless
-        there is none and the KL is all that is learned."""
-        live = [group for group in groups if group.has_gradient] if self.args.denominator == "live" else []
-        drawn = [group.first_draws or group.rollouts for group in live] or [group.first_draws for group in groups]
-        return [rollout.written for rollouts in drawn for rollout in rollouts]
+        """Written tokens of the completions that the loss is divided by: as they were first drawn, so that retries
+        leave the gradient of the other groups as it is; of ``live`` groups alone, unless there is none and the KL is
+        all that is learned."""
+        live = [n for group in groups if group.has_gradient for n in group.lengths]
+        if live and self.args.denominator == "live":
+            return live
+        return [n for group in groups if group.counted for n in group.lengths]
 
     def _policy_loss(self, denominator: float, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
         ref_logprobs = batch.ref_logprobs
