@@ -221,6 +221,8 @@ def test_demonstrations_of_retries_are_drawn_anew_at_each_visit_and_repeat_after
             trainer.rounds.next_groups()
             _, rows, of_visit = trainer.rollouter.asked[-1]
             prompts.append({row.id: prompt for row, prompt in zip(rows, of_visit, strict=True)})
+        streams = [stream for stream, *_ in trainer.rollouter.asked]
+        assert len(set(streams)) == 2 * visits and all(2**30 <= stream < 2**31 for stream in streams[1::2])
         return prompts, trainer.rounds.state_dict() | {"collector": trainer.collector.state_dict()}
 
     whole, _ = drawn(3)
