@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.train.scripted import PLACES, scripted_trainer
-from tests.train.test_trainer import even_is_good, make_trainer, metrics
+from tests.train.test_trainer import even_is_good, metrics
 from toolx_kernels.cli.train import parse_train, read_config
+from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.train.policies.advantages import (
     GroupRelative,
     Routed,
@@ -112,8 +113,8 @@ def made(folder, name, engine, **settings):
     if not engine:
         return scripted_trainer(folder, right, **own)
     reward = None if name == "similarity" else even_is_good
-    trainer = make_trainer(folder, reward, **own | dict(solved_reward=0.6, max_completion_length=6))
-    trainer.reporter.plan, trainer.reporter._gemm_speed = (lambda workload: None), 1.0
+    trainer = scripted_trainer(folder, right, reward, **own | dict(solved_reward=0.6, max_completion_length=6))
+    trainer.rollouter = trainer.collector.rollouter = SingleTurn(trainer.engine, trainer.task.prompts.chat)
     return trainer
 
 
