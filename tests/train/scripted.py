@@ -68,10 +68,10 @@ class Scripted:
         elif right:
             ids = chat.completion_ids(row.answer, prompt)
         else:
-            ids = [*rng.choices(range(300, 600), k=rng.randint(3, 7)), chat.tokenizer.eos_token_id]
+            ids = [*rng.choices(range(300, 500), k=rng.randint(3, 7)), chat.tokenizer.eos_token_id]
         text = chat.written_text(ids[:-1], prompt)
         mask = [True] * len(ids) + [False] * self.tool if self.tool else None
-        ids = ids + rng.choices(range(300, 600), k=self.tool)
+        ids = ids + rng.choices(range(300, 500), k=self.tool)
         zeros = [0.0] * len(ids)
         return Rollout(ids, zeros, zeros, mask, text, [{"role": "assistant", "content": text}], "stop")
 

@@ -127,7 +127,7 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
         return even_is_good(prompts, completions, completion_ids)
 
     make_trainer(tmp_path / "run", reward, max_steps=1, probe_rollouts=10, eval_on_start=False).train()
-    assert max(sizes) == 4 * 4 and sum(sizes) >= 2 * 12 * 10, "two probes in which nothing is solved, and a step"
+    assert max(sizes) == 4 * 4 and sum(sizes) == 16 + 2 * 4 * 10, "a step, and two probes in which nothing is solved"
 
 
 # ---- settings of which one would do nothing

@@ -16,16 +16,8 @@ def scored(rewards):
     rollouts = [Rollout([n], [-1.0], [0.5], None, str(n), [], "stop") for n in range(len(rewards))]
     solved = [reward >= 1 for reward in rewards]
     flags = {"shown": [RAW] * len(rewards), "retried": [n % 2 == 1 for n in range(len(rewards))]}
-    return ScoredGroup(
-        GroupPlan(0),
-        [3],
-        rollouts,
-        **flags,
-        rewards=list(rewards),
-        parts={"f": list(rewards)},
-        correct=list(solved),
-        solved=solved,
-    )
+    earned = dict(rewards=list(rewards), parts={"f": list(rewards)}, correct=list(solved), solved=solved)
+    return ScoredGroup(GroupPlan(0), [3], rollouts, **flags, **earned)
 
 
 @pytest.mark.parametrize(
