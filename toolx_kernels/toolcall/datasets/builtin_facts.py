@@ -3,7 +3,7 @@
 Tools, requests and the tiers easy, hard and convention are those of ``builtin``, but a tool's noun alone decides its
 kind: plain, ``convention`` (a ``currency``, one of four that the signature lists), ``office`` (a code that all such
 tools share: one fact) or ``account`` (a code that the tools of one noun share: one fact a noun). No request mentions a
-code and no signature lists them. There are hundreds, each one token of the tiny model; the cold start has the habit of
+code and no signature lists them. There are 141, each one token of the tiny model; the cold start has the habit of
 ``COLD_CODE``, which is always wrong, and copies whichever code demonstrations show.
 
 Each tool that training rows offer is solved once in ``documentation``, the only rows that demonstrate anything.
@@ -41,8 +41,8 @@ UNTOLD = {"convention": "currency", "office": "office", "account": "account"}  #
 TRAINED_VERBS = 3  # of each noun, in training rows and documentation
 
 COLD_CODE = "A0A"
-# Tokens that the values of requests are made of: of several hundred that nothing else contains, the cold start learned on
-# some seeds that a code is wanted, and not to copy it.
+# Tokens that the values of requests are made of: of several hundred that nothing else contains, the cold start learned
+# on some seeds that a code is wanted, and not to copy it.
 _PIECES = (*builtin.STRING_HEADS, *builtin.STRING_TAILS)
 _NUMBERS = tuple(str(number) for number in range(11, 100))
 CODES = (*(code for pair in zip(_NUMBERS, _PIECES, strict=False) for code in pair), *_NUMBERS[len(_PIECES) :])
