@@ -1,6 +1,6 @@
 """Whether demonstrations can help a cold start, measured on it before any arm is run.
 
-    python -m bench.learning.precondition out.json --budget 3000000 --model runs/cold-seed0 --config builtin-facts
+    python -m bench.learning.precondition out.json --budget 3000000 --model runs/cold-seed0 --config builtin-facts retry
 
 takes the settings of ``toolx train``, and in ``--budget`` the forward-equivalents (tokens prefilled + written + 3 x
 trained on) that an arm may spend. It writes, for all rows and for each tier:
@@ -17,7 +17,8 @@ and for each fact (what no request tells, ``builtin_facts.fact_of``):
 p         the probability of the required value on the raw prompt, after all of the answer that stands before it: the
           mean over the fact's rows, teacher-forced
 rollouts  that the budget pays for on raw prompts of these rows: rows x G x passes, a pass being all training rows once
-          at what they cost now. A raw group costs its prompt and completions, and 3 x both where it is live (the
+          at what they cost now. A raw group costs its prompt and completions, and where it is trained on (live, or
+          there is a KL) 3 x both for each of ``num_iterations`` updates and once more for the reference (the
           first G of the rollouts above decide). Passes get dearer as groups come to life, so these are at most as many.
 lambda    p x rollouts: how often plain GRPO is expected to stumble on the value
 verified  right rollouts with random demonstrations that the budget pays for, where each dead group of a pass is sampled
@@ -104,13 +105,15 @@ def share(answers: Answers) -> float:
     return fmean(answers.right)
 
 
-def passes_over(rows: Sequence[Measured], n: int, budget: int) -> dict[str, float]:
+def passes_over(rows: Sequence[Measured], n: int, budget: int, updates: int = 1, kl: bool = False) -> dict[str, float]:
     """How often all rows can be gone through within the budget, by plain GRPO with groups of ``n``, and where each dead
     group is sampled again with random demonstrations and learned on the raw prompt."""
-    grpo = sum(row.raw.cost(n) * (4 if row.raw.live(n) else 1) for row in rows)
+    training = 3 * updates + kl
+    grpo = sum(row.raw.cost(n) * (1 + training if kl or row.raw.live(n) else 1) for row in rows)
     again = [row for row in rows if row.raw.dead(n)]
-    learned = sum(row.raw.cost(n) + sum(row.random.written[:n]) for row in again if not row.random.dead(n))
-    retry = grpo + sum(row.random.cost(n) for row in again) + 3 * learned
+    revived = [row for row in again if not row.random.dead(n)]
+    learned = sum((0 if kl else row.raw.cost(n)) + sum(row.random.written[:n]) for row in revived)
+    retry = grpo + sum(row.random.cost(n) for row in again) + training * learned
     return {"grpo": budget / grpo, "retry": budget / retry}
 
 
@@ -206,7 +209,7 @@ def main() -> None:
         trainer = ToolExpanderTrainer(args.model, None, args, *load_rows(args), demonstrations=more)
         rows, without = measured(trainer, more)
     everything, tiers = counts(rows, args.probe_rollouts), sorted({row.tier for row in rows})
-    passed = passes_over(rows, args.num_generations, own.budget)
+    passed = passes_over(rows, args.num_generations, own.budget, args.num_iterations, bool(args.beta))
     of_facts = facts(rows, args.num_generations, passed)
     names = ("model", "dataset", "seed", "temperature", "probe_rollouts", "num_generations")
     result = {

@@ -91,6 +91,8 @@ def test_no_raw_prompt_tells_a_code():
     raw = [*TRAIN[:200], *HELD_OUT[:200], *(example.row for example in MIX[:400]), *DOCUMENTATION]
     for row in raw:
         assert not words(chat.prompt_text(row), row.tools) & {*builtin_facts.CODES, builtin_facts.COLD_CODE}
+    for row in [*TRAIN, *HELD_OUT, *DOCUMENTATION]:
+        assert not any(code in row.user_text for code in codes), "nor any part of a value"
 
 
 def test_documentation_covers_every_tool_that_training_offers_and_tells_nobodys_answer():

@@ -91,6 +91,12 @@ def required(kind: str, noun: str) -> str:
     return office if kind == "office" else accounts[NOUNS["account"].index(noun)]
 
 
+@cache
+def _facts() -> tuple[str, ...]:
+    """The codes that are required somewhere."""
+    return tuple(required(kind, noun) for kind in ("office", "account") for noun in NOUNS[kind])
+
+
 def fact_of(row: Row) -> Fact | None:
     """The fact that a row of this task or of ``builtin`` needs; None for any other row."""
     tier = row.columns.get("tier")
@@ -126,7 +132,11 @@ class _Catalogue:
     def value(self, kind: str, rng: random.Random) -> str | int | bool:
         if self.told_codes and kind == "string" and rng.random() < self.told_codes:
             return rng.choice(CODES)
-        return value(kind, self.held_out, rng)
+        drawn = value(kind, self.held_out, rng)
+        # no row to learn tells a fact's token as part of a value: a value copied into the wrong place would find it
+        while self.side != "cold" and any(code in str(drawn) for code in _facts()):
+            drawn = value(kind, self.held_out, rng)
+        return drawn
 
     def names(self, kind: str, low: int = 1, high: int = 3) -> tuple[str, ...]:
         """The tools of a kind that have so many arguments, the untold one not counted."""
