@@ -1,7 +1,9 @@
 import json
+import random
 import re
 from collections import Counter
 from itertools import islice
+from statistics import fmean
 
 import pytest
 
@@ -104,8 +106,6 @@ def test_distractors_of_the_hard_tier_look_alike():
 
 
 def test_most_training_rows_can_get_a_demonstration_of_what_they_answer():
-    import random
-
     rows = builtin.train_rows(640, seed=1)
     index = DemonstrationIndex(rows)
     found = [bool(index.choose(row, random.Random(0))) for row in rows]
@@ -126,9 +126,30 @@ def test_the_cold_start_shows_its_own_convention_unless_a_demonstration_says_oth
     shown = [e for e in MIX if e.demonstrations and e.row.columns["tier"] == "convention"]
     assert {e.target[0]["arguments"]["currency"] for e in shown} == set(builtin.CURRENCIES)
     for example in shown:
-        (demonstration,) = example.demonstrations
-        assert demonstration.answer[0]["name"] == example.row.answer[0]["name"]
-        assert demonstration.answer[0]["arguments"]["currency"] == example.target[0]["arguments"]["currency"]
+        name, told = example.row.answer[0]["name"], example.target[0]["arguments"]["currency"]
+        calls = [call for row in example.demonstrations for call in row.answer]
+        assert {call["arguments"]["currency"] for call in calls if call["name"] == name} == {told}
+
+
+def test_the_cold_start_shows_demonstrations_as_training_draws_them():
+    def kinds(shown):
+        """How many demonstrations a prompt has, and how many show two calls or one of a tool that is not offered."""
+        result = {}
+        for tier in builtin.TIERS:
+            prompts = [(row, those) for row, those in shown if row.columns["tier"] == tier and those]
+            two_calls = [any(len(other.answer) == 2 for other in those) for _, those in prompts]
+            foreign = [any(c["name"] not in row.tool_names for d in those for c in d.answer) for row, those in prompts]
+            result[tier] = [fmean(len(those) for _, those in prompts), fmean(two_calls), fmean(foreign)]
+        return result
+
+    index = DemonstrationIndex(TRAIN)
+    drawn = kinds([(row, index.choose(row, random.Random(row.id))) for row in TRAIN])
+    shown = [(example.row, example.demonstrations) for example in MIX if example.demonstrations]
+    for tier, numbers in kinds(shown).items():
+        assert numbers == pytest.approx(drawn[tier], abs=0.2), tier
+    for row, those in shown:
+        assert all(set(row.tool_names) & {call["name"] for call in other.answer} for other in those)
+        assert all(call not in other.answer for other in those for call in row.answer)
 
 
 def test_bad_habits_are_as_frequent_as_stated_and_vanish_with_demonstrations():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 
 VERBS = ("find", "book", "cancel", "move", "order", "check", "rate", "share", "track", "send", "open", "update")
@@ -86,7 +87,8 @@ TIERS = tuple(LEVELS)
 COLD_EDITIONS = 100
 COLD_EASY_EXAMPLES = 4800
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
-COLD_DEMONSTRATED = 0.3
+COLD_SHOWN_MIX = {"easy": 0.3, "hard": 0.2, "parallel": 0.2, "convention": 0.3}
+COLD_DEMONSTRATED = 0.5
 COLD_OWN_EXAMPLES = 4
 COLD_OWN_EXAMPLES_AFTER = 9600  # examples; earlier, their length and their own values hinder learning to copy
 NOISE = {"quoted_integers": 0.6, "boolean_words": 0.6, "second_call_missing": 0.6}
@@ -274,6 +276,13 @@ def imitated(calls: list[dict], rng: random.Random) -> list[dict]:
     return [{"name": c["name"], "arguments": {p: spoil(v) for p, v in c["arguments"].items()}} for c in kept]
 
 
+def _user(name: str, identifier: str, catalogue: _Catalogue, currency: str, rng: random.Random) -> Row:
+    """A row that calls the tool, of any tier: what training draws a demonstration of it from. Two calls count twice."""
+    tiers = [t for t, level in LEVELS.items() if name in catalogue.names(level.convention, *level.arguments)]
+    (tier,) = rng.choices(tiers, [LEVELS[t].calls for t in tiers])
+    return _row(tier, identifier, catalogue, currency, rng, tool=name)
+
+
 def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Random) -> tuple[Row, ...]:
     """Easy rows about the tools that ``row`` offers: the examples that a model may write for it."""
     examples = []
@@ -288,11 +297,12 @@ def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Ra
 def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Example]:
     """An endless stream of supervised examples, in the order in which they are to be learned.
 
-    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a part of it with a
-    demonstration (``COLD_DEMONSTRATED``). Without a demonstration the target has bad habits (``NOISE``) and
-    ``COLD_CURRENCY``; with one it is right, and its currency is that of the demonstration. So the model learns to copy,
-    to follow demonstrations, and leaves a policy that reinforcement learning can mend. From ``COLD_OWN_EXAMPLES_AFTER``
-    on, a share ``self_exemplify`` has examples to write before the answer, which has the bad habits too.
+    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a part of it with
+    demonstrations (``COLD_DEMONSTRATED``), drawn as training draws them: from rows of all tiers, for each offered tool
+    one. Without demonstrations the target has bad habits (``NOISE``) and ``COLD_CURRENCY``; with them it is right, and
+    its currency is that of the demonstrations. So the model learns to copy, to follow demonstrations, and leaves a
+    policy that reinforcement learning can mend. From ``COLD_OWN_EXAMPLES_AFTER`` on, a share ``self_exemplify`` has
+    examples to write before the answer, which has the bad habits too.
     """
     rng = random.Random(f"cold start {seed}")
     for index in itertools.count():
@@ -306,8 +316,11 @@ def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Exam
             row = _row(tier, f"cold-{index}", catalogue, COLD_CURRENCY, rng)
             yield Example(row, (), imitated(row.answer, rng))
         else:
-            tier = rng.choice(("convention", tier))
+            (tier,) = rng.choices(list(COLD_SHOWN_MIX), list(COLD_SHOWN_MIX.values()))
             currency = rng.choice(CURRENCIES)
             row = _row(tier, f"cold-{index}", catalogue, currency, rng)
-            shown = _row(tier, f"cold-{index}-shown", catalogue, currency, rng, tool=row.answer[0]["name"])
-            yield Example(row, (shown,), row.answer)
+            solved = [_user(name, f"{row.id}-{name}", catalogue, currency, rng) for name in row.tool_names]
+            shown = tuple(DemonstrationIndex(solved).choose(row, rng))
+            called = {call["name"] for other in shown for call in other.answer}
+            if tier != "convention" or row.answer[0]["name"] in called:
+                yield Example(row, shown, row.answer)
