@@ -473,3 +473,20 @@ def test_peak_memory_by_phase_beside_the_plan():
     assert beside["peak"]["planned"] == plan.needed and beside["peak"]["measured"] == seen.peaks["backward"]
     assert beside["rollout"]["planned_by_measured"] == round(beside["rollout"]["planned"] / seen.peaks["rollout"], 3)
     assert plan.compared({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampled", "learned"),
+    [
+        (dict(hard_sampling="none"), [30], [(30, 4)]),
+        (dict(hard_sampling="replace"), [50], [(50, 4)]),
+        (dict(hard_sampling="add"), [50, 30], [(50, 4), (30, 4)]),
+        (dict(hard_sampling="distill"), [50, 30], [(30, 8)]),
+        (dict(hard_sampling="retry"), [50], [(30, 8)]),
+        (dict(hard_sampling="retry", retry_learns="shown"), [50], [(50, 4), (30, 4)]),
+    ],
+)
+def test_a_step_whose_rows_are_all_hard(settings, sampled, learned):
+    args = ToolExpanderConfig(num_generations=4, prompts_per_step=3, **settings)
+    prompts, groups = step_prompts(args, Workload(30, 50, 9, 9))
+    assert prompts == sampled * 3 and groups == [GroupSize(*group) for group in learned] * 3
