@@ -7,7 +7,7 @@ micro-batches small: TRL two completions, as much as 24 GB allow it at 500 token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers import (
 from bench.step.cases import Case, Settings
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.hard_sampling import HardSamples
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 TRL_ROWS = 2  # completions in one forward and backward pass
@@ -68,8 +69,11 @@ class InOrder:
     def __init__(self, size: int):
         self.size = size
 
-    def rows(self, batch: int) -> list[int]:
+    def rows(self, batch: int, table: HardSamples) -> list[int]:
         return list(range(batch * self.size, (batch + 1) * self.size))
+
+    def candidates(self, batches: Iterable[int]) -> list[int]:
+        return [row for batch in batches for row in range(batch * self.size, (batch + 1) * self.size)]
 
     def keeps(self, group) -> bool:
         return True

@@ -426,7 +426,7 @@ def test_the_recipes_are_the_papers_rows_and_run(name, tmp_path):
     assert (
         args.hard_sampling, args.self_exemplify, args.beta, args.epsilon, args.epsilon_high, args.lr_decay
     ) == RECIPES[name]  # fmt: skip
-    own = {"hard_sampling", "self_exemplify", "beta", "epsilon", "epsilon_high", "lr_decay"}
+    own = {"hard_sampling", "self_exemplify", "beta", "epsilon", "epsilon_high", "lr_decay", "num_iterations"}
     own |= {"max_completion_length", "cold_start_self_exemplify"} if args.self_exemplify else set()
     assert set(read_config(name)) == own, "all other settings are equal"
     flags = [

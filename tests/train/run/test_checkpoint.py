@@ -210,10 +210,14 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         if field.name in (*MAY_DIFFER, "resume"):
             continue
         assert value != before, f"give {field.name} another value"
-        changed = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, **{field.name: value})
+        beside = {"sft_patience": "sft_fraction", "sft_learning_rate": "sft_fraction", "sft_decay": "sft_coef"}
+        settings = {field.name: value} | ({beside[field.name]: 0.5} if field.name in beside else {})
+        changed = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, **settings)
         with pytest.raises(InputError) as error:
             RunFolder(tmp_path / "run").check(changed)
-        assert f"was run with {field.name}={before!r}, not {value!r}: resume with the same" in str(error.value)
+        said, _, remedy = str(error.value).partition(": resume with the same")
+        assert remedy and "was run with " in said and said.count(", not ") == len(settings)
+        assert all(f"{name}={getattr(defaults, name)!r}, not {one!r}" in said for name, one in settings.items())
     two = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, seed=3, reward_weights=[2])
     with pytest.raises(InputError, match=r"seed=0, not 3, and reward_weights=None, not \[2.0\]: resume"):
         RunFolder(tmp_path / "run").check(two)
