@@ -61,8 +61,8 @@ def test_a_count_holds_what_the_model_was_trained_on_and_what_was_rewarded():
 class Given:
     """A sampler that answers with completions that were made before."""
 
-    def __init__(self, completions):
-        self.completions = completions
+    def __init__(self, completions, engine):
+        self.completions, self.engine = completions, engine
 
     def roll_out(self, rows, prompts, n, params, **others):
         zeros = [0.0] * 100
@@ -85,7 +85,7 @@ def moved(kind, case, completions, settings, folder):
             "logprobs": None,
         }
     else:
-        stepper.trainer.collector.rollouter = Given(completions)
+        stepper.trainer.collector.rollouter = Given(completions, stepper.trainer.engine)
     stepper.run(count.begin, count.end)
     (record,), (update,) = count.steps, stepper.updates()
     after = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
