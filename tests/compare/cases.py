@@ -63,33 +63,25 @@ def two_arms(tmp_path):
     Of the tiers, easy ends .3 .4 .5 above, and office .1 below in the only two seeds of base that were measured on it.
     Base forgets 6 7 8 rows, ours 5 5 5.
     """
+
+    def spec(arm, seed, end, hard, relapsed, tiers):
+        accuracies, settings = (0.1, 0.2, end), dict(hard=(40, *hard), relapsed=relapsed, tiers=tiers)
+        return f"{arm}-seed{seed}", dict(seed=seed, arm=("base", "ours").index(arm), accuracies=accuracies, **settings)
+
     base = [
-        (
-            f"base-seed{i}",
-            dict(
-                seed=i,
-                arm=0,
-                accuracies=(0.1, 0.2, end),
-                hard=(40, 30, left),
-                relapsed=(0, 4, 2 + i),
-                tiers={"easy": (0.2, 0.3, 0.4)} | ({"office": (0.0, 0.1, 0.3)} if i else {}),
-            ),
+        spec(
+            "base",
+            i,
+            end,
+            (30, left),
+            (0, 4, 2 + i),
+            {"easy": (0.2, 0.3, 0.4)} | ({"office": (0.0, 0.1, 0.3)} if i else {}),
         )
         for i, end, left in ((0, 0.5, 20), (1, 0.6, 22), (2, 0.7, 24))
     ]
     ours = [
-        (
-            f"ours-seed{i}",
-            dict(
-                seed=i,
-                arm=1,
-                accuracies=(0.1, 0.2, end),
-                hard=(40, 35, left),
-                relapsed=(0, 2, 3),
-                tiers={"easy": (0.2, 0.3, 0.7 + i / 10), "office": (0.0, 0.1, 0.2)},
-            ),
-        )
-        for i, end, left in ((2, 1.0, 15), (1, 0.8, 15), (0, 0.6, 15))
+        spec("ours", i, end, (35, 15), (0, 2, 3), {"easy": (0.2, 0.3, 0.7 + i / 10), "office": (0.0, 0.1, 0.2)})
+        for i, end in ((2, 1.0), (1, 0.8), (0, 0.6))
     ]
     late = [("ours-seed9", dict(seed=9, arm=1, accuracies=(0.3, 0.4), hard=(40, 1), finished=False))]
     return arms_of(runs_of(tmp_path, *base, *ours, *late))
