@@ -175,3 +175,15 @@ def test_a_probe_for_two_rounds_is_of_the_rows_of_both(tmp_path):
     assert of_round == [used[0] | used[1], None, used[2]], "the last round has none behind it"
     used, of_round = members(1, 3)
     assert of_round == used
+
+
+def test_a_probe_of_rows_that_a_smaller_run_skipped_is_counted_where_it_belongs(tmp_path):
+    """Rows of the second round alone, probed when a run that ended with the first goes on; they are of probe 0."""
+    settings = FEW | dict(prompts_per_step=5, probe_every=2, hard_sampling="replace", num_train_epochs=2)
+    scripted_trainer(tmp_path / "run", right, **settings, max_steps=2).train()
+    scripted_trainer(tmp_path / "run", right, **settings, max_steps=4, resume=True).train()
+    probes = [line for line in metrics(tmp_path / "run", ["probe", "step"]) if line["event"] == "probe"]
+    first, late, _ = probes
+    assert (first["round"], first["rows"], first["step"]) == (0, 10, 0)
+    assert (late["round"], late["rows"], late["step"]) == (0, 12, 2), "all of its round, those of before among them"
+    assert late["hard"] >= first["hard"] > 0

@@ -184,7 +184,7 @@ def chosen_rollouter(
     """Several turns where there are tools or an environment, else one."""
     if not (tools or environment_factory):
         return SingleTurn(engine, prompts.chat)
-    if args.imitates or (args.hard_sampling == "retry" and args.retry_with == "hint"):
+    if args.imitates or args.hints:
         raise InputError(
             "sft_fraction, sft_coef and retry_with=hint write all calls in one turn, and tools and environment_factory "
             "make several: leave out one or the other."

@@ -253,8 +253,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
     def __post_init__(self) -> None:
         super().__post_init__()
         from_sampler = self.num_iterations > 1 and self.old_logprobs == "sampler"
-        elsewhere = self.hard_sampling == "distill" or (self.hard_sampling == "retry" and self.retry_learns == "raw")
-        if elsewhere and (from_sampler or self.importance_sampling_mode != "none"):
+        if self.learns_elsewhere and (from_sampler or self.importance_sampling_mode != "none"):
             mode = f"importance_sampling_mode={self.importance_sampling_mode}"
             which = "old_logprobs=sampler" if from_sampler else mode
             raise InputError(
@@ -271,15 +270,14 @@ class ToolExpanderConfig(  # the fields of the last base come first
 
     def _check_remedies(self) -> None:
         """Refuses combinations of which one half would silently do nothing, or what it does not say."""
-        retry, raw = self.hard_sampling == "retry", self.retry_learns == "raw"
         shaping = f"advantage_shaping={self.advantage_shaping}"
         for wrong, sentence in (
             (
-                self.advantage_shaping == "routed" and not (retry and raw),
+                self.advantage_shaping == "routed" and not self.retries_learn_raw,
                 f"{shaping} imitates retries on the raw prompt: choose hard_sampling=retry and retry_learns=raw.",
             ),
             (
-                self.advantage_shaping == "successes" and not (self.hard_sampling == "distill" or (retry and raw)),
+                self.advantage_shaping == "successes" and not self.learns_elsewhere,
                 f"{shaping} is of rollouts that are learned on another prompt than they were sampled on: choose "
                 "hard_sampling=distill, or retry with retry_learns=raw.",
             ),
@@ -288,12 +286,12 @@ class ToolExpanderConfig(  # the fields of the last base come first
                 f"{shaping} learns from groups of equal reward, and prompt_sampling=dynamic drops them: choose one.",
             ),
             (
-                retry and self.demonstrations == "better",
+                self.hard_sampling == "retry" and self.demonstrations == "better",
                 "hard_sampling=retry draws demonstrations anew for each step, and demonstrations=better verifies them "
                 "before a round: leave it at random.",
             ),
             (
-                self.self_exemplify and (self.imitates or (retry and self.retry_with == "hint")),
+                self.self_exemplify and (self.imitates or self.hints),
                 "self_exemplify=True wants examples before an answer, and sft_fraction, sft_coef and retry_with=hint "
                 "show answers alone: leave them out.",
             ),

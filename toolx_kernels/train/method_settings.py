@@ -61,6 +61,20 @@ class HardSamplingSettings(Settings):
         """Whether a remedy acts on what a probe finds; otherwise it only measures."""
         return self.hard_sampling not in ("none", "retry")
 
+    @property
+    def hints(self) -> bool:
+        """Whether retries tell how the answer begins."""
+        return self.hard_sampling == "retry" and self.retry_with == "hint"
+
+    @property
+    def retries_learn_raw(self) -> bool:
+        return self.hard_sampling == "retry" and self.retry_learns == "raw"
+
+    @property
+    def learns_elsewhere(self) -> bool:
+        """Whether rollouts are learned on another prompt than they were sampled on."""
+        return self.hard_sampling == "distill" or self.retries_learn_raw
+
 
 @dataclass(kw_only=True)
 class RewardSettings(Settings):

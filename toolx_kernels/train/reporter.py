@@ -142,8 +142,7 @@ class Reporter:
             scores = evaluate()
         timing = {"seconds": time.perf_counter() - started}
         parts = {name: score.accuracy.value for name, score in scores.parts.items()}
-        spent = {"spent_tokens": rounds.spent_tokens, "spent_fe": rounds.spent_fe}
-        self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **spent)
+        self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **rounds.spent)
         self.evaluated = rounds.step
         return scores.accuracy
 
@@ -154,8 +153,7 @@ class Reporter:
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs what a probe found, and the table of all rows."""
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
-        counts = {"rollouts": found.rollouts, "saved_rollouts": saved}
-        counts |= {"spent_tokens": rounds.spent_tokens, "spent_fe": rounds.spent_fe}
+        counts = {"rollouts": found.rollouts, "saved_rollouts": saved, **rounds.spent}
         self.run.log("probe", rounds.step, {"seconds": found.seconds}, round=round_index, **counters, **counts)
         self.run.write_hard_samples(rounds.table.lines())
 
@@ -182,12 +180,13 @@ class Reporter:
         round_index: int,
         sampled: Sequence[ScoredGroup] = (),
         learned: Sequence[ScoredGroup] = (),
+        trained: Sequence[ScoredGroup] = (),
         dropped: int = 0,
         **values,
     ) -> dict:
-        """Logs a step: the groups that it ``sampled``, those that it ``learned`` from, how many the prompt order
-        ``dropped``, and other ``values``. Returns its line of metrics.jsonl. One that sampled nothing is supervised, an
-        event of its own ("sft").
+        """Logs a step: the groups that it ``sampled``, those that it ``learned`` from, of these those with a gradient,
+        on which it ``trained``, how many the prompt order ``dropped``, and other ``values``. Returns its line of
+        metrics.jsonl. One that sampled nothing is supervised, an event of its own ("sft").
 
         Its ``timing``:
 
@@ -202,7 +201,6 @@ class Reporter:
         if not sampled:
             timing = {"seconds": seconds, "phases": phases}
             return self.run.log("sft", step, timing, round=round_index, **values)
-        trained = [group for group in learned if self.args.beta or group.has_gradient]
         flops = self._flops.sampled(sampled)
         flops += self._flops.trained(trained, self.args.num_iterations, reference=bool(self.args.beta))
         written = sum(rollout.written for group in sampled for rollout in group.rollouts)
@@ -266,7 +264,7 @@ def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
         "rewards": {name: _mean_part(first, name) for name in first[0].parts},
         "accuracy": sum(correct) / len(correct),
         "solved": sum(not group.dead for group in first) / len(first),
-        "replaced": sum(group.shown[0] != RAW or group.shown[-1] != RAW for group in first),
+        "replaced": sum(any(help != RAW for help in group.plan.shown) for group in first),
         "retried": sum(group.tries > 0 for group in first),
         "revived": sum(group.revived for group in first),
         "dropped": dropped,

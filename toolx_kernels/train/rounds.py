@@ -109,6 +109,11 @@ class Rounds:
         read, written = self.collector.prefilled, self.collector.tokens
         return self.trained_fe + sum(read[purpose] + written[purpose] for purpose in self._of_method())
 
+    @property
+    def spent(self) -> dict[str, int]:
+        """Both, as metrics name them."""
+        return {"spent_tokens": self.spent_tokens, "spent_fe": self.spent_fe}
+
     def _of_method(self) -> list[str]:
         return ["step", "retry", "verify", *(["probe"] if self.policy.needs_probe else [])]
 

@@ -86,7 +86,6 @@ class Task:
         solved: which rollouts are solved, given what they earned, which decides what is hard and what is dead.
         demonstrate_rows: whether ``rows`` may be demonstrations for one another.
         left_out: how many rows do not fit the model's context, and are not among these.
-
     """
 
     def __init__(

@@ -204,8 +204,7 @@ class ToolExpanderTrainer:
             checkpoint,
             steps=rounds.step,
             sampled_tokens=sum(self.collector.tokens.values()),
-            spent_tokens=rounds.spent_tokens,
-            spent_fe=rounds.spent_fe,
+            **rounds.spent,
             trained_tokens=rounds.trained_tokens,
             tokens=dict(self.collector.tokens),
             prefilled=dict(self.collector.prefilled),
@@ -221,8 +220,7 @@ class ToolExpanderTrainer:
         with self._naming(f"step {number}"), self.reporter.step(number):
             told = self._improve() if self.imitation.ended else self._imitate()
         self._forget_prefixes()
-        spent = dict(spent_tokens=self.rounds.spent_tokens, spent_fe=self.rounds.spent_fe)
-        return self.reporter.metrics(number, **told | spent)
+        return self.reporter.metrics(number, **told | self.rounds.spent)
 
     def _imitate(self) -> dict:
         """A supervised step on demonstrations."""
@@ -244,6 +242,7 @@ class ToolExpanderTrainer:
             "round_index": index,
             "sampled": sampled,
             "learned": groups,
+            "trained": learner.needed(groups),
             "dropped": sum(not rounds.order.keeps(group) for group in sampled),
             "unrewarded": self.collector.unrewarded,
             "learning_rate": learner.schedule.get_last_lr()[0],
@@ -273,9 +272,10 @@ class ToolExpanderTrainer:
         with self._naming(f"probe before step {rounds.step + 1}"):
             found = rounds.begin_round()
         if found:
-            counters = rounds.table.counters(index)
-            report.probe(rounds, found, index, counters)
-            if index == 0:
+            probed = rounds.probed_round  # an earlier one than the next, where a smaller run skipped some of its rows
+            counters = rounds.table.counters(probed)
+            report.probe(rounds, found, probed, counters)
+            if probed == 0:
                 report.hard_before = counters["hard"]
             self._save()
         report.doing(f"round {index + 1}")

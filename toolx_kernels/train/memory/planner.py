@@ -35,7 +35,7 @@ from toolx_kernels.train.memory.activations import (
 from toolx_kernels.train.memory.optimizers import OPTIMIZERS
 from toolx_kernels.train.memory.plan import Bytes, MemoryPlan
 from toolx_kernels.train.memory.workload import Workload
-from toolx_kernels.train.update.batch import PackedGroup, micro_batches
+from toolx_kernels.train.update.batch import PackedGroup, micro_batches, tokens_of
 
 LEAST_MICRO_BATCH = 512  # tokens; below it a step is slow and little is won
 
@@ -265,7 +265,7 @@ def micro_batch(learned: Sequence[GroupSize], limit: int, token_budget: int) -> 
     """The micro-batch with the most tokens of a step: its groups or parts of groups, and its tokens; completions have
     ``limit`` tokens."""
     batches = micro_batches([group.packed(limit) for group in learned], token_budget)
-    sizes = [sum(group.n_tokens for group in batch) for batch in batches]
+    sizes = [tokens_of(batch) for batch in batches]
     most = max(sizes)
     largest = batches[sizes.index(most)]
     return tuple(GroupSize(len(group.prompt), len(group.completions)) for group in largest), most

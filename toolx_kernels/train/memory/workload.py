@@ -64,7 +64,7 @@ class Workload:
         """The workload of these rows."""
         longest = max(len(prompts.ids(row)) for row in rows)
         shown = longest
-        if args.hard_sampling == "retry" and args.retry_with == "hint":
+        if args.hints:
             room, some = args.max_completion_length, rows[:MOST_SHOWN]
             hints = [(row, prompts.hint(row, share, room)) for row in some for share in ShowHint.shares]
             shown = max(longest, *(len(prompts.ids(row, (), hint)) for row, hint in hints))

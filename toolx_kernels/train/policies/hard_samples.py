@@ -13,7 +13,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import RAW, GroupPlan, Help, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, HardSamples
 from toolx_kernels.train.policies.demonstrators import Demonstrator, RandomDemonstrations, VerifiedDemonstrations
-from toolx_kernels.train.policies.retry import Retry, ShowDemonstrations, ShowHint
+from toolx_kernels.train.policies.retry import PlainGRPO, Retry, ShowDemonstrations, ShowHint
 
 
 class HardSamplePolicy(Protocol):
@@ -38,27 +38,8 @@ class HardSamplePolicy(Protocol):
         """
 
 
-class Once:
-    """Nothing is sampled again."""
-
-    def retry(self, table: HardSamples, groups: Sequence[ScoredGroup]) -> list[tuple[ScoredGroup, GroupPlan]]:
-        return []
-
-
-class PlainGRPO(Once):
-    """Every row stays as it is."""
-
-    needs_probe = False
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        pass
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        return [GroupPlan(row)]
-
-
 @dataclass(slots=True)
-class FewShot(Once):
+class FewShot(PlainGRPO):
     """Hard rows are sampled with demonstrations in their prompt.
 
     replace  instead of the raw prompt
@@ -96,7 +77,7 @@ def chosen_hard_sample_policy(
     drawn = RandomDemonstrations.of(args, index, prompts)
     if args.hard_sampling == "retry":
         hint = partial(prompts.hint, room=args.max_completion_length)
-        return Retry(ShowHint(hint) if args.retry_with == "hint" else ShowDemonstrations(drawn), args.retry_learns)
+        return Retry(ShowHint(hint) if args.hints else ShowDemonstrations(drawn), args.retry_learns)
     if args.demonstrations == "random":
         return FewShot(args.hard_sampling, drawn)
     verified = VerifiedDemonstrations(drawn, args.demonstration_tries, args.verify_rollouts, verification)

@@ -15,7 +15,7 @@ from toolx_kernels.train.cold_start import supervised
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.task import Task
-from toolx_kernels.train.update.batch import PackedGroup
+from toolx_kernels.train.update.batch import PackedGroup, tokens_of
 from toolx_kernels.train.update.learner import Learner
 
 HELD_OUT = 10  # one of so many demonstrations is not imitated and tells when to stop
@@ -80,8 +80,7 @@ class Imitation:
             loss = learner.supervised_loss(examples)
             better = self.best is None or loss < self.best
             self.passes, self.best = (0, loss) if better else (self.passes + 1, self.best)
-            forward = sum(example.n_tokens for example in examples)
-            told |= {"held_out_loss": loss, "trained_fe": told["trained_fe"] + forward}
+            told |= {"held_out_loss": loss, "trained_fe": told["trained_fe"] + tokens_of(examples)}
         return told
 
     # ---- beside RL

@@ -1,4 +1,4 @@
-"""Retries: groups without a solved rollout are sampled again with help, in the same step."""
+"""Hard-sample policies that need no probe: plain GRPO, and groups sampled again with help in the same step."""
 
 from __future__ import annotations
 
@@ -51,8 +51,23 @@ class ShowHint:
         return Help(hint=self.hint(row, self.shares[number]))
 
 
+class PlainGRPO:
+    """Every row stays as it is."""
+
+    needs_probe: ClassVar[bool] = False
+
+    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
+        pass
+
+    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
+        return [GroupPlan(row)]
+
+    def retry(self, table: HardSamples, groups: Sequence[ScoredGroup]) -> list[tuple[ScoredGroup, GroupPlan]]:
+        return []
+
+
 @dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(PlainGRPO):
     """Rows are sampled raw; a group that turns out dead is sampled again with help.
 
     The retried rollouts join the group of failures and are learned on the raw prompt, with advantages over both; or, as
@@ -62,13 +77,6 @@ class Retry:
 
     helper: Helper
     learns: str = "raw"
-    needs_probe: ClassVar[bool] = False
-
-    def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        pass
-
-    def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        return [GroupPlan(row)]
 
     def retry(self, table: HardSamples, groups: Sequence[ScoredGroup]) -> list[tuple[ScoredGroup, GroupPlan]]:
         plans = []

@@ -161,3 +161,8 @@ def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list
             tokens += more
         add(group.part(slice(start, len(group.completions))), tokens)
     return batches
+
+
+def tokens_of(groups: Sequence[PackedGroup]) -> int:
+    """Those that pass through the model once; each prompt counts once."""
+    return sum(group.n_tokens for group in groups)

@@ -22,7 +22,7 @@ from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.policies.loss import PolicyLoss
 from toolx_kernels.train.update.adamw import make_optimizer
-from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, micro_batches, pack
+from toolx_kernels.train.update.batch import PackedBatch, PackedGroup, micro_batches, pack, tokens_of
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.update.results import MicroBatchResult, keep_logprobs, sampler_differences
 from toolx_kernels.train.update.schedule import ExponentialDecay
@@ -94,16 +94,16 @@ class Learner:
             return sum(loss_of(batch.hidden(self.model), batch)[1].loss for batch in packs)
 
     def _supervised(self, groups: Sequence[PackedGroup], coefficient: float = 1.0) -> Work:
-        counted = [
+        n_tokens = sum(
             len(ids) if mask is None else sum(mask)
             for group in groups
             for ids, mask in zip(group.completions, group.masks or [None] * len(group.completions), strict=True)
-        ]
+        )
 
         def loss_of(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, MicroBatchResult]:
             rows = slice(None) if batch.mask is None else batch.mask
             stats = linear_logprob(hidden[rows], targets=batch.targets[rows], **head_of(self.model))
-            loss = -stats.logprobs.sum() / sum(counted) * coefficient
+            loss = -stats.logprobs.sum() / n_tokens * coefficient
             return loss, MicroBatchResult(float(loss.detach()), stats.logprobs.detach().cpu())
 
         return groups, loss_of
@@ -155,8 +155,9 @@ class Learner:
             work += [self._supervised(imitated, coefficient)] if imitated else []
             results = self._accumulate(work)
             norm = self._apply(results, number * self.args.num_iterations + update)
-            metrics["trained_tokens"] += tokens_of(imitated) + tokens_of(together)
-            metrics["trained_fe"] += passes * (tokens_of(imitated) + tokens_of(together))
+            trained = tokens_of(imitated) + tokens_of(together)
+            metrics["trained_tokens"] += trained
+            metrics["trained_fe"] += passes * trained
             if update == 0:
                 metrics |= {"loss": sum(result.loss for result in results), "grad_norm": norm}
                 metrics |= {"imitation_loss": results[-1].loss / coefficient} if imitated else {}
@@ -292,13 +293,13 @@ class Learner:
 
     def _halved(self, failed: Sequence[Sequence[PackedGroup]], reason: str) -> bool:
         """From here on micro-batches have half the tokens of the largest one that ``failed``; warns the first time."""
-        largest = max(failed, key=lambda part: sum(group.n_tokens for group in part))
+        largest = max(failed, key=tokens_of)
         if sum(len(group.completions) for group in largest) == 1:
             raise InputError(
                 f"memory ran out with one completion at a time ({reason}): shorten max_completion_length or the "
                 "prompts, or pass --gradient_checkpointing true; toolx plan tells what a run needs."
             )
-        tokens = sum(group.n_tokens for group in largest)
+        tokens = tokens_of(largest)
         if self.token_budget == self.args.micro_batch_tokens:
             warnings.warn(
                 f"Memory ran out with {tokens} tokens in a micro-batch; going on with half of them at a time, which "
@@ -329,8 +330,3 @@ def packed(group: ScoredGroup, corrected: bool = False) -> PackedGroup:
         [rollout.ref_logprobs for rollout in group.rollouts],
         [rollout.logprobs for rollout in group.rollouts] if corrected else [],
     )
-
-
-def tokens_of(groups: Sequence[PackedGroup]) -> int:
-    """That pass through the model once; each prompt counts once."""
-    return sum(group.n_tokens for group in groups)
