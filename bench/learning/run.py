@@ -1,60 +1,58 @@
-"""The learning records: every arm from the same cold start, at an equal budget of tokens.
+"""The learning records: every arm from the same cold start, at an equal budget.
 
-    python -m bench.learning.run builtin runs/record
-    python -m bench.learning.run builtin runs/record --other-decay
-    python -m bench.learning.run builtin-facts runs/facts --seeds 3 --arms grpo retry replace-better
+    python -m bench.learning.run builtin-facts runs/facts
+    python -m bench.learning.run builtin-facts runs/facts --arms dapo routed
+    python -m bench.learning.run builtin runs/builtin --seeds 4 5 6 7
     python -m bench.learning.seal_rows seal-tools-train.jsonl runs/smollm2/data
     python -m bench.learning.run smollm2 runs/smollm2 --seeds 2 --workers 1
 
 Each run is a process of its own. One that was stopped goes on from its last checkpoint and one that is finished is left
 alone, so the same command goes on with an interrupted record. ``toolx compare`` puts the results side by side.
+
+On builtin-facts ``bench.learning.precondition`` looks at each cold start before any arm is run: the arms get the first
+seeds that pass it. Seeds and budgets were fixed before the first arm ran; seed 0, on whose runs they were sized, is in
+no record.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
 
-REMEDIES = (
-    "grpo", "replace", "replace-better", "add", "distill", "distill-successes", "retry", "retry-shown",
-    "retry-successes", "retry-hint", "routed", "imitate", "zero-variance", "max-variance", "similarity", "dapo", "sft",
-    "sft-grpo", "sft-retry",
-)  # fmt: skip
+NAMED = ("grpo", "retry", "replace", "sft-retry", "sft-grpo", "retry-successes", "replace-better", "imitate")
 
 
 @dataclass(frozen=True)
 class Record:
-    """base      recipes that come before the arm's
-    seeds     of the arms
-    own_cold  each seed has a cold start of its own; otherwise seed 0's serves all
-    arms      recipes in toolx_kernels/configs, each with settings that only it has
+    """base          recipes that come before the arm's
+    seeds         of the arms; where there is a precondition, the first that pass it, from ``seeds[0]`` on
+    own_cold      each seed has a cold start of its own; otherwise seed 0's serves all
+    arms          recipes in toolx_kernels/configs
+    precondition  forward-equivalents of an arm, for ``bench.learning.precondition``
     """
 
     base: tuple[str, ...]
-    seeds: int
+    seeds: tuple[int, ...]
     own_cold: bool
-    arms: dict[str, dict]
+    arms: tuple[str, ...]
+    precondition: int | None = None
 
 
+SEEDS = tuple(range(4, 12))
 RECORDS = {
-    # four examples of one's own take room
-    "builtin": Record(
-        ("builtin",),
-        8,
-        True,
-        {"grpo": {}, "replace": {}, "add": {}, "distill": {}, "self-exemplify": {"max_completion_length": 320}},
-    ),
-    "builtin-facts": Record(("builtin-facts",), 8, True, dict.fromkeys(REMEDIES, {})),
-    "smollm2": Record((), 2, False, {"grpo": {}, "replace": {}, "distill": {}}),
+    "builtin-facts": Record(("builtin-facts",), SEEDS, True, NAMED, precondition=2_000_000),
+    "builtin": Record(("builtin",), SEEDS, True, ("grpo", "retry", "replace")),
+    "smollm2": Record((), (0, 1), False, ("grpo", "replace", "distill")),
 }
-WITHOUT_DECAY = ("grpo",)  # the recipes of all others have 0.8 a round
 
 
 def train(folder: Path, settings: dict, configs: list[str], threads: int) -> None:
@@ -66,51 +64,84 @@ def train(folder: Path, settings: dict, configs: list[str], threads: int) -> Non
         flags.append("--resume")
     command = [sys.executable, "-m", "toolx_kernels.cli", "train", "--output_dir", str(folder), *flags]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     with open(folder.with_suffix(".log"), "a") as log:
         subprocess.run(
-            [*command, "--config", *configs], stdout=log, stderr=subprocess.STDOUT, env=environment, check=True
+            [*command, "--config", *configs], stdout=log, stderr=subprocess.STDOUT, env=environment(threads), check=True
         )
     print(folder, flush=True)
+
+
+def environment(threads: int) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+
+
+def fit(cold: Path, seed: int, record: Record, threads: int) -> bool:
+    """Whether a cold start passes the precondition, which is measured where it has not been yet."""
+    output = cold.with_name(f"precondition-seed{seed}.json")
+    if not output.exists():
+        command = [sys.executable, "-m", "bench.learning.precondition", output, "--budget", record.precondition]
+        settings = ["--model", cold, "--seed", seed, "--config", *record.base, "retry"]
+        with open(output.with_suffix(".log"), "w") as log:
+            subprocess.run(
+                [str(word) for word in (*command, *settings)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(threads),
+                check=True,
+            )
+    passes = json.loads(output.read_text())["passes"]
+    print(output, "passes" if passes else "fails", flush=True)
+    return passes
+
+
+def first_fit(seeds: Sequence[int], cold_start: Callable[[int], bool], pool: ThreadPoolExecutor) -> list[int]:
+    """As many seeds as asked for: these, and for each that does not fit the next one after all of them."""
+    chosen, asked = [], list(seeds)
+    while asked:
+        fits = list(pool.map(cold_start, asked))
+        chosen += [seed for seed, one in zip(asked, fits, strict=True) if one]
+        asked = list(range(asked[-1] + 1, asked[-1] + 1 + fits.count(False)))
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", choices=RECORDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, help="of the arms")
-    parser.add_argument("--arms", nargs="+")
-    parser.add_argument("--other-decay", action="store_true", help="0.8 a round where the recipe has none, else none")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the arms")
+    parser.add_argument("--arms", nargs="+", help="any recipes of toolx train")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args()
     record = RECORDS[args.record]
-    seeds, threads = range(args.seeds or record.seeds), max(1, os.cpu_count() // args.workers)
+    seeds, threads = args.seeds or record.seeds, max(1, os.cpu_count() // args.workers)
     data = {}
     if args.record == "smollm2":
         data["eval_dataset"] = args.folder / "data" / "bfcl.jsonl"
         data["demonstration_dataset"] = args.folder / "data" / "demonstrations.jsonl"
 
-    def cold_start(seed: int) -> None:
+    def cold_start(seed: int) -> bool:
+        """Whether arms may begin from it."""
         settings = {"seed": seed, **data}
         if data:
             settings["dataset"] = args.folder / "data" / "cold.jsonl"
-        configs = [*record.base, str(CONFIGS / f"{args.record}-cold.yaml")]
-        train(args.folder / f"cold-seed{seed}", settings, configs, threads)
+        folder = args.folder / f"cold-seed{seed}"
+        train(folder, settings, [*record.base, str(CONFIGS / f"{args.record}-cold.yaml")], threads)
+        return record.precondition is None or fit(folder, seed, record, threads)
 
     def arm(seed: int, name: str) -> None:
         cold = seed if record.own_cold else 0
-        settings = {"seed": seed, "model": args.folder / f"cold-seed{cold}", **data, **record.arms[name]}
+        settings = {"seed": seed, "model": args.folder / f"cold-seed{cold}", **data}
         if data:
             settings["dataset"] = args.folder / "data" / "rl.jsonl"
-        folder = args.folder / f"{name}-seed{seed}"
-        if args.other_decay:
-            settings["lr_decay"] = 0.8 if name in WITHOUT_DECAY else 1.0
-            folder = args.folder / f"{name}-{'with' if name in WITHOUT_DECAY else 'without'}-decay-seed{seed}"
-        train(folder, settings, [*record.base, name, str(CONFIGS / f"{args.record}-arm.yaml")], threads)
+        configs = [*record.base, name, str(CONFIGS / f"{args.record}-arm.yaml")]
+        train(args.folder / f"{name}-seed{seed}", settings, configs, threads)
 
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(cold_start, seeds if record.own_cold else [0]))
-        jobs = [(seed, name) for seed in seeds for name in args.arms or record.arms]
+        if record.own_cold:
+            seeds = first_fit(seeds, cold_start, pool)
+        else:
+            cold_start(0)
+        jobs = [(seed, name) for name in args.arms or record.arms for seed in seeds]
         list(pool.map(lambda job: arm(*job), jobs))
 
 

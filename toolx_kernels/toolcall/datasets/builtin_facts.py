@@ -1,10 +1,13 @@
 """The built-in task with facts that exploration does not find: codes that only demonstrations tell.
 
-Tools, requests and the tiers easy, hard and convention are those of ``builtin``, but a tool's noun alone decides its
-kind: plain, ``convention`` (a ``currency``, one of four that the signature lists), ``office`` (a code that all such
-tools share: one fact) or ``account`` (a code that the tools of one noun share: one fact a noun). No request mentions a
-code and no signature lists them. There are 141, each one token of the tiny model; the cold start has the habit of
-``COLD_CODE``, which is always wrong, and copies whichever code demonstrations show.
+Tools, requests and the tiers easy and hard are those of ``builtin``, but a tool's noun alone decides its kind: plain,
+``office`` (a code that all such tools share: one fact) or ``account`` (a code that the tools of one noun share: one
+fact a noun). No request mentions a code and no signature lists them. There are 141, each one token of the tiny model;
+the cold start has the habit of ``COLD_CODE``, which is always wrong, and copies whichever code demonstrations show.
+
+``builtin``'s tier ``convention`` (a ``currency``, one of four that the signature lists) is part of the cold start
+alone. Among rows to learn it would undo the task: who is rewarded for giving up one wrong habit gives up the others
+too, draws codes nearly uniformly from then on, and stumbles on the facts.
 
 Each tool that training rows offer is solved once in ``documentation``, the only rows that demonstrate anything.
 Held-out rows share the facts with it and with training rows, but no tool name, string or integer.
@@ -33,8 +36,7 @@ from toolx_kernels.toolcall.rows import Row
 NOUNS = {
     "account": ("flight", "report", "tour"),
     "office": ("ticket", "contract", "garden", "parcel", "lesson"),
-    "convention": ("hotel", "concert", "package", "room"),
-    "plain": ("table", "invoice", "meeting", "car", "course", "boat", "dinner", "museum"),
+    "plain": tuple("table invoice meeting car course boat dinner museum hotel concert package room".split()),
 }
 KIND_OF_NOUN = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
 UNTOLD = {"convention": "currency", "office": "office", "account": "account"}  # the argument that no request mentions
@@ -52,7 +54,7 @@ HABITS = {"convention": builtin.COLD_CURRENCY, "office": COLD_CODE, "account": C
 
 LEVELS = {tier: builtin.LEVELS[tier] for tier in ("easy", "hard", "convention")}
 LEVELS |= dict.fromkeys(("office", "account"), builtin.LEVELS["convention"])
-TIERS = tuple(LEVELS)
+TIERS = ("easy", "hard", "office", "account", "account")  # of rows: twice as many for the facts that are narrow
 MOST_DISTRACTORS = 3  # that documentation offers
 
 Untold = Callable[[str, str], str]  # kind and noun of a tool -> the value of its untold argument
@@ -84,8 +86,6 @@ class Fact:
 @cache
 def required(kind: str, noun: str) -> str:
     """What the untold argument of a tool of this kind and noun must be."""
-    if kind == "convention":
-        return builtin.WANTED_CURRENCY
     codes = CODES[len(CODES) // 2 :]  # those that the cold start shows last and least
     office, *accounts = random.Random("facts").sample(codes, 1 + len(NOUNS["account"]))
     return office if kind == "office" else accounts[NOUNS["account"].index(noun)]
@@ -205,8 +205,9 @@ def _row(tier: str, identifier: str, catalogue: _Catalogue, untold: Untold, rng:
 
 def _rows(count: int, seed: int, tiers: Sequence[str], side: str) -> list[Row]:
     for tier in tiers:
-        if tier not in LEVELS:
-            raise InputError(f"unknown tier {tier!r} of the built-in task with facts; use some of {', '.join(TIERS)}")
+        if tier not in TIERS:
+            known = ", ".join(dict.fromkeys(TIERS))
+            raise InputError(f"unknown tier {tier!r} of the built-in task with facts; use some of {known}")
     rng, catalogue = random.Random(f"{side} rows with facts {seed}"), _Catalogue(side)
     chosen = [tiers[i % len(tiers)] for i in range(count)]
     return [_row(tier, f"{tier}-{i}", catalogue, required, rng) for i, tier in enumerate(chosen)]
