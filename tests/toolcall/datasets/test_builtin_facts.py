@@ -10,7 +10,7 @@ import pytest
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
-from toolx_kernels.toolcall.datasets import builtin, builtin_facts
+from toolx_kernels.toolcall.datasets import builtin_facts
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import check_row
 
