@@ -11,7 +11,8 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95 % interval; they are None where a single observation allows none."""
+    """A value and the ends of its interval, 95 % where nothing else is said; they are None where a single observation
+    allows none."""
 
     value: float
     low: float | None
@@ -30,7 +31,7 @@ def wilson(share: float, n: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def mean_of(values: Sequence[float]) -> Estimate | None:
+def mean_of(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate | None:
     """The mean of independent values with Student's t interval; None of no values."""
     if not values:
         return None
@@ -39,5 +40,5 @@ def mean_of(values: Sequence[float]) -> Estimate | None:
         return Estimate(mean, None, None)
     from scipy.special import stdtrit  # quantiles of Student's t; needed by toolx compare alone
 
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)

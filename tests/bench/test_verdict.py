@@ -1,0 +1,88 @@
+"""What the built-in records decide."""
+
+import json
+
+import pytest
+from scipy.stats import t
+
+from bench.learning.verdict import holm, main, p_value, verdict
+
+SEEDS = range(4, 9)
+NOISE = (0.02, -0.01, 0.0, -0.02, 0.01)
+
+
+def runs(**arms):
+    """As runs.json has them: accuracies end at an arm's level, with some noise a seed, hard rows at 100 x (1 - it)."""
+    return [
+        {
+            "run": f"{arm.replace('_', '-')}-seed{seed}",
+            "events": [
+                {"event": "eval", "accuracy": 0.9},
+                {"event": "probe", "hard": 500},
+                {"event": "eval", "accuracy": 0.3 * noise * seed + level},
+                {"event": "probe", "hard": 100 * (1 - level) + seed * (arm == "retry")},
+            ],
+        }
+        for arm, level in arms.items()
+        for seed, noise in zip(SEEDS, NOISE, strict=True)
+    ]
+
+
+def found(builtin_retry=0.5, replace=0.4, sft_retry=0.5, **others):
+    facts = runs(grpo=0.3, retry=0.5, replace=replace, sft_grpo=0.5, sft_retry=sft_retry, **others)
+    of_builtin = runs(grpo=0.5, replace=0.5, retry=builtin_retry)
+    for seed, run in enumerate(each for each in facts if each["run"].startswith(("retry", "sft"))):
+        run["events"][2]["accuracy"] += 0.01 * (seed % 3)
+    return verdict(facts, of_builtin)
+
+
+def test_retry_is_the_default_only_where_all_three_intervals_say_so():
+    assert found()["default_is_retry"] and [each["holds"] for each in found()["default"]] == [True] * 3
+    assert [each["holds"] for each in found(replace=0.505)["default"]] == [True, False, True]
+    assert [each["holds"] for each in found(builtin_retry=0.48)["default"]] == [True, True, True]
+    lost = found(builtin_retry=0.46)
+    assert [each["holds"] for each in lost["default"]] == [True, True, False] and not lost["default_is_retry"]
+    first = found()["default"][0]
+    assert first["pairs"] == 5 and first["accuracy"].value == pytest.approx(0.2 + 0.01 * 4 / 5)
+    assert first["hard"].value == pytest.approx(-20 + 6)
+
+
+def test_a_supervised_start_is_recommended_where_it_is_clearly_ahead_of_retry():
+    assert found()["recommended_with_demonstrations"] == []
+    assert found(sft_retry=0.6)["recommended_with_demonstrations"] == ["sft-retry"]
+    assert found(sft_retry=0.4)["recommended_with_demonstrations"] == []
+
+
+def test_other_arms_are_judged_at_the_level_that_their_place_among_all_has():
+    base = dict.fromkeys(SEEDS, 0.0)
+    spread = {seed: noise for seed, noise in zip(SEEDS, NOISE, strict=True)}
+    arms = {
+        "far": {seed: 0.3 + x for seed, x in spread.items()},
+        "near": {seed: 0.025 + x for seed, x in spread.items()},
+        "level": dict(spread),
+        "few": {4: 0.5},
+    }
+    adjusted = holm(arms, base)
+    assert [*adjusted] == ["far", "near", "level", "few"]
+    assert [each["confidence"] for each in adjusted.values()] == pytest.approx([1 - 0.05 / k for k in (4, 3, 2, 1)])
+    half = t.ppf(1 - 0.05 / 3 / 2, 4) * (0.00025**0.5) / 5**0.5
+    assert adjusted["near"]["difference"][1:] == pytest.approx((0.025 - half, 0.025 + half))
+    assert p_value([0.025 + x for x in NOISE]) < 0.05 < 3 * p_value([0.025 + x for x in NOISE])
+    assert [each["differs"] for each in adjusted.values()] == [True, False, False, False]
+    assert adjusted["few"]["pairs"] == 1 and adjusted["few"]["difference"].low is None
+    assert p_value([0.1, 0.1]) == 0.0 and p_value([0.0, 0.0]) == 1.0
+
+
+def test_the_page_is_written_from_the_committed_runs(tmp_path):
+    for task, arms in (
+        ("builtin-facts", {"grpo": 0.3, "retry": 0.5, "replace": 0.3, "sft_grpo": 0.5, "sft_retry": 0.5, "dapo": 0.3}),
+        ("builtin", {"grpo": 0.5, "replace": 0.5, "retry": 0.5}),
+    ):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "runs.json").write_text(json.dumps(runs(**arms)))
+    main(str(tmp_path))
+    page = (tmp_path / "verdict.md").read_text()
+    assert "| builtin-facts: retry minus grpo | 5 | +0.200 [+0.200, +0.200] | -14.0 [-16.0, -12.0] | yes |" in page
+    assert "| dapo | 5 | +0.000 [+0.000, +0.000] | 95.00 % | no |" in page and "Default: retry." in page
+    numbers = json.loads((tmp_path / "verdict.json").read_text())
+    assert numbers["default"][1]["accuracy"]["value"] == pytest.approx(0.2)
