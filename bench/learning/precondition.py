@@ -211,7 +211,7 @@ def main() -> None:
     everything, tiers = counts(rows, args.probe_rollouts), sorted({row.tier for row in rows})
     passed = passes_over(rows, args.num_generations, own.budget, args.num_iterations, bool(args.beta))
     of_facts = facts(rows, args.num_generations, passed)
-    names = ("model", "dataset", "seed", "temperature", "probe_rollouts", "num_generations")
+    names = ("dataset", "seed", "temperature", "probe_rollouts", "num_generations")
     result = {
         "passes": passes(everything, of_facts),
         **everything,
@@ -220,6 +220,7 @@ def main() -> None:
         "budget": own.budget,
         "passes_over_rows": {name: rounded(number) for name, number in passed.items()},
         "facts": of_facts,
+        "model": Path(args.model).name,
         **{name: getattr(args, name) for name in names},
     }
     write_atomically(own.output, json.dumps(result, indent=1) + "\n")
