@@ -49,7 +49,7 @@ class Record:
 
 SEEDS = tuple(range(4, 12))
 RECORDS = {
-    "builtin-facts": Record(("builtin-facts",), SEEDS, True, NAMED, precondition=2_000_000),
+    "builtin-facts": Record(("builtin-facts",), SEEDS, True, NAMED, precondition=2_500_000),
     "builtin": Record(("builtin",), SEEDS, True, ("grpo", "retry", "replace")),
     "smollm2": Record((), (0, 1), False, ("grpo", "replace", "distill")),
 }
