@@ -3,11 +3,14 @@
     python -m bench.learning.run builtin-facts runs/facts
     python -m bench.learning.run builtin-facts runs/facts --arms dapo routed
     python -m bench.learning.run builtin runs/builtin --seeds 4 5 6 7
-    python -m bench.learning.seal_rows seal-tools-train.jsonl runs/smollm2/data
-    python -m bench.learning.run smollm2 runs/smollm2 --seeds 2 --workers 1
+    python -m bench.learning.real_rows smollm2 runs/smollm2/data seal-tools-train.jsonl
+    python -m bench.learning.run smollm2 runs/smollm2 --workers 1
+    python -m bench.learning.real_rows coder runs/coder/data xlam-star.jsonl seal-tools-train.jsonl
+    python -m bench.learning.run coder runs/coder --model coder.gguf --workers 1 --turn 2
 
 Each run is a process of its own. One that was stopped goes on from its last checkpoint and one that is finished is left
-alone, so the same command goes on with an interrupted record. ``toolx compare`` puts the results side by side.
+alone, so the same command goes on with an interrupted record. ``toolx compare`` puts the results side by side;
+``bench.learning.measure`` measures the models of smollm2 and coder before and after.
 
 On builtin-facts ``bench.learning.precondition`` looks at each cold start before any arm is run: the arms get the first
 seeds that pass it. Seeds and budgets were fixed before the first arm ran; seed 0, on whose runs they were sized, is in
@@ -19,14 +22,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
+POLL_SECONDS = 1.0
 
 NAMED = ("grpo", "retry", "replace", "sft-retry", "sft-grpo", "retry-successes", "replace-better", "imitate")
 
@@ -38,6 +44,8 @@ class Record:
     own_cold      each seed has a cold start of its own; otherwise seed 0's serves all
     arms          recipes in toolx_kernels/configs
     precondition  forward-equivalents of an arm, for ``bench.learning.precondition``
+    cold          whether there are cold starts; otherwise arms begin with --model
+    real          the rows are those of ``bench.learning.real_rows``, in the record's folder
     """
 
     base: tuple[str, ...]
@@ -45,30 +53,47 @@ class Record:
     own_cold: bool
     arms: tuple[str, ...]
     precondition: int | None = None
+    cold: bool = True
+    real: bool = False
 
 
 SEEDS = tuple(range(4, 12))
 RECORDS = {
     "builtin-facts": Record(("builtin-facts",), SEEDS, True, NAMED, precondition=2_500_000),
     "builtin": Record(("builtin",), SEEDS, True, ("grpo", "retry", "replace")),
-    "smollm2": Record((), (0, 1), False, ("grpo", "replace", "distill")),
+    "smollm2": Record((), (0,), False, ("grpo", "retry"), real=True),
+    "coder": Record((), (0,), False, ("grpo", "retry"), cold=False, real=True),
 }
 
 
-def train(folder: Path, settings: dict, configs: list[str], threads: int) -> None:
-    """One run, finished when this returns; raises when it fails."""
+def train(folder: Path, settings: dict, configs: list[str], threads: int, turn: int | None = None) -> bool:
+    """One run, or ``turn`` steps more of it; whether it is finished. Raises when it fails."""
     if (folder / "summary.json").exists():
-        return
+        return True
     flags = [f"--{name}={value}" for name, value in settings.items()]
     if (folder / "config.yaml").exists():
         flags.append("--resume")
     command = [sys.executable, "-m", "toolx_kernels.cli", "train", "--output_dir", str(folder), *flags]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a") as log:
-        subprocess.run(
-            [*command, "--config", *configs], stdout=log, stderr=subprocess.STDOUT, env=environment(threads), check=True
-        )
+        command += ["--config", *configs]
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(threads))
+        enough, told = saved_steps(folder) + (turn or 0), False
+        while run.poll() is None:
+            if turn and not told and saved_steps(folder) >= enough:
+                run.terminate()  # it finishes the step that it has begun, and saves it
+                told = True
+            time.sleep(POLL_SECONDS)
+    if told and run.returncode == 128 + signal.SIGTERM:
+        return False
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command)
     print(folder, flush=True)
+    return True
+
+
+def saved_steps(folder: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -111,12 +136,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of the arms")
     parser.add_argument("--arms", nargs="+", help="any recipes of toolx train")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--model", help="that arms begin with, where the record has no cold start")
+    parser.add_argument("--turn", type=int, help="saved steps after which a run lets the next one go on")
     args = parser.parse_args()
     record = RECORDS[args.record]
     seeds, threads = args.seeds or record.seeds, max(1, os.cpu_count() // args.workers)
+    if bool(args.model) is record.cold:
+        parser.error(f"{args.record} {'has cold starts and takes no' if record.cold else 'needs a'} --model")
     data = {}
-    if args.record == "smollm2":
-        data["eval_dataset"] = args.folder / "data" / "bfcl.jsonl"
+    if record.real:  # a run must evaluate at its end; bench.learning.measure does it on all rows
+        data = {"eval_dataset": args.folder / "data" / "bfcl.jsonl", "eval_rows": 1}
         data["demonstration_dataset"] = args.folder / "data" / "demonstrations.jsonl"
 
     def cold_start(seed: int) -> bool:
@@ -128,21 +157,23 @@ def main() -> None:
         train(folder, settings, [*record.base, str(CONFIGS / f"{args.record}-cold.yaml")], threads)
         return record.precondition is None or fit(folder, seed, record, threads)
 
-    def arm(seed: int, name: str) -> None:
-        cold = seed if record.own_cold else 0
-        settings = {"seed": seed, "model": args.folder / f"cold-seed{cold}", **data}
+    def arm(seed: int, name: str) -> bool:
+        cold = args.folder / f"cold-seed{seed if record.own_cold else 0}"
+        settings = {"seed": seed, "model": cold if record.cold else args.model, **data}
         if data:
             settings["dataset"] = args.folder / "data" / "rl.jsonl"
         configs = [*record.base, name, str(CONFIGS / f"{args.record}-arm.yaml")]
-        train(args.folder / f"{name}-seed{seed}", settings, configs, threads)
+        return train(args.folder / f"{name}-seed{seed}", settings, configs, threads, args.turn)
 
     with ThreadPoolExecutor(args.workers) as pool:
         if record.own_cold:
             seeds = first_fit(seeds, cold_start, pool)
-        else:
+        elif record.cold:
             cold_start(0)
         jobs = [(seed, name) for name in args.arms or record.arms for seed in seeds]
-        list(pool.map(lambda job: arm(*job), jobs))
+        while jobs:
+            finished = list(pool.map(lambda job: arm(*job), jobs))
+            jobs = [job for job, done in zip(jobs, finished, strict=True) if not done]
 
 
 if __name__ == "__main__":
