@@ -94,7 +94,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.facts[name] = json.loads(text)
-        print(f"{line['at']:>6.1f} {status:<8}{name}: {self.clean(words(found))}"[:400], flush=True)
+        print(f"{line['at']:>6.1f} {status:<7} {name}: {self.clean(words(found))}"[:400], flush=True)
 
 
 def read_journal(path: Path) -> dict[str, dict]:
