@@ -2,7 +2,7 @@
 
     python -m bench.learning.run builtin-facts runs/facts
     python -m bench.learning.run builtin-facts runs/facts --arms dapo routed
-    python -m bench.learning.run builtin runs/builtin --seeds 4 5 6 7
+    python -m bench.learning.run builtin runs/builtin --seeds 4 5 --arms grpo retry
     python -m bench.learning.real_rows smollm2 runs/smollm2/data seal-tools-train.jsonl
     python -m bench.learning.run smollm2 runs/smollm2 --workers 1
     python -m bench.learning.real_rows coder runs/coder/data xlam-star.jsonl seal-tools-train.jsonl
@@ -13,8 +13,8 @@ alone, so the same command goes on with an interrupted record. ``toolx compare``
 ``bench.learning.measure`` measures the models of smollm2 and coder before and after.
 
 On builtin-facts ``bench.learning.precondition`` looks at each cold start before any arm is run: the arms get the first
-seeds that pass it. Seeds and budgets were fixed before the first arm ran; seed 0, on whose runs they were sized, is in
-no record.
+seeds that pass it. Seeds and budgets were fixed before the first arm ran. Of seed 0, on whose runs they were sized, the
+record has the random weights, with which all its cold starts begin.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Record:
     real: bool = False
 
 
-SEEDS = tuple(range(4, 12))
 RECORDS = {
-    "builtin-facts": Record(("builtin-facts",), SEEDS, True, NAMED, precondition=2_500_000),
-    "builtin": Record(("builtin",), SEEDS, True, ("grpo", "retry", "replace")),
+    "builtin-facts": Record(("builtin-facts",), tuple(range(4, 12)), True, NAMED, precondition=2_500_000),
+    # the seeds whose cold starts passed the precondition of builtin-facts
+    "builtin": Record(("builtin",), (4, 5, 7, 8, 11, 12, 14, 15), True, ("grpo", "retry", "replace", "sft-retry")),
     "smollm2": Record((), (0,), False, ("grpo", "retry"), real=True),
     "coder": Record((), (0,), False, ("grpo", "retry"), cold=False, real=True),
 }

@@ -10,10 +10,12 @@ rules were fixed before the runs:
   a loss of more than .03. (That no real model contradicts it is judged by hand.)
 - ``sft-grpo`` or ``sft-retry`` is recommended to whoever has demonstrations if it is ahead of ``retry`` on
   builtin-facts with its interval clear of 0.
-- Every other arm is reported beside ``grpo`` with intervals adjusted for their number (Holm 1979, Scand. J. Statist.
-  6, p. 65): of m arms ordered by their p-values the k-th has the confidence 1 - .05 / (m - k + 1), and from the first
-  whose interval contains 0 on, none differs. The m are all arms that are not named above; where fewer seeds ran, their
-  pairs say so.
+- Every other arm is reported beside ``grpo`` with intervals that agree with Holm's test of them all (1979, Scand. J.
+  Statist. 6, p. 65): of m arms ordered by their p-values the k-th has the confidence 1 - .05 / (m - k + 1), and from
+  the first whose interval contains 0 on, none differs. (They are not simultaneous intervals, but for the first.) The m
+  are all arms that are not named above; where fewer seeds ran, their pairs say so.
+
+A rule whose arms do not have eight seeds in common decides nothing yet.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from toolx_kernels.files import write_atomically
 DEFAULT, BASELINE, PAPER = "retry", "grpo", "replace"
 WITH_DEMONSTRATIONS = ("sft-grpo", "sft-retry")
 LARGEST_LOSS = 0.03  # of held-out accuracy on builtin
+PAIRS = 8  # of seeds, before a rule decides
 
 Ends = dict[str, dict[int, float]]  # the last value of a curve, by arm and seed
 
@@ -80,8 +83,9 @@ def clear(difference: Estimate | None) -> bool:
     return difference is not None and difference.low is not None and (difference.low > 0 or difference.high < 0)
 
 
-def above(difference: Estimate | None, bound: float = 0.0) -> bool:
-    return difference is not None and difference.low is not None and difference.low > bound
+def holding(difference: Mapping, bound: float) -> bool | None:
+    """Whether the interval of an accuracy lies above ``bound``; None where too few seeds have run."""
+    return None if difference["pairs"] < PAIRS else difference["accuracy"].low > bound
 
 
 def verdict(facts: list[dict], builtin: list[dict]) -> dict:
@@ -90,8 +94,8 @@ def verdict(facts: list[dict], builtin: list[dict]) -> dict:
     hard = {"builtin-facts": ends(facts, "probe", "hard"), "builtin": ends(builtin, "probe", "hard")}
 
     def minus(task: str, arm: str, other: str) -> dict:
-        of_accuracy = paired_difference(accuracy[task][arm], accuracy[task][other])
-        of_hard = paired_difference(hard[task][arm], hard[task][other])
+        of_accuracy = paired_difference(accuracy[task].get(arm, {}), accuracy[task].get(other, {}))
+        of_hard = paired_difference(hard[task].get(arm, {}), hard[task].get(other, {}))
         return {
             "task": task,
             "arm": arm,
@@ -106,16 +110,20 @@ def verdict(facts: list[dict], builtin: list[dict]) -> dict:
         minus("builtin-facts", DEFAULT, PAPER),
         minus("builtin", DEFAULT, BASELINE),
     ]
-    holds = [above(each["accuracy"], bound) for each, bound in zip(conditions, (0, 0, -LARGEST_LOSS), strict=True)]
+    holds = [holding(each, bound) for each, bound in zip(conditions, (0, 0, -LARGEST_LOSS), strict=True)]
     beside = [minus("builtin-facts", arm, DEFAULT) for arm in WITH_DEMONSTRATIONS]
     named = {BASELINE, DEFAULT, PAPER, *WITH_DEMONSTRATIONS}
-    others = {arm: of_seeds for arm, of_seeds in accuracy["builtin-facts"].items() if arm not in named}
+    others = [arm for arm in accuracy["builtin-facts"] if arm not in named]
+
+    def adjusted(of_arms: Ends) -> dict[str, dict]:
+        return holm({arm: of_arms[arm] for arm in others}, of_arms[BASELINE])
+
     return {
         "default": [each | {"holds": one} for each, one in zip(conditions, holds, strict=True)],
-        "default_is_retry": all(holds),
+        "default_is_retry": None if None in holds and False not in holds else all(holds),
         "with_demonstrations": beside,
-        "recommended_with_demonstrations": [each["arm"] for each in beside if above(each["accuracy"])],
-        "other_arms": holm(others, accuracy["builtin-facts"][BASELINE]),
+        "recommended_with_demonstrations": [each["arm"] for each in beside if holding(each, 0)],
+        "other_arms": {"accuracy": adjusted(accuracy["builtin-facts"]), "hard": adjusted(hard["builtin-facts"])},
     }
 
 
@@ -126,22 +134,29 @@ def page(found: Mapping) -> str:
 
     head = ["difference, paired by seed", "pairs", "held-out accuracy", "hard rows"]
     rules = [[*head, "holds"]]
-    rules += [[*row(each), "yes" if each["holds"] else "no"] for each in found["default"]]
+    said = {True: "yes", False: "no", None: "not decided yet"}
+    rules += [[*row(each), said[each["holds"]]] for each in found["default"]]
+    default = {True: DEFAULT, False: "as it was", None: "not decided yet"}[found["default_is_retry"]]
     beside = [head, *(row(each) for each in found["with_demonstrations"])]
-    others = [["builtin-facts, minus grpo", "pairs", "held-out accuracy", "confidence", "differs"]]
-    for arm, each in found["other_arms"].items():
-        numbers = estimate(each["difference"], 3, "+"), f"{100 * each['confidence']:.2f} %"
-        others.append([arm, str(each["pairs"]), *numbers, "yes" if each["differs"] else "no"])
+    others = [["builtin-facts, minus grpo", "pairs", "held-out accuracy", "differs", "hard rows", "differs"]]
+    for arm, of_accuracy in found["other_arms"]["accuracy"].items():
+        of_hard = found["other_arms"]["hard"][arm]
+        cells = [
+            cell
+            for each, digits in ((of_accuracy, 3), (of_hard, 1))
+            for cell in (estimate(each["difference"], digits, "+"), said[each["differs"]])
+        ]
+        others.append([arm, str(of_accuracy["pairs"]), *cells])
     recommended = ", ".join(found["recommended_with_demonstrations"]) or "none"
     return "\n\n".join(
         [
             markdown(rules),
-            f"Default: {DEFAULT if found['default_is_retry'] else 'as it was'}.",
+            f"Default: {default}.",
             markdown(beside),
             f"Ahead of {DEFAULT} with an interval clear of 0: {recommended}.",
             markdown(others),
-            "95 % intervals of Student's t over seeds; those of the last table are adjusted for their number (Holm). "
-            "The rules stand in bench/learning/verdict.py.\n",
+            "95 % intervals of Student's t over seeds; those of the last table have the levels of Holm's test. Rules: "
+            "bench/learning/verdict.py.\n",
         ]
     )
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from scipy.stats import t
 
-from bench.learning.verdict import holm, main, p_value, verdict
+from bench.learning.verdict import holm, main, p_value, page, verdict
 
-SEEDS = range(4, 9)
-NOISE = (0.02, -0.01, 0.0, -0.02, 0.01)
+SEEDS = range(4, 12)
+NOISE = (0.02, -0.01, 0.0, -0.02, 0.01, 0.01, 0.0, -0.01)
 
 
 def runs(**arms):
@@ -43,8 +43,20 @@ def test_retry_is_the_default_only_where_all_three_intervals_say_so():
     lost = found(builtin_retry=0.46)
     assert [each["holds"] for each in lost["default"]] == [True, True, False] and not lost["default_is_retry"]
     first = found()["default"][0]
-    assert first["pairs"] == 5 and first["accuracy"].value == pytest.approx(0.2 + 0.01 * 4 / 5)
-    assert first["hard"].value == pytest.approx(-20 + 6)
+    assert first["pairs"] == 8 and first["accuracy"].value == pytest.approx(0.2 + 0.01 * 7 / 8)
+    assert first["hard"].value == pytest.approx(-20 + 7.5)
+
+
+def test_rules_whose_seeds_are_not_complete_decide_nothing():
+    facts = runs(grpo=0.3, retry=0.5, replace=0.4, sft_grpo=0.6, sft_retry=0.6)
+    missing = verdict([run for run in facts if run["run"] not in ("retry-seed7", "sft-grpo-seed4")], [])
+    assert [(each["pairs"], each["holds"]) for each in missing["default"]] == [(7, None), (7, None), (0, None)]
+    assert missing["default_is_retry"] is None and missing["recommended_with_demonstrations"] == []
+    assert "not decided yet" in page(missing)
+    lost = verdict(facts, runs(grpo=0.5, retry=0.4))
+    assert lost["default_is_retry"] is False
+    facts = [run for run in facts if run["run"] != "replace-seed7"]
+    assert verdict(facts, runs(grpo=0.5, retry=0.4))["default_is_retry"] is False, "whatever the others will say"
 
 
 def test_a_supervised_start_is_recommended_where_it_is_clearly_ahead_of_retry():
@@ -54,8 +66,9 @@ def test_a_supervised_start_is_recommended_where_it_is_clearly_ahead_of_retry():
 
 
 def test_other_arms_are_judged_at_the_level_that_their_place_among_all_has():
-    base = dict.fromkeys(SEEDS, 0.0)
-    spread = {seed: noise for seed, noise in zip(SEEDS, NOISE, strict=True)}
+    seeds = range(4, 9)
+    base = dict.fromkeys(seeds, 0.0)
+    spread = dict(zip(seeds, (0.02, -0.01, 0.0, -0.02, 0.01), strict=True))
     arms = {
         "far": {seed: 0.3 + x for seed, x in spread.items()},
         "near": {seed: 0.025 + x for seed, x in spread.items()},
@@ -67,10 +80,15 @@ def test_other_arms_are_judged_at_the_level_that_their_place_among_all_has():
     assert [each["confidence"] for each in adjusted.values()] == pytest.approx([1 - 0.05 / k for k in (4, 3, 2, 1)])
     half = t.ppf(1 - 0.05 / 3 / 2, 4) * (0.00025**0.5) / 5**0.5
     assert adjusted["near"]["difference"][1:] == pytest.approx((0.025 - half, 0.025 + half))
-    assert p_value([0.025 + x for x in NOISE]) < 0.05 < 3 * p_value([0.025 + x for x in NOISE])
+    near = [0.025 + x for x in spread.values()]
+    assert p_value(near) < 0.05 < 3 * p_value(near)
     assert [each["differs"] for each in adjusted.values()] == [True, False, False, False]
     assert adjusted["few"]["pairs"] == 1 and adjusted["few"]["difference"].low is None
     assert p_value([0.1, 0.1]) == 0.0 and p_value([0.0, 0.0]) == 1.0
+    two = {name: {seed: shift + x for seed, x in spread.items()} for name, shift in (("a", 0.0225), ("b", 0.022))}
+    first, second = holm(two, base).values()
+    assert 0.025 < p_value(0.0225 + x for x in spread.values()) < 0.05 and not first["differs"]
+    assert second["difference"].low > 0 and not second["differs"], "after one that does not differ none does"
 
 
 def test_the_page_is_written_from_the_committed_runs(tmp_path):
@@ -81,8 +99,8 @@ def test_the_page_is_written_from_the_committed_runs(tmp_path):
         (tmp_path / task).mkdir()
         (tmp_path / task / "runs.json").write_text(json.dumps(runs(**arms)))
     main(str(tmp_path))
-    page = (tmp_path / "verdict.md").read_text()
-    assert "| builtin-facts: retry minus grpo | 5 | +0.200 [+0.200, +0.200] | -14.0 [-16.0, -12.0] | yes |" in page
-    assert "| dapo | 5 | +0.000 [+0.000, +0.000] | 95.00 % | no |" in page and "Default: retry." in page
+    said = (tmp_path / "verdict.md").read_text()
+    assert "| builtin-facts: retry minus grpo | 8 | +0.200 [+0.200, +0.200] | -12.5 [-14.5, -10.5] | yes |" in said
+    assert "| dapo | 8 | +0.000 [+0.000, +0.000] | no | +0.0 [+0.0, +0.0] | no |" in said and "Default: retry." in said
     numbers = json.loads((tmp_path / "verdict.json").read_text())
     assert numbers["default"][1]["accuracy"]["value"] == pytest.approx(0.2)

@@ -114,13 +114,15 @@ def test_the_figures_of_an_arm(tmp_path):
 
 
 def test_forgetting_is_compared_by_seed(tmp_path):
-    """Base forgets 6, 7 and 8 rows, ours 5 each."""
+    """Base forgets 6, 7 and 8 of the 10 + 20 rows that it had solved, ours 5 of 10 + 15."""
     base, ours = figures(two_arms(tmp_path)).values()
     half = 4.302653 / math.sqrt(3)
     assert base.relapsed == pytest.approx((7, 7 - half, 7 + half)) and ours.relapsed == (5, 5, 5)
-    assert (base.relapsed_difference, ours.relapsed_difference.pairs) == (None, 3)
-    assert ours.relapsed_difference.mean == pytest.approx((-2, -2 - half, -2 + half))
-    assert base.probes.value == ours.probes.value == 2
+    rates = (7 / 30, (7 - half) / 30, (7 + half) / 30)
+    assert base.relapse_rate == pytest.approx(rates) and ours.relapse_rate.value == pytest.approx(0.2)
+    assert (base.relapse_rate_difference, ours.relapse_rate_difference.pairs) == (None, 3)
+    assert ours.relapse_rate_difference.mean == pytest.approx((-1 / 30, (-1 - half) / 30, (-1 + half) / 30))
+    assert base.looks.value == ours.looks.value == 2
 
 
 def test_tiers_are_compared_by_the_seeds_that_both_arms_measured(tmp_path):
@@ -152,9 +154,9 @@ def test_what_older_runs_do_not_tell_is_none(tmp_path):
     old = ("old", dict(arm=0, fe=False, seconds=None, probes="none", round_steps=100))
     new = ("new", dict(arm=1, relapsed=(0, 1, 2), tiers={"easy": (0, 0, 0), "hard": (0, 0, 1)}))
     of_old, of_new = figures(arms_of(runs_of(tmp_path, old, new))).values()
-    absent = (of_old.fe, of_old.seconds, of_old.collapsed, of_old.relapsed, of_old.hard.before, of_old.hard.after)
+    absent = (of_old.fe, of_old.seconds, of_old.collapsed, of_old.relapse_rate, of_old.hard.before, of_old.hard.after)
     assert absent == (None,) * 6 and of_old.tiers["easy"].after is None
-    assert of_new.relapsed.value == 3 and of_new.relapsed_difference == of_new.hard.difference == (0, None)
+    assert of_new.relapsed.value == 3 and of_new.relapse_rate_difference == of_new.hard.difference == (0, None)
     assert of_new.tiers["hard"].difference == (0, None)
 
 

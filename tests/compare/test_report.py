@@ -31,7 +31,8 @@ def test_the_files_say_what_the_figures_say(compared):
     assert ours["accuracy"]["difference"]["value"] == pytest.approx(0.2)
     assert ours["accuracy"]["after"]["interval"] == pytest.approx([*mean_of([0.6, 0.8, 1.0])[1:]])
     half = 4.302653 / math.sqrt(3)
-    assert ours["relapsed_difference"] == {"pairs": 3, "value": -2, "interval": pytest.approx([-2 - half, -2 + half])}
+    assert ours["relapse_rate_difference"]["value"] == pytest.approx(-1 / 30)
+    assert ours["relapse_rate_difference"]["interval"] == pytest.approx([(-1 - half) / 30, (-1 + half) / 30])
     assert ours["tiers"]["office"]["difference"]["pairs"] == 2 and ours["fe"]["value"] == 60_000
     assert written["base"]["tiers"]["easy"]["difference"] is None
     picture = (folder / "comparison.png").read_bytes()
@@ -56,9 +57,9 @@ def test_every_table_is_on_the_page_and_on_the_screen(compared):
             "20,000",
             "60",
         ],
-        ["minus base", "accuracy", "hard rows", "turned hard again"],
-        ["ours", "+0.200 [-0.048, +0.448], n = 3", "-7.0 [-12.0, -2.0], n = 3", "-2.0 [-4.5, +0.5], n = 3"],
-        ["base", "2.0", "7.0 [4.5, 9.5]"],
+        ["minus base", "accuracy", "hard rows", "share that turned hard again"],
+        ["ours", "+0.200 [-0.048, +0.448], n = 3", "-7.0 [-12.0, -2.0], n = 3", "-0.033 [-0.116, +0.049], n = 3"],
+        ["base", "2.0", "7.0", "0.233 [0.151, 0.316]"],
         ["office", "", "", ""],
         ["  ours", "0.000 [0.000, 0.000]", "0.200 [0.200, 0.200]", "-0.100 [-0.100, -0.100], n = 2"],
     )
@@ -78,7 +79,7 @@ def test_what_older_runs_do_not_tell_is_a_dash(tmp_path):
     of_arms = figures(arms)
     assert arm_table(of_arms)[1] == ["old", "1", "0.100", "0.500", "–", "–", "–", "–", "20,000", "–"]
     assert difference_table(of_arms)[1] == ["new", "+0.000, n = 1", "–", "–"]
-    assert forgetting_table(of_arms)[1:] == [["old", "0.0", "–"], ["new", "2.0", "3.0"]]
+    assert forgetting_table(of_arms)[1:] == [["old", "0.0", "–", "–"], ["new", "2.0", "3.0", "0.100"]]
     assert tier_table(of_arms)[2:4] == [["  old", "–", "–", "–"], ["  new", "0.000", "0.000", "–"]]
     assert run_table(arms)[1][4:] == ["–", "20,000", "–", "0.100 → 0.500", "–", "–", "–"]
 

@@ -77,7 +77,7 @@ def test_the_steps_of_a_round_are_those_of_the_first(tmp_path):
 
 def test_supervised_steps_are_spent_and_in_no_round(tmp_path):
     """Of 25 steps before the second round 15 are supervised: a fall of 10 steps has stayed for a round."""
-    fall = dict(accuracies=(0.1, 0.6, 0.2, 0.2, 0.58), hard=(40, 30, 40, 40, 40), round_steps=25)
+    fall = dict(accuracies=(0.1, 0.2, 0.6, 0.2, 0.2, 0.58), hard=(40,) * 6, round_steps=25)
     folder = write_run(tmp_path / "a", **fall)
     assert read_run(folder).collapsed is False
     metrics = folder / "metrics.jsonl"
@@ -85,7 +85,10 @@ def test_supervised_steps_are_spent_and_in_no_round(tmp_path):
     lines = [line | {"event": "sft"} if line["event"] == "step" and line["step"] <= 15 else line for line in lines]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
-    assert run.rounds == {0: 10, 1: 15} and run.collapsed is True
+    assert run.rounds == {0: 10, 1: 25} and run.collapsed is True
+    before = [line | {"event": "sft"} if line["event"] == "step" and line["step"] <= 21 else line for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in before))
+    assert read_run(folder).collapsed is False, "the best was met in supervised steps, which RL is not to blame for"
     (folder / "summary.json").unlink()
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines[:10]))
     run = read_run(folder)
@@ -95,14 +98,28 @@ def test_supervised_steps_are_spent_and_in_no_round(tmp_path):
 def test_rows_that_turned_hard_again_are_added_up_over_later_probes(tmp_path):
     counts = dict(relapsed=(9, 4, 3))
     run = read_run(write_run(tmp_path / "each", **counts))
-    assert (run.relapsed, run.later_probes) == (7, 2), "the first probe has none before it"
+    assert (run.relapsed, len(run.later_looks)) == (7, 2), "the first probe has none before it"
+    assert run.relapse_rate == 7 / (10 + 20), "of the rows solved before: 50 - 40 and 50 - 30"
     run = read_run(write_run(tmp_path / "ends", probes="ends", **counts))
-    assert (run.relapsed, run.later_probes) == (3, 1)
+    assert (run.relapsed, run.relapse_rate, len(run.later_looks)) == (3, 3 / 10, 1)
     run = read_run(write_run(tmp_path / "once", accuracies=(0.1,), hard=(40,), relapsed=(0,)))
-    assert (run.relapsed, run.later_probes) == (None, 0), "nobody looked again"
+    assert (run.relapsed, run.relapse_rate, run.later_looks) == (None, None, []), "nobody looked again"
     assert read_run(write_run(tmp_path / "none", probes="none", **counts)).relapsed is None
     assert read_run(write_run(tmp_path / "untold")).relapsed is None
     assert read_run(write_run(tmp_path / "one untold", relapsed=(0, None, 3))).relapsed is None
+    run = read_run(write_run(tmp_path / "all hard", hard=(50, 50, 50), relapsed=(0, 0, 0)))
+    assert (run.relapsed, run.relapse_rate) == (0, None), "there was nothing to forget"
+
+
+def test_a_probe_that_no_step_led_to_tells_nothing_of_forgetting(tmp_path):
+    """As where probing ended the budget and the run: rows that are seldom solved turn by chance."""
+    folder = write_run(tmp_path / "a", relapsed=(0, 4, 3))
+    with open(folder / "metrics.jsonl", "a") as metrics:
+        metrics.write(
+            json.dumps({"event": "probe", "step": 20, "round": 3, "rows": 50, "hard": 22, "relapsed": 2}) + "\n"
+        )
+    run = read_run(folder)
+    assert (run.relapsed, run.relapse_rate, len(run.looks), len(run.later_looks)) == (7, 7 / 30, 4, 2)
 
 
 def test_a_probe_of_no_rows_is_none(tmp_path):
@@ -111,7 +128,7 @@ def test_a_probe_of_no_rows_is_none(tmp_path):
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"rows": 50', '"rows": 0'))
     run = read_run(folder)
-    assert (run.points(HARD), run.relapses) == ([], {}) and len(run.points(ACCURACY)) == 1
+    assert (run.points(HARD), run.looks) == ([], {}) and len(run.points(ACCURACY)) == 1
 
 
 def test_a_probe_that_goes_on_with_its_round_counts_once(tmp_path):
@@ -121,7 +138,7 @@ def test_a_probe_that_goes_on_with_its_round_counts_once(tmp_path):
     lines = metrics.read_text().splitlines()
     last = json.loads(lines[-1])
     metrics.write_text("\n".join([*lines, json.dumps(last | {"rows": 60, "relapsed": 5})]) + "\n")
-    assert (read_run(folder).relapsed, read_run(folder).later_probes) == (9, 2)
+    assert (read_run(folder).relapsed, len(read_run(folder).later_looks)) == (9, 2)
 
 
 def test_a_run_that_does_not_tell_its_fe_throughout_has_none(tmp_path):

@@ -49,9 +49,9 @@ class Arm:
         """The last value of a curve in each finished run that has one, by seed."""
         return {run.seed: run.points(curve)[-1].value for run in self.finished if run.points(curve)}
 
-    def relapsed(self) -> dict[int, int]:
-        """The rows that turned hard again in each finished run that tells, by seed."""
-        return {run.seed: run.relapsed for run in self.finished if run.relapsed is not None}
+    def relapse_rates(self) -> dict[int, float]:
+        """The share of solved rows that turned hard again in each finished run that tells, by seed."""
+        return {run.seed: run.relapse_rate for run in self.finished if run.relapse_rate is not None}
 
     def mean_curve(self, curve: Curve, along: str) -> list[tuple[float, float]]:
         """The mean over finished runs, or over all where none has finished, from where all have begun to where the

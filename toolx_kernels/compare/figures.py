@@ -26,7 +26,8 @@ class Figures:
 
     Differences are to the first arm, paired by seed; None of the first arm itself.
 
-    relapsed      rows that turned hard again, added up over the probes after the first, of which there are ``probes``
+    relapsed      rows that turned hard again, added up over ``looks``: the probes after the first that steps led to
+    relapse_rate  the share of the rows solved at one look that were hard at the next
     fe, tokens    spent by the method; ``seconds`` are those of the whole run
     tiers         the accuracy on each tier of the held-out rows; empty where there is but one
     """
@@ -37,8 +38,9 @@ class Figures:
     accuracy: Change
     hard: Change
     relapsed: Estimate | None
-    relapsed_difference: Difference | None
-    probes: Estimate | None
+    looks: Estimate | None
+    relapse_rate: Estimate | None
+    relapse_rate_difference: Difference | None
     collapsed: int | None
     fe: Estimate | None
     tokens: Estimate | None
@@ -51,7 +53,7 @@ def figures(arms: Sequence[Arm]) -> dict[str, Figures]:
     first, tiers = arms[0], tiers_of(arms)
     of_arms = {}
     for arm in arms:
-        finished = arm.finished
+        finished, rates = arm.finished, arm.relapse_rates()
         verdicts = [run.collapsed for run in finished if run.collapsed is not None]
         of_arms[arm.name] = Figures(
             runs=len(arm.runs),
@@ -59,9 +61,10 @@ def figures(arms: Sequence[Arm]) -> dict[str, Figures]:
             seeds=[run.seed for run in arm.runs],
             accuracy=_change(arm, first, ACCURACY),
             hard=_change(arm, first, HARD),
-            relapsed=mean_of([*arm.relapsed().values()]),
-            relapsed_difference=None if arm is first else paired_difference(arm.relapsed(), first.relapsed()),
-            probes=mean_of([run.later_probes for run in finished]),
+            relapsed=mean_of([run.relapsed for run in finished if run.relapsed is not None]),
+            looks=mean_of([len(run.later_looks) for run in finished]),
+            relapse_rate=mean_of([*rates.values()]),
+            relapse_rate_difference=None if arm is first else paired_difference(rates, first.relapse_rates()),
             collapsed=sum(verdicts) if verdicts else None,
             fe=mean_of([run.fe for run in finished if run.fe is not None]),
             tokens=mean_of([run.tokens for run in finished]),

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,16 @@ class Curve(NamedTuple):
 
 
 ACCURACY, HARD = Curve("accuracy"), Curve("hard")
+
+
+class Look(NamedTuple):
+    """A probe: the step it was made at, the rows it looked at, those that it found hard, and those of them that the
+    probe before had solved; None where it does not tell."""
+
+    step: int
+    rows: int | None
+    hard: int
+    relapsed: int | None
 
 
 class Point(NamedTuple):
@@ -44,7 +55,8 @@ class Run:
     seconds      from start to end; None of an unfinished run, or where the summary does not tell
     fe           forward-equivalents spent; None where not every line of the metrics tells
     rounds       optimizer steps of each round, without those of supervised training before RL
-    relapses     rows that each probe found hard again, by its round; None where it does not tell
+    supervised   the last step of supervised training before RL; 0 where there was none
+    looks        the probes, by their round
     """
 
     path: Path
@@ -57,7 +69,8 @@ class Run:
     fe: int | None = 0
     curves: dict[Curve, list[Point]] = field(default_factory=dict)
     rounds: dict[int, int] = field(default_factory=dict)
-    relapses: dict[int, int | None] = field(default_factory=dict)
+    supervised: int = 0
+    looks: dict[int, Look] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -65,22 +78,36 @@ class Run:
 
     @property
     def collapsed(self) -> bool | None:
-        """See ``collapse``; None also where the folder does not tell the steps of a round or the rows evaluated."""
+        """See ``collapse``, of the evaluations since RL began; None also where the folder does not tell the steps of a
+        round or the rows evaluated."""
         if 0 not in self.rounds or len(self.rounds) < 2 or not self.eval_rows:  # the last round may be cut short
             return None
-        return collapse(self.points(ACCURACY), self.rounds[0], self.eval_rows)
+        since = [point for point in self.points(ACCURACY) if point.step >= self.supervised]
+        return collapse(since, self.rounds[0], self.eval_rows)
 
     @property
-    def later_probes(self) -> int:
-        """Probes after the first."""
-        return max(0, len(self.relapses) - 1)
+    def later_looks(self) -> list[tuple[Look, Look]]:
+        """Each probe that steps led to, with the one before it."""
+        looks = [*self.looks.values()]
+        return [(one, other) for one, other in pairwise(looks) if other.step > one.step]
 
     @property
     def relapsed(self) -> int | None:
-        """Rows that turned hard again, added up over the probes after the first; None where one does not tell, or
-        where there is none."""
-        counts = [count for count in [*self.relapses.values()][1:] if count is not None]
-        return sum(counts) if counts and len(counts) == self.later_probes else None
+        """Rows that turned hard again, added up over ``later_looks``; None where one does not tell, or where there is
+        none."""
+        counts = [other.relapsed for _, other in self.later_looks if other.relapsed is not None]
+        return sum(counts) if counts and len(counts) == len(self.later_looks) else None
+
+    @property
+    def relapse_rate(self) -> float | None:
+        """The share of the rows solved at one look that were hard at the next, over ``later_looks``; None where
+        ``relapsed`` is, where a look does not tell its rows, or where nothing was solved."""
+        solved, relapsed = 0, self.relapsed
+        for look, _ in self.later_looks:
+            if look.rows is None:
+                return None
+            solved += look.rows - look.hard
+        return relapsed / solved if relapsed is not None and solved else None
 
     def points(self, curve: Curve) -> list[Point]:
         return self.curves.get(curve, [])
@@ -166,7 +193,9 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     if event != "probe" or fe is None:
         run.fe = fe
     values = {}
-    if event == "step" and "round" in record:
+    if event == "sft":
+        run.supervised = run.step
+    elif event == "step" and "round" in record:
         number = int(record["round"])
         run.rounds[number] = run.rounds.get(number, 0) + 1
     elif event == "eval":
@@ -175,8 +204,9 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     elif event == "probe" and record.get("rows") != 0:  # a run without steps has none to probe
         values[HARD] = record["hard"]
         # one that a resumed run made for more rows counts all of its round's
-        relapsed = record.get("relapsed")
-        run.relapses[record.get("round", len(run.relapses))] = None if relapsed is None else int(relapsed)
+        told = [None if record.get(name) is None else int(record[name]) for name in ("rows", "relapsed")]
+        look = Look(run.step, told[0], int(record["hard"]), told[1])
+        run.looks[record.get("round", len(run.looks))] = look
     for curve, value in values.items():
         if not math.isfinite(float(value)):
             raise ValueError(value)

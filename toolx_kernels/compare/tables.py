@@ -36,18 +36,20 @@ def arm_table(of_arms: Mapping[str, Figures]) -> Cells:
 def difference_table(of_arms: Mapping[str, Figures]) -> Cells:
     """A row for each arm but the first, with its paired differences to the first."""
     first, *others = of_arms
-    cells = [[f"minus {first}", "accuracy", "hard rows", "turned hard again"]]
+    cells = [[f"minus {first}", "accuracy", "hard rows", "share that turned hard again"]]
     for name in others:
         arm = of_arms[name]
-        differences = (arm.accuracy.difference, 3), (arm.hard.difference, 1), (arm.relapsed_difference, 1)
+        differences = (arm.accuracy.difference, 3), (arm.hard.difference, 1), (arm.relapse_rate_difference, 3)
         cells.append([name, *(_paired(difference, digits) for difference, digits in differences)])
     return cells
 
 
 def forgetting_table(of_arms: Mapping[str, Figures]) -> Cells:
     """A row for each arm: the rows that turned hard again."""
-    cells = [["forgetting", "probes after the first", "turned hard again"]]
-    return cells + [[name, _bare(arm.probes, 1), estimate(arm.relapsed, 1)] for name, arm in of_arms.items()]
+    cells = [["forgetting", "later probes", "turned hard again", "share of the solved ones"]]
+    for name, arm in of_arms.items():
+        cells.append([name, _bare(arm.looks, 1), _bare(arm.relapsed, 1), estimate(arm.relapse_rate, 3)])
+    return cells
 
 
 def tier_table(of_arms: Mapping[str, Figures]) -> Cells:
