@@ -31,6 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolx_kernels.cli.train import read_config
+
 CONFIGS = Path(__file__).parent / "configs"
 POLL_SECONDS = 1.0
 
@@ -43,7 +45,7 @@ class Record:
     seeds         of the arms; where there is a precondition, the first that pass it, from ``seeds[0]`` on
     own_cold      each seed has a cold start of its own; otherwise seed 0's serves all
     arms          recipes in toolx_kernels/configs
-    precondition  forward-equivalents of an arm, for ``bench.learning.precondition``
+    precondition  whether ``bench.learning.precondition`` decides which cold starts arms begin from
     cold          whether there are cold starts; otherwise arms begin with --model
     real          the rows are those of ``bench.learning.real_rows``, in the record's folder
     """
@@ -52,13 +54,13 @@ class Record:
     seeds: tuple[int, ...]
     own_cold: bool
     arms: tuple[str, ...]
-    precondition: int | None = None
+    precondition: bool = False
     cold: bool = True
     real: bool = False
 
 
 RECORDS = {
-    "builtin-facts": Record(("builtin-facts",), tuple(range(4, 12)), True, NAMED, precondition=2_500_000),
+    "builtin-facts": Record(("builtin-facts",), tuple(range(4, 12)), True, NAMED, precondition=True),
     # the seeds whose cold starts passed the precondition of builtin-facts
     "builtin": Record(("builtin",), (4, 5, 7, 8, 11, 12, 14, 15), True, ("grpo", "retry", "replace", "sft-retry")),
     "smollm2": Record((), (0,), False, ("grpo", "retry"), real=True),
@@ -100,12 +102,14 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
 
 
-def fit(cold: Path, seed: int, record: Record, threads: int) -> bool:
-    """Whether a cold start passes the precondition, which is measured where it has not been yet."""
+def fit(cold: Path, seed: int, base: Sequence[str], arms: Path, threads: int) -> bool:
+    """Whether a cold start passes the precondition, which is measured where it has not been yet, for the budget that
+    the config of all ``arms`` has."""
     output = cold.with_name(f"precondition-seed{seed}.json")
     if not output.exists():
-        command = [sys.executable, "-m", "bench.learning.precondition", output, "--budget", record.precondition]
-        settings = ["--model", cold, "--seed", seed, "--config", *record.base, "retry"]
+        command = [sys.executable, "-m", "bench.learning.precondition", output]
+        settings = ["--budget", read_config(str(arms))["max_fe"], "--model", cold, "--seed", seed]
+        settings += ["--config", *base, "retry"]
         with open(output.with_suffix(".log"), "w") as log:
             subprocess.run(
                 [str(word) for word in (*command, *settings)],
@@ -139,7 +143,7 @@ def main() -> None:
     parser.add_argument("--model", help="that arms begin with, where the record has no cold start")
     parser.add_argument("--turn", type=int, help="saved steps after which a run lets the next one go on")
     args = parser.parse_args()
-    record = RECORDS[args.record]
+    record, shared = RECORDS[args.record], CONFIGS / f"{args.record}-arm.yaml"
     seeds, threads = args.seeds or record.seeds, max(1, os.cpu_count() // args.workers)
     if bool(args.model) is record.cold:
         parser.error(f"{args.record} {'has cold starts and takes no' if record.cold else 'needs a'} --model")
@@ -155,14 +159,14 @@ def main() -> None:
             settings["dataset"] = args.folder / "data" / "cold.jsonl"
         folder = args.folder / f"cold-seed{seed}"
         train(folder, settings, [*record.base, str(CONFIGS / f"{args.record}-cold.yaml")], threads)
-        return record.precondition is None or fit(folder, seed, record, threads)
+        return not record.precondition or fit(folder, seed, record.base, shared, threads)
 
     def arm(seed: int, name: str) -> bool:
         cold = args.folder / f"cold-seed{seed if record.own_cold else 0}"
         settings = {"seed": seed, "model": cold if record.cold else args.model, **data}
         if data:
             settings["dataset"] = args.folder / "data" / "rl.jsonl"
-        configs = [*record.base, name, str(CONFIGS / f"{args.record}-arm.yaml")]
+        configs = [*record.base, name, str(shared)]
         return train(args.folder / f"{name}-seed{seed}", settings, configs, threads, args.turn)
 
     with ThreadPoolExecutor(args.workers) as pool:

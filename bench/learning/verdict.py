@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from toolx_kernels.compare.arms import paired_difference
+from toolx_kernels.compare.figures import plain
 from toolx_kernels.evaluate.intervals import CONFIDENCE, Estimate, mean_of
 from toolx_kernels.evaluate.tables import estimate, markdown
 from toolx_kernels.files import write_atomically
@@ -159,14 +160,6 @@ def page(found: Mapping) -> str:
             "bench/learning/verdict.py.\n",
         ]
     )
-
-
-def plain(value: object) -> object:
-    if isinstance(value, Estimate):
-        return {"value": value.value, "interval": value[1:]}
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list) else value
 
 
 def main(folder: str) -> None:
