@@ -1,4 +1,4 @@
-"""The built-in task with facts that exploration does not find: codes that only demonstrations tell.
+"""The built-in task with facts that exploration seldom finds: codes that only demonstrations tell.
 
 Tools, requests and the tiers easy and hard are those of ``builtin``, but a tool's noun alone decides its kind: plain,
 ``office`` (a code that all such tools share: one fact) or ``account`` (a code that the tools of one noun share: one
