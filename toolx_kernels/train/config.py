@@ -245,9 +245,10 @@ class ToolExpanderConfig(  # the fields of the last base come first
     """A ToolExpander run (arXiv 2510.07737).
 
     Rollouts, temperature, probe, learning rate, its decay and the number of epochs are the paper's. Batch and
-    completion length fit one small machine (the paper has 1024 prompts and 8192 tokens). The loss is that of its
-    self-exemplifying form (no KL, clip 0.2 / 0.26) also where hard rows are replaced, for which the paper has KL 1e-3
-    and clip 0.2 / 0.2. ``toolx_kernels/configs/builtin.yaml`` holds the values for the built-in task's tiny model.
+    completion length fit one small machine (the paper has 1024 prompts and 8192 tokens). Hard rows are retried, which
+    is not the paper's (docs/records.md says why); the loss is that of its self-exemplifying form (no KL, clip
+    0.2 / 0.26). ``toolx_kernels/configs`` has the paper's rows as recipes, with KL 1e-3 and clip 0.2 / 0.2 where it has
+    them; ``builtin.yaml`` there holds the values for the built-in task's tiny model.
     """
 
     def __post_init__(self) -> None:
@@ -258,7 +259,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
             which = "old_logprobs=sampler" if from_sampler else mode
             raise InputError(
                 f"{which} compares log-probs on one prompt, and hard_sampling={self.hard_sampling} samples on another "
-                "one than it learns on: leave it at its default there."
+                "one than it learns on: choose hard_sampling=none, replace or add, or leave it at its default."
             )
         self._check_remedies()
         if from_sampler and self.importance_sampling_mode != "none":
@@ -288,7 +289,7 @@ class ToolExpanderConfig(  # the fields of the last base come first
             (
                 self.hard_sampling == "retry" and self.demonstrations == "better",
                 "hard_sampling=retry draws demonstrations anew for each step, and demonstrations=better verifies them "
-                "before a round: leave it at random.",
+                "before a round: choose hard_sampling=replace, add or distill, or leave it at random.",
             ),
             (
                 self.self_exemplify and (self.imitates or self.hints),

@@ -22,7 +22,7 @@ class HardSamplingSettings(Settings):
     """Prompts without a solved rollout: dynamic multi-round hard sampling, and retries."""
 
     hard_sampling: Literal["replace", "add", "distill", "retry", "none"] = setting(
-        "replace",
+        "retry",
         "hard prompts get demonstrations for a round: instead of the raw prompt (replace), besides it (add), or "
         "besides it with the loss on the raw prompt (distill); retry: no round, groups without a solved rollout are "
         "sampled again with help in the same step; none: plain GRPO, whose hard prompts are only counted",

@@ -136,11 +136,11 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        (dict(advantage_shaping="routed"), "imitates retries on the raw prompt"),
+        (dict(advantage_shaping="routed", hard_sampling="none"), "imitates retries on the raw prompt"),
         (dict(advantage_shaping="routed", hard_sampling="retry", retry_learns="shown"), "retry_learns=raw"),
         (dict(advantage_shaping="successes", hard_sampling="replace"), "hard_sampling=distill, or retry"),
         (dict(advantage_shaping="zero-variance", prompt_sampling="dynamic"), "drops them: choose one"),
-        (dict(hard_sampling="retry", demonstrations="better"), "leave it at random"),
+        (dict(hard_sampling="retry", demonstrations="better"), "choose hard_sampling=replace, add or distill"),
         (dict(hard_sampling="retry", retry_with="hint", self_exemplify=True), "show answers alone"),
         (dict(sft_coef=0.1, self_exemplify=True), "show answers alone"),
         (dict(reward="similarity", self_exemplify=True), "has a reward of its own"),
