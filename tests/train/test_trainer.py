@@ -28,6 +28,7 @@ SMALL = dict(
     save_steps=2,
     probe_rollouts=2,
     solved_reward=2.0,  # nothing is
+    hard_sampling="replace",  # rounds with probes
     cold_start_steps=2,
     cold_start_batch_size=4,
     cold_start_learning_rate=1e-3,

@@ -210,8 +210,12 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         if field.name in (*MAY_DIFFER, "resume"):
             continue
         assert value != before, f"give {field.name} another value"
-        beside = {"sft_patience": "sft_fraction", "sft_learning_rate": "sft_fraction", "sft_decay": "sft_coef"}
-        settings = {field.name: value} | ({beside[field.name]: 0.5} if field.name in beside else {})
+        beside = {
+            "sft_patience": {"sft_fraction": 0.5}, "sft_learning_rate": {"sft_fraction": 0.5},
+            "sft_decay": {"sft_coef": 0.5}, "demonstrations": {"hard_sampling": "replace"},
+            "importance_sampling_mode": {"hard_sampling": "replace"},
+        }  # fmt: skip
+        settings = {field.name: value} | beside.get(field.name, {})
         changed = ToolExpanderConfig(output_dir=str(tmp_path / "run"), resume=True, **settings)
         with pytest.raises(InputError) as error:
             RunFolder(tmp_path / "run").check(changed)

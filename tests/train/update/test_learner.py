@@ -81,7 +81,7 @@ def learner_of(of, **settings):
         learning_rate=RATE,
         max_grad_norm=1e9,
         min_reward_std=0.0,
-        **{"micro_batch_tokens": 24, "epsilon": 0.2, "epsilon_high": 0.2, **settings},
+        **{"micro_batch_tokens": 24, "epsilon": 0.2, "epsilon_high": 0.2, "hard_sampling": "none", **settings},
     )
     return Learner(of, args, ClippedLoss(args.loss), Phases(of.device))
 
