@@ -1,14 +1,15 @@
 """Fused GRPO kernels and a minimal trainer that teaches small language models to call tools.
 
-reference.py says what every op means, in plain torch: read it first. toolcall/ knows rows, what text means and whether
-it is right, without tensors. ops/lm_head/ turns hidden states into log-probs, the GRPO loss and next tokens, without
-logits; ops/attention/ attends, paged for rollouts and packed for training. models/ runs any transformers model,
-unmodified, on that attention. engine/ takes token ids and gives completions; rollout/ takes rows and gives rollouts, in
-one turn or many. evaluate/ scores, train/ repeats probe, collect, advantages, update and report, compare/ turns runs
-into tables, cli/ has one file a command. Imports run one way, in this order (docs/architecture.md).
+``reference.py`` defines every op in plain torch: read it first. ``toolcall/`` handles dataset rows, their text, the
+calls in a text and their correctness, without tensors. ``ops/lm_head/`` turns hidden states into log-probs, the GRPO
+loss and next tokens, without logits in memory; ``ops/attention/`` computes attention, paged for rollouts and packed for
+training. ``models/`` runs transformers models, unmodified, on that attention. ``engine/`` turns token ids into
+completions; ``rollout/`` turns rows into rollouts of one turn or many. ``evaluate/`` scores, ``train/`` repeats probe,
+collect, advantages, update and report, ``compare/`` turns runs into tables, ``cli/`` has one file per command. Imports
+run one way, in this order (``docs/architecture.md``).
 
-Every public name is loaded when it is first asked for: the loss needs torch alone, the engine and the trainer need
-transformers as well, and the command line must set OpenMP's environment before torch is loaded.
+Public names load on first access: the loss needs only torch, the engine and the trainer also need transformers, and the
+command line must set OpenMP's environment before torch loads.
 """
 
 from importlib import import_module

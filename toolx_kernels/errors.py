@@ -7,10 +7,10 @@ from safetensors import SafetensorError
 
 T = TypeVar("T")
 
-# what transformers, safetensors and torch raise over files that are damaged, of another model or of a missing package
+# raised by transformers, safetensors and torch for damaged files, files of another model and missing packages
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
-MEMORY_ERRORS = (RuntimeError, MemoryError)  # to be caught where ``out_of_memory`` is asked
-_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch and Triton, of a CPU, of cuBLAS
+MEMORY_ERRORS = (RuntimeError, MemoryError)  # catch these, then test with ``out_of_memory``
+_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # from torch and Triton, from a CPU, from cuBLAS
 
 
 class InputError(ValueError):
@@ -22,26 +22,28 @@ class InputError(ValueError):
 
 
 class DivergedError(InputError):
-    """A log-prob, the loss or the gradient is no longer a number; the weights have not been touched by it."""
+    """A log-prob, the loss or the gradient is not finite; the weights have not been updated with it."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` means out of memory; few such errors have a type of their own."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it is not loaded here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, by name: no import
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> T:
-    """What ``work()`` returns. Whenever it runs out of memory it is done again if ``give_back(reason)`` could give some
-    back; otherwise that error is raised. The tensors of the failed attempt are free when ``give_back`` is called."""
+    """Returns ``work()``, and repeats it after an out-of-memory error as long as ``give_back(reason)`` frees something.
+
+    If it returns False, the error is raised. The tensors of the failed attempt are freed before it is called.
+    """
     while True:
         try:
             return work()
         except MEMORY_ERRORS as error:
             if not out_of_memory(error):
                 raise
-            # the frames of its traceback hold these tensors, and so do those of its causes
+            # frames in its traceback, and in those of its causes, keep these tensors alive
             failure = error.with_traceback(None)
             failure.__cause__ = failure.__context__ = None
         if not give_back(first_line(failure)):
@@ -50,5 +52,5 @@ def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough to be quoted in a sentence."""
+    """The first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and new folders."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolx_kernels.errors import InputError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds either what it held or ``text``, whatever happens meanwhile."""
+    """Replaces the contents of a file with ``text``; after a failure the file has its old contents or ``text``."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -27,7 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until the file, or the names in the folder, are on disk."""
+    """Waits until a file's contents, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def file_crc(path: Path) -> int:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name ``path`` when the block ends well, and is gone when it does not."""
+    """Yields a folder to write into, which is renamed to ``path`` if the block succeeds and removed if it fails."""
     beside = path.with_name(f".{path.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -58,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises InputError where results cannot become a folder ``path`` without touching others."""
+    """Raises InputError if ``path`` is a file or a folder that is not empty."""
     if path.exists() and not path.is_dir():
         raise InputError(f"--output {path} is a file: name a new folder.")
     if path.is_dir() and any(path.iterdir()):

@@ -1,4 +1,4 @@
-"""Configuration of the GRPO loss."""
+"""GRPOLossConfig: the configuration of the GRPO loss."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class GRPOLossConfig:
-    """The policy-gradient objective, in TRL's names. r is the ratio exp(logp - old), A the advantage, of the completion
-    or of the token.
+    """The policy-gradient objective, with TRL's names. r is the ratio exp(logp - old), A the advantage of the
+    completion or of the token.
 
-    loss_type: the objective of a token, and how token losses become one number. B counts fully masked completions
-        too; ``denominator`` replaces what the sum is divided by (for ``grpo`` and ``sapo``: B).
+    loss_type: the objective of a token, and how token losses are reduced to one number. B counts fully masked
+        completions too; ``denominator`` replaces the divisor of the sum (for ``grpo`` and ``sapo``: B).
 
         - ``grpo``: ``-min(r A, clip(r) A)``; the mean over completions of the mean over their tokens
           (arXiv 2402.03300, eq. 3). With ``importance_sampling_level="sequence"`` it is GSPO (arXiv 2507.18071).
@@ -38,46 +38,48 @@ class GRPOLossConfig:
         - ``dr_grpo``: summed and divided by ``B * max_completion_length`` (arXiv 2503.20783).
         - ``dapo``: summed and divided by the tokens of the whole accumulated batch, which the caller passes as
           ``denominator`` (arXiv 2503.14476); without it, by the tokens of this call.
-        - ``luspo``: summed and divided by B, so that no completion's tokens weigh less because it is long; meant
+        - ``luspo``: summed and divided by B, so that the tokens of a long completion weigh as much as others; meant
           for the sequence level (arXiv 2602.05261).
-        - ``cispo``: ``-min(r, epsilon_high) A logp``, the weight held constant (arXiv 2506.13585); summed as ``dapo``.
-        - ``sapo``: ``-4 / t * sigmoid(t (r - 1)) A``, t the temperature of A's sign (arXiv 2511.20347); as ``grpo``.
-        - ``vespo``: ``-phi(w) A logp``, phi held constant, ``phi(w) = exp(lambda) w^k exp(-lambda w)`` with k and
-          lambda of A's sign and w the completion's product of ratios, those against the sampler included
-          (arXiv 2602.10693); summed as ``dapo``.
+        - ``cispo``: ``-min(r, epsilon_high) A logp`` with a constant weight (arXiv 2506.13585); summed as in ``dapo``.
+        - ``sapo``: ``-4 / t * sigmoid(t (r - 1)) A``, t the temperature for A's sign (arXiv 2511.20347); averaged as
+          in ``grpo``.
+        - ``vespo``: ``-phi(w) A logp`` with a constant phi, ``phi(w) = exp(lambda) w^k exp(-lambda w)``, k and
+          lambda those for A's sign, and w the product of the completion's ratios, including those against the sampler
+          (arXiv 2602.10693); summed as in ``dapo``.
     epsilon, epsilon_high: the ratio is clipped to ``[1 - epsilon, 1 + epsilon_high]``; None means ``epsilon``. For
-        ``cispo`` the cap is ``epsilon_high`` itself (5.0, say), without a 1.
-    delta: upper bound of the ratio where A < 0, which the clip leaves open. This *is* dual clip (arXiv 1912.09729;
+        ``cispo`` the cap is ``epsilon_high`` (for example 5.0), not ``1 + epsilon_high``.
+    delta: upper bound of the ratio where A < 0, where the clip has none. This *is* dual clip (arXiv 1912.09729;
         verl's ``clip_ratio_c``): above ``1 + epsilon_high``, ``-min(min(r, delta) A, clip(r) A)`` is
         ``|A| min(delta, max(r, clip(r)))`` for A < 0. Only for the clipped types.
     beta: weight of the KL estimate against ``ref_logprobs``; 0 for none.
     kl_estimator: with g = ref - logp, ``k1`` is -g, ``k2`` g^2 / 2 and ``k3`` exp(g) - g - 1 (Schulman, 2020).
-    kl_gradient: ``own``: beta * KL is in the loss, with the estimator's gradient (k1's is noise of mean zero unless
-        bias-corrected). ``straight_through``: the estimator's value with k2's gradient, on-policy that of the reverse
-        KL (verl's "k1+", "k3+"). ``none``: A - beta * KL takes the place of A, token by token.
-    use_bias_correction_kl: a KL in the loss is multiplied by the ratio, which makes the gradient that of the reverse
-        KL off-policy too (DeepSeek-V3.2, arXiv 2512.02556).
-    entropy_coef: each token's loss gets ``-entropy_coef * entropy``, with its gradient and its token's weight.
+    kl_gradient: ``own``: beta * KL is in the loss, with the estimator's gradient (that of k1 is zero-mean noise unless
+        bias-corrected). ``straight_through``: the estimator's value with the gradient of k2, which on-policy is that
+        of the reverse KL (verl's "k1+", "k3+"). ``none``: A - beta * KL replaces A, token by token.
+    use_bias_correction_kl: multiplies a KL in the loss by the ratio, so that its gradient is that of the reverse KL
+        off-policy too (DeepSeek-V3.2, arXiv 2512.02556).
+    entropy_coef: adds ``-entropy_coef * entropy`` to each token's loss, with its gradient and the token's weight.
     top_entropy_quantile: only this share of a call's unmasked tokens, those of highest entropy, keeps its policy term
-        and entropy bonus; the KL stays on all (arXiv 2506.01939). 1 is all, 0 the single highest.
-    temperature: logits are divided by it, as they were when the tokens were sampled.
+        and entropy bonus; all keep the KL (arXiv 2506.01939). 1 is all, 0 the single highest.
+    temperature: divides the logits, as it did when the tokens were sampled.
     importance_sampling_level: ``sequence`` uses one ratio per completion, exp(mean of the log-ratios).
-    importance_sampling_mode, importance_sampling_cap: where ``sampler_logprobs`` are given, the policy term is
-        weighted by v = exp(old - sampler), of each token or of the completion's sum: ``*_truncate`` takes min(v, cap),
-        ``*_mask`` v where v <= cap and else 0. TRL's ``vllm_importance_sampling_mode`` and ``_clip_max``.
-    scale_rewards: the denominator of the advantages, see :func:`group_advantages`.
+    importance_sampling_mode, importance_sampling_cap: if ``sampler_logprobs`` are given, the policy term is weighted
+        by v = exp(old - sampler), per token or summed over the completion: ``*_truncate`` takes min(v, cap),
+        ``*_mask`` takes v if v <= cap, else 0. TRL's ``vllm_importance_sampling_mode`` and ``_clip_max``.
+    scale_rewards: the denominator of the advantages, see ``group_advantages``.
     max_completion_length: only ``dr_grpo`` uses it.
     compute_all_logprobs: also compute rows whose gradient is known to be zero (those of advantage 0), so that
         ``.logprobs`` and ``.entropy`` hold no NaN on unmasked rows.
-    recompute: always sweep the vocabulary twice, forming the gradients in the backward pass: slower, and without an
+    recompute: always sweep the vocabulary twice and form the gradients in the backward pass: slower, but without an
         fp32 gradient of the whole weight (``ops/lm_head/tiles.py``).
-    workspace_mib: bound of what a sweep holds beside its results; None is 64 on a CPU and 3 % of a GPU's memory, from
-        512 to 2048. It is never more than a quarter of fp32 logits. On a GPU it may also take the memory of an fp32
-        sum of the weight's gradient, where all rows then fit at once and that sum is not needed.
+    workspace_mib: limit of a sweep's memory in addition to its results; None is 64 on a CPU and 3 % of a GPU's memory,
+        from 512 to 2048. It is never more than a quarter of fp32 logits. On a GPU a sweep may also use the memory of an
+        fp32 sum of the weight's gradient, if all rows then fit at once and that sum is not needed.
 
-    ``key`` is the config as a string of JSON, from which :meth:`from_key` rebuilds it.
+    ``key`` is the config as a JSON string, from which ``from_key`` rebuilds it.
 
-    Raises InputError for a value, or a combination of values, that cannot work.
+    Raises:
+        InputError: a value, or a combination of values, is not possible.
     """
 
     loss_type: str = "grpo"
@@ -151,18 +153,20 @@ class GRPOLossConfig:
 
     def _check_combinations(self) -> None:
         if self.delta is not None and self.loss_type not in CLIPPED_LOSS_TYPES:
-            raise InputError(f"delta={self.delta} bounds a clipped ratio, which loss_type={self.loss_type!r} has not.")
+            raise InputError(
+                f"delta={self.delta} bounds a clipped ratio: leave it out for loss_type={self.loss_type!r}."
+            )
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise InputError(f"delta={self.delta} must exceed 1 + epsilon_high = {1 + self.clip_high}.")
         if self.loss_type == "dr_grpo" and not self.max_completion_length:
             raise InputError("loss_type='dr_grpo' divides by max_completion_length: set it.")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise InputError(
-                "loss_type='cispo' caps the ratio at epsilon_high itself, not at 1 more: set it, say to 5."
+                "loss_type='cispo' caps the ratio at epsilon_high, not at 1 + epsilon_high: set it, for example to 5."
             )
         if self.loss_type == "vespo" and self.importance_sampling_level == "sequence":
             raise InputError(
-                "loss_type='vespo' weighs whole completions by itself: leave importance_sampling_level at 'token'."
+                "loss_type='vespo' already weights whole completions: leave importance_sampling_level at 'token'."
             )
         if self.loss_type == "vespo" and self.importance_sampling_mode.startswith("sequence"):
             raise InputError(
@@ -171,8 +175,8 @@ class GRPOLossConfig:
             )
         if self.use_bias_correction_kl and self.kl_gradient == "none":
             raise InputError(
-                "use_bias_correction_kl=True corrects a KL that is in the loss, and kl_gradient='none' moves it into "
-                "the advantage: leave one of them out."
+                "use_bias_correction_kl=True corrects a KL in the loss, but kl_gradient='none' moves the KL into the "
+                "advantage: leave one of them out."
             )
 
     @property
@@ -189,18 +193,18 @@ class GRPOLossConfig:
 
     @property
     def computes_every_row(self) -> bool:
-        """Whether unmasked tokens are computed also where the advantage is zero."""
+        """Whether unmasked tokens are computed even if their advantage is zero."""
         return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1 or self.compute_all_logprobs)
 
     @property
     def needs_whole_sequences(self) -> bool:
         """Whether a token's objective depends on the other unmasked tokens of its completion: then all of them are
-        computed as soon as one has an advantage that is not zero."""
+        computed if any has an advantage that is not zero."""
         modes = (self.importance_sampling_level, self.importance_sampling_mode)
         return self.loss_type == "vespo" or any(mode.startswith("sequence") for mode in modes)
 
     @classmethod
     @cache
     def from_key(cls, key: str) -> GRPOLossConfig:
-        """The config whose ``key`` this is."""
+        """The config with this ``key``."""
         return cls(**json.loads(key))

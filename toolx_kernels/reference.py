@@ -1,7 +1,7 @@
-"""READ FIRST: what the public ops mean, in plain torch, naive and obviously right.
+"""READ FIRST: reference definitions of the public ops, in plain torch, naive and obviously right.
 
-This file is the truth that the tests compare with, at any dtype up to float64. Nothing here is fast; whole ``[N, V]``
-logits are materialised on purpose.
+The tests compare every op with this file, at any dtype up to float64. Nothing here is fast; whole ``[N, V]`` logits are
+materialized on purpose.
 
 Dimensions, here and everywhere: N packed completion tokens, D hidden, V vocab, B completions, G group size,
 P prompt tokens, T positions, R rows of a decoding batch, H / Hkv heads, Dh head dim.
@@ -19,25 +19,25 @@ from toolx_kernels.loss_config import GRPOLossConfig
 
 
 class TokenStats(NamedTuple):
-    """What one pass over the vocabulary knows of each token; fp32 (float64 for float64 inputs)."""
+    """Statistics of each token from one pass over the vocabulary; fp32 (float64 for float64 inputs)."""
 
     logprobs: Tensor  # (N) log-probability of the target
     lse: Tensor  # (N) log-sum-exp of the scaled logits
-    entropy: Tensor | None  # (N) in nats, or None when it was not asked for
+    entropy: Tensor | None  # (N) in nats, or None if not requested
 
 
-LOG_RATIO_BOUND = 40.0  # log-ratios are clamped to it: the product of two such exponentials still fits fp32
-VESPO_LOG_BOUNDS = (math.log(1e-8), 20.0)  # of a completion's log-weight; a token's log-ratio stays within +-20
+LOG_RATIO_BOUND = 40.0  # log-ratios are clamped to +-40: the product of two such exponentials still fits fp32
+VESPO_LOG_BOUNDS = (math.log(1e-8), 20.0)  # of a completion's log-weight; a token's log-ratio is clamped to +-20
 
 
 class GRPOOutput(NamedTuple):
-    """``loss`` (scalar) carries the gradient; the rest is for logging and holds none.
+    """``loss`` (scalar) carries the gradient; the rest is for logging and has none.
 
     logprobs, entropy: (N), NaN on rows that were not computed. stats: scalars. ``live_tokens`` counts the computed
-    rows and ``nonfinite`` those of them that were dropped, because a log-prob made a log-ratio NaN or infinite; over
-    the other live rows go the means ``entropy``, ``ratio``, ``clip_low`` and ``clip_high`` (shares of tokens whose
-    gradient the clip removed; for ``cispo``, high is the share that the cap cuts; none for ``sapo`` and ``vespo``),
-    and, when there are reference log-probs, ``kl`` (the estimate itself, not multiplied by beta or a ratio).
+    rows and ``nonfinite`` those of them that were dropped because a log-prob made a log-ratio NaN or infinite. The
+    others are means over the remaining live rows: ``entropy``, ``ratio``, ``clip_low`` and ``clip_high`` (shares of
+    tokens whose gradient the clip removed; for ``cispo``, high is the share that the cap cuts; none for ``sapo`` and
+    ``vespo``) and, if there are reference log-probs, ``kl`` (the estimate, not multiplied by beta or a ratio).
     """
 
     loss: Tensor
@@ -54,7 +54,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def linear_logits(hidden, weight, temperature=1.0, bias=None, softcap=None) -> Tensor:
     """``softcap * tanh(z / softcap) / temperature`` with ``z = h W^T + b``.
 
-    hidden (N, D), weight (V, D), bias (V); gives (N, V) in :func:`compute_dtype`.
+    hidden (N, D), weight (V, D), bias (V); returns (N, V) in ``compute_dtype``.
     """
     dtype = compute_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
@@ -68,7 +68,7 @@ def linear_logits(hidden, weight, temperature=1.0, bias=None, softcap=None) -> T
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension; a logit of -inf counts as probability zero."""
+    """Entropy in nats over the last dimension; a logit of -inf has probability zero."""
     probs = logits.softmax(-1)
     return logits.logsumexp(-1) - (probs * logits.masked_fill(probs == 0, 0)).sum(-1)
 
@@ -101,8 +101,8 @@ def group_advantages(
 ) -> Tensor:
     """Group-relative advantages ``(r - mean) / (max(std, min_std) + eps)`` with the unbiased std, (B).
 
-    ``scale`` says whose std: the ``group``'s, the whole ``batch``'s, or ``none`` (arXiv 2402.03300, 4.1.2). A
-    ``min_std`` above zero keeps differences that are small against it from being blown up to full size. A group of
+    ``scale`` selects the std: that of the ``group``, that of the whole ``batch``, or ``none`` (arXiv 2402.03300,
+    4.1.2). A ``min_std`` above zero keeps much smaller differences from being scaled up to full size. A group of
     exactly equal rewards, and so a group of one, gets exact zeros.
     """
     rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
@@ -121,7 +121,7 @@ def group_advantages(
 
 
 class CompletionLosses(NamedTuple):
-    """Vectors over the T tokens of a completion; rows that are not ``finite`` are zero."""
+    """Vectors over the T tokens of a completion, zero where ``finite`` is False."""
 
     losses: Tensor  # (T) differentiable in logprobs and entropy
     ratio: Tensor  # (T)
@@ -144,10 +144,10 @@ def completion_losses(
 ) -> CompletionLosses:
     """The objective of each unmasked token of one completion, before the weights of the loss type.
 
-    ``kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL``, see :class:`GRPOLossConfig`.
-    Where the advantage is zero and no KL takes part in it, old and sampler log-probs matter only to a bias-corrected
-    KL, and may otherwise be NaN. Where the tokens of a completion share a ratio or a weight, those of all of them
-    matter as soon as one has an advantage.
+    ``kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL``, see ``GRPOLossConfig``. Where the
+    advantage is zero and no KL is part of it, old and sampler log-probs are used only by a bias-corrected KL and may
+    otherwise be NaN. If the tokens of a completion share a ratio or a weight, the log-probs of all of them are used as
+    soon as one has an advantage.
     """
     own, bound = logprobs.detach(), LOG_RATIO_BOUND
     old, ref, sampler = (x if x is None else x.detach().to(own.dtype) for x in (old, ref, sampler))
@@ -164,7 +164,7 @@ def completion_losses(
     finite = finite if ref is None else finite & (ref - own).isfinite()
     finite = finite if sampler is None else finite & (old - sampler).isfinite()
 
-    # a NaN that only a later where() drops would still turn the gradient of the row into NaN
+    # if only a later where() dropped a NaN, the gradient of the row would still be NaN
     logprobs, entropy, old = (torch.where(finite, x, 0) for x in (logprobs, entropy, old))
     log_ratio = logprobs - old
     if config.importance_sampling_level == "sequence":
@@ -277,7 +277,7 @@ def linear_grpo_loss(
     with torch.no_grad():
         seen = stats_of(live)
         seen_logprobs, seen_entropy = (blank.index_put((live,), x) for x in (seen.logprobs, seen.entropy))
-    # rows without a finite log-prob stay out of the graph, where 0 * NaN would be NaN
+    # rows without a finite log-prob are kept out of the graph, where 0 * NaN would be NaN
     sound = live & seen_logprobs.isfinite()
     used = stats_of(sound)
     logprobs, entropy = (blank.index_put((sound,), x) for x in (used.logprobs, used.entropy))
@@ -285,7 +285,7 @@ def linear_grpo_loss(
     kept = torch.ones_like(live)
     if config.top_entropy_quantile < 1 and sound.any():
         kept = seen_entropy >= seen_entropy[sound].quantile(1 - config.top_entropy_quantile)
-    total = used.logprobs.sum() * 0  # a zero that backward accepts, should no row be live
+    total = used.logprobs.sum() * 0  # a zero that backward accepts even if no row is live
     logged = []
     for start, end in spans:
         rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
@@ -332,7 +332,7 @@ def kv_write(
     value_cache: Tensor,  # (pages, page_size, Hkv, Dh), written in place
     slots: Tensor,  # (T) int64: page * page_size + offset, -1 to skip the token
 ) -> None:
-    """Puts each token's key and value into its slot of the paged cache; no slot but -1 may occur twice."""
+    """Writes each token's key and value to its slot of the paged cache; no slot except -1 may occur twice."""
     n_slots = key_cache.shape[0] * key_cache.shape[1]
     outside = (slots < -1) | (slots >= n_slots)
     if outside.any():
@@ -381,13 +381,13 @@ def paged_attention(
 
 
 class Sample(NamedTuple):
-    """Per row: the token and what the sampler knew of it; fp32 (float64 for float64 inputs)."""
+    """Per row: the sampled token and its statistics; fp32 (float64 for float64 inputs)."""
 
     tokens: Tensor  # (R) int64
     logprobs: Tensor  # (R) of the token, before any filter, at the sampling temperature (1 for greedy)
     lse: Tensor  # (R)
     entropy: Tensor  # (R) before any filter
-    kept_mass: Tensor  # (R) probability of the tokens that the filters kept; 1 without filters
+    kept_mass: Tensor  # (R) total probability of the tokens that the filters kept; 1 without filters
 
 
 def sample(
@@ -403,8 +403,8 @@ def sample(
 ) -> Sample:
     """Draws one token per row by the Gumbel-max trick; temperature 0 takes the most likely token.
 
-    The noise of token v is a function of (stream, v) alone, so a sample does not depend on what else is in the
-    batch. Filters apply in the order top-k, top-p, min-p, each on what the former left, renormalised.
+    The noise of token v is a function of (stream, v) alone, so a sample does not depend on the rest of the batch.
+    Filters apply in the order top-k, top-p, min-p, each to the renormalized result of the one before.
     """
     logits = linear_logits(hidden, weight, temperature or 1.0, bias, softcap)
     lse = logits.logsumexp(-1)
@@ -416,7 +416,7 @@ def sample(
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """``logits`` (R, V) with -inf on every token that top-k, top-p or min-p excludes; ties at a bound stay."""
+    """``logits`` (R, V) with -inf on every token that top-k, top-p or min-p excludes; ties at a bound are kept."""
     if 0 < top_k < logits.shape[-1]:
         bound = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < bound, -torch.inf)
@@ -434,12 +434,11 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
 
 
 def gumbel_noise(streams: Tensor, vocab_size: int, start: int = 0) -> Tensor:
-    """Standard Gumbel noise (R, V) in fp32 from Philox4x32-10, counter-based; of the tokens from ``start`` on, which
-    must be a multiple of 4.
+    """Standard Gumbel noise (R, V) in fp32 from the counter-based generator Philox4x32-10.
 
-    Key (seed, step), counter (v // 4, position, row id, rollout index), word v % 4. A word x gives
-    ``u = (x + 1/2) / 2**32`` and ``-log(-log(1 - u))``: written with 1 - u, the upper tail, which decides who
-    wins, keeps all 32 bits.
+    It is that of the tokens from ``start`` on, a multiple of 4. Key (seed, step), counter (v // 4, position, row id,
+    rollout index), word v % 4. A word x gives ``u = (x + 1/2) / 2**32`` and ``-log(-log(1 - u))``: with 1 - u, the
+    upper tail, which decides the argmax, keeps all 32 bits.
     """
     seed, step, row, rollout, position = (streams[:, i, None] & 0xFFFFFFFF for i in range(5))
     block = torch.arange(start // 4, (start + vocab_size + 3) // 4, device=streams.device)[None, :]

@@ -1,4 +1,4 @@
-"""The versions that this package supports: what installs, checks and describes it agrees with this one table."""
+"""Supported versions of Python and of the dependencies: the one table for installation, checks and docs."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +8,7 @@ class Supported(NamedTuple):
     """Release series, such as ``2.11``."""
 
     oldest: str
-    tested: tuple[str, ...]  # what the tests were run with, oldest first
+    tested: tuple[str, ...]  # that the tests were run with, oldest first
 
 
 SUPPORTED = {
@@ -18,7 +18,7 @@ SUPPORTED = {
     "transformers": Supported("5.17", ("5.17",)),
 }
 
-# what the package works without
+# not required
 OPTIONAL = {
     "peft": Supported("0.19", ("0.19", "0.21")),
     "torchao": Supported("0.18", ("0.18",)),
@@ -26,7 +26,7 @@ OPTIONAL = {
 
 
 def standing(name: str, installed: str) -> str:
-    """How ``installed``, such as ``2.11.0+cu130`` or ``absent``, stands to what is supported, in words for the user."""
+    """Compares ``installed``, such as ``2.11.0+cu130`` or ``absent``, with the supported versions, in words."""
     oldest, tested = (SUPPORTED | OPTIONAL)[name]
     series = _series(installed)
     if series < _series(oldest):
@@ -37,6 +37,6 @@ def standing(name: str, installed: str) -> str:
 
 
 def _series(version: str) -> tuple[int, int]:
-    """(0, 0) for what is not a version."""
+    """(major, minor), or (0, 0) if ``version`` is not a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
