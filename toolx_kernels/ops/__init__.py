@@ -1,4 +1,4 @@
-"""The ops, by subject: the LM head, attention, and what needs neither. ``reference.py`` holds their definitions."""
+"""Ops by subject: the LM head, attention, and those that need neither. ``reference.py`` defines them."""
 
 from toolx_kernels.ops import advantages  # noqa: F401 (defines every op)
 from toolx_kernels.ops.attention import paged  # noqa: F401

@@ -1,4 +1,4 @@
-"""Group-relative advantages: how much better a completion is than its siblings."""
+"""Group-relative advantages: the reward of a completion compared with those of its group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolx_kernels.reference import compute_dtype
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings no triton
+except ImportError:  # a CPU build of torch comes without triton
     triton = None
 
 
@@ -30,15 +30,15 @@ def group_advantages(
 ) -> Tensor:
     """``(r - mean) / (max(std, min_std) + eps)`` over each group, (B) in fp32 (float64 for float64 rewards).
 
-    The std is torch's unbiased one, as in TRL: of the ``group``, of the whole ``batch``, or ``none``
-    (``scale``). ``min_std`` keeps a small bonus small: {1, 1, 1, 1, 1.01} gives the last 1.75 without it and
-    0.08 at 0.1, which leaves rewards of 0 and 1 in groups of up to 64 as they are. A group whose rewards are all
+    The std is torch's unbiased one, as in TRL: that of the ``group``, that of the whole ``batch``, or ``none``
+    (``scale``). ``min_std`` keeps a small bonus small: in {1, 1, 1, 1, 1.01} the last gets 1.75 without it and
+    0.08 at 0.1; 0.1 does not change the advantages of 0/1 rewards in groups of up to 64. A group whose rewards are all
     equal gets exact zeros, decided by comparing the rewards: in floating point the mean of equal numbers is not
-    always that number. ``check_finite=False`` leaves it to the caller to check the rewards, for which a GPU is waited
-    for. Source: arXiv 2402.03300, 4.1.2.
+    always that number. With ``check_finite=False`` the caller checks the rewards; the check waits for a GPU.
+    Source: arXiv 2402.03300, 4.1.2.
 
     Raises:
-        InputError: neither or both of group_size and group_ids, sizes that do not divide, an unknown scale,
+        InputError: neither or both of group_size and group_ids, a group_size that does not divide B, an unknown scale,
             a ``min_std`` that is negative or not finite, a reward that is not finite.
     """
     if rewards.ndim != 1 or rewards.shape[0] == 0:
@@ -103,13 +103,13 @@ def in_torch(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["B"])  # or another batch size may compile it anew
+    @triton.jit(do_not_specialize=["B"])  # else another batch size may recompile it
     def advantages_kernel(
         rewards_ptr, ids_ptr, out_ptr,  # (B)
         B, group_size, eps, min_std,
         HAS_IDS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a completion: it looks for its siblings among all B, twice (mean, then variance)."""
+        """One program per completion: it looks for its siblings among all B, twice (mean, then variance)."""
         i = tl.program_id(0)
         offs = tl.arange(0, BLOCK)
         own = tl.load(rewards_ptr + i)

@@ -2,7 +2,7 @@
 
 An op is defined once, with a plain torch default that runs on every device. Faster kernels are registered under
 the same name for one device: in C++ and CUDA by the compiled part (``csrc/``), from Python by the files in ``ops/``.
-The compiled part may be absent; ``compiled_error`` then says why and the defaults serve.
+If the compiled part is absent, ``compiled_error`` says why and the defaults are used.
 """
 
 import importlib
@@ -19,10 +19,10 @@ FROM_PYTHON = {"CPU": "torch, written for the CPU", "CUDA": "Triton"}
 DEFAULT = "plain torch"
 
 library = torch.library.Library("toolx", "DEF")
-_compiled_ops: dict[str, set[str]] = {}  # every op, and the devices that had a kernel before Python gave it one
+_compiled_ops: dict[str, set[str]] = {}  # every op, and the devices with a kernel before Python registered any
 
 
-# What a schema calls the types of arguments.
+# The types of arguments in torch's schema language.
 SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[bool]: "bool[]", float: "float", int: "int", int | None: "int?",
     str: "str",
@@ -30,14 +30,14 @@ SCHEMA_TYPES = {
 
 
 def arguments(kind: Any) -> str:
-    """The fields of a NamedTuple as arguments of a schema; a default can only be None."""
+    """The fields of a NamedTuple as arguments of a schema; the only possible default is None."""
     defaults = kind._field_defaults
     types = get_type_hints(kind)
     return ", ".join(f"{SCHEMA_TYPES[types[f]]} {f}{'=None' * (f in defaults)}" for f in kind._fields)
 
 
 def load_compiled() -> str | None:
-    """Loads ``toolx_kernels._C``, which registers its kernels. Returns None, or why it could not be loaded."""
+    """Loads ``toolx_kernels._C``, which registers its kernels. Returns None, or the reason for a failure."""
     try:
         importlib.import_module("toolx_kernels._C")
     except ModuleNotFoundError:
@@ -54,7 +54,7 @@ def load_compiled() -> str | None:
     return None
 
 
-# Loaded before any op is defined: what the dispatcher already holds for an op at its definition is compiled.
+# Loaded before any op is defined: a kernel that the dispatcher has when an op is defined is a compiled one.
 compiled_error: str | None = load_compiled()
 
 
@@ -64,9 +64,9 @@ def define(schema: str, *, default: Callable, fake: Callable, triton: Callable |
     Args:
         schema: name, arguments and results in torch's schema language, without the namespace.
         default: plain torch implementation for every device, below autograd.
-        fake: given the same arguments on the meta device, returns empty results of the right shape, dtype and
-            device; for ``torch.compile``. None for an op that only writes into its arguments.
-        triton: implementation on CUDA that launches Triton kernels; registered where triton is installed and the
+        fake: for ``torch.compile``: takes the same arguments on the meta device and returns empty results of the right
+            shape, dtype and device; None for an op that only writes into its arguments.
+        triton: implementation for CUDA that launches Triton kernels; registered if triton is installed and the
             compiled part has no CUDA kernel for the op.
     """
     name = schema.partition("(")[0]
@@ -79,7 +79,7 @@ def define(schema: str, *, default: Callable, fake: Callable, triton: Callable |
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """What each op runs on each device, as ``{op: {"CPU": words, "CUDA": words}}``, asked of the dispatcher."""
+    """The implementation of each op on each device, as ``{op: {"CPU": words, "CUDA": words}}``, from the dispatcher."""
     return {name: {device: _backend(name, device) for device in DEVICES} for name in _compiled_ops}
 
 

@@ -1,6 +1,6 @@
-"""Row gather with a deterministic backward.
+"""Picks of rows: a row gather with a deterministic backward.
 
-On a GPU torch adds the gradients of rows that were picked twice in whichever order its threads arrive. Here a row's
+On a GPU torch adds the gradients of a row that was picked twice in the order in which its threads arrive. Here a row's
 gradients are added in the order of the picks, on every device.
 """
 
@@ -15,14 +15,14 @@ from toolx_kernels.reference import compute_dtype
 
 
 class Picks:
-    """Which rows are picked, as an ``index`` (N) int64; what their gradient needs is found once for all its uses."""
+    """The picked rows, as an ``index`` (N) int64; the sorted index that their gradient needs is computed once."""
 
     def __init__(self, index: Tensor):
         self.index = index
         self._bags: tuple[Tensor, Tensor] | None = None
 
     def bags(self, n_rows: int) -> tuple[Tensor, Tensor]:
-        """The picks row by row, in their order (N), and where each row's begin (n_rows); of one ``n_rows`` alone."""
+        """The picks sorted by row, in order (N), and where each row's begin (n_rows); ``n_rows`` must not change."""
         if self._bags is None:
             order = self.index.argsort(stable=True)
             every = torch.arange(n_rows, device=self.index.device)
@@ -35,11 +35,11 @@ def sum_rows(
     picks: Picks,
     n_rows: int,
 ) -> Tensor:
-    """(n_rows, ...): the sum of what was picked of each row, in the order of the picks, repeatable to the bit."""
-    if picked.is_cuda:  # sorts the index first, where index_add_ has atomics
+    """(n_rows, ...): the sum over the picks of each row, in the order of the picks, bitwise repeatable."""
+    if picked.is_cuda:  # index_put_ sorts the index first; index_add_ uses atomics
         total = picked.new_zeros(n_rows, *picked.shape[1:])
         return total.index_put_((picks.index,), picked, accumulate=True)
-    # index_add_ goes through the picks one by one, and with several threads takes a multiple of this
+    # index_add_ takes the picks one by one, and with several threads takes several times as long as this
     order, starts = picks.bags(n_rows)
     return F.embedding_bag(order, picked.reshape(len(picked), -1), starts, mode="sum").view(n_rows, *picked.shape[1:])
 
@@ -61,7 +61,7 @@ def take_rows(
     source: Tensor,  # (M, ...)
     picks: Picks,
 ) -> Tensor:
-    """``source[picks.index]``, (N, ...); rows picked more than once get the sum of their gradients, in fp32 or above.
+    """``source[picks.index]``, (N, ...); the gradients of a row picked more than once are summed in fp32 or float64.
 
     Differentiable once.
     """

@@ -1,4 +1,4 @@
-"""Products of bf16 on this processor: AMX or not."""
+"""The processor's unit for bf16 products: AMX or not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 import torch
 
-# Values of ONEDNN_MAX_CPU_ISA that leave AMX off: all instruction sets without it. What oneDNN does not know bounds
-# nothing. (oneDNN's documentation, "CPU Dispatcher Control".)
+# Values of ONEDNN_MAX_CPU_ISA that switch AMX off: all instruction sets without it. oneDNN ignores values that it does
+# not know. (oneDNN's documentation, "CPU Dispatcher Control".)
 WITHOUT_AMX = {
     "sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2",
     "avx512_core", "avx512_core_vnni", "avx512_core_bf16", "avx512_core_fp16",
@@ -16,7 +16,9 @@ WITHOUT_AMX = {
 
 
 def bf16_runs_on_amx() -> bool:
-    """Whether torch's products of bf16 use AMX tiles: they go through oneDNN, which leaves them off where
-    ONEDNN_MAX_CPU_ISA (or its older name) says so when it first multiplies."""
+    """Whether torch's bf16 products use AMX tiles.
+
+    They run in oneDNN, which reads ONEDNN_MAX_CPU_ISA (or its older name) at its first product.
+    """
     most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return torch.cpu._is_amx_tile_supported() and most.lower() not in WITHOUT_AMX

@@ -1,4 +1,4 @@
-"""Parts that several Triton kernels share."""
+"""Common parts of several Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def capped(z, softcap):
-    """softcap * tanh(z / softcap), without libdevice and exact to the last bits of fp32 relative to softcap."""
+    """``softcap * tanh(z / softcap)`` without libdevice, exact to the last bits of fp32 relative to softcap."""
     e = tl.exp(-2.0 * tl.abs(z / softcap))
     return tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
 
@@ -26,7 +26,7 @@ def product_tile(
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """hidden (rows, D) times weight (tokens, D) transposed, (BLOCK_N, BLOCK_V) fp32."""
+    """``hidden (rows, D) @ weight (tokens, D).T``, (BLOCK_N, BLOCK_V) fp32."""
     in_d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     hidden_ptrs = hidden_ptr + (row[:, None] * stride_hn + in_d[None, :] * stride_hd)
@@ -48,7 +48,7 @@ OF_HEAD = {"hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"}
 
 
 def per_row_kernel(function):
-    """A kernel that is not compiled anew for another number of rows, nor for where in a vector a chunk begins."""
+    """A kernel that is not recompiled for another number of rows or another start of a chunk within a vector."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         function,

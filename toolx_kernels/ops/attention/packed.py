@@ -1,7 +1,7 @@
-"""Attention of packed completions that share their prompt: one visibility rule, two implementations.
+"""Packed attention of completions that share their prompt: one visibility rule, two implementations.
 
-Dense: blocks of queries over just the keys they may see, under a mask, on any device and in any dtype. Flex: torch's
-block-sparse FlexAttention over the whole pack, on a GPU. Windows go by position, never by packed index.
+Dense: blocks of queries over only the keys that they may see, under a mask, on any device and in any dtype. Flex:
+torch's block-sparse FlexAttention over the whole pack, on a GPU. Windows count positions, never packed indices.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from toolx_kernels.ops.attention.paged_torch import masked_attention
 from toolx_kernels.ops.attention.visibility import NO_WINDOW, Tokens, sees
 from toolx_kernels.ops.picks import Picks, take_rows
 
-PADDED_WORK = 1.5  # scores computed at most, as a multiple of those of the blocks, when blocks are padded to one size
+PADDED_WORK = 1.5  # the most scores computed after blocks are padded to one size, as a multiple of those before
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Blocks of like size, padded to one: their queries, over all the keys that any of these may see.
+    """Blocks of similar size, padded to one size: their queries, and all the keys that any of these may see.
 
-    Padding repeats a block's first query, whose result is not used, and its first key, which is masked there.
+    Padding repeats a block's first query, whose result is not used, and its first key, which is masked.
     """
 
     queries: Tensor  # (blocks, Q) packed indices
     keys: Tensor  # (blocks, K) packed indices
     filled: Tensor  # (blocks, K) False for padding
-    query_picks: Picks  # the same indices, one after the other
+    query_picks: Picks  # the same indices, flattened
     key_picks: Picks
 
     @classmethod
@@ -44,10 +44,10 @@ class Blocks:
 
 @dataclass(slots=True, init=False)
 class PackedContext:
-    """Training: packed tokens, each of which sees its prompt and its own completion up to itself.
+    """Context of training: packed tokens, each of which sees its prompt and its own completion up to itself.
 
-    ``lengths`` has for each group, in the order in which they are packed, the tokens of the prompt and those of each
-    completion behind it: ``[(3, [2, 4]), (5, [1])]`` is 3 + 2 + 4 + 5 + 1 tokens.
+    ``lengths`` has, for each group in packed order, the number of tokens of the prompt and of each completion after it:
+    ``[(3, [2, 4]), (5, [1])]`` is 3 + 2 + 4 + 5 + 1 tokens.
     """
 
     lengths: list[tuple[int, list[int]]]
@@ -55,7 +55,7 @@ class PackedContext:
     flex_masks: dict[int, BlockMask] = field(repr=False)  # by window
     dense_masks: dict[int, list[Tensor]] = field(repr=False)
     _blocks: list[Blocks] | None = field(repr=False)
-    _inverse: Tensor = field(repr=False)  # with _blocks, (N) place of each packed token among all blocks' queries
+    _inverse: Tensor = field(repr=False)  # set with _blocks: (N) index of each packed token among all blocks' queries
 
     def __init__(self, lengths: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu"):
         self.lengths = [(prompt, list(completions)) for prompt, completions in lengths]
@@ -81,8 +81,8 @@ class PackedContext:
             try:
                 check_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], scale, softcap)
                 return self.flex(query, key, value, scale, softcap, window)
-            except Exception as error:  # a compiler fails in every way there is
-                # activation checkpointing ends a layer that it computes again by an exception of its own
+            except Exception as error:  # a compiler may raise anything
+                # activation checkpointing ends the recomputation of a layer with its own exception
                 if out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":
                     raise
                 packed_flex.give_up(error)
@@ -91,7 +91,7 @@ class PackedContext:
     # ---- dense
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
-        """(N, H, Dh) from query (N, H, Dh), key and value (N, Hkv, Dh), block by block."""
+        """Attention computed block by block, (N, H, Dh), from query (N, H, Dh), key and value (N, Hkv, Dh)."""
 
         def picked(packed: Tensor, picks: Picks) -> Tensor:  # (blocks, heads, Q or K, Dh)
             return take_rows(packed, picks).unflatten(0, (len(blocks.queries), -1)).transpose(1, 2)
@@ -119,7 +119,7 @@ class PackedContext:
         return self._blocks
 
     def _visible(self, window: int) -> list[Tensor]:
-        """(blocks, 1, Q, K) for each of ``blocks``."""
+        """Visibility masks, (blocks, 1, Q, K) for each of ``blocks``."""
         if window not in self.dense_masks:
             self.dense_masks[window] = [
                 (self._sees(b.queries[:, :, None], b.keys[:, None, :], window) & b.filled[:, None, :])[:, None]
@@ -133,7 +133,7 @@ class PackedContext:
     # ---- flex
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
-        """As ``dense``."""
+        """The same as ``dense``."""
         return packed_flex.attend(query, key, value, self.flex_mask(window), scale, softcap)
 
     def flex_mask(self, window: int) -> BlockMask:
@@ -145,9 +145,9 @@ class PackedContext:
 def cut_into_blocks(lengths: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[list[int], list[int]]]:
     """Queries and keys, as packed indices, of blocks that together hold every token once as a query.
 
-    A prompt is a block. Of completions as many make a block as have half the prompt's tokens together: it computes
-    their queries over the prompt and over each other, so at most half of the computed scores are masked out, while the
-    keys of the prompt are copied twice per prompt length of queries.
+    A prompt is a block. Completions are collected in a block until they have half as many tokens as the prompt: the
+    block computes their queries over the prompt and over each other, so at most half of the computed scores are masked
+    out, while the keys of the prompt are copied twice per prompt length of queries.
     """
     blocks, start = [], 0
     for prompt, completions in lengths:
@@ -165,7 +165,7 @@ def cut_into_blocks(lengths: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[
 
 
 def like_sized(blocks: Sequence[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:
-    """The blocks in buckets that, padded to their largest, compute at most ``PADDED_WORK`` times the scores."""
+    """Buckets of blocks that, padded to their largest, compute at most ``PADDED_WORK`` times the scores."""
     buckets: list[list[tuple[list[int], list[int]]]] = []
     work = widest = longest = 0
     for queries, keys in sorted(blocks, key=lambda block: (len(block[0]) == len(block[1]), -len(block[1]), block[0])):
@@ -200,12 +200,12 @@ def check_flex(
 ) -> None:
     """Runs FlexAttention forward and backward on two small packs and compares it with the dense blocks.
 
-    A backward pass that does not compile is so found before a training step depends on it; the second length makes
-    torch compile for any. What is saved for these backward passes is hidden from activation checkpointing, which would
-    count it among the layer's own.
+    So a backward pass that does not compile is found before a training step depends on it; the second length makes
+    torch compile for any length. The tensors saved for these backward passes are hidden from activation checkpointing,
+    which would count them among the layer's own.
 
     Raises:
-        RuntimeError: the results differ. Whatever the compiler raises is passed on.
+        RuntimeError: the results differ. Exceptions of the compiler are passed on.
     """
     for scaled in (1, 3):
         context = PackedContext([(100 * scaled, [60, 60]), (20, [7 * scaled])], device)

@@ -1,4 +1,4 @@
-"""Packed attention by FlexAttention: when it serves, its compiled kernel, its block mask."""
+"""Packed attention by FlexAttention: conditions for its use, the compiled kernel, the block mask."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from toolx_kernels.errors import first_line
 from toolx_kernels.ops.attention.visibility import NO_WINDOW, Tokens, sees
 
-BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or leaves out
-LEAST_TOKENS = 2 * BLOCK  # of a pack; in fewer there is no block to leave out that is worth a compilation
-LEAST_DIM = 16  # of a head, below which FlexAttention has no kernel
-MASK_ENTRIES = 2**24  # of the dense mask that are alive at a time while the block mask is made from it
+BLOCK = 128  # tokens in each direction of a block that FlexAttention computes or skips
+LEAST_TOKENS = 2 * BLOCK  # of a pack; in a smaller one, skipped blocks do not repay the compilation
+LEAST_DIM = 16  # of a head; FlexAttention has no kernel for smaller ones
+MASK_ENTRIES = 2**24  # of the dense mask, in memory at a time while the block mask is made from it
 
-_gone = False  # for the rest of the process, once it has failed
+_gone = False  # True for the rest of the process once FlexAttention has failed
 
 
 def applies(query: Tensor) -> bool:
@@ -33,13 +33,13 @@ def give_up(error: Exception) -> None:
     global _gone
     _gone = True
     warnings.warn(
-        f"Attention of packed completions computes dense blocks from here on, which is slower: {first_line(error)}",
+        f"Attention of packed completions computes dense blocks from now on, which is slower: {first_line(error)}",
         stacklevel=2,
     )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, softcap: float) -> Tensor:
-    """(N, H, Dh) from query (N, H, Dh), key and value (N, Hkv, Dh)."""
+    """Attention, (N, H, Dh), from query (N, H, Dh), key and value (N, Hkv, Dh)."""
     length = mask.seq_lengths[0]
 
     def padded(packed: Tensor) -> Tensor:  # (1, heads, length, Dh)
@@ -51,9 +51,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: fl
 
 
 def kernel(*arguments: Any, **options: Any) -> Tensor:
-    """FlexAttention, compiled. Uncompiled it is the definition, and computes all scores."""
-    # A float that differs between two models would otherwise become a dynamic one, which no kernel takes; and lengths
-    # are compiled in by some versions. Beyond the limit torch raises, because of fullgraph.
+    """FlexAttention, compiled. The uncompiled function is its definition and computes all scores."""
+    # A float that differs between two models would otherwise become dynamic, which no kernel accepts; and some versions
+    # compile lengths in. Beyond the limit torch raises, because of fullgraph.
     with torch._dynamo.config.patch(specialize_float=True, recompile_limit=64):
         return _compiled()(*arguments, **options)
 
@@ -64,7 +64,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def _score_cap(softcap: float, device: torch.device) -> Callable:
-    bound = torch.tensor(softcap, device=device)  # a number would be compiled in
+    bound = torch.tensor(softcap, device=device)  # a float would be compiled in
 
     def score_mod(score, _batch, _head, _query, _key):
         return bound * torch.tanh(score / bound)
@@ -75,7 +75,7 @@ def _score_cap(softcap: float, device: torch.device) -> Callable:
 def padded_length(n_tokens: int) -> int:
     """Tokens to which a pack is padded for FlexAttention: 1 or 1.5 times a power of two, in whole blocks.
 
-    So there are few lengths, should each be compiled; nothing is computed for blocks of padding.
+    So there are few lengths, in case each is compiled; nothing is computed for blocks of padding.
     """
     power = max(BLOCK, 1 << (n_tokens - 1).bit_length())
     between = power // 4 * 3
@@ -83,16 +83,16 @@ def padded_length(n_tokens: int) -> int:
 
 
 def block_mask(tokens: Tokens, window: int) -> BlockMask:
-    """``sees`` as FlexAttention takes it: for each block of queries those blocks of keys that it sees a part of, and
-    those that it sees in full. Padding sees nothing, and nothing sees it.
+    """``sees`` in FlexAttention's form: for each block of queries, the blocks of keys that it sees in part and those
+    that it sees in full. Padding sees nothing, and nothing sees it.
 
-    torch's ``create_block_mask`` computes the same from an (N, N) mask that is alive as a whole, several times over.
+    torch's ``create_block_mask`` computes the same from whole (N, N) masks, of which it holds several in memory.
     """
     n_tokens, device = len(tokens.position), tokens.position.device
     length = padded_length(n_tokens)
     padded = Tokens(*(F.pad(column, (0, length - n_tokens), value=-1).int() for column in tokens))
     segment, prompt, position = padded
-    reach = torch.tensor(window or NO_WINDOW, dtype=torch.int32, device=device)  # a number would be compiled in
+    reach = torch.tensor(window or NO_WINDOW, dtype=torch.int32, device=device)  # an int would be compiled in
 
     def mask_mod(_batch, _head, query, key):
         queries = Tokens(segment[query], prompt[query], position[query])
@@ -115,5 +115,5 @@ def block_mask(tokens: Tokens, window: int) -> BlockMask:
 
 
 def _in_front(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and their indices in front of the others', both int32."""
+    """The number of True blocks in each row, and the indices of all its blocks with these first, both int32."""
     return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()

@@ -1,4 +1,4 @@
-"""Paged KV cache: writing it and attending over it; compiled (``csrc/``) where built, else plain torch."""
+"""Paged KV cache: the ops that write it and attend over it, compiled (``csrc/``) if built, else plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolx_kernels.ops import library
 from toolx_kernels.ops.attention import paged_torch
 from toolx_kernels.ops.attention.paged_call import PagedCall
 
-LARGEST_HEAD = 256  # that attention on a GPU has kernels for
+LARGEST_HEAD = 256  # head dimension that attention on a GPU has kernels for
 
 
 def kv_write(
@@ -25,8 +25,8 @@ def kv_write(
 ) -> None:
     """Writes token t's key and value to slot ``slots[t] = page * page_size + offset``; -1 skips the token.
 
-    Raises on a CPU, before anything is written, when a slot lies outside the cache; a CUDA kernel cannot raise and
-    skips such a token. Of equal slots the last token wins on a CPU; on a GPU the order is unspecified.
+    On a CPU a slot outside the cache raises before anything is written; a CUDA kernel cannot raise and skips such a
+    token. If slots are equal, the last token wins on a CPU; on a GPU the order is unspecified.
     """
     torch.ops.toolx.kv_write(key, value, key_cache, value_cache, slots)
 
@@ -46,19 +46,19 @@ def paged_attention(
     prefix_lens: Tensor | None = None,  # (R) int32: tokens that a row's group shares, equal within a group
     max_queries: int | None = None,
 ) -> Tensor:
-    """Causal attention of each row's newest tokens over its pages, (T, H, Dh); serves prefill and decode.
+    """Causal attention of each row's newest tokens over its pages, (T, H, Dh), for prefill and decode.
 
-    ``window`` > 0 limits a token to the last ``window`` tokens including itself; ``softcap`` > 0 squashes scores.
+    ``window`` > 0 limits a token to the last ``window`` tokens including itself; ``softcap`` > 0 caps scores.
 
-    ``cu_groups`` and ``prefix_lens`` change no result, only its cost: they say that rows cu_groups[g] to
-    cu_groups[g + 1] - 1 have the same pages under their first ``prefix_lens`` tokens, a multiple of the page size and
-    not beyond the first query of any of them. A kernel may then read these pages once for the whole group.
-    ``max_queries`` bounds the queries that one group (one row, without groups) brings; left out, it is looked up, for
-    which a GPU must wait.
+    ``cu_groups`` and ``prefix_lens`` change only the cost, not the result: rows cu_groups[g] to cu_groups[g + 1] - 1
+    have the same pages for their first ``prefix_lens`` tokens, a multiple of the page size that does not reach beyond
+    the first query of any of them. A kernel may then read these pages once for the whole group. ``max_queries`` is at
+    least the number of queries of any group (of any row, without groups); by default it is read from the bounds, which
+    waits for a GPU.
 
     The compiled CPU kernel raises RuntimeError, before anything is read, when sizes, dtypes or devices do not fit
     together, or when a page that a query sees, a length or a bound is out of range. Its results depend neither on the
-    number of threads nor on the rest of the batch. float64 is left to plain torch.
+    number of threads nor on the rest of the batch. float64 always runs in plain torch.
 
     No gradient. The definition is ``reference.paged_attention``.
     """
@@ -73,7 +73,7 @@ def paged_attention(
 
 
 def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a GPU has a kernel for such tensors: else plain torch serves, which waits for the device."""
+    """Whether a GPU has a kernel for such tensors; otherwise plain torch is used, which waits for the device."""
     return dtype != torch.float64 and head_dim <= LARGEST_HEAD
 
 
@@ -82,7 +82,7 @@ def in_torch(*arguments: Any) -> Tensor:
 
 
 def on_cuda(*arguments: Any) -> Tensor:
-    """flash-attn where it applies, else Triton where it does."""
+    """Attention by flash-attn if it applies, else by Triton if that applies, else in plain torch."""
     from toolx_kernels.ops.attention import paged_flash
 
     call = PagedCall(*arguments)
@@ -117,7 +117,7 @@ library.define(
 
 @dataclass(slots=True)
 class PagedContext:
-    """Rollout: writes the new tokens to their slots, then attends over each row's pages."""
+    """Context of rollouts: writes the new tokens to their slots, then attends over each row's pages."""
 
     key_caches: list[Tensor]  # per layer (pages, page_size, Hkv, Dh)
     value_caches: list[Tensor]
@@ -125,7 +125,7 @@ class PagedContext:
     block_table: Tensor  # (R, pages per row) int32
     seq_lens: Tensor  # (R) int32, the new tokens included
     cu_seqlens_q: Tensor  # (R + 1) int32
-    max_queries: int  # of one row, or of one group where there are groups
+    max_queries: int  # of one row, or of one group if there are groups
     cu_groups: Tensor | None = None  # (G + 1) int32: bounds of the rows that share a prefix
     prefix_lens: Tensor | None = None  # (R) int32
 

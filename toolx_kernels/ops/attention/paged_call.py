@@ -1,4 +1,4 @@
-"""The arguments of the op ``paged_attention``."""
+"""PagedCall: the arguments of the op ``paged_attention``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PagedCall(NamedTuple):
-    """In the order of the op's schema; ``paged.paged_attention`` says what they mean."""
+    """In the order of the op's schema; ``paged.paged_attention`` describes them."""
 
     query: Tensor  # (T, H, Dh)
     key_cache: Tensor  # (pages, page_size, Hkv, Dh)
@@ -17,7 +17,7 @@ class PagedCall(NamedTuple):
     seq_lens: Tensor  # (R) int32
     cu_seqlens_q: Tensor  # (R + 1) int32
     cu_groups: Tensor | None  # (G + 1) int32
-    prefix_lens: Tensor | None  # (R) int32, where there are groups
+    prefix_lens: Tensor | None  # (R) int32, if there are groups
     max_queries: int
     scale: float
     softcap: float

@@ -1,4 +1,4 @@
-"""Tiles and splits of the attention kernel, chosen by sizes that the host knows."""
+"""Tiles and splits of the paged attention kernel, chosen from sizes that the host knows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Tile(NamedTuple):
 
 
 def n_splits(n_programs: int, n_processors: int) -> int:
-    """Into how many parts the keys are cut so that ``n_programs`` without splits keep a GPU busy.
+    """The number of splits of the keys that keeps a GPU busy, given ``n_programs`` programs without splits.
 
-    It depends on sizes that the host knows, never on lengths: a captured launch must fit whatever lengths come.
+    It depends on sizes that the host knows, never on lengths: a captured launch must work for any lengths.
     """
     return min(MAX_SPLITS, max(1, PROGRAMS_PER_PROCESSOR * n_processors // n_programs))
 
 
-# Of up to 16 rows (decode), and the largest of more; by (bytes an element, BLOCK_D). Compiled without register spills
-# and within the shared memory of every chip (tests/without_gpu/test_cross_compile.py). fp32 takes many registers.
+# For up to 16 rows (decode), and the largest for more, by (bytes per element, BLOCK_D). They compile without register
+# spills and within every chip's shared memory (tests/without_gpu/test_cross_compile.py). fp32 needs many registers.
 TILES = {
     (2, 64): (Tile(16, 64, 4, 3), Tile(128, 64, 8, 3)),
     (2, 128): (Tile(16, 64, 4, 3), Tile(128, 32, 8, 3)),
@@ -37,7 +37,7 @@ TILES = {
     (4, 128): (Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
     (4, 256): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
-# What serves one chip better; Hopper multiplies from shared memory.
+# Better tiles for single chips; Hopper multiplies from shared memory.
 TILES_OF_CHIP = {
     (80, 2, 128): (Tile(16, 64, 4, 3), Tile(128, 32, 8, 2)),
     (90, 2, 128): (Tile(16, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -45,7 +45,7 @@ TILES_OF_CHIP = {
 
 
 def choose_tile(capability: tuple[int, int] | None, itemsize: int, block_d: int, sharing: int, queries: int) -> Tile:
-    """The tile for units of up to ``queries`` tokens with ``sharing`` heads each; None: the interpreter."""
+    """The tile for units of up to ``queries`` tokens with ``sharing`` heads each; ``capability`` None: interpreter."""
     wanted = triton.next_power_of_2(max(16, sharing * queries))
     least = max(16, triton.next_power_of_2(sharing))
     if capability is None:
@@ -60,8 +60,9 @@ def choose_tile(capability: tuple[int, int] | None, itemsize: int, block_d: int,
 
 
 def dot_precision(itemsize: int, block_d: int, block_m: int) -> str:
-    """fp32 is multiplied as three products of tf32, but for the largest heads, whose parts no registers hold.
+    """Precision of the products: fp32 is multiplied as three products of tf32.
 
-    Nor for 64 rows and more: those triton 3.6 multiplies by Hopper's wgmma, and results were off by 0.3 on an H200.
+    Two exceptions: the largest heads, whose parts do not fit the registers, and 64 rows or more, which triton 3.6
+    multiplies with Hopper's wgmma: results were off by 0.3 on an H200.
     """
     return "tf32x3" if itemsize == 4 and block_d <= 128 and block_m < 64 else "ieee"

@@ -17,9 +17,9 @@ def masked_attention(
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Dense attention under a boolean mask, differentiable, (R, H, Q, Dh)."""
+    """Dense attention under a boolean mask, (R, H, Q, Dh); differentiable."""
     group = query.shape[1] // key.shape[1]
-    if group > 1:  # the heads that share a key become more queries of it, so that no key is copied
+    if group > 1:  # heads that share a key are treated as more queries of it, so that no key is copied
         query = query.unflatten(1, (-1, group)).flatten(2, 3)
         visible = visible.repeat(1, 1, group, 1)
     if softcap:
@@ -31,10 +31,10 @@ def masked_attention(
 
 
 def paged_attention(call: PagedCall) -> Tensor:
-    """See ``paged.paged_attention``; no use is made of shared prefixes."""
+    """See ``paged.paged_attention``; shared prefixes are not used."""
     query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, *_, scale, softcap, window = call
     query_lens = cu_seqlens_q.diff()
-    seq_lens = torch.where(query_lens > 0, seq_lens, 0)  # of rows without queries nothing is read
+    seq_lens = torch.where(query_lens > 0, seq_lens, 0)  # nothing is read of rows without queries
     n_rows, longest = len(seq_lens), int(seq_lens.max()) if len(seq_lens) else 0
     widest = int(query_lens.max()) if n_rows else 0
     if widest == 0:
@@ -44,8 +44,8 @@ def paged_attention(call: PagedCall) -> Tensor:
     filled = steps < seq_lens[:, None]  # (R, T)
     pages = block_table[:, : -(-longest // page_size)].long().repeat_interleave(page_size, dim=1)[:, :longest]
     slots = pages * page_size + steps % page_size
-    # Past a row's end its first token stands in, and any token in a row of which nothing is read: hidden by the mask,
-    # but never NaN as unwritten memory may be.
+    # Slots past a row's end repeat its first token, or any token if nothing is read of the row: the mask hides them,
+    # and unlike unwritten memory they are never NaN.
     stand_in = torch.where(filled[:, :1], slots[:, :1], slots[filled][0])
     slots = torch.where(filled, slots, stand_in).flatten()
 
@@ -63,8 +63,8 @@ def paged_attention(call: PagedCall) -> Tensor:
     visible = steps <= position[..., None]
     if window:
         visible &= steps > position[..., None] - window
-    # Padding queries see everything. They could be dropped as NaN, but on AMX oneDNN's bf16 products let a row of NaN
-    # spoil its neighbours (github.com/uxlfoundation/oneDNN/issues/5717, mended in August 2026).
+    # Padding queries see everything. They could be NaN and be dropped, but on AMX a row of NaN spoils its neighbors in
+    # oneDNN's bf16 products (github.com/uxlfoundation/oneDNN/issues/5717, fixed in August 2026).
     visible = (visible & filled[:, None, :]) | (position >= seq_lens[:, None])[..., None]
     out = masked_attention(padded, gather(key_cache), gather(value_cache), visible[:, None], scale, softcap)
     if one_each:

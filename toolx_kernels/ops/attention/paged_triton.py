@@ -1,9 +1,9 @@
 """Paged attention and the paged KV write as Triton kernels.
 
 One program computes a tile of (query tokens x the query heads of one kv head) against one split of the keys they see.
-Where keys are split, or a shared prefix is a level of its own, each part leaves its normalised output and log-sum-exp
-in fp32, and ``merge_kernel`` joins them in a fixed order (Flash-Decoding; for shared prefixes arXiv 2402.05099): no
-atomics, so two runs give the same bits. Nothing here looks at a value on the device: a call can be captured in a CUDA
+If keys are split, or a shared prefix is computed separately, each part writes its normalized output and log-sum-exp in
+fp32, and ``merge_kernel`` merges them in a fixed order (Flash-Decoding; for shared prefixes arXiv 2402.05099): no
+atomics, so two runs give the same bits. The host reads no value from the device, so a call can be captured in a CUDA
 graph and replayed with other lengths.
 """
 
@@ -21,11 +21,11 @@ from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.attention.paged_tiles import choose_tile, dot_precision, n_splits
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped
 
-EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that differences of two are no NaN
-BLOCK_U = 512  # rows or groups that are looked at together; as many for any batch, or each would compile its own kernel
+EMPTY = tl.constexpr(-1e30)  # the log-sum-exp of no keys: finite, so that the difference of two is not NaN
+BLOCK_U = 512  # rows or groups searched at once; the same for every batch, else each would compile its own kernel
 
 
-# What varies from call to call of one model, and must not compile anything anew.
+# Arguments that vary from call to call of one model and must not cause a recompilation.
 COUNTS = ["n_units", "n_splits", "n_tokens", "n_rows", "n_partials", "n_slots", "window", "stride_br"]
 VECTORS = ["block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "lse_ptr"]
 
@@ -41,7 +41,7 @@ def _kernel(function):
 
 @triton.jit
 def _first_query(unit, mask, cu_queries_ptr, cu_groups_ptr, PREFIX: tl.constexpr):
-    """Where the queries of a unit begin: of a group of rows if PREFIX, else of a row."""
+    """The first query of a unit: of a group of rows if PREFIX, else of a row."""
     row = unit
     if PREFIX:
         row = tl.load(cu_groups_ptr + unit, mask=mask, other=0)
@@ -55,10 +55,10 @@ def attention_kernel(
     block_table_ptr, seq_lens_ptr, cu_queries_ptr,  # (R, ...), (R), (R + 1)
     cu_groups_ptr, prefix_lens_ptr,  # (G + 1), (R) if there are groups
     out_ptr,  # (T, H, D) if DIRECT, else (splits, T, H, D) fp32
-    lse_ptr,  # (splits, T, H) unless DIRECT, to the base 2
+    lse_ptr,  # (splits, T, H) unless DIRECT, base 2
     n_units, n_splits, n_tokens, scale, softcap, window,
     stride_qt, stride_qh, stride_qd, stride_br, stride_ot, stride_oh, stride_od,
-    PREFIX: tl.constexpr,  # the unit is a group of rows and the prefix they share, else a row and what follows
+    PREFIX: tl.constexpr,  # True: a unit is a group of rows over their shared prefix; False: a row over the rest
     GROUPED: tl.constexpr, DIRECT: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr,  # query heads of a kv head
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,9 +66,9 @@ def attention_kernel(
 ):  # fmt: skip
     """Softmax-weighted values of one tile of queries over one split of their keys.
 
-    Query tokens are cut into tiles of BLOCK_Q, each unit's anew. Unit u's tiles begin at ``first_query(u) // BLOCK_Q +
-    u``: room enough for all of its tiles, known without a pass over the units before it, and ``T // BLOCK_Q + units``
-    is the size of a grid for any lengths.
+    The query tokens of each unit are cut into tiles of BLOCK_Q. The tiles of unit u begin at
+    ``first_query(u) // BLOCK_Q + u``: that leaves room for all of its tiles and is known without a pass over the units
+    before it, so a grid of ``T // BLOCK_Q + units`` fits any lengths.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // SHARING
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -102,8 +102,8 @@ def attention_kernel(
                 end = tl.load(cu_queries_ptr + sibling + 1).to(tl.int32)
                 its = tl.load(seq_lens_ptr + sibling).to(tl.int32) - end + token
                 position = tl.where((token >= begin) & (token < end), its, position)
-            # not the minimum of position: what follows from a loop's result has no known alignment, and keys at
-            # addresses of no known alignment are not loaded ahead
+            # not the minimum of position: values derived from a loop's result have no known alignment, and Triton does
+            # not prefetch keys at addresses of unknown alignment
             siblings = row + tl.arange(0, BLOCK_U)
             theirs = siblings < end_row
             lengths = tl.load(seq_lens_ptr + siblings, mask=theirs, other=2147483647).to(tl.int32)
@@ -137,7 +137,7 @@ def attention_kernel(
         inside = j < end_key
         page = tl.load(table + j // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
         slot = (page * PAGE_SIZE + j % PAGE_SIZE) * (KV_HEADS * D) + kv_head * D
-        # keys and values that nobody wrote are never read: 0 * NaN would be NaN
+        # unwritten keys and values are never read: 0 * NaN would be NaN
         if D == BLOCK_D:
             k = tl.load(key_ptr + slot[None, :] + in_d[:, None], mask=inside[None, :], other=0.0)
         else:
@@ -173,19 +173,19 @@ def attention_kernel(
     else:
         place = (split.to(tl.int64) * n_tokens + token64) * (KV_HEADS * SHARING) + head
         tl.store(lse_ptr + place, tl.where(nothing, EMPTY, top + tl.log2(total)), mask=live)
-        if begin_key < end_key:  # of what has no keys the merge reads no output
+        if begin_key < end_key:  # the merge reads no output of a split without keys
             tl.store(out_ptr + (place * D)[:, None] + in_d[None, :], acc, mask=mask_md)
 
 
 @_kernel
 def merge_kernel(
     partial_ptr,  # (partials, T, H, D) fp32
-    lse_ptr,  # (partials, T, H), to the base 2
+    lse_ptr,  # (partials, T, H), base 2
     out_ptr,  # (T, H, D)
     n_rows, n_partials, stride_ot, stride_oh, stride_od,
     H: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = sum over partials of 2^lse out / sum of 2^lse; zeros where no partial has keys. T * H rows."""
+    """``out = sum(2^lse partial) / sum(2^lse)`` over the partials, zeros where none has keys; n_rows = T * H."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_d = tl.arange(0, BLOCK_D)
     exists = row < n_rows
@@ -216,7 +216,7 @@ def kv_write_kernel(
     stride_kt, stride_kh, stride_kd, stride_vt, stride_vh, stride_vd, stride_s,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token; a slot outside the cache is skipped."""
+    """One program per token; a slot outside the cache is skipped."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token * stride_s)
     if (slot < 0) | (slot >= n_slots):
@@ -264,7 +264,7 @@ def paged_attention(call: PagedCall) -> Tensor:
         "GROUPED": grouped, "BLOCK_U": BLOCK_U,
     }  # fmt: skip
 
-    # (units, the most queries that one has for all that is known here)
+    # (units, an upper bound of the queries of one unit)
     levels = [(len(shared[0]) - 1, call.max_queries)] if grouped else []
     levels.append((n_rows, min(call.max_queries, triton.cdiv(n_tokens, n_rows)) if grouped else call.max_queries))
     with torch.cuda.device_of(query):
@@ -314,6 +314,6 @@ def _check_contiguous(*caches: Tensor) -> None:
     for cache in caches:
         if not cache.is_contiguous():
             raise InputError(
-                f"a KV cache of shape {tuple(cache.shape)} has strides {cache.stride()}: it must be contiguous, as "
-                "page and slot address it."
+                f"A KV cache of shape {tuple(cache.shape)} has strides {cache.stride()}: make it contiguous, because "
+                "pages and slots address it."
             )

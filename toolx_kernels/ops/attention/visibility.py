@@ -1,4 +1,4 @@
-"""Visibility in a pack: which keys a query sees."""
+"""Visibility in a pack: the keys that a query sees."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NO_WINDOW = 2**30  # positions
 
 
 class Tokens(NamedTuple):
-    """What visibility depends on, all of one shape: (N) for a pack."""
+    """Per token, what visibility depends on; all of one shape, (N) for a pack."""
 
-    segment: Tensor  # a number of its own for each prompt and each completion of the pack
+    segment: Tensor  # a unique number for each prompt and each completion of the pack
     prompt: Tensor  # the number of the prompt that the token belongs to or follows
     position: Tensor  # position id
 
