@@ -314,6 +314,6 @@ def _check_contiguous(*caches: Tensor) -> None:
     for cache in caches:
         if not cache.is_contiguous():
             raise InputError(
-                f"A KV cache of shape {tuple(cache.shape)} has strides {cache.stride()}: make it contiguous, because "
-                "pages and slots address it."
+                f"A KV cache of shape {tuple(cache.shape)} has strides {cache.stride()}: it must be contiguous, "
+                "because it is addressed by page and slot."
             )

@@ -1,4 +1,4 @@
-"""Checks of what users pass to the loss."""
+"""Checks of the arguments of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-    """(N), from a number or one per row."""
+    """Temperatures (N), from a number or a tensor of one per row."""
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise InputError(f"temperature={temperature} must be positive.")
@@ -28,7 +28,7 @@ def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tenso
 
 
 def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Tensor | None:
-    """(), from a number or a tensor of one; None for none."""
+    """The denominator (), from a number or a tensor of one element; None for none."""
     if denominator is None:
         return None
     if isinstance(denominator, Tensor):
@@ -81,7 +81,7 @@ def check_vectors(
     advantages: Tensor | None,
     per_row: dict,
 ) -> None:
-    """Raises InputError for vectors of a loss that do not fit, as far as no value must be read."""
+    """Raises InputError for vectors of a loss that do not fit; reads no values, so a GPU is not waited for."""
     vectors = {"cu_seqlens": cu_seqlens, "rewards": rewards, "advantages": advantages, **per_row}
     for name, vector in vectors.items():
         if not isinstance(vector, Tensor | None):
@@ -124,8 +124,8 @@ def wrong_rows(targets: Tensor, temperature: Tensor, vocab_size: int) -> tuple[T
 
 
 def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None) -> None:
-    """Raises InputError for a target outside the vocabulary or a temperature that is not positive, on live rows. Where
-    all is well a GPU is waited for once."""
+    """Raises InputError for a target outside the vocabulary or a temperature that is not positive and finite, on live
+    rows. Waits for a GPU once if there is none."""
     outside, frozen = wrong_rows(targets, temperature, vocab_size)
     if live is not None:
         outside, frozen = outside & live, frozen & live
@@ -160,6 +160,6 @@ def check_bounds(bounds: list[int], n_rows: int) -> None:
 
 
 def check_first_derivative(upstream: Tensor) -> None:
-    """Raises InputError where a graph of the gradient itself is asked for: it would silently lack this op."""
+    """Raises InputError for ``create_graph=True``: the graph of the gradient would silently lack this op."""
     if torch.is_grad_enabled() and type(upstream) is Tensor and not torch.compiler.is_compiling():
         raise InputError("the fused loss has no second derivative: leave create_graph=True out.")

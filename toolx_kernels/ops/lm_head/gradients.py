@@ -1,4 +1,4 @@
-"""The gradients of the head's inputs, accumulated from tiles of the gradient of the logits: two GEMMs a tile."""
+"""Gradients of the head's inputs, accumulated from tiles of the gradient of the logits: two GEMMs per tile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from toolx_kernels.ops.lm_head.vocab_shard import reducer
 
 
 class Gradients:
-    """Accumulates, in fp32 (or float64), the gradients of whatever needs one; the two GEMMs of the backward pass.
+    """Accumulates, in fp32 (or float64), the gradients of the inputs that need one: the backward pass's two GEMMs.
 
-    Those of the weight are rounded once. With ``whole_weight`` they stay in full precision until the end, or, where
-    one GEMM is all that is added (``one_gemm``), are what it rounds its result to. Otherwise only the rows that are
-    open are in full precision, until they are closed.
+    Gradients of weight and bias are rounded once. With ``whole_weight`` they are kept in full precision until the end;
+    if a single GEMM is added (``one_gemm``), the GEMM itself rounds its result. Otherwise only the open rows are in
+    full precision, until they are closed.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Gradients:
         self.hidden = torch.zeros(hidden.shape, dtype=head.dtype, device=hidden.device) if needs.hidden else None
         self.whole = [empty(needs.weight, head.weight), empty(needs.bias, head.bias)]
         self.open = self.whole
-        self.begun = False  # the first GEMM into the open rows overwrites them, which spares setting them to zero
+        self.begun = False  # the first GEMM into the open rows overwrites them, so they need not be zeroed
 
     def open_weight(self, columns: slice) -> None:
-        """From here on rows ``columns`` of the weight's gradients are accumulated, in full precision."""
+        """Opens rows ``columns`` of the gradients of weight and bias: accumulates them, in full precision."""
         self.begun = False
         self.open = [
             None if t is None else torch.empty(t[columns].shape, dtype=self.head.dtype, device=t.device)
@@ -55,9 +55,9 @@ class Gradients:
                     part.zero_()
 
     def add_weight(self, dz: Tensor, blocks: list[slice], hidden: Tensor, factor: Tensor | None) -> None:
-        """``dz^T (factor * hidden)``, and for the bias ``dz^T factor``, into the open rows, a block at a time.
+        """Adds ``dz^T (factor * hidden)``, and for the bias ``dz^T factor``, to the open rows, block by block.
 
-        dz: (n, columns), the gradient of the logits up to the rows' ``factor`` (n).
+        dz: (n, columns), the gradient of the logits without the rows' ``factor`` (n).
         """
         weight, bias = self.open
         sides = []
@@ -76,11 +76,11 @@ class Gradients:
         self.begun = True
 
     def multiply(self, total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
-        """total += left @ right, or = where ``fresh``."""
+        """``total += left @ right``, or ``total = left @ right`` if ``fresh``."""
         left, right, beta = left.to(self.gemm_dtype), right.to(self.gemm_dtype), 0 if fresh else 1
         if total.dtype == self.gemm_dtype:
             total.addmm_(left, right, beta=beta)
-        else:  # never on a CPU, which has no product from bf16 to fp32
+        else:  # never on a CPU, where torch has no bf16 product with an fp32 result
             torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
 
     def results(self) -> HeadGradients:

@@ -1,4 +1,4 @@
-"""The LM head: as operators take it, as sweeps see it, and the gradients of it that are trained.
+"""The LM head: the arguments of operators and of sweeps, and the gradients of its inputs.
 
     z = softcap(h W^T + bias) / T
 
@@ -19,7 +19,7 @@ from toolx_kernels.reference import compute_dtype
 
 
 def pick(tensor: Tensor | None, index: slice | Tensor) -> Tensor | None:
-    """Those rows of a tensor that may be absent."""
+    """``tensor[index]``, or None if there is no tensor."""
     return None if tensor is None else tensor[index]
 
 
@@ -32,14 +32,14 @@ class Trained(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """Gradients of the head's inputs, in their dtypes; None where none is needed."""
+    """Gradients of the head's inputs, in their dtypes; None for an input that needs none."""
 
     hidden: Tensor | None = None  # (N, D)
     weight: Tensor | None = None  # (V, D)
     bias: Tensor | None = None  # (V)
 
     def spread(self, rows: Tensor, n_rows: int) -> HeadGradients:
-        """With the gradient of hidden at ``rows`` of ``n_rows``, zero elsewhere."""
+        """The same, with the gradient of hidden placed at ``rows`` of ``n_rows`` rows, zero elsewhere."""
         if self.hidden is None or len(rows) == n_rows:
             return self
         hidden = self.hidden.new_zeros(n_rows, self.hidden.shape[1])
@@ -55,11 +55,11 @@ class HeadInputs(NamedTuple):
     temperature: Tensor  # (N)
     bias: Tensor | None  # (V)
     softcap: float  # 0 for none
-    shard: int  # key of the VocabShard, -1 where weight holds the whole vocabulary
+    shard: int  # key of the VocabShard, -1 if weight holds the whole vocabulary
 
     @classmethod
     def split(cls, arguments: Sequence) -> tuple[HeadInputs, Sequence]:
-        """The head, and an operator's other arguments."""
+        """Splits an operator's arguments into the head and the others."""
         n = len(cls._fields)
         return cls(*arguments[:n]), arguments[n:]
 
@@ -70,24 +70,24 @@ class HeadInputs(NamedTuple):
         return Head(self.hidden, self.weight, targets, scale, bias, self.softcap, start_of(self.shard), self.shard)
 
 
-# Where the trainable ones are among the inputs.
+# Indices of the trainable inputs.
 TRAINABLE = [HeadInputs._fields.index(name) for name in Trained._fields]
 
 
 def results_of(grads: HeadGradients, inputs: HeadInputs) -> tuple[Tensor, ...]:
-    """As an operator returns them: an empty tensor in place of None."""
+    """The gradients as an operator returns them: an empty tensor in place of None."""
     return tuple(inputs.hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def fake_results(inputs: HeadInputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """``results_of`` gradients, without their values."""
+    """Uninitialized tensors of the shapes that ``results_of`` returns."""
     empty = inputs.hidden.new_empty
     pairs = zip((inputs.hidden, inputs.weight, inputs.bias), needs, strict=True)
     return tuple(empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in pairs)
 
 
 def for_autograd(results: Sequence[Tensor], needs: Sequence[bool], n_inputs: int) -> list[Tensor | None]:
-    """A gradient, or None, for each of an operator's inputs."""
+    """A gradient or None for each of an operator's inputs."""
     grads: list[Tensor | None] = [None] * n_inputs
     for at, grad, need in zip(TRAINABLE, results, needs, strict=True):
         grads[at] = grad if need else None
@@ -108,12 +108,12 @@ class Head(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which logits and sums are held: fp32, or float64 for float64 inputs."""
+        """Dtype of logits and sums: fp32, or float64 for float64 inputs."""
         return compute_dtype(self.hidden)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """In which hidden and weight meet, should their dtypes differ."""
+        """Dtype to which hidden and weight are promoted if theirs differ."""
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
     def rows(self, index: slice | Tensor) -> Head:
@@ -124,7 +124,7 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight[index], bias=pick(self.bias, index), start=start)
 
     def targets_inside(self) -> tuple[Tensor, Tensor]:
-        """(N) bool: the target is one of these rows of weight; (N) int64: its row, clamped to them."""
+        """(N) bool: whether the target is among these rows of weight; (N) int64: its row, clamped to them."""
         local = self.targets - self.start
         return (local >= 0) & (local < len(self.weight)), local.clamp(0, len(self.weight) - 1)
 
@@ -134,7 +134,7 @@ def blocks(total: int, size: int) -> list[slice]:
 
 
 def as_given(function: Callable) -> Callable:
-    """Runs in the tensors' own precision (autocast would make some reductions bf16) and on their own device."""
+    """Decorator: runs in the tensors' precision (autocast would use bf16 for some reductions) and on their device."""
 
     @wraps(function)
     def wrapped(hidden: Tensor, *arguments):

@@ -1,20 +1,20 @@
-"""The GRPO loss straight from hidden states and the LM-head weight, in one sweep over the vocabulary.
+"""The fused linear GRPO loss, from hidden states and the LM-head weight in one sweep over the vocabulary.
 
     hidden (N, D), weight (V, D), targets (N) -> logprobs (N) -> advantages (B) or (N) -> token losses (N) -> loss
 
-A policy gradient needs of each token only two numbers: c = d loss / d logprob and, with an entropy bonus,
+A policy gradient needs only two numbers per token: c = d loss / d logprob and, with an entropy bonus,
 e = d loss / d entropy. So for a chunk of rows (one GEMM) the exponentials of all logits are kept, relative to an anchor
-close to the row's log-sum-exp; their sums give log-prob and entropy, the objective gives c and e, and the same
-exponentials, rescaled row by row, are what the two gradient GEMMs multiply. The logits are never computed twice and
-never exist beyond the chunk. With E = exp(z - anchor), s its sum, p_y the target's probability and y the target:
+close to the row's log-sum-exp; their sums give log-prob and entropy, the objective gives c and e, and the two gradient
+GEMMs multiply the same exponentials, rescaled row by row. The logits are never computed twice and exist only for the
+chunk. With E = exp(z - anchor), s its sum, p_y the target's probability and y the target:
 
     d hidden = r * (E W) + t W_y            r = -c / (T s),  t = c (1 - p_y) / T,  E_y = 0
     d weight = E'^T (r * hidden)            E'_y = t / r
 
-Rows that cannot have a gradient never enter the sweep: masked tokens, and those of advantage 0 (all of a group of equal
-rewards) while nothing else asks for them. Rows that get none from the objective (clipped ones) leave it before the
-GEMMs; on a GPU, which must be waited for to find them, only if the first chunk has enough. Where a sweep is not
-possible or not worth it (``sweeps_once``), and when an anchor turns out to be so far off that exponentials over- or
+Rows that cannot have a gradient are not swept: masked tokens, and those of advantage 0 (all of a group with equal
+rewards) unless something else needs them. Rows that get no gradient from the objective (clipped ones) are dropped
+before the GEMMs; on a GPU, which must be waited for to find them, only if the first chunk has enough. If a single sweep
+is not possible or not worth it (``sweeps_once``), or if an anchor turns out to be so far off that exponentials over- or
 underflow, the vocabulary is swept twice instead.
 """
 
@@ -87,26 +87,26 @@ def linear_grpo_loss(
 ) -> GRPOOutput:
     """GRPO loss of B packed completions; ``.loss.backward()`` gives gradients of hidden, weight and bias.
 
-    The gradients are formed in the forward pass (for fp16, and with ``config.recompute``, in the backward pass), so
-    call it under ``torch.no_grad()`` where none is wanted, and freeze what is not trained: both save work.
+    The gradients are formed in the forward pass (for fp16, and with ``config.recompute``, in the backward pass). To
+    save work, call it under ``torch.no_grad()`` if no gradient is needed, and freeze what is not trained.
 
     Args:
         hidden: (N, D); ``hidden[n]`` predicts ``targets[n]``. Only completion tokens are packed.
         cu_seqlens: (B + 1) int32; completion b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         rewards: (B), turned into advantages within groups of ``group_size`` or of equal ``group_ids``.
-        advantages: instead of rewards, (B) one per completion or (N) one per token; where B = N they are per
-            completion. Those of masked tokens must be finite and change nothing. Normalisers count tokens whose
-            advantage is 0, too. Where a completion's tokens share a ratio or a weight (sequence level or mode,
-            ``vespo``), all of them take part in it as soon as one has an advantage that is not 0.
-        old_logprobs: (N) log-probs under the policy that the ratio starts from; None when the batch is on-policy.
-        ref_logprobs: (N) log-probs under the reference policy; needed when ``config.beta`` is not 0.
-        sampler_logprobs: (N) what the sampler reported, for importance weights.
-        mask: (N) bool; False rows (tool output, say) contribute nothing. A completion without any True row
+        advantages: instead of rewards, (B) one per completion or (N) one per token; if B = N they are per completion.
+            Those of masked tokens must be finite but have no effect. Normalizers also count tokens whose advantage is
+            0. If a completion's tokens share a ratio or a weight (sequence level or mode, ``vespo``), all of them are
+            part of it as soon as one has an advantage that is not 0.
+        old_logprobs: (N) log-probs under the policy in the ratio's denominator; None if the batch is on-policy.
+        ref_logprobs: (N) log-probs under the reference policy; required if ``config.beta`` is not 0.
+        sampler_logprobs: (N) log-probs reported by the sampler, for importance weights.
+        mask: (N) bool; False rows (for example tool output) contribute nothing. A completion without any True row
             contributes 0 and still counts in B.
-        denominator: replaces the normaliser (see ``GRPOLossConfig.loss_type``), so that micro-batches add up to one
+        denominator: replaces the normalizer (see ``GRPOLossConfig.loss_type``), so that micro-batches add up to one
             batch.
         temperature: a number or (N) one per row, instead of ``config.temperature``.
-        shard: see :func:`linear_logprob`.
+        shard: see ``linear_logprob``.
 
     Returns:
         GRPOOutput; ``logprobs`` and ``entropy`` are NaN on rows that were left out (masked, or without gradient
@@ -115,8 +115,8 @@ def linear_grpo_loss(
     Raises:
         InputError: shapes, dtypes or devices that do not fit, bounds that do not cover N rows, targets outside the
             vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, ``beta``
-            without ``ref_logprobs``. Nothing has been computed then. A GPU is waited for once before the first GEMM,
-            for the check of values and the number of rows together.
+            without ``ref_logprobs``. It is raised before any GEMM. The check of values and the number of rows together
+            wait for a GPU once.
     """
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
@@ -153,11 +153,11 @@ def linear_grpo_loss(
 
 
 class OnHost(NamedTuple):
-    """What the host decides on before the first GEMM, for which a GPU is waited for once."""
+    """The values that the host needs before the first GEMM; reading them waits for a GPU once."""
 
-    wrong: bool  # some reward, advantage, target or temperature
+    wrong: bool  # whether some reward, advantage, target or temperature is invalid
     cu_seqlens: list[int]  # (B + 1)
-    computed_before: list[int]  # (B + 1) rows before each of these bounds that are computed
+    computed_before: list[int]  # (B + 1) number of computed rows before each of these bounds
 
     @classmethod
     def read(cls, facts: Tensor) -> OnHost:
@@ -167,7 +167,7 @@ class OnHost(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """What the operator takes besides the head."""
+    """The operator's arguments besides the head."""
 
     cu_seqlens: Tensor  # (B + 1)
     advantages: Tensor  # (B) or (N)
@@ -178,12 +178,12 @@ class LossInputs(NamedTuple):
     denominator: Tensor | None  # ()
     config_key: str
     needs: list[bool]
-    rewards: Tensor | None = None  # (B) only to be checked
+    rewards: Tensor | None = None  # (B) only checked
 
 
 class LossResults(NamedTuple):
-    """What the operator returns; those from ``lse`` to ``entropy_coefficients`` are empty unless the gradients are
-    formed in the backward pass, and a gradient is empty where none was asked for."""
+    """The operator's results. ``lse``, ``coefficients`` and ``entropy_coefficients`` are empty unless the gradients are
+    formed in the backward pass; a gradient that is not needed is empty."""
 
     loss: Tensor  # ()
     logprobs: Tensor  # (N)
@@ -230,7 +230,7 @@ def compute(*arguments) -> LossResults:
 
 
 def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Batch:
-    """The rows that are computed. Raises InputError for a value that cannot be; a GPU is waited for once."""
+    """The computed rows and their vectors. Raises InputError for an invalid value; waits for a GPU once."""
     targets, n_rows, dtype = inputs.targets, len(inputs.targets), compute_dtype(inputs.hidden)
     vocab_size = vocab_size_of(inputs.weight, inputs.shard)
     vectors = given.cu_seqlens, given.advantages, given.rewards, given.mask, given.denominator
@@ -256,12 +256,12 @@ def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Bat
 
 
 def gradients_in_backward(inputs: HeadInputs, config: GRPOLossConfig) -> bool:
-    """Small fp16 gradients vanish before the loss scale is applied, so they wait for it."""
+    """Whether gradients are formed in backward: small fp16 ones would vanish before the loss scale is applied."""
     return config.recompute or torch.float16 in (inputs.hidden.dtype, inputs.weight.dtype)
 
 
 def _stats(per_row: PerRow, with_kl: bool) -> Tensor:
-    """(7) in the order of STATS; means over the rows whose log-ratios are finite."""
+    """Statistics (7) in the order of STATS; means over the rows whose log-ratios are finite."""
     objective = per_row.objective
     finite = objective.finite != 0
     logged = [per_row.entropy, objective.ratio, objective.clip_low, objective.clip_high]

@@ -1,11 +1,11 @@
-"""Log-probability of each target token straight from hidden states and the LM-head weight.
+"""Linear log-probability: that of each target token, from hidden states and the LM-head weight.
 
-The vocabulary is swept in tiles, so no ``[N, V]`` tensor exists at any time; the backward pass sweeps it a second time.
+The vocabulary is swept in tiles, so no ``[N, V]`` tensor ever exists; the backward pass sweeps it a second time.
 With ``z`` the scaled logits, ``p = softmax(z)`` and the entropy ``H``, the gradient of a loss with respect to z is
 
     dz = g_logp (1[target] - p) + g_lse p - g_H p (log p + H)
 
-Rows whose upstream gradients are zero are left out of the backward pass.
+The backward pass skips rows whose upstream gradients are zero.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def linear_logprob(
     Args:
         hidden: (N, D) in fp32, bf16, fp16 or float64; row n predicts ``targets[n]``.
         weight: (V, D), the LM head as ``nn.Linear`` stores it.
-        temperature: a number, or one per row; positive. No gradient flows into it.
+        temperature: a positive number, or one per row. It gets no gradient.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the temperature (Gemma).
         entropy: also return the entropy of every row, in nats.
-        shard: which part of the vocabulary ``weight`` holds, for tensor parallelism.
+        shard: the part of the vocabulary that ``weight`` holds, for tensor parallelism.
 
     Returns:
-        ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and each differentiable in
+        ``TokenStats(logprobs, lse, entropy)``, each (N) in fp32 (float64 for float64 inputs) and differentiable in
         hidden, weight and bias. ``lse`` is that of the scaled logits.
 
     Raises:
         InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
-            positive. On a GPU the check of values waits for the device.
+            positive. The check of values waits for a GPU.
     """
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
@@ -76,11 +76,11 @@ def linear_logprob(
 
 
 class BackwardInputs(NamedTuple):
-    """The other arguments of ``linear_logprob_backward``: results of the forward pass and their gradients, all (N)."""
+    """Arguments of ``linear_logprob_backward`` besides the head: results of the forward pass, their gradients; (N)."""
 
     logprobs: Tensor
     lse: Tensor
-    entropy: Tensor  # empty where its gradient is zero
+    entropy: Tensor  # empty if its gradient is zero
     grad_logprobs: Tensor
     grad_lse: Tensor
     grad_entropy: Tensor

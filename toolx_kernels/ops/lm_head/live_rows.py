@@ -1,6 +1,7 @@
-"""The rows of a call that are computed, with the advantage and weight of each; what the host must know is one tensor.
+"""Live rows: the rows of a call that are computed, with the advantage and weight of each.
 
-Rows are known on the device before the host knows how many they are, so all of it comes before the one read.
+The device finds them before the host knows their number; all values that the host needs are in one tensor, which it
+reads once.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ try:
     import triton.language as tl
 
     from toolx_kernels.ops.triton_common import per_row_kernel
-except ImportError:  # a CPU build of torch brings no triton
+except ImportError:  # a CPU build of torch comes without triton
     triton = None
 
 
 class Batch(NamedTuple):
-    """The rows that are computed, n of N, and what belongs to them."""
+    """The n computed rows of N, with their vectors."""
 
     head: Head
     vectors: RowVectors
-    lengths: Tensor  # (B) int64, their rows by completion, in order
-    bounds: list[int]  # (B + 1) rows before each completion, on the host
-    rows: Tensor  # (n) int64, where they lie among the N
+    lengths: Tensor  # (B) int64, computed rows of each completion, in order
+    bounds: list[int]  # (B + 1) computed rows before each completion, on the host
+    rows: Tensor  # (n) int64, their indices among the N
     n_rows: int  # N
     needs: Trained
 
 
 class LiveRows(NamedTuple):
-    """``facts``: cu_seqlens, the rows of each completion that are computed, those that are unmasked, and in any place
-    of the last line 1 if some value is wrong. The others hold the computed rows in order, and behind them anything."""
+    """``facts`` has four rows: cu_seqlens, the computed rows of each completion, its unmasked rows, and a row with a 1
+    anywhere if some value is invalid. The others hold the computed rows in order, followed by arbitrary values."""
 
     facts: Tensor  # (4, B + 1) int64
     rows: Tensor  # (N) int64
@@ -48,7 +49,7 @@ class LiveRows(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What decides, unchecked."""
+    """The inputs that determine the live rows, unchecked."""
 
     targets: Tensor  # (N) int64
     temperature: Tensor  # (N)
@@ -74,11 +75,11 @@ def finder(device: torch.device, dtype: torch.dtype) -> Callable[[Call, GRPOLoss
 
 
 def in_torch(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows:
-    """``dtype``: of advantages and weights."""
+    """The live rows, with advantages and weights in ``dtype``."""
     n_rows, advantages, mask = len(call.targets), call.advantages, call.mask
     bounds = call.cu_seqlens.long().clamp(0, n_rows)
     completion = torch.searchsorted(bounds[1:], torch.arange(n_rows, device=bounds.device), right=True)
-    completion = completion.clamp_(max=call.n_completions - 1)  # (N) each token's
+    completion = completion.clamp_(max=call.n_completions - 1)  # (N) index of each token's
     if mask is None:
         mask = torch.ones_like(call.targets, dtype=torch.bool)
 
@@ -105,7 +106,7 @@ if triton is not None:
 
     @triton.jit
     def _unmasked(mask_ptr, row, last, HAS_MASK: tl.constexpr):
-        """Whether each row is one of the completion, which ends at ``last``, and unmasked."""
+        """Whether each row belongs to the completion that ends at ``last`` and is unmasked."""
         counts = row < last
         if HAS_MASK:
             counts = counts & (tl.load(mask_ptr + row, mask=counts, other=0) != 0)
@@ -113,7 +114,7 @@ if triton is not None:
 
     @triton.jit
     def _span(cu_ptr, b, N):
-        """The rows of completion b, within the N whatever its bounds say."""
+        """The rows of completion b, clamped to N."""
         first, last = tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
         return tl.minimum(tl.maximum(first, 0), N), tl.minimum(tl.maximum(last, 0), N)
 
@@ -123,15 +124,15 @@ if triton is not None:
         EVERY_ROW: tl.constexpr, PER_TOKEN: tl.constexpr, WHOLE: tl.constexpr, HAS_REWARDS: tl.constexpr,
         HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A column of ``facts``, (4, B + 1); one program a completion. The last column is left to the last of them.
+        """Writes a column of ``facts``, (4, B + 1); one program per completion, the last one also the last column.
 
-        PER_TOKEN: advantages are (N). WHOLE: as soon as one is not 0, all unmasked rows of its completion are computed.
+        PER_TOKEN: advantages are (N). WHOLE: all unmasked rows of a completion are computed if one advantage is not 0.
         """
         b, n_completions = tl.program_id(0), tl.num_programs(0)
         first, last = _span(cu_ptr, b, N)
         n_unmasked = tl.zeros((BLOCK,), dtype=tl.int32)
         n_computed = tl.zeros((BLOCK,), dtype=tl.int32)
-        n_wrong = tl.zeros((BLOCK,), dtype=tl.int32)  # of rows that are computed, or would be in a whole completion
+        n_wrong = tl.zeros((BLOCK,), dtype=tl.int32)  # of computed rows, or if WHOLE of unmasked ones
         n_infinite = tl.zeros((BLOCK,), dtype=tl.int32)  # advantages and rewards
         if not PER_TOKEN:
             advantage = tl.load(advantage_ptr + b)
@@ -174,7 +175,7 @@ if triton is not None:
         cu_ptr, advantage_ptr, weight_ptr, mask_ptr, facts_ptr, rows_ptr, advantages_ptr, weights_ptr, N,
         PER_TOKEN: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Writes a completion's computed rows behind those of the completions before it; one program a completion."""
+        """Writes a completion's computed rows after those of the completions before it; one program per completion."""
         b, width = tl.program_id(0), tl.num_programs(0) + 1
         first, last = _span(cu_ptr, b, N)
         computed_ptr = facts_ptr + width
@@ -197,13 +198,13 @@ if triton is not None:
                         counts = counts & (advantage != 0)
                 places = place + tl.cumsum(counts.to(tl.int64), 0) - 1
                 place += tl.sum(counts.to(tl.int64), 0)
-                counts = counts & (places < N)  # bounds that fall count rows twice
+                counts = counts & (places < N)  # decreasing bounds count rows twice
                 tl.store(rows_ptr + places, row, mask=counts)
                 tl.store(advantages_ptr + places, advantage.to(tl.float32), mask=counts)
                 tl.store(weights_ptr + places, weight, mask=counts)
 
     def in_triton(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows:
-        """The same in two kernels."""
+        """The same as ``in_torch``, in two kernels."""
         n_rows, n_completions, per_token = len(call.targets), call.n_completions, call.advantage_per_token
         targets, temperature, cu_seqlens, advantages, rewards, mask = (
             None if t is None else t.contiguous()

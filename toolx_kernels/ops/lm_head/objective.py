@@ -1,11 +1,11 @@
-"""Objectives: short elementwise functions of per-token vectors, written once for torch and for Triton kernels.
+"""The objective: short elementwise functions of per-token vectors, written once for torch and for Triton kernels.
 
-A function under :func:`dual` is a Triton device function where triton is installed, and ``in_torch`` holds its twin:
-the same code object run on torch tensors. So its body may only use what both understand: arithmetic, comparisons,
-``&`` and ``|``, ``tl.exp``, ``tl.abs``, ``tl.where`` (at least one arm a tensor), ``tl.sigmoid``, other dual
+A function decorated with ``dual`` is a Triton device function if triton is installed, and ``in_torch`` holds its twin:
+the same code object run on torch tensors. So its body may only use what both support: arithmetic, comparisons,
+``&`` and ``|``, ``tl.exp``, ``tl.abs``, ``tl.where`` (at least one branch a tensor), ``tl.sigmoid``, other dual
 functions, and ``if`` on attributes of CONFIG (a GRPOLossConfig, a ``tl.constexpr`` in a kernel) and on HAS_* flags.
 
-Gradients are analytic. A token's loss depends on its log-prob in two ways, and the slopes are kept apart until the
+Gradients are analytic. A token's loss depends on its log-prob in two ways, whose slopes are kept separate until the
 end: through the log-ratio, which at sequence level is shared by the whole completion, and directly.
 """
 
@@ -26,19 +26,19 @@ try:
     import triton.language as tl
 
     BOUND = tl.constexpr(LOG_RATIO_BOUND)
-except ImportError:  # a CPU build of torch brings no triton; then only the twins exist
+except ImportError:  # a CPU build of torch comes without triton; then only the twins exist
     triton = None
 
 in_torch = SimpleNamespace()
 _twin_globals = {
-    "__builtins__": __builtins__,  # where C code that imports something looks it up
+    "__builtins__": __builtins__,  # C code that imports something looks here
     "tl": SimpleNamespace(exp=torch.exp, abs=torch.abs, where=torch.where, sigmoid=torch.sigmoid),
     "BOUND": LOG_RATIO_BOUND,
 }
 
 
 def dual(function: Callable) -> Callable:
-    """Compiles ``function`` for Triton kernels and puts its torch twin into ``in_torch`` under the same name."""
+    """Decorator: compiles ``function`` for Triton kernels and adds its torch twin to ``in_torch`` by the same name."""
     twin = FunctionType(function.__code__, _twin_globals, function.__name__)
     _twin_globals[function.__name__] = twin
     setattr(in_torch, function.__name__, twin)
@@ -57,7 +57,7 @@ def clamp(x, low, high):
 
 @dual
 def kl_term(logprobs, ref, CONFIG):
-    """The estimate of KL(policy || reference) per token and its slope in the log-prob, 0 where the gap is clamped."""
+    """The estimate of KL(policy || reference) per token, and its slope in the log-prob: 0 where the gap is clamped."""
     gap = ref - logprobs
     beyond = tl.abs(gap) > BOUND
     gap = clamp(gap, -BOUND, BOUND)
@@ -77,7 +77,7 @@ def kl_term(logprobs, ref, CONFIG):
 
 @dual
 def importance_weight(gap, CONFIG):
-    """The weight of a policy term; ``gap`` is old - sampler log-prob of the token, or its completion's sum."""
+    """The weight of a policy term; ``gap`` is old - sampler log-prob of the token, or their sum over its completion."""
     weight = tl.exp(clamp(gap, -BOUND, BOUND))
     limit = CONFIG.importance_sampling_cap
     if CONFIG.importance_sampling_mode == "token_truncate" or CONFIG.importance_sampling_mode == "sequence_truncate":
@@ -121,10 +121,10 @@ def policy_term(logprobs, log_ratio, advantage, CONFIG):
 
 @dual
 def row_inputs(logprobs, advantage, idle, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
-    """What a row's log-probs say: (finite, logprobs, log_ratio, gap to the sampler, KL, its slope, advantage).
+    """From a row's log-probs: (finite, logprobs, log_ratio, gap to the sampler, KL, its slope, advantage).
 
-    All of it is finite, also on rows that are not. On ``idle`` rows, whose advantage is zero, old and sampler log-probs
-    play no part, unless the KL does so in the advantage or is weighted by the ratio.
+    All results are finite, even on rows whose inputs are not. On ``idle`` rows, whose advantage is zero, old and
+    sampler log-probs are ignored, unless the KL is part of the advantage or is weighted by the ratio.
     """
     finite = is_finite(logprobs)
     nothing = tl.where(finite, 0.0 * logprobs, 0.0)
@@ -162,7 +162,7 @@ def weighted_terms(
 ):
     """(loss, slope in log_ratio, slope in logprobs, slope in entropy, ratio, clip_low, clip_high, kl) of each row.
 
-    ``weight`` is the row's share in the loss, ``kept_weight`` the same or 0 where policy term and entropy bonus go.
+    ``weight`` is the row's share of the loss, ``kept_weight`` the same, or 0 on rows without policy term and bonus.
     """
     weight = tl.where(finite, weight, 0.0)
     kept_weight = tl.where(finite, kept_weight, 0.0)
@@ -189,10 +189,10 @@ def weighted_terms(
 
 @dual
 def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
-    """The whole objective of a row, for configs whose tokens need nothing of each other.
+    """The whole objective of a row, for configs in which tokens are independent of each other.
 
-    ``weight`` is the row's share in the loss (:func:`token_weights`). An input whose HAS_* flag is False may be
-    anything; ``entropy`` matters only to the bonus.
+    ``weight`` is the row's share of the loss (``token_weights``). An input whose HAS_* flag is False may be anything;
+    only the bonus uses ``entropy``.
 
     Returns (loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite): ``loss`` includes the
     weight, ``coefficient`` is d total / d logprob and ``entropy_coefficient`` d total / d entropy. A row with a
@@ -211,10 +211,10 @@ def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CON
 
 
 class RowVectors(NamedTuple):
-    """What the objective knows of each of n rows besides its log-prob, in the dtype of the log-probs."""
+    """The objective's inputs for each of n rows besides its log-prob, in the dtype of the log-probs."""
 
     advantages: Tensor  # (n)
-    weights: Tensor  # (n) its share in the loss
+    weights: Tensor  # (n) share of the loss
     old: Tensor | None  # (n) log-probs; None: on-policy, the ratio is exactly 1
     ref: Tensor | None  # (n)
     sampler: Tensor | None  # (n)
@@ -224,9 +224,9 @@ class RowVectors(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Vectors over n rows; all but ``finite`` are zero where it is False. A kernel writes bools as 0.0 and 1.0."""
+    """Vectors over n rows, zero where ``finite`` is False. A kernel writes bools as 0.0 and 1.0."""
 
-    losses: Tensor  # (n) times the row's weight: they sum to the loss
+    losses: Tensor  # (n) multiplied by the row's weight, so that they sum to the loss
     coefficients: Tensor  # (n) d loss / d logprob
     entropy_coefficients: Tensor | None  # (n) d loss / d entropy, None without an entropy bonus
     ratio: Tensor  # (n)
@@ -238,26 +238,26 @@ class Objective(NamedTuple):
 
 def policy_objective(
     logprobs: Tensor,  # (n)
-    entropy: Tensor | None,  # (n), needed for an entropy bonus or a top_entropy_quantile
+    entropy: Tensor | None,  # (n), required for an entropy bonus or a top_entropy_quantile
     vectors: RowVectors,
-    lengths: Tensor,  # (b) int64, sum n: rows of each completion
+    lengths: Tensor,  # (b) int64: rows of each completion, n in sum
     config: GRPOLossConfig,
 ) -> Objective:
     """The objective of n rows and its gradient, in the dtype of ``logprobs``; the definition is in ``reference``.
 
-    Any rows will do when the objective is token by token; ``config.needs_whole_sequences`` says when completions must
-    be whole, and :func:`needs_whole_batch` when all unmasked rows of the call must be there.
+    A token-by-token objective takes any rows. Completions must be whole if ``config.needs_whole_sequences``, and all
+    unmasked rows of the call must be present if ``needs_whole_batch(config)``.
     """
     advantages, weights, old, ref, sampler = vectors
 
     def spread_sum(values: Tensor) -> Tensor:
-        # in order, so the same bits on every run; in float64, since a completion may have very many tokens; "unsafe"
-        # only in that it does not read the lengths first
+        # in order, so that every run gives the same bits; in float64, because a completion may have very many tokens;
+        # "unsafe" only skips reading the lengths first
         sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True).to(values.dtype)
         return sums.repeat_interleave(lengths, output_size=len(values))
 
     idle = advantages == 0
-    if config.needs_whole_sequences:  # a row without an advantage still takes part in what its completion's rows share
+    if config.needs_whole_sequences:  # a row without an advantage is still part of what its completion's rows share
         idle = spread_sum((~idle).to(logprobs.dtype)) == 0
     finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
         logprobs, advantages, idle, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
@@ -295,7 +295,7 @@ def policy_objective(
 
 
 def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """``exp(lambda) w^k exp(-lambda w)``, k and lambda by the advantage's sign (arXiv 2602.10693)."""
+    """``exp(lambda) w^k exp(-lambda w)``, k and lambda for the advantage's sign (arXiv 2602.10693)."""
     rising = (config.vespo_k_pos, config.vespo_lambda_pos)
     falling = (config.vespo_k_neg, config.vespo_lambda_neg)
     k, rate = (
@@ -305,7 +305,7 @@ def vespo_weight(log_weight: Tensor, advantages: Tensor, config: GRPOLossConfig)
 
 
 def needs_whole_batch(config: GRPOLossConfig) -> bool:
-    """Whether a row's objective depends on all unmasked rows of the call."""
+    """Whether the objective of a row depends on all unmasked rows of the call."""
     return config.top_entropy_quantile < 1
 
 
@@ -319,17 +319,17 @@ def entropy_mask(entropy: Tensor, quantile: float) -> Tensor:
 def loss_denominator(
     loss_type: str, lengths: Tensor | Sequence[int], max_completion_length: int | None
 ) -> float | Tensor:
-    """What the sum of a batch's weighted losses is divided by; ``lengths`` count each completion's unmasked tokens."""
+    """The divisor of the sum of a batch's weighted losses; ``lengths`` count each completion's unmasked tokens."""
     if loss_type in ("grpo", "sapo", "luspo"):
         return len(lengths)
     if loss_type == "dr_grpo":
-        assert max_completion_length is not None  # GRPOLossConfig demands it
+        assert max_completion_length is not None  # GRPOLossConfig requires it
         return len(lengths) * max_completion_length
     return lengths.sum().clamp(min=1) if isinstance(lengths, Tensor) else max(1, sum(lengths))
 
 
 def token_weights(lengths: Tensor, config: GRPOLossConfig, denominator: float | Tensor | None) -> Tensor:
-    """(B): what one token of each completion weighs in the loss; floating ``lengths`` (B) count its unmasked tokens."""
+    """(B): the weight of one token of each completion in the loss; float ``lengths`` (B) count its unmasked tokens."""
     if denominator is None:
         denominator = loss_denominator(config.loss_type, lengths, config.max_completion_length)
     per_completion = lengths.clamp(min=1) if config.loss_type in ("grpo", "sapo") else torch.ones_like(lengths)

@@ -19,7 +19,7 @@ try:
     import triton.language as tl
 
     from toolx_kernels.ops.triton_common import per_row_kernel
-except ImportError:  # a CPU build of torch brings no triton
+except ImportError:  # a CPU build of torch comes without triton
     triton = None
 
 
@@ -30,11 +30,12 @@ class RowStatistics(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What turns a row's exponentials E into the gradient of its logits. All (n).
+    """The factors that turn a row's exponentials E into the gradient of its logits. All (n).
 
-    factor: of the row. at_target: the gradient at the target, which E lacks. placed: what E must hold there for
-    ``factor * E`` to be it. alpha, beta: of ``reweigh``, which comes first if there is an entropy bonus or a softcap;
-    then they hold all of the factor, and what is left of it, 1, rounds no hidden state.
+    factor: of the row. at_target: the gradient at the target, which E lacks. placed: the value of E at the target for
+    which ``factor * E`` is ``at_target``. alpha, beta: arguments of ``reweigh``, which comes first if there is an
+    entropy bonus or a softcap; then they include the whole factor, and the remaining factor is 1, so that no hidden
+    state is rounded.
     """
 
     factor: Tensor
@@ -46,7 +47,7 @@ class Factors(NamedTuple):
 
 @dual
 def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap, HAS_ENTROPY, HAS_SOFTCAP):
-    """The :class:`Factors` of a row whose loss has the derivatives c and e in log-prob and entropy.
+    """The ``Factors`` of a row whose loss has the derivatives c and e in log-prob and entropy.
 
     With p = exp(logprob): d loss / d z = c (1[target] - p) - e p (log p + entropy), per token of the vocabulary.
     """
@@ -56,7 +57,7 @@ def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap,
     if HAS_ENTROPY:
         at_target = at_target - e * p * (tl.where(p > 0.0, logprobs, 0.0) + entropy)
         alpha, beta = alpha - e * (entropy - log_total), -e
-    dead = (c == 0.0) & (beta == 0.0)  # also where the log-prob is not a number
+    dead = (c == 0.0) & (beta == 0.0)  # also if the log-prob is not a number
     factor = scale * tl.exp(-log_total)
     if HAS_SOFTCAP:
         ratio = target_logit / (scale * softcap)
@@ -73,7 +74,7 @@ def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap,
 
 
 def row_statistics(total: Tensor, moment: Tensor, anchor: Tensor, target_logits: Tensor) -> RowStatistics:
-    """From the sums (n) over the whole vocabulary."""
+    """The statistics from the sums (n) over the whole vocabulary."""
     log_total = total.log()
     return RowStatistics(target_logits - anchor - log_total, log_total - moment / total, total)
 
@@ -89,7 +90,7 @@ def statistics_and_objective(
     *,
     fused: bool,
 ) -> tuple[RowStatistics, Objective, Factors]:
-    """All in one kernel where ``fused``, which only a token-by-token objective allows."""
+    """The statistics, the objective and the factors; in one kernel if ``fused``: for token-by-token objectives only."""
     if fused:
         return fused_statistics(partials, anchor, target_logits, head, vectors, config)
     stats = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
@@ -113,7 +114,7 @@ if triton is not None:
         CONFIG: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLER: tl.constexpr,
         HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     ):  # fmt: skip
-        """Adds the tiles' sums in order and applies the objective; one program for BLOCK_N rows."""
+        """Adds the tiles' sums in order and applies the objective; one program per BLOCK_N rows."""
         offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_t = tl.arange(0, BLOCK_T).to(tl.int64)
         mask_n = offs_n < N
@@ -187,9 +188,9 @@ def fused_statistics(
 
 
 class PerRow(NamedTuple):
-    """What a call knows of its n rows."""
+    """Results of a call for its n rows."""
 
     logprobs: Tensor  # (n)
     entropy: Tensor  # (n)
-    lse: Tensor | None  # (n) of two sweeps, whose gradients may come later
+    lse: Tensor | None  # (n) after two sweeps only, whose gradients may be formed later
     objective: Objective

@@ -1,10 +1,10 @@
-"""Sampling the next token from hidden states and the LM head, with what the loss later needs to know of it.
+"""Sampling of the next token from hidden states and the LM head, with the statistics that the loss needs later.
 
     z = softcap(h W^T + bias) / T        token = argmax_v z_v + Gumbel noise(stream, v)
 
-Without filters one sweep over the vocabulary does it all, and no logits (R, V) exist: the largest ``z + noise`` runs
-along with the sums of exponentials. With top-k, top-p or min-p the logits of so many rows at a time are held as fit
-a bounded workspace.
+Without filters it takes one sweep over the vocabulary, and no logits (R, V) exist: the sweep tracks the largest
+``z + noise`` together with the sums of exponentials. With top-k, top-p or min-p, logits are held for as many rows at a
+time as fit a bounded workspace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from toolx_kernels.ops.lm_head.head import as_given, blocks
 from toolx_kernels.reference import Sample, compute_dtype
 
 TOP_P_CANDIDATES = 512
-FILTER_BYTES = 64  # of workspace a logit, measured: itself, sorted, its index, probabilities, their sums and masks
+FILTER_BYTES = 64  # of workspace per logit, measured: logit, sorted logit, index, probabilities, sums and masks
 
 
 def sample(
@@ -38,19 +38,19 @@ def sample(
     bias: Tensor | None = None,  # (V)
     softcap: float | None = None,
 ) -> Sample:
-    """One token per row, its log-prob, lse, entropy and the probability mass that the filters kept.
+    """Samples one token per row, with its log-prob, lse, entropy and the probability mass that the filters kept.
 
     Randomness is counter-based (``reference.gumbel_noise``): a token is a function of its stream and its
-    distribution alone, whatever else is in the batch. Temperature 0 is greedy, with log-probs at temperature 1; of
-    equal candidates the lowest id wins. Filters are those of ``reference.filter_logits``: top-k, then top-p, then
-    min-p, each on what the former left.
+    distribution alone, independent of the rest of the batch. Temperature 0 is greedy, with log-probs at temperature 1;
+    among equal candidates the lowest id wins. Filters are those of ``reference.filter_logits``: top-k, then top-p, then
+    min-p, each applied to the result of the one before.
 
-    Logits are summed up in fp32 from inputs in bf16, fp16 or fp32, and in float64 from float64; the compiled CPU part
-    gives a row the same bits whatever rows are beside it. A logit of -inf excludes its token. A row with a NaN or
-    +inf among its logits, or with nothing but -inf, gets NaN for its log-prob, and its token, meaningless, is still
-    a valid id.
+    Logits are accumulated in fp32 for inputs in bf16, fp16 or fp32, and in float64 for float64; the compiled CPU kernel
+    gives a row the same bits whatever the other rows are. A logit of -inf excludes its token. A row with a NaN or +inf
+    among its logits, or with only -inf, gets a log-prob of NaN and a meaningless token that is still a valid id.
 
-    Raises InputError for shapes, dtypes and devices that do not fit together, and for settings out of range.
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together, or a setting out of range.
     """
     if streams.ndim != 2 or streams.shape[1] != 5 or streams.dtype != torch.int64 or len(streams) != len(hidden):
         raise InputError(
@@ -91,7 +91,7 @@ def _sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, sof
 
 
 def kernels(dtype: torch.dtype):
-    """What has the functions sample_sweep and add_gumbel for sums in this dtype."""
+    """The module with ``sample_sweep`` and ``add_gumbel`` for sums in this dtype."""
     return torch.ops.toolx if dtype == torch.float32 else sampling_torch
 
 
@@ -101,7 +101,7 @@ def _sweep(hidden, streams, head, tokens, stats, logits=None) -> None:
 
 
 def _draw_filtered(hidden, streams, head, filters, tokens, stats, kept_mass) -> None:
-    """Writes what sample returns, rows after rows in a bounded workspace."""
+    """Writes the results of ``sample`` with filters, some rows at a time in a bounded workspace."""
     vocab_size, on_cpu = len(head[0]), hidden.device.type == "cpu"
     budget = tiles.default_workspace_bytes(hidden.device)
     rows_at_once = max(1, budget * 4 // (FILTER_BYTES * vocab_size * stats.itemsize))
@@ -122,8 +122,8 @@ def _draw_filtered(hidden, streams, head, filters, tokens, stats, kept_mass) -> 
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """``reference.filter_logits``. On a CPU, where sorting the vocabulary would take most of the time, top-p looks at
-    the largest logits alone if in all rows they hold enough of the probability."""
+    """``reference.filter_logits``. On a CPU, where sorting the vocabulary would take most of the time, top-p uses only
+    the largest logits if they hold enough of the probability in all rows."""
     if top_p < 1 and logits.device.type == "cpu":
         logits = reference.filter_logits(logits, top_k, 1.0, 0.0)
         top_k = 0
@@ -139,7 +139,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
 
 
 def _on_gpu(name: str):
-    """The function of sampling_triton, imported where it is first called: triton may be absent."""
+    """A function of ``sampling_triton``, imported when it is first called: triton may be absent."""
 
     def launch(*arguments) -> None:
         from toolx_kernels.ops.lm_head import sampling_triton

@@ -1,4 +1,4 @@
-"""The sweep of sampling in torch."""
+"""The sampling sweep in plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolx_kernels import reference
 from toolx_kernels.ops.lm_head.head import blocks, pick
 from toolx_kernels.ops.lm_head.sweep_torch import LOG_OF_NOTHING
 
-TORCH_COLUMNS = 2048  # vocabulary tile of the sweep in plain torch; a multiple of 4, as a block of random words
+TORCH_COLUMNS = 2048  # width of a vocabulary tile; a multiple of 4, the words of one Philox block
 
 
 def sample_sweep(
@@ -21,10 +21,9 @@ def sample_sweep(
     softcap: float,
     tokens: Tensor,  # (R) int64, written
     stats: Tensor,  # (3, R) written: the token's log-prob, lse and entropy
-    logits: Tensor | None,  # (R, V) written, where it is given
+    logits: Tensor | None,  # (R, V) written if given
 ) -> None:
-    """The token with the largest ``z + noise`` and what is known of its distribution; stats and logits in the dtype
-    of the sums."""
+    """Writes the token with the largest ``z + noise`` and its statistics; stats and logits in the dtype of the sums."""
     top = torch.full_like(stats[0], torch.finfo(stats.dtype).min)
     total, moment = torch.zeros_like(stats[:2])
     best = torch.full_like(top, -torch.inf)

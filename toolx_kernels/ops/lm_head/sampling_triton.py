@@ -1,8 +1,8 @@
-"""Sampling fused with the LM head as Triton kernels: the same functions as in ``sampling``.
+"""Sampling fused with the LM head as Triton kernels: the same functions as in ``sampling_torch``.
 
-A decoding step has few rows and is bound by reading the weight, which each program does for its own tile of the
-vocabulary. What a tile knows of its rows is a handful of numbers each; a second kernel joins them in order. Nothing
-waits for the GPU, so a CUDA graph can hold it all.
+A decoding step has few rows and is bound by reading the weight, of which each program reads its own vocabulary tile. A
+tile leaves a few numbers per row; a second kernel joins them in order. Nothing waits for the GPU, so all of it can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped, per_row
 
 @triton.jit
 def gumbel_tile(streams_ptr, rows, first_v, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """reference.gumbel_noise of ``rows (BLOCK_N)`` and the tokens from first_v on; it and BLOCK_V multiples of 4."""
+    """``reference.gumbel_noise`` of ``rows (BLOCK_N)`` and BLOCK_V tokens from first_v on, both multiples of 4."""
     seed = (tl.load(streams_ptr + rows * 5) & 0xFFFFFFFF) | (tl.load(streams_ptr + rows * 5 + 1) << 32)
     counters = first_v // 4 + tl.arange(0, BLOCK_V // 4)
     zeros = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.int64)
@@ -31,7 +31,7 @@ def gumbel_tile(streams_ptr, rows, first_v, BLOCK_N: tl.constexpr, BLOCK_V: tl.c
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.uint32, bitcast=True)
     u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     u = tl.minimum(u, 1.0 - 2.0**-24)
-    # A GPU's log is off by 2^-22 near 1: there, where the largest noise comes from, the series of -log(1 - u).
+    # A GPU's log is off by 2^-22 near 1, where the largest noise comes from: there, use the series of -log(1 - u).
     series = u * (1.0 + u * (1.0 / 2 + u * (1.0 / 3 + u * (1.0 / 4 + u * (1.0 / 5 + u * (1.0 / 6))))))
     return -tl.log(tl.where(u < 0.0625, series, -tl.log(1.0 - u)))
 
@@ -50,12 +50,12 @@ def sample_kernel(
     """One tile of logits ``z (BLOCK_N, BLOCK_V)``: its sums, and the token with the largest z + noise."""
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    block_v = (pid // blocks_n).to(tl.int64)  # programs that read the same slice of the weight run side by side
+    block_v = (pid // blocks_n).to(tl.int64)  # neighboring programs read the same slice of the weight
     first_n, first_v = (pid % blocks_n).to(tl.int64) * BLOCK_N, block_v * BLOCK_V
     in_n, in_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     mask_n = in_n < (N - first_n).to(tl.int32)
     mask_v = in_v < (V - first_v).to(tl.int32)
-    row = tl.where(mask_n, in_n, 0)  # rows and tokens beyond the end read the first one: no mask in the loop
+    row = tl.where(mask_n, in_n, 0)  # rows and tokens past the end read the first one: no mask in the loop
     token = tl.where(mask_v, in_v, 0)
 
     acc = product_tile(
@@ -78,11 +78,11 @@ def sample_kernel(
     best, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
     logit = tl.sum(tl.where(in_v[None, :] == at[:, None], z, 0.0), 1)
     z = tl.where(mask_v[None, :], z, -3e38)
-    z = tl.where(z < -3e38, -3e38, z)  # not tl.maximum, which would lose a NaN
+    z = tl.where(z < -3e38, -3e38, z)  # not tl.maximum, which would drop a NaN
     top = tl.max(z, 1)
     d = z - top[:, None]
     exp = tl.where(mask_v[None, :], tl.exp2(d * LOG2_E), 0.0)
-    d = tl.where(d < -1e4, -1e4, d)  # exp() of less is zero, and zero times -inf would be NaN
+    d = tl.where(d < -1e4, -1e4, d)  # exp() of anything less is zero, and zero times -inf would be NaN
 
     plane = tl.cdiv(V, BLOCK_V).to(tl.int64) * N
     place = block_v * N + first_n + in_n
@@ -98,7 +98,7 @@ def sample_kernel(
 def join_samples_kernel(
     partial_ptr, token_ptr, tokens_ptr, stats_ptr, N, n_tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """The tiles' partials of sample_kernel -> tokens (N), stats (3, N)."""
+    """Joins the partials of ``sample_kernel``'s tiles into tokens (N) and stats (3, N)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T).to(tl.int64)
     mask_n = offs_n < N
@@ -141,7 +141,7 @@ def join_samples_kernel(
 
 @per_row_kernel
 def add_gumbel_kernel(logits_ptr, streams_ptr, V, BLOCK: tl.constexpr):
-    """logits[n] += the noise of row n; one program a block of one row."""
+    """``logits[n] += noise of row n``; one program per block of a row."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_v = tl.cdiv(V, BLOCK)
     n = pid // blocks_v
@@ -159,13 +159,13 @@ def sample_sweep(
     hidden: Tensor, weight: Tensor, streams: Tensor | None, temperature: float, bias: Tensor | None, softcap: float,
     tokens: Tensor, stats: Tensor, logits: Tensor | None,
 ) -> None:  # fmt: skip
-    """See sampling.sample_sweep."""
+    """See ``sampling_torch.sample_sweep``."""
     (n_rows, dim), vocab_size = hidden.shape, len(weight)
     if n_rows == 0:
         return
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     capability = None if INTERPRETED else torch.cuda.get_device_capability(hidden.device)
-    tile = tiles.sampling_tile(capability, dtype.itemsize, n_rows)  # one of three: all that is compiled by the rows
+    tile = tiles.sampling_tile(capability, dtype.itemsize, n_rows)  # one of three, which limits compilations
     n_tiles = triton.cdiv(vocab_size, tile.block_v)
     partials = stats.new_empty(5, n_tiles, n_rows)
     chosen = tokens.new_empty(n_tiles, n_rows, dtype=torch.int32)
@@ -184,7 +184,7 @@ def sample_sweep(
 
 
 def add_gumbel(logits: Tensor, streams: Tensor) -> None:
-    """See sampling.add_gumbel."""
+    """See ``sampling_torch.add_gumbel``."""
     n_rows, vocab_size = logits.shape
     if n_rows:
         add_gumbel_kernel[(n_rows * triton.cdiv(vocab_size, BLOCK_OF_ROW),)](

@@ -1,4 +1,4 @@
-"""Gradients times the factor that a backward pass brings, without waiting for a GPU to say what it is."""
+"""Scaling of gradients by the upstream gradient of a backward pass, without reading it from a GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings no triton
+except ImportError:  # a CPU build of torch comes without triton
     triton = None
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    """Each of ``gradients`` times ``factor`` (), in its dtype; overwrites those that no later backward pass reads.
+    """Each of ``gradients`` times ``factor`` (), in its dtype; overwrites them if no later backward pass reads them.
 
-    The factor is nearly always 1. A CPU is asked, and then there is nothing to do; on a GPU the kernel looks.
+    The factor is nearly always 1, which leaves nothing to do: on a CPU the host checks it, on a GPU the kernel does.
     """
     if not torch.compiler.is_compiling() and type(factor) is Tensor:
         if on_gpu(factor):
@@ -34,7 +34,7 @@ def on_gpu(factor: Tensor) -> bool:
 
 
 def _are_read_again() -> bool:
-    """Whether the backward pass that runs was told to ``retain_graph``."""
+    """Whether the running backward pass has ``retain_graph=True``."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -42,7 +42,7 @@ if triton is not None:
 
     @triton.jit
     def scale_kernel(gradient_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-        """gradient (n) *= factor, in the factor's precision; few programs, as a factor of 1 leaves nothing to do."""
+        """``gradient (n) *= factor`` in the factor's precision; few programs, because the factor is nearly always 1."""
         factor = tl.load(factor_ptr)
         if factor != 1.0:
             for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):

@@ -1,4 +1,4 @@
-"""One sweep over the vocabulary for the loss and its gradients; ``linear_grpo`` has the mathematics."""
+"""The single sweep over the vocabulary for the loss and its gradients; ``linear_grpo`` has the mathematics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from toolx_kernels.ops.lm_head.per_row import Factors, PerRow, RowStatistics, st
 from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
 Results = TypeVar("Results")
-LARGEST_LOG_SUM = 55.0  # beyond it an anchor is off so far that exponentials may have over- or underflown
+LARGEST_LOG_SUM = 55.0  # beyond it an anchor is so far off that exponentials may have over- or underflowed
 
 
 class HostCopy:
-    """A value on its way to the host, which waits for it only where it reads."""
+    """An asynchronous copy of a value to the host, which waits only when it reads the value."""
 
     def __init__(self, value: Tensor):
         self._value, self._copied = value, None
@@ -39,7 +39,7 @@ class HostCopy:
 
 
 def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
-    """The size of a single sweep; None where two are cheaper, or the objective cannot be known chunk by chunk."""
+    """The size of a single sweep; None if two are cheaper, or if the objective cannot be computed chunk by chunk."""
     head = batch.head
     if not (any(batch.needs) and len(head.hidden)) or needs_whole_batch(config):
         return None
@@ -63,9 +63,9 @@ def sweeps_once(batch: Batch, config: GRPOLossConfig) -> tiles.SweepSize | None:
 def single_sweep(
     batch: Batch, config: GRPOLossConfig, size: tiles.SweepSize, finish: Callable[[PerRow, HeadGradients], Results]
 ) -> Results | None:
-    """What ``finish`` makes of the rows and the gradients; None where an anchor was too far off.
+    """Returns ``finish(rows, gradients)``, or None if an anchor was too far off.
 
-    A GPU decides that before the last chunk's GEMMs, and is asked after ``finish``: it has work until it has answered.
+    A GPU computes that before the last chunk's GEMMs, and the host reads it after ``finish``, so the GPU never idles.
     """
     head = batch.head
     on_cpu = head.hidden.device.type == "cpu"
@@ -93,7 +93,7 @@ def single_sweep(
         if rows.stop == len(head.hidden):
             anchored = HostCopy(_anchored(torch.cat([stats.total for stats, _ in parts])))
         dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, size, drops=drops)
-        # To look for rows a GPU must be waited for: where the first chunk has too few, the others are not looked at.
+        # Finding rows to drop waits for a GPU: if the first chunk has too few, the others are not searched.
         drops = drops and (dropped or on_cpu)
     del space, exponentials
     stats = RowStatistics(*(torch.cat(part) for part in zip(*(f for f, _ in parts), strict=True)))
@@ -106,12 +106,12 @@ def single_sweep(
 
 
 def _anchored(total: Tensor) -> Tensor:
-    """() bool: whether every anchor was near enough to its log-sum-exp, which must be a number."""
+    """() bool: whether every anchor was close enough to its log-sum-exp, which must not be NaN."""
     return (total.log().abs() < LARGEST_LOG_SUM).all()
 
 
 def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]]:
-    """Slices of at most ``size`` rows with the lengths of their completions, which are whole where they must be."""
+    """Slices of at most ``size`` rows with the lengths of their completions, which are whole if they must be."""
     lengths, bounds = batch.lengths, batch.bounds
     if not config.needs_whole_sequences:
         return [(rows, lengths[:0]) for rows in blocks(bounds[-1], size)]
@@ -124,8 +124,8 @@ def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice
 
 
 def _anchors(target_logits: Tensor, vectors: RowVectors) -> Tensor:
-    """A guess at each row's log-sum-exp: what an earlier log-prob of the target implies, or the target's own logit
-    (targets are sampled, so it is rarely more than a few nats below)."""
+    """An estimate of each row's log-sum-exp: the one implied by an earlier log-prob of the target, or the target's own
+    logit (targets are sampled, so it is rarely more than a few nats below)."""
     earlier = vectors.old if vectors.old is not None else vectors.sampler
     if earlier is None:
         return target_logits
@@ -144,8 +144,8 @@ def _add_gradients(
     *,
     drops: bool,
 ) -> bool:
-    """The part of the gradients that comes from a chunk's exponentials, which are overwritten; whether rows were
-    dropped, if ``drops``, that the objective gives no gradient."""
+    """Adds the gradients from a chunk's exponentials, which are overwritten. With ``drops``, first drops rows that get
+    no gradient from the objective; returns whether it dropped any."""
     sweep = sweeps.backend(chunk)
     c, e = objective.coefficients, objective.entropy_coefficients
     index = torch.arange(rows.start, rows.stop, device=c.device)
@@ -170,9 +170,9 @@ def _add_gradients(
 
 
 def _drop_rows(exponentials: Tensor, live: Tensor, sweep) -> Tensor | None:
-    """Moves the last live rows into the places of dead ones; the order (kept) in which rows now lie, None if as before.
+    """Moves the last live rows into the places of dead ones; returns the new order (kept), None if nothing moved.
 
-    A few dead rows cost less than moving others into their places. A GPU is waited for once, to count.
+    A few dead rows cost less than moving others into their places. The count waits for a GPU once.
     """
     order = torch.arange(len(live), device=live.device)
     n_live = live.sum()

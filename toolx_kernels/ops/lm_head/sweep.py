@@ -1,4 +1,4 @@
-"""Choice of the sweeps over the vocabulary: torch or Triton."""
+"""The sweep backend: torch or Triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Sweeps over the vocabulary in plain torch: for CPUs, for float64, and for whatever has no Triton.
+"""Sweeps over the vocabulary in plain torch: for CPUs, for float64, and for devices without Triton.
 
-The same functions with the same arguments are in ``sweep_triton``. What is alive at a time is one tile of logits,
-small enough to stay in the cache, and one upcast slice of the weight.
+The same functions with the same arguments are in ``sweep_triton``. At any time memory holds one tile of logits, small
+enough to stay in the cache, and one upcast slice of the weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head.head import Head, blocks
 from toolx_kernels.ops.lm_head.tiles import SweepSize
 
-FUSES_OBJECTIVE = False  # into the kernel that adds partial sums
+FUSES_OBJECTIVE = False  # with the kernel that adds partial sums
 LOG_OF_NOTHING = -1e4  # exp() of it is exactly zero, and it times zero is not NaN as -inf would be
 
 
@@ -23,7 +23,7 @@ class _Tiles:
     def __init__(self, head: Head, columns: int, target_logits: Tensor, with_space: bool = True):
         self.head, self.target_logits = head, target_logits
         self.scale = head.scale[:, None]
-        # where nothing stands between the GEMM and the temperature, scaling (N, D) saves a pass over every tile
+        # if nothing lies between the GEMM and the temperature, scaling (N, D) saves a pass over every tile
         self.folded = head.bias is None and not head.softcap
         factor = self.scale if self.folded else 1
         self.hidden = head.hidden.to(head.dtype) * factor
@@ -32,17 +32,17 @@ class _Tiles:
         self.space = head.hidden.new_empty(len(head.hidden) * width if with_space else 0, dtype=head.dtype)
 
     def __iter__(self):
-        """(columns, logits): the logits (N, columns) are overwritten by the next tile."""
+        """Yields (columns, logits); the next tile overwrites the logits (N, columns)."""
         for columns in self.columns:
             yield columns, self.fill(columns, self.tile(columns))
 
     def tile(self, columns: slice) -> Tensor:
-        """(N, columns) of the reused space."""
+        """A view (N, columns) of the reused space."""
         width = columns.stop - columns.start
         return self.space[: width * len(self.hidden)].view(width, -1).T
 
     def fill(self, columns: slice, z: Tensor) -> Tensor:
-        """With the exact logits of the targets: a log-prob near 0 is a small difference of logits."""
+        """Writes the logits with exact ones at the targets: a log-prob near 0 is a small difference of logits."""
         self.logits(columns, z)
         place_targets(self.head.columns(columns), z, self.target_logits)
         return z
@@ -60,13 +60,13 @@ class _Tiles:
 
 
 def target_logits(head: Head) -> Tensor:
-    """(N) the scaled logit of each target; zero where the target is not among these rows of weight."""
+    """(N): the scaled logit of each target, zero if the target is not among these rows of weight."""
     parts = [_target_logits(head.rows(rows)) for rows in blocks(len(head.hidden), 256)]
     return torch.cat(parts) if parts else head.scale.new_empty(0)
 
 
 def _target_logits(head: Head) -> Tensor:
-    """In float64, since a rounding error here is one of the log-prob itself."""
+    """In float64, because a rounding error here is one of the log-prob itself."""
     inside, local = head.targets_inside()
     z = torch.linalg.vecdot(head.hidden.double(), head.weight[local].double())
     if head.bias is not None:
@@ -79,7 +79,7 @@ def _target_logits(head: Head) -> Tensor:
 def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(N) each: the largest logit m, sum of exp(z - m), and sum of exp(z - m) * (z - m) (zeros without entropy).
 
-    Right for logits of any size, since the maximum runs along.
+    Correct for logits of any size, because it tracks the running maximum.
     """
     top = torch.full(head.targets.shape, torch.finfo(head.dtype).min, dtype=head.dtype, device=head.hidden.device)
     total, moment = torch.zeros_like(top), torch.zeros_like(top)
@@ -103,9 +103,9 @@ def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: 
 def exponentials(
     head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: SweepSize
 ) -> tuple[Tensor, Tensor]:
-    """Writes ``exp(z - anchor)`` into ``out`` (N, V), zero at the targets; sums of it and of it times (z - anchor).
+    """Writes ``exp(z - anchor)`` to ``out`` (N, V), zero at the targets; returns its sums, also times (z - anchor).
 
-    The sums include the targets; they are partial ones, (parts, N) each.
+    The sums include the targets; they are partial sums, (parts, N) each.
     """
     tiles = _Tiles(head, plan.columns, target_logits, with_space=out.dtype != head.dtype)
     sums = anchor.new_zeros(2, len(anchor))
@@ -121,7 +121,7 @@ def exponentials(
 
 
 def exp_sums(z: Tensor, anchor: Tensor, out: Tensor, sums: Tensor) -> None:
-    """``out = exp(z - anchor)``, rows of which are added to ``sums[0]`` and, times ``z - anchor``, to ``sums[1]``.
+    """``out = exp(z - anchor)``; adds its row sums to ``sums[0]``, and those of it times (z - anchor) to ``sums[1]``.
 
     z: (N, C), overwritten; anchor: (N); out: (N, C), may be z; sums: (2, N).
     """
@@ -140,7 +140,7 @@ def place_targets(head: Head, out: Tensor, values: Tensor) -> None:
 
 
 def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: SweepSize) -> None:
-    """``E * (alpha + beta * log E) * softcap's slope`` in place: what the entropy's gradient and a softcap add.
+    """``E <- E * (alpha + beta * log E) * slope of the softcap``, in place: for the entropy's gradient and a softcap.
 
     alpha, beta: (N).
     """
@@ -156,7 +156,7 @@ def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor
 
 
 def finish_rows(head: Head, part: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor) -> None:
-    """``out[index[n]] = factor[n] * part[n] + at_target[n] * weight[target of n]``, where the target is among its rows.
+    """``out[index[n]] = factor[n] * part[n] + at_target[n] * weight[target of n]``, if the target is among its rows.
 
     part: (n, D), overwritten; factor, at_target, index: (n); out: (N, D).
     """
@@ -172,7 +172,7 @@ def move_rows(out: Tensor, source: Tensor, target: Tensor) -> None:
 
 
 def workspace(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (rows, columns) whose rows lie next to each other: so CPU GEMMs fill and read it fastest.
+    """An uninitialized (rows, columns), column-major: so CPU GEMMs fill and read it fastest.
 
     (Two cores, N=296, D=576: 283 against 262 GFLOP/s.)
     """
@@ -182,7 +182,7 @@ def workspace(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tens
 def logit_gradients(
     head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: SweepSize
 ) -> None:
-    """Writes ``p (alpha + beta log p) slope / T``, and at the targets ``at_target``, into ``out`` (N, V).
+    """Writes ``p (alpha + beta log p) slope / T``, and at the targets ``at_target``, to ``out`` (N, V).
 
     ``p = exp(z - lse)``; slope is the softcap's.
     """

@@ -1,8 +1,8 @@
 """Sweeps over the vocabulary as Triton kernels: the same functions as in ``sweep_torch``.
 
-One program holds one tile of logits in registers, computes what it is asked for and is done: no atomics, no locks, so
-two runs give the same bits. Sums over the vocabulary are partial sums per tile that a second kernel adds in order.
-``N``, ``V`` and ``D`` never enter a compile key, except in whether ``BLOCK_D`` divides D.
+One program holds one tile of logits in registers and computes its mode's results from it, without atomics or locks, so
+two runs give the same bits. Sums over the vocabulary are partial sums per tile, which a second kernel adds in order.
+``N``, ``V`` and ``D`` are not part of any compile key, except whether ``BLOCK_D`` divides D.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from toolx_kernels.ops.lm_head.tiles import GROUP_ROWS, SweepSize
 from toolx_kernels.ops.triton_common import INTERPRETED, LOG2_E, capped, per_row_kernel, product_tile
 
 FUSES_OBJECTIVE = True
-ONLINE, EXPONENTIALS, GRADIENTS = (tl.constexpr(mode) for mode in range(3))  # what a sweep makes of its logits
+ONLINE, EXPONENTIALS, GRADIENTS = (tl.constexpr(mode) for mode in range(3))  # modes of a sweep
 
 
 @per_row_kernel
@@ -27,7 +27,7 @@ def sweep_kernel(
     targets_ptr, target_logits_ptr,  # (N) in ONLINE and EXPONENTIALS
     anchor_ptr,  # (N) in EXPONENTIALS, lse (N) in GRADIENTS
     alpha_ptr, beta_ptr,  # (N) in GRADIENTS
-    out_ptr,  # (N, stride_on) of which V columns are asked for: exponentials or gradients
+    out_ptr,  # (N, stride_on), of which V columns are used: exponentials or gradients
     partial_ptr,  # (3 or 2, tiles of V, N): top in ONLINE, then total and moment
     N, V, D, softcap, start,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_on,
@@ -37,11 +37,11 @@ def sweep_kernel(
 ):  # fmt: skip
     """One tile of logits ``z (BLOCK_N, BLOCK_V)``, and by MODE
 
-    ONLINE: largest z, sum of exp(z - largest), and the same sum times (z - largest) of each row;
+    ONLINE: per row the largest z, the sum of exp(z - largest), and the sum of exp(z - largest) * (z - largest);
     EXPONENTIALS: exp(z - anchor), and its two sums;
     GRADIENTS: p (alpha + beta log p) * slope of the softcap / T.
 
-    What lies between the V-th column and the end of out's rows is overwritten: stores of whole vectors need no mask.
+    Columns from V to the end of out's rows are overwritten: stores of whole vectors need no mask.
     """
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -52,12 +52,12 @@ def sweep_kernel(
     block_n = (group * GROUP + within % group_size).to(tl.int64)
     block_v = (within // group_size).to(tl.int64)
 
-    # Offsets inside the tile fit 32 bits; what leads to the tile is one 64-bit scalar for each tensor.
+    # Offsets inside the tile fit 32 bits; the offset of the tile is one 64-bit scalar for each tensor.
     first_n, first_v = block_n * BLOCK_N, block_v * BLOCK_V
     in_n, in_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     mask_n = in_n < (N - first_n).to(tl.int32)
     mask_v = in_v < (V - first_v).to(tl.int32)
-    row = tl.where(mask_n, in_n, 0)  # rows and tokens beyond the end read the first one: no mask in the loop
+    row = tl.where(mask_n, in_n, 0)  # rows and tokens past the end read the first one: no mask in the loop
     token = tl.where(mask_v, in_v, 0)
 
     acc = product_tile(
@@ -81,14 +81,14 @@ def sweep_kernel(
     if MODE == ONLINE:
         z = tl.where(in_v[None, :] == local[:, None], exact[:, None], acc * scale[:, None])
         z = tl.where(mask_v[None, :], z, -3e38)
-        z = tl.where(z < -3e38, -3e38, z)  # not tl.maximum, which would lose a NaN
+        z = tl.where(z < -3e38, -3e38, z)  # not tl.maximum, which would drop a NaN
         top = tl.max(z, 1)
         d = z - top[:, None]
         exp = tl.where(mask_v[None, :], tl.exp2(d * LOG2_E), 0.0)
         tl.store(partials, top, mask=mask_n)
         tl.store(partials + plane, tl.sum(exp, 1), mask=mask_n)
         if ENTROPY:
-            d = tl.where(d < -1e4, -1e4, d)  # exp() of less is zero, and zero times -inf would be NaN
+            d = tl.where(d < -1e4, -1e4, d)  # exp() of anything less is zero, and zero times -inf would be NaN
             tl.store(partials + 2 * plane, tl.sum(exp * d, 1), mask=mask_n)
     else:
         anchor = tl.load(anchor_ptr + first_n + row)
@@ -154,7 +154,7 @@ def target_logits_kernel(
     V, D, softcap, start, stride_hn, stride_hd, stride_wv, stride_wd,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[n]: the scaled logit of row n's target, zero where these rows of weight do not hold it."""
+    """``out[n] = scaled logit of row n's target``, zero if these rows of weight do not hold it."""
     n = tl.program_id(0).to(tl.int64)
     local = tl.load(targets_ptr + n) - start
     inside = (local >= 0) & (local < V)
@@ -179,9 +179,9 @@ def reweigh_kernel(
     out_ptr, anchor_ptr, alpha_ptr, beta_ptr, scale_ptr, V, softcap, stride_on,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """E <- E * (alpha + beta * log E) * softcap's slope, in place; one program a block of one row.
+    """``E <- E * (alpha + beta * log E) * slope of the softcap``, in place; one program per block of a row.
 
-    As in ``sweep_kernel``, what lies between the V-th column and the end of a row is overwritten.
+    As in ``sweep_kernel``, columns from V to the end of a row are overwritten.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks_v = tl.cdiv(V, BLOCK)
@@ -201,7 +201,7 @@ def reweigh_kernel(
 
 @per_row_kernel
 def move_rows_kernel(out_ptr, source_ptr, target_ptr, V, stride_on, BLOCK: tl.constexpr):
-    """out[target[i]] = out[source[i]], up to the ends of the rows; sources and targets are disjoint."""
+    """``out[target[i]] = out[source[i]]`` up to the ends of the rows; sources and targets are disjoint."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_v = tl.cdiv(V, BLOCK)
     i = pid // blocks_v
@@ -217,7 +217,7 @@ DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 
 @per_row_kernel
 def place_targets_kernel(out_ptr, targets_ptr, values_ptr, N, V, start, stride_on, BLOCK: tl.constexpr):
-    """out[n, target of n] = values[n], where the target is among the V columns."""
+    """``out[n, target of n] = values[n]``, if the target is among the V columns."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     local = tl.load(targets_ptr + n, mask=n < N, other=-1) - start
     value = tl.load(values_ptr + n, mask=n < N, other=0.0)
@@ -230,7 +230,7 @@ def finish_rows_kernel(
     part_ptr, factor_ptr, values_ptr, targets_ptr, index_ptr, weight_ptr, out_ptr,
     V, D, start, stride_wv, stride_wd, stride_on, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[index[n]] = factor[n] * part[n] + values[n] * weight[target of n]; one program a row."""
+    """``out[index[n]] = factor[n] * part[n] + values[n] * weight[target of n]``; one program per row."""
     n = tl.program_id(0).to(tl.int64)
     local = tl.load(targets_ptr + n) - start
     inside = (local >= 0) & (local < V)
@@ -250,7 +250,7 @@ BLOCK_OF_ROW = 4096  # elements of a row that one program of the elementwise ker
 
 
 def target_logits(head: Head) -> Tensor:
-    """See sweep_torch.target_logits."""
+    """See ``sweep_torch.target_logits``."""
     out = head.scale.new_empty(len(head.hidden))
     if len(out):
         target_logits_kernel[(len(out),)](
@@ -261,7 +261,7 @@ def target_logits(head: Head) -> Tensor:
 
 
 def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See sweep_torch.online_sums."""
+    """See ``sweep_torch.online_sums``."""
     partials = _sweep(head, ONLINE, target_logits=target_logits, entropy=entropy)
     n_rows, n_tiles = len(head.hidden), partials.shape[1]
     out = head.scale.new_empty(3, n_rows)
@@ -275,7 +275,7 @@ def online_sums(head: Head, target_logits: Tensor, plan: SweepSize, *, entropy: 
 def exponentials(
     head: Head, target_logits: Tensor, anchor: Tensor, out: Tensor, plan: SweepSize
 ) -> tuple[Tensor, Tensor]:
-    """See sweep_torch.exponentials; the sums over the tiles are left to do: (tiles, N) each."""
+    """See ``sweep_torch.exponentials``; the partial sums are (tiles, N) each."""
     total, moment = _sweep(head, EXPONENTIALS, target_logits=target_logits, anchor=anchor, out=out, entropy=True)
     place_targets(head, out, torch.zeros_like(anchor))
     return total, moment
@@ -284,13 +284,13 @@ def exponentials(
 def logit_gradients(
     head: Head, lse: Tensor, alpha: Tensor, beta: Tensor, at_target: Tensor, out: Tensor, plan: SweepSize
 ) -> None:
-    """See sweep_torch.logit_gradients."""
+    """See ``sweep_torch.logit_gradients``."""
     _sweep(head, GRADIENTS, anchor=lse, alpha=alpha, beta=beta, out=out, entropy=True)
     place_targets(head, out, at_target)
 
 
 def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor, plan: SweepSize) -> None:
-    """See sweep_torch.reweigh."""
+    """See ``sweep_torch.reweigh``."""
     n_rows, vocab_size = out.shape
     reweigh_kernel[(n_rows * triton.cdiv(vocab_size, BLOCK_OF_ROW),)](
         out, anchor, alpha, beta, head.scale, vocab_size, head.softcap, out.stride(0),
@@ -299,7 +299,7 @@ def reweigh(head: Head, out: Tensor, anchor: Tensor, alpha: Tensor, beta: Tensor
 
 
 def place_targets(head: Head, out: Tensor, values: Tensor) -> None:
-    """See sweep_torch.place_targets."""
+    """See ``sweep_torch.place_targets``."""
     n_rows, vocab_size = out.shape
     if n_rows:
         place_targets_kernel[(triton.cdiv(n_rows, 128),)](
@@ -308,7 +308,7 @@ def place_targets(head: Head, out: Tensor, values: Tensor) -> None:
 
 
 def finish_rows(head: Head, part: Tensor, factor: Tensor, at_target: Tensor, out: Tensor, index: Tensor) -> None:
-    """See sweep_torch.finish_rows."""
+    """See ``sweep_torch.finish_rows``."""
     n_rows, dim = part.shape
     if n_rows:
         finish_rows_kernel[(n_rows,)](
@@ -319,7 +319,7 @@ def finish_rows(head: Head, part: Tensor, factor: Tensor, at_target: Tensor, out
 
 
 def move_rows(out: Tensor, source: Tensor, target: Tensor) -> None:
-    """See sweep_torch.move_rows."""
+    """See ``sweep_torch.move_rows``."""
     if len(source):
         move_rows_kernel[(len(source) * triton.cdiv(out.shape[1], BLOCK_OF_ROW),)](
             out, source, target, out.shape[1], out.stride(0), BLOCK=BLOCK_OF_ROW
@@ -327,14 +327,14 @@ def move_rows(out: Tensor, source: Tensor, target: Tensor) -> None:
 
 
 def workspace(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (rows, columns) whose rows begin at multiples of 128 bytes."""
+    """An uninitialized (rows, columns) whose rows begin at multiples of 128 bytes."""
     return like.new_empty(rows, -(-columns // 64) * 64, dtype=dtype)[:, :columns]
 
 
 def _sweep(
     head: Head, mode: tl.constexpr, *, target_logits=None, anchor=None, alpha=None, beta=None, out=None, entropy: bool
 ) -> Tensor:
-    """Launches one program a tile; returns the partial sums (3 or 2, tiles, N)."""
+    """Launches one program per tile; returns the partial sums (3 or 2, tiles, N)."""
     n_rows, vocab_size = len(head.hidden), len(head.weight)
     dtype = head.weight_dtype
     tile = tiles.triton_tile(_capability(head), dtype.itemsize)
@@ -342,7 +342,7 @@ def _sweep(
     partials = head.scale.new_empty(PARTIALS[mode.value], n_tiles, n_rows)
     if n_rows == 0:
         return partials
-    unused = head.weight  # of known alignment, which enters the compile key
+    unused = head.weight  # of known alignment, which is part of the compile key
     sweep_kernel[(triton.cdiv(n_rows, tile.block_n) * n_tiles,)](
         *_inputs(head),
         head.targets, *(unused if t is None else t for t in (target_logits, anchor, alpha, beta, out)), partials,

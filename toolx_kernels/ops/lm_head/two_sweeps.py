@@ -1,6 +1,6 @@
 """Two sweeps over the vocabulary: one for the statistics of each row, one for the gradients.
 
-No tile outlives its sweep, so the second one computes all logits again, 8 NDV in all where a single sweep takes 6.
+No tile outlives its sweep, so the second one recomputes all logits: 8 NDV in all, compared with 6 for a single sweep.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def two_sweeps(batch: Batch, config: GRPOLossConfig) -> tuple[PerRow, HeadGradie
 
 
 def statistics(head: Head, *, entropy: bool, workspace_mib: int | None = None) -> TokenStats:
-    """(N) each, entropy only where it is asked for; logits of any size, 2 NDV."""
+    """Statistics, (N) each, for logits of any size; entropy None unless requested. Costs 2 NDV."""
     n_rows, dim = head.hidden.shape
     vocab_size = vocab_size_of(head.weight, head.shard)
     size = tiles.forward_size(n_rows, vocab_size, dim, head.hidden.device, workspace_mib=workspace_mib)
@@ -66,9 +66,9 @@ def statistics(head: Head, *, entropy: bool, workspace_mib: int | None = None) -
 def recompute_gradients(
     head: Head, stats: TokenStats, upstream: TokenStats, needs: Trained, workspace_mib: int | None
 ) -> HeadGradients:
-    """The gradients of the head whose statistics are ``stats``, under their gradients ``upstream``; up to 6 NDV.
+    """The gradients of a head with the statistics ``stats``, given their gradients ``upstream``. Costs up to 6 NDV.
 
-    Both are (n) of the head's rows; the entropies are None where they have no gradient.
+    Both are (n) over the head's rows; the entropies are None if they have no gradient.
     """
     n_rows, dim = head.hidden.shape
     vocab_size = vocab_size_of(head.weight, head.shard)
@@ -81,8 +81,8 @@ def recompute_gradients(
     logprobs, lse = stats.logprobs, stats.lse
     target_logit = reducer(head.shard)(sweep.target_logits(head), "sum")
     at_target = upstream.logprobs + logprobs.exp() * (alpha + beta * logprobs.clamp(min=sweep_torch.LOG_OF_NOTHING))
-    # lse is rounded as a number of 30 or so is, and all probabilities that the sweep makes of it are off by one factor.
-    # Where the target's is near 1 the others' must fit what it leaves: its log-prob, which is small, knows that factor.
+    # lse is rounded like any number near 30, which scales all probabilities of the sweep by one factor. If the target's
+    # is near 1, the others must sum to the small remainder; the target's log-prob, which is small, gives that factor.
     unrounded = torch.where(logprobs > -1, (logprobs - (target_logit - lse)).exp(), 1)
     alpha, beta = alpha * unrounded, beta * unrounded
     if head.softcap:

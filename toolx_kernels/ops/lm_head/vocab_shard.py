@@ -1,4 +1,4 @@
-"""A head whose vocabulary is cut over several ranks."""
+"""VocabShard: a rank's part of a head whose vocabulary is split over several ranks."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class VocabShard:
-    """This rank's rows ``start : start + V`` of a head whose vocabulary is cut over several ranks.
+    """This rank's rows ``start : start + V`` of a head whose vocabulary is split over several ranks.
 
     Every rank passes the same hidden states, targets and per-token vectors, and its own rows of the weight (and
-    of the bias). All results, the gradient of hidden included, are those of the whole vocabulary on every
-    rank; the gradient of the weight is that of this rank's rows.
+    of the bias). On every rank all results, including the gradient of hidden, are those of the whole vocabulary; the
+    gradients of weight and bias are those of this rank's rows.
 
     start: the token id of this rank's first row.
     vocab_size: of the whole vocabulary.
-    all_reduce: ``(tensor, "sum" | "max")`` over the ranks, returning the result or, like ``torch.distributed``, None
-        when the tensor itself now holds it; called equally often, in the same order and with the same shapes on every
-        rank: ``lambda t, op: dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)``.
+    all_reduce: ``(tensor, "sum" | "max")`` over the ranks, which returns the result or, like ``torch.distributed``,
+        None if it reduced in place; called equally often, in the same order and with the same shapes on every rank:
+        ``lambda t, op: dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)``.
 
-    Make one per process and keep it: the operators know a shard by its number.
+    Make one per process and reuse it: operators refer to a shard by its number.
     """
 
     start: int
@@ -35,11 +35,11 @@ class VocabShard:
         _shards.append(self)
 
 
-_shards: list[VocabShard] = []  # an operator's schema cannot hold a function: it holds the shard's place in this list
+_shards: list[VocabShard] = []  # an operator's schema cannot hold a function: it holds the shard's index in this list
 
 
 def reducer(shard: int) -> Callable[[Tensor, str], Tensor]:
-    """How sums over the vocabulary become those of the whole vocabulary; ``shard`` is -1 where the weight holds it."""
+    """The reduction of sums to the whole vocabulary; ``shard`` is -1 if the weight already holds all of it."""
     if shard < 0:
         return lambda tensor, op: tensor
 
