@@ -469,7 +469,7 @@ def test_the_pool_grows_seldom():
         ([], 1, {}, r"Prompt 1 \(row 8\) is empty"),
         ([5, 131], 1, {}, r"Prompt 1 \(row 8\) holds token id 131"),
         ([5, -1], 1, {}, r"Prompt 1 \(row 8\) holds token id -1"),
-        ([5] * 128, 1, {}, r"Prompt 1 \(row 8\) has 128 tokens, and the model's context is 128"),
+        ([5] * 128, 1, {}, r"Prompt 1 \(row 8\) has 128 tokens, but the model's context is 128"),
         ([5] * 90, 1, {"max_pages": 3}, r"Prompt 1 \(row 8\) with 90 tokens needs 7 pages"),
     ],
 )
@@ -503,7 +503,7 @@ def test_bad_sampling_parameters_are_named(settings):
         SamplingParams(**({"max_new_tokens": 4} | settings))
     with pytest.raises(InputError, match="page_size=0"):
         RolloutEngine(small_model("llama"), page_size=0)
-    with pytest.raises(InputError, match="max_pages=0 cannot hold a single row: the shortest needs 1 page"):
+    with pytest.raises(InputError, match="max_pages=0 must be at least 1 page"):
         RolloutEngine(small_model("llama"), max_pages=0)
 
 

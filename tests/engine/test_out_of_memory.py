@@ -130,7 +130,7 @@ def test_a_step_that_does_not_fit_is_done_with_fewer_rows(monkeypatch, error):
     expected = RolloutEngine(model, page_size=8).generate(prompts(), 3, WARM)
     failed = fails(monkeypatch, "decode", error, lambda _, inputs: len(inputs.ids) <= 4)
     engine = RolloutEngine(model, page_size=8)
-    with pytest.warns(UserWarning, match="9 completions or fewer are sampled at a time") as said:
+    with pytest.warns(UserWarning, match="at most 9 completions are sampled at a time") as said:
         groups = engine.generate(prompts(), 3, WARM)
     assert ids(groups) == ids(expected)
     for mine, theirs in zip(groups, expected, strict=True):
@@ -174,7 +174,7 @@ def test_prompts_that_do_not_fit_are_computed_in_pieces(monkeypatch, error):
 
     failed = fails(monkeypatch, "_prefill", error, short)
     engine = RolloutEngine(model, page_size=8)
-    with pytest.warns(UserWarning, match="prompts are computed in pieces of 2048 tokens") as said:
+    with pytest.warns(UserWarning, match="prompts are computed in pieces of at most 2048 tokens") as said:
         assert ids(engine.generate(prompts(), 3, WARM)) == expected
     assert len(said) == 1 and engine.runner.prefill_tokens == 16 and len(failed) == 8
     fails(monkeypatch, "_prefill", error, lambda *_: False)

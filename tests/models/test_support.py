@@ -317,6 +317,6 @@ def test_rows_of_a_longrope_model_have_the_factors_that_they_have_alone():
     longest = engine.generate([list(range(3, 33))], 1, params)
     assert len(longest[0].completions[0].ids) == 2
     with pytest.raises(
-        InputError, match="has 40 tokens, and the model's context is 32 .the original one of its LongRo"
+        InputError, match="has 40 tokens, but the model's context is 32 .the original one of its LongRo"
     ):
         engine.generate([five, list(range(3, 43))], 1, params)

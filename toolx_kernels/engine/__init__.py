@@ -1,4 +1,4 @@
-"""Sampling groups of completions: types, page pool, engine."""
+"""The rollout engine: samples groups of completions from token ids."""
 
 from toolx_kernels.engine.engine import RolloutEngine
 from toolx_kernels.engine.types import Completion, Group, SamplingParams

@@ -1,4 +1,4 @@
-"""The sum of a tensor's bits, weighted by their places: what a fingerprint is made of."""
+"""The bit sum of a tensor: the position-weighted sum of its words, of which a fingerprint is made."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-COLUMNS = 1021  # a prime: what moves by whole rows of a weight moves to other columns
+COLUMNS = 1021  # a prime: values that move by whole rows of a weight move to other columns
 MULTIPLIER = 2654435761
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """() int64: the bits of a tensor, added up weighted by their places; sums wrap around."""
+    """() int64: the sum of a tensor's words, weighted by their positions; sums wrap around."""
     flat = tensor.contiguous().view(-1)
     words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word_bytes(flat)])
     whole = len(words) // COLUMNS * COLUMNS
@@ -22,5 +22,5 @@ def bit_sum(tensor: Tensor) -> Tensor:
 
 
 def word_bytes(tensor: Tensor) -> int:
-    """The widest word, up to 8 bytes, of which a contiguous tensor is made."""
+    """Bytes of the widest word, up to 8, that divides a contiguous tensor and its offset."""
     return math.gcd(tensor.nbytes, tensor.storage_offset() * tensor.itemsize, 8)

@@ -1,5 +1,5 @@
-"""The bit sums of all tensors of a model in one Triton kernel: hundreds of them are small, and each by itself would
-cost several launches."""
+"""Bit sums of all tensors of a model in one Triton kernel: hundreds of them are small, and each by itself would cost
+several launches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from toolx_kernels.engine.bit_sum import COLUMNS, MULTIPLIER, bit_sum, word_bytes
 
-ROWS = 16  # of COLUMNS words that one program adds up
+ROWS = 16  # of COLUMNS words that one program sums
 ROWS_AT_ONCE = 4
 WORD = 8  # bytes
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def bit_sum_kernel(
-    parts_ptr,  # (3, parts) int64: where a part of a tensor lies, its words, the tensor
+    parts_ptr,  # (3, parts) int64: address of a part of a tensor, its number of words, index of the tensor
     sums_ptr,  # (parts) int64
     n_parts,
     MULTIPLIER: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -40,7 +40,7 @@ def bit_sum_kernel(
 
 
 def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """See fingerprint.bit_sums. The tensors lie on one GPU; those not made of whole words are summed up in torch."""
+    """See ``fingerprint.bit_sums``. The tensors are on one GPU; those not made of whole words are summed in torch."""
     in_words = [tensor.is_contiguous() and word_bytes(tensor) == WORD for tensor in tensors]
     places = tuple(
         (tensor.data_ptr(), tensor.nbytes if whole else 0) for tensor, whole in zip(tensors, in_words, strict=True)
@@ -52,14 +52,14 @@ def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
             parts, sums_of_parts, parts.shape[1], MULTIPLIER=MULTIPLIER, COLUMNS=COLUMNS, ROWS=ROWS,
             BLOCK_R=ROWS_AT_ONCE, BLOCK_C=triton.next_power_of_2(COLUMNS),
         )  # fmt: skip
-    sums = parts.new_zeros(len(tensors)).index_add_(0, parts[2], sums_of_parts)  # integers: in any order the same
+    sums = parts.new_zeros(len(tensors)).index_add_(0, parts[2], sums_of_parts)  # integers: exact in any order
     for place, whole in enumerate(in_words):
         if not whole:
             sums[place] = bit_sum(tensors[place])
     return sums
 
 
-@functools.lru_cache(maxsize=4)  # models; a table is made once for as long as no tensor moves
+@functools.lru_cache(maxsize=4)  # models; a table is reused as long as no tensor moves
 def _parts(places: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """The first argument of the kernel, for tensors at these (address, bytes)."""
     size = ROWS * COLUMNS * WORD

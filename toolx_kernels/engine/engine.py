@@ -1,9 +1,9 @@
-"""The rollout engine: n completions for each prompt, on the training weights themselves.
+"""RolloutEngine: samples n completions for each prompt, directly from the training weights.
 
-Prompts become sequences (``sequences_of``). Then two moves alternate until all have ended: prefill what can start
-(``Scheduler.admit``, ``Runner.prefill``), and decode one step of all that run (``Scheduler.grow``, ``Runner.decode``).
-The place of a sequence that ends is filled at the next turn. The pool outlives the call, and with it what was computed
-of prompts, until the weights change.
+Prompts become sequences (``sequences_of``). Then two steps alternate until all have ended: prefill the sequences that
+can start (``Scheduler.admit``, ``Runner.prefill``), and decode one token of all running ones (``Scheduler.grow``,
+``Runner.decode``). The place of a finished sequence is filled in the next iteration. The pool outlives the call, and
+with it the keys and values of prompts, until the weights change.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class RolloutEngine:
         model: a transformers causal LM of an architecture that docs/models.md lists as exact.
         page_size: tokens per page.
         max_pages: pages in the pool; None lets it grow with the work in powers of two, up to an eighth of a CPU's and
-            a quarter of a GPU's memory (more only where a single sequence needs more).
+            a quarter of a GPU's memory (more only if a single sequence needs more).
         seed: first word of every sequence's random stream.
-        compile: decode through ``torch.compile``. The first step then takes a minute or so; worth it on a GPU, where
-            a step is a thousand small kernels otherwise, for runs of more than a few minutes.
+        compile: decode through ``torch.compile``. The first step then takes about a minute; worth it on a GPU, where
+            a step otherwise launches a thousand small kernels, for runs of more than a few minutes.
 
-    Where memory runs out, the engine goes on with less and warns once: with a pool of half the size, down to what the
-    longest sequence needs, with prefill in shorter pieces, with fewer sequences at a time. No completion depends on
+    When memory runs out, the engine continues with less and warns once per resource: a pool of half the size, down to
+    the needs of the longest sequence; prefill in shorter pieces; fewer sequences at a time. No completion depends on
     these.
 
-    ``preemptions`` counts how often a sequence of the last call had to give its pages back for a while.
+    ``preemptions`` counts how often a sequence of the last call was preempted: it gave back its pages and waited.
 
     Raises:
-        InputError: a pool without room for a single token, or a model that cannot be run exactly through our
-            attention (see ``check_supported``).
+        InputError: a pool without room for a single token, or a model that cannot be run exactly on our attention
+            (see ``check_supported``).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RolloutEngine:
         if page_size < 1:
             raise InputError(f"page_size={page_size} must be at least 1 token.")
         if max_pages is not None and max_pages < 1:
-            raise InputError(f"max_pages={max_pages} cannot hold a single row: the shortest needs 1 page.")
+            raise InputError(f"max_pages={max_pages} must be at least 1 page.")
         check_supported(model)
         self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.compile = compile
@@ -79,8 +79,8 @@ class RolloutEngine:
         self.runner: Runner | None = None
         self.preemptions = 0
         self._running = False
-        self._weights: Fingerprint | None = None  # of those that wrote the pages
-        # less once memory has run out
+        self._weights: Fingerprint | None = None  # of the weights that wrote the pages
+        # lowered when memory runs out
         self._most_pages = sys.maxsize
         self._max_sequences = MAX_SEQUENCES
         self._warned: set[str] = set()
@@ -91,17 +91,17 @@ class RolloutEngine:
         return self.runner.pool if self.runner else None
 
     def forget_prefixes(self) -> None:
-        """The next call computes every prompt anew, as an engine does that has just been made.
+        """Empties the prefix cache: the next call computes every prompt again, as a new engine would.
 
-        What is found in the pool was computed in another batch, so it may differ in the last bits: a run that must
-        repeat exactly from here on starts from nothing here. A change of the weights or of a module's settings is
-        noticed without this; one that shows in neither (in the model's config, say) is not.
+        Cached prefixes were computed in another batch, so they may differ in the last bits: call this where a run must
+        be exactly repeatable. Changes of the weights or of a module's settings are detected without it; other changes
+        (for example of the model's config) are not.
         """
         if self.pool:
             self.pool.forget_all()
 
     def release_pool(self) -> bool:
-        """Gives the memory of the page pool back; the next call makes another. Whether there was one."""
+        """Frees the memory of the page pool; the next call makes a new one. Returns whether there was one."""
         had, self.runner = self.runner is not None, None
         return had
 
@@ -117,25 +117,25 @@ class RolloutEngine:
         limits: abc.Sequence[int] | None = None,
         on_completion: abc.Callable[[int, int, Completion], bool] | None = None,
     ) -> list[Group]:
-        """``n`` completions of each prompt (lists of token ids), as groups in the order of ``prompts``.
+        """Samples ``n`` completions of each prompt (lists of token ids); returns groups in the order of ``prompts``.
 
         The noise of a token is a function of (seed, step, row id, rollout index, position); ``row_ids`` default to
-        the prompts' places, and the n rollouts have the indices from ``first_rollout`` on, which is one number or one
-        for each prompt. ``limits``, one for each prompt, bounds its completions more tightly than
-        ``params.max_new_tokens`` does: prompts that hold earlier turns have less left of it.
+        the prompts' indices, and the n rollouts have the indices from ``first_rollout`` on, which is one number or one
+        per prompt. ``limits``, one per prompt, limits its new tokens further than ``params.max_new_tokens``, for
+        prompts that contain earlier turns.
 
-        ``on_completion(place of the prompt, rollout index, completion)`` is called with each completion as soon as
-        it ends; when it returns True, those of the prompt that have not ended are cancelled.
+        ``on_completion(index of the prompt, rollout index, completion)`` is called with each completion as soon as
+        it ends; if it returns True, the unfinished ones of the prompt are cancelled.
 
-        The computation is in the weights' dtype, whatever autocast surrounds the call. The model is left as it was.
+        It computes in the weights' dtype, even inside autocast. The model is left unchanged.
 
         Raises:
             InputError: n < 1, an empty prompt, an id outside the vocabulary, a prompt that fills the model's
-                context, one whose row would not fit the pool, a limit below 1, or a step, row id or rollout index
-                outside [0, 2**32); before anything runs, naming the prompt.
+                context, one whose sequence would not fit the pool, a limit below 1, or a step, row id or rollout index
+                outside [0, 2**32); raised before anything runs, naming the prompt.
         """
         if self._running:
-            raise InputError("generate was called from its own on_completion: call it when that call has returned.")
+            raise InputError("generate was called from its own on_completion: call it after that call has returned.")
         vocab_size = head_of(self.model)["weight"].shape[0]
         groups = sequences_of(
             prompts,
@@ -157,7 +157,7 @@ class RolloutEngine:
         self._running = True
         try:
             with (
-                torch.inference_mode(False),  # the pool outlives this call, and inference tensors would not do
+                torch.inference_mode(False),  # the pool outlives this call, so it must not hold inference tensors
                 torch.no_grad(),
                 torch.cuda.device_of(next(self.model.parameters())),
                 torch.autocast(self._device.type, enabled=False),
@@ -171,7 +171,7 @@ class RolloutEngine:
                     self._decode(runner, scheduler)
                 self.preemptions = scheduler.preemptions
         except BaseException:
-            self.runner = None  # whatever was held at that moment (Ctrl-C, out of memory) goes with it
+            self.runner = None  # drops whatever was held at that moment (Ctrl-C, out of memory)
             raise
         finally:
             self._running = False
@@ -183,13 +183,13 @@ class RolloutEngine:
         if not chunks:
             return
 
-        def first_tokens() -> tuple[np.ndarray, np.ndarray]:  # done again it writes the same to the pages
+        def first_tokens() -> tuple[np.ndarray, np.ndarray]:  # a retry writes the same to the pages
             return runner.sample(runner.prefill(chunks), chunk_of, scheduler.streams(places))
 
         def give_back(reason: str) -> bool:
             halved = runner.halve_prefill()
             if halved:
-                self._warn("prefill", f"prompts are computed in pieces of {runner.prefill_tokens} tokens or less")
+                self._warn("prefill", f"prompts are computed in pieces of at most {runner.prefill_tokens} tokens")
             return halved
 
         scheduler.record(places, *retry_with_less(first_tokens, give_back))
@@ -208,13 +208,13 @@ class RolloutEngine:
             halved = scheduler.halve()
             if halved:
                 self._max_sequences = len(scheduler.order)
-                self._warn("rows", f"{self._max_sequences} completions or fewer are sampled at a time")
+                self._warn("rows", f"at most {self._max_sequences} completions are sampled at a time")
             return halved
 
         scheduler.record(*retry_with_less(next_tokens, give_back))
 
     def _runner_for(self, groups: list[list[Sequence]], params: SamplingParams) -> Runner:
-        """A runner ready for a call: the kept one, which forgets its prompts if the weights changed, or a new one."""
+        """A runner ready for a call: the existing one, without cached prefixes if the weights changed, or a new one."""
         weight = next(self.model.parameters())
         weights = fingerprint(self.model)
         if self.runner is not None:
@@ -232,7 +232,7 @@ class RolloutEngine:
         return self.runner
 
     def _pool_for(self, groups: list[list[Sequence]], weight: torch.Tensor) -> PagePool:
-        """The kept pool, which grows where the work wants it, or a new one; of fewer pages where memory runs out."""
+        """The existing pool, enlarged if the work needs it, or a new one; with fewer pages if memory runs out."""
         shape = cache_shape(self.config)
         page_bytes = 2 * math.prod(shape) * weight.element_size() * self.page_size
         prompts, limits = [len(seq.prompt) for seq, *_ in groups], [seq.limit for seq, *_ in groups]
@@ -253,7 +253,7 @@ class RolloutEngine:
         def give_back(reason: str) -> bool:
             nonlocal n_pages
             if self.runner is not None:
-                self.runner = None  # with what its pool held, there is room for another one
+                self.runner = None  # frees the old pool, which makes room for a new one
             elif n_pages > least:
                 n_pages = max(least, n_pages // 2)
             else:
@@ -271,7 +271,7 @@ class RolloutEngine:
         return found
 
     def _warn(self, what: str, consequence: str) -> None:
-        """Says, once of each resource, that memory ran out."""
+        """Warns that memory ran out, once per resource."""
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"{self._device} ran out of memory during rollouts: {consequence}.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The fingerprint of what a model computes: its weights, bit by bit, and the settings of its modules."""
+"""The fingerprint of a model: the bits of its weights and the settings of its modules."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from toolx_kernels.engine.bit_sum import bit_sum
 
 
 class Fingerprint(NamedTuple):
-    """Changes when a weight does, or a setting of a module."""
+    """Changes when a weight or a setting of a module changes."""
 
-    settings: tuple  # of each module: what it computes by besides its tensors
-    hooks: tuple  # of all modules, by the numbers that torch gives them, each once in a process
+    settings: tuple  # of each module: its plain attributes
+    hooks: tuple  # of all modules, as the numbers that torch gives them, unique in a process
     places: tuple  # (address, dtype) of each tensor
     versions: tuple
     sums: tuple  # of each tensor's bits
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Optimizers write without telling, so the bits of the weights are added up, weighted by their places.
+    """The model's fingerprint. Optimizers may write weights unnoticed, so it sums their bits (``bit_sum``).
 
     270 MB take about 30 ms on two CPU cores; on a GPU they are read once, in one launch.
     """
@@ -45,7 +45,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _settings(module: torch.nn.Module) -> tuple:
-    """Plain attributes, as a scale, or which adapter is on."""
+    """The plain attributes of a module, for example a scale or the active adapter."""
     found = []
     for name, value in vars(module).items():
         if name not in _OF_EVERY_MODULE:

@@ -1,8 +1,8 @@
-"""The page pool: KV memory in pages of equal size, reference-counted, with a cache of prefixes in what is free.
+"""The page pool: KV memory in reference-counted pages of equal size, with a prefix cache in the free ones.
 
-A page is *held* by the sequences that read it and *free* when nobody holds it. A full page can be remembered under its
-tokens and those before it; it stays findable after its last holder let go, until its memory is needed. So siblings
-share their prompt, prompts share what they begin with, and a later call finds the prompts of an earlier one.
+A page is *held* by the sequences that read it, and *free* when no sequence holds it. A full page can be remembered by
+its tokens and those before it; it can still be found after its last holder has released it, until its memory is needed.
+So siblings share their prompt, prompts share common prefixes, and a later call finds the prompts of an earlier one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toolx_kernels.errors import InputError
 class PagePool:
     """``key_caches[layer]`` and ``value_caches[layer]`` are (pages, page_size, Hkv, Dh).
 
-    ``peak`` is the most pages that were held at once.
+    ``peak`` is the largest number of pages that were held at once.
     """
 
     def __init__(self, n_pages: int, page_size: int, n_layers: int, n_kv_heads: int, head_dim: int, like: Tensor):
@@ -29,17 +29,17 @@ class PagePool:
         nothing = like.new_empty((0, page_size, n_kv_heads, head_dim))
         self.key_caches, self.value_caches = ([nothing] * n_layers for _ in range(2))
         self.references: list[int] = []
-        # Taken from the front: first pages that hold nothing, then the prefix that was let go of longest ago.
+        # Taken from the front: first pages without a remembered prefix, then the least recently released prefix.
         self.free: OrderedDict[int, None] = OrderedDict()
-        # A page is remembered under (serial of the page before it, its tokens). Serials are never used again, so what
-        # followed a page that is forgotten cannot be found under whatever comes to lie in its place.
+        # A page is remembered by (serial of the page before it, its tokens). Serials are never reused, so the
+        # continuations of a forgotten page cannot be found as those of the page that replaces it.
         self._remembered: dict[tuple[int, tuple[int, ...]], int] = {}
         self._of_page: dict[int, tuple[int, tuple[int, tuple[int, ...]]]] = {}  # page -> (serial, key)
         self._serials = itertools.count(1)
         self.enlarge(n_pages)
 
     def enlarge(self, n_pages: int) -> None:
-        """Adds pages, up to ``n_pages`` in all; what the present ones hold stays. Not to be used after it failed."""
+        """Adds pages, up to ``n_pages`` in all; existing ones keep their contents. If it fails, discard the pool."""
         if n_pages <= self.n_pages:
             return
         for caches in (self.key_caches, self.value_caches):
@@ -60,7 +60,7 @@ class PagePool:
         return -(-n_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` pages, each held once by the caller, for writing."""
+        """Returns ``count`` pages for writing, each held once by the caller."""
         if count > len(self.free):
             raise InputError(
                 f"The page pool has {len(self.free)} free pages of {self.n_pages}, not {count}: raise max_pages."
@@ -73,16 +73,16 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more holder for each of the pages, which somebody holds."""
+        """Adds a holder to each of the pages, which must be held already."""
         references = self.references
         for page in pages:
             assert references[page] > 0, f"page {page} is free"
             references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less; a page without holders is free, and still found if it is remembered."""
+        """Removes a holder from each of the pages; one without holders is free, but still found if remembered."""
         references = self.references
-        for page in reversed(pages):  # the end of a prefix is given up before its beginning
+        for page in reversed(pages):  # the end of a prefix is reused before its beginning
             assert references[page] > 0, f"page {page} is already free"
             references[page] -= 1
             if references[page] == 0:
@@ -93,7 +93,7 @@ class PagePool:
         return self.references[page] > 1
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """The longest remembered run of full pages that ``tokens`` begin with; the caller becomes a holder of each."""
+        """The longest run of remembered full pages that is a prefix of ``tokens``; the caller becomes their holder."""
         pages, serial = [], 0
         for key_tokens in self._full_pages(tokens):
             page = self._remembered.get((serial, key_tokens))
@@ -107,7 +107,7 @@ class PagePool:
         return pages
 
     def remember(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Makes the full pages among ``pages``, which hold ``tokens``, findable. They must not be written again."""
+        """Remembers the full pages among ``pages``, which hold ``tokens``. They must not be written again."""
         n_full = min(len(tokens) // self.page_size, len(pages))
         n_known = n_full
         while n_known and pages[n_known - 1] not in self._of_page:
@@ -121,7 +121,7 @@ class PagePool:
             serial = self._of_page[self._remembered[key]][0]
 
     def forget_all(self) -> None:
-        """Nothing is found from now on: the weights that wrote the pages are gone."""
+        """Forgets all remembered pages, because the weights that wrote them have changed."""
         self._remembered.clear()
         self._of_page.clear()
 
@@ -141,6 +141,6 @@ class PagePool:
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The host does not wait for the copy: it goes on with its work while the device does what it has."""
+    """Copies an array to the device; the host does not wait for the copy."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

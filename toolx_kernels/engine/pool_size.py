@@ -1,4 +1,4 @@
-"""The size of the page pool: pages that the work asks for, and what of a device's memory they may take."""
+"""The size of the page pool: the pages that the work needs, limited to a share of the device's memory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-# A pool takes at most one part in so many of the memory: a host has other work than this.
+# A pool takes at most 1 / share of the memory: a host has other work too.
 CPU_POOL_SHARE = 8
 GPU_POOL_SHARE = 4
 
 
 def pages_of(prompt: int, limit: int, page_size: int) -> int:
-    """Pages of one sequence at its longest: ``prompt`` tokens and ``limit`` more, the last never written."""
+    """Pages of a sequence at its longest: ``prompt`` tokens and ``limit`` new ones, the last of them never written."""
     return -(-(prompt + limit - 1) // page_size)
 
 
 def pages_wanted(prompts: Sequence[int], n: int, limits: Sequence[int], page_size: int, max_sequences: int) -> int:
-    """Pages with which all ``n`` sequences of each prompt run at once, or ``max_sequences`` of them if these are fewer.
+    """Pages with which all ``n`` sequences of each prompt can run at once, or ``max_sequences`` if that is fewer.
 
-    ``prompts`` holds lengths. The full pages of a prompt are there once, what follows is each sequence's own.
+    ``prompts`` holds lengths. Sequences share the full pages of their prompt and own those after it.
     """
     prefixes = [length // page_size for length in prompts]
     whole = [pages_of(length, limit, page_size) for length, limit in zip(prompts, limits, strict=True)]
@@ -29,24 +29,24 @@ def pages_wanted(prompts: Sequence[int], n: int, limits: Sequence[int], page_siz
 
 
 def pool_pages(wanted: int, least: int, page_bytes: int, memory: int, device: str) -> int:
-    """Pages of a pool on a device ("cpu" or "cuda") with this memory, where no size is given.
+    """Default number of pages of a pool on a device ("cpu" or "cuda") with ``memory`` bytes.
 
-    A pool that grows moves, and the CUDA graphs that read it are lost: in powers of two it grows seldom.
+    A pool moves when it grows, and the CUDA graphs that read it are lost, so it grows in powers of two.
     """
     budget = memory // (GPU_POOL_SHARE if device == "cuda" else CPU_POOL_SHARE) // page_bytes
     return max(least, min(power_of_two(wanted), budget))
 
 
 def power_of_two(n: int) -> int:
-    """The least that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 def physical_memory() -> int:
-    """Bytes of this machine."""
+    """Bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine."""
+    """Bytes of memory of a GPU, or of this machine."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else physical_memory()

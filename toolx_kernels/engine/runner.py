@@ -1,7 +1,7 @@
-"""The runner of the model on pages: prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
+"""The runner: the model on pages; prefill of chunks, and the decode step, which on a GPU is one CUDA graph.
 
-All that a step reads comes in one buffer, in sizes rounded up to a few buckets. The rows that fill a bucket up write
-nothing, see one token of page 0, and nobody reads what they sample.
+A step reads all its inputs from one buffer, in sizes rounded up to a few buckets. The rows that pad a bucket write
+nothing, see one token of page 0, and their samples are ignored.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from toolx_kernels.models.bridge import head_of, run_body
 from toolx_kernels.ops.attention.paged import PagedContext
 from toolx_kernels.ops.lm_head.sampling import sample
 
-# Tokens in one forward, which bounds the activations; by device. Of few tokens a GPU has computed a layer before the
-# host has launched the next.
+# Tokens in one forward pass, by device: a limit on the activations. With few tokens, a GPU computes a layer faster than
+# the host launches the next one.
 MAX_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
-LEAST_PREFILL_TOKENS = 64  # with fewer, what a forward takes is no longer its activations
+LEAST_PREFILL_TOKENS = 64  # with fewer, activations are no longer most of a forward pass's memory
 
 
 class Runner:
-    """``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
+    """Runs ``model`` on the pages of ``pool``; to be used inside ``toolx_attention(model)``.
 
     Args:
         capture: see ``Graphs``.
-        compile: decode steps go through ``torch.compile``, which fuses what lies between matrix products and attention.
+        compile: decode through ``torch.compile``, which fuses the operations between matrix products and attention.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Runner:
     # ---- prefill
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Writes the chunks' keys and values; returns the hidden state of each one's last token, (chunks, D)."""
+        """Writes the chunks' keys and values; returns the hidden state of each chunk's last token, (chunks, D)."""
         last = []
         for batch in _batches(chunks, self.prefill_tokens):
             hidden = self._prefill(batch)
@@ -69,7 +69,7 @@ class Runner:
         return torch.cat(last)
 
     def halve_prefill(self) -> bool:
-        """Forwards of half as many tokens from now on; False if they cannot be shorter."""
+        """Halves the tokens of a forward pass from now on; returns False if it cannot be shorter."""
         if self.prefill_tokens <= LEAST_PREFILL_TOKENS:
             return False
         self.prefill_tokens //= 2
@@ -98,27 +98,27 @@ class Runner:
     # ---- decoding
 
     def decode(self, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
+        """Computes the next tokens of the rows, (R), and their statistics, (R, 4): one step of the whole batch."""
         exact = Sizes.of(inputs)
         sizes = bucket(exact)
         if not self.graphs.in_use:
-            sizes = exact._replace(siblings=sizes.siblings)  # of which torch.compile makes a constant
+            sizes = exact._replace(siblings=sizes.siblings)  # which torch.compile treats as a constant
         if sizes != self._packed_sizes:
             self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
             self._parts, self._packed_sizes = parts_of(self._packed.numpy(), sizes), sizes
-        pack(inputs, self._parts)  # the device has read what was in there: the result of every step is waited for
+        pack(inputs, self._parts)  # safe to overwrite: the result of the previous step has been read
         graph = self.graphs.graph_of(self._step, sizes, self._packed)
         if graph:
             return _as_numpy(graph(self._packed), exact.rows)
         return _as_numpy(self._step(self._packed.to(self.device, non_blocking=True), sizes), exact.rows)
 
     def sample(self, hidden: Tensor, chunk_of: Sequence[int], streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (R) and statistics (R, 4) of rows that go on from ``hidden[chunk_of]``; hidden is (chunks, D)."""
+        """Samples tokens (R), with statistics (R, 4), for rows that continue ``hidden[chunk_of]`` of (chunks, D)."""
         of_row = hidden[self._tensor(np.array(chunk_of))]
         return _as_numpy(self._sample(of_row, self._tensor(streams)), len(streams))
 
     def _step(self, buffer: Tensor, sizes: Sizes) -> Tensor:
-        """(5, rows) float64: tokens and statistics. Nothing in here waits for the device or reads host memory."""
+        """Tokens and statistics, (5, rows) float64. Neither waits for the device nor reads host memory."""
         step = parts_of(buffer, sizes)
         context = PagedContext(
             self.pool.key_caches,
@@ -146,7 +146,7 @@ class Runner:
 
 
 def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chunk, int, int]]]:
-    """(chunk, start, stop) of at most ``n_tokens`` tokens together; a chunk may be cut anywhere."""
+    """Yields lists of (chunk, start, stop) with at most ``n_tokens`` tokens each; a chunk may be cut anywhere."""
     batch, room = [], n_tokens
     for chunk in chunks:
         start = chunk.start
@@ -163,5 +163,5 @@ def _batches(chunks: Sequence[Chunk], n_tokens: int) -> Iterator[list[tuple[Chun
 
 
 def _as_numpy(result: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, *stats = result.cpu().numpy()[:, :n_rows]  # as a whole, which needs no kernel that gathers it
+    tokens, *stats = result.cpu().numpy()[:, :n_rows]  # copied whole: slicing first would launch a kernel
     return tokens.astype(np.int64), np.stack(stats).T

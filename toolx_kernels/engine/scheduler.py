@@ -1,13 +1,13 @@
-"""The scheduler: which sequences run, which pages they get, which give theirs back, and how one ends.
+"""The scheduler: admission, pages, preemption and the end of sequences.
 
-A sequence waits, is admitted (what no page holds of it yet is prefilled), decodes, and is done. Siblings that are
+A sequence waits, is admitted (tokens that are not in the cache are prefilled), decodes, and is done. Siblings that are
 admitted together share all pages of their prompt and copy the partly filled last one when they first write. A running
 sequence has a place in plain arrays, because hundreds take a step together; ``order`` lists the places of the running
-sequences, oldest first. In a step those stand side by side whose prompts lie in the same pages, whenever they were
-started.
+sequences, oldest first. In a step, sequences whose prompts are in the same pages are neighbors, whenever they were
+admitted.
 
-When a sequence needs a page and none is free, the youngest gives its pages back and waits at the head of the queue with
-the tokens it has. The oldest is never the one to go, so something always moves.
+When a sequence needs a page and none is free, the youngest is preempted: it gives back its pages and waits at the head
+of the queue with the tokens it has. The oldest is never preempted, so there is always progress.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from toolx_kernels.engine.types import SamplingParams
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """The tokens of a sequence from ``start`` on are to be prefilled, e.g. ``Chunk([5, 9, 7], [3], start=2)``."""
+    """A sequence whose tokens from ``start`` on are to be prefilled, e.g. ``Chunk([5, 9, 7], [3], start=2)``."""
 
     tokens: list[int]
     pages: list[int]
@@ -39,13 +39,13 @@ class Started(NamedTuple):
     """The sequences that start together."""
 
     places: np.ndarray
-    # of each sequence: the chunk at whose end its next token is sampled; siblings have one in common
+    # of each sequence: the chunk at whose end its next token is sampled; siblings share one
     chunk_of: list[int]
     chunks: list[Chunk]
 
 
 class Batch(NamedTuple):
-    """What stays from step to step as long as the same sequences run."""
+    """The arrays of a step that stay the same as long as the same sequences run."""
 
     running: np.ndarray  # places, oldest first
     order: np.ndarray  # of the step
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     prefix_lens: np.ndarray
 
 
-STATS = ("logprobs", "lse", "entropies", "kept_mass")  # of a Completion, as the columns of what a step returns
+STATS = ("logprobs", "lse", "entropies", "kept_mass")  # fields of a Completion, in the order of a step's statistics
 
 
 class Scheduler:
@@ -84,7 +84,7 @@ class Scheduler:
         self._newest, self._length, self._prompt, self._limit, self._family = np.zeros((5, n), dtype=np.int64)
         self._held = np.zeros(n, dtype=np.int64)  # pages
         self._runs = np.zeros(n, dtype=bool)
-        self._forked = np.zeros(n, dtype=bool)  # its last page may be shared, and it has yet to write there
+        self._forked = np.zeros(n, dtype=bool)  # its last page may be shared, and it has not written there yet
         self._stream = np.zeros((n, 5), dtype=np.int64)
         self._table = np.zeros((n, most_pages), dtype=np.int32)
         self._tokens = np.zeros((n, longest), dtype=np.int64)
@@ -98,7 +98,7 @@ class Scheduler:
         return not (self.waiting or len(self.order))
 
     def admit(self) -> Started:
-        """Starts waiting sequences in order, as long as there are places, pages, and pages to grow into."""
+        """Starts waiting sequences in order, as long as there are places, pages, and pages for growth."""
         starting: list[int] = []
         chunk_of: list[int] = []
         chunks: list[Chunk] = []
@@ -111,7 +111,7 @@ class Scheduler:
             length = len(seq.prompt) + len(seq.completion.ids)
             forked = leader if leader and leader.group == seq.group and not seq.completion.ids else None
             tokens = [] if forked else seq.prompt + seq.completion.ids
-            # the last token is computed in any case: the next one is sampled from its hidden state
+            # the last token is always computed, because the next one is sampled from its hidden state
             found = self.pool.find(tokens[:-1])
             needed = 0 if forked else self.pool.pages_for(length) - len(found)
             copied = int(forked is not None and length % self.pool.page_size > 0)
@@ -135,9 +135,9 @@ class Scheduler:
         return Started(places, chunk_of, chunks)
 
     def _growth(self, seq: Sequence, length: int) -> int:
-        """Pages that a sequence of ``length`` tokens will still ask for, if it ends when others do on average.
+        """Pages that a sequence of ``length`` tokens will still need, if it ends at the average length of the others.
 
-        Until one has ended, each is thought to run to its limit: no page is promised twice without evidence.
+        Until one has ended, each is assumed to run to its limit, so that no page is promised twice without evidence.
         """
         expected = self._done_tokens / self._done if self._done else seq.limit
         last = max(length, min(len(seq.prompt) + seq.limit, len(seq.prompt) + int(expected) + 1) - 1)
@@ -162,13 +162,13 @@ class Scheduler:
     # ---- decoding
 
     def grow(self) -> None:
-        """Gives every running sequence a page of its own for its newest token; may preempt the youngest sequences."""
+        """Gives every running sequence an unshared page for its newest token; may preempt the youngest sequences."""
         copies: list[tuple[int, int]] = []
         at = (self._length - 1) // self.pool.page_size
         writing = self.order[((at >= self._held) | self._forked)[self.order]]
         for place, index in zip(writing.tolist(), at[writing].tolist(), strict=True):
             seq = self._sequences.get(place)
-            while seq is not None:  # None: it was preempted for an older one
+            while seq is not None:  # None: preempted for an older one
                 shared = seq.pages[index:]
                 if shared and not self.pool.is_shared(shared[0]):
                     break
@@ -185,7 +185,7 @@ class Scheduler:
             self.pool.copy(*zip(*copies, strict=True))
 
     def decode_inputs(self) -> tuple[np.ndarray, DecodeInputs]:
-        """The places of all running sequences in the order of the step, (R), and its inputs."""
+        """The places of all running sequences in the order of the step, (R), and the inputs of the step."""
         size = self.pool.page_size
         if self._batch.running is not self.order:  # a new array whenever a sequence comes or goes
             self._batch = self._new_batch()
@@ -211,7 +211,7 @@ class Scheduler:
         return Batch(self.order, order, bounds, shared)
 
     def streams(self, places: np.ndarray) -> np.ndarray:
-        """(R, 5) of the next tokens of these sequences."""
+        """The random streams of the next tokens of these sequences, (R, 5)."""
         self._stream[places, 4] = self._length[places]
         return self._stream[places]
 
@@ -236,7 +236,7 @@ class Scheduler:
     # ---- leaving
 
     def _leave(self, place: int, reason: str) -> Sequence:
-        """The sequence takes what it has with it, and holds no pages any more; they can be found for a while."""
+        """Vacates a place: moves the tokens to the completion and releases the pages, which can still be found."""
         seq, self._runs[place] = self._sequences.pop(place), False
         made = self._length[place] - self._prompt[place]
         seq.completion.ids = self._tokens[place, :made].tolist()
@@ -255,9 +255,9 @@ class Scheduler:
         self._close_ranks()
 
     def halve(self) -> bool:
-        """Puts the younger half of the running sequences back into the queue; no more than the others run from now on.
+        """Puts the younger half of the running sequences back into the queue and halves the places from now on.
 
-        False, and nothing happens, if only one sequence runs.
+        Returns False, and does nothing, if only one sequence runs.
         """
         n_kept = len(self.order) // 2
         if n_kept == 0:

@@ -1,4 +1,4 @@
-"""Sequences: completions in progress, made of the prompts of a call once these are checked."""
+"""Sequences: completions in progress, made from the checked prompts of a call."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from toolx_kernels.errors import InputError
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One completion of a prompt. ``stream``, (seed, step, row id, rollout index), names its random numbers."""
+    """One completion of a prompt. ``stream``, (seed, step, row id, rollout index), selects its random numbers."""
 
-    group: int  # its prompt's place in the call
+    group: int  # index of its prompt in the call
     prompt: list[int]
-    limit: int  # tokens it may get
+    limit: int  # upper limit of its new tokens
     stream: tuple[int, int, int, int]
     completion: Completion = field(default_factory=Completion)
     pages: list[int] = field(default_factory=list)
 
 
 class Capacity(NamedTuple):
-    """What a model and its page pool take."""
+    """The limits of a model and its page pool."""
 
     vocab_size: int
     context: int  # tokens
@@ -44,7 +44,7 @@ def sequences_of(
     first_rollout: int | abc.Sequence[int],
     limits: abc.Sequence[int] | None,
 ) -> list[list[Sequence]]:
-    """``n`` sequences of each prompt. Arguments and errors are those of ``RolloutEngine.generate``."""
+    """``n`` sequences for each prompt. Arguments and errors are those of ``RolloutEngine.generate``."""
     if n < 1:
         raise InputError(f"n={n} completions per prompt: n must be at least 1.")
     tokens = [_integers(ids) for ids in prompts]
@@ -62,7 +62,8 @@ def sequences_of(
     for token in params.stop_token_ids:
         if not 0 <= token < capacity.vocab_size:
             raise InputError(
-                f"stop token {token} is outside the vocabulary of {capacity.vocab_size}: it would never come."
+                f"stop token {token} is outside the vocabulary of {capacity.vocab_size}: remove it, because it cannot "
+                "be sampled."
             )
     groups = []
     for place, (ids, limit, row, first) in enumerate(zip(tokens, most, rows, firsts, strict=True)):
@@ -75,7 +76,7 @@ def _check_streams(words: dict[str, abc.Iterable[int]]) -> None:
     for name, given in words.items():
         for word in given:
             if not (isinstance(word, int) and 0 <= word < 2**32):
-                raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, as it names a stream.")
+                raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, because it is a seed.")
 
 
 def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> None:
@@ -86,23 +87,23 @@ def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> 
         bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
         raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
     if len(ids) >= context:
-        raise InputError(f"{name} has {len(ids)} tokens, and the model's context is {context}: shorten it.")
+        raise InputError(f"{name} has {len(ids)} tokens, but the model's context is {context}: shorten it.")
     if limit < 1:
         raise InputError(f"{name} has a limit of {limit} tokens: it must be at least 1.")
     needed = pages_of(len(ids), limit, page_size)
     if max_pages is not None and needed > max_pages:
         raise InputError(
-            f"{name} with {len(ids)} tokens needs {needed} pages of {page_size} tokens, and max_pages is {max_pages}: "
+            f"{name} with {len(ids)} tokens needs {needed} pages of {page_size} tokens, but max_pages is {max_pages}: "
             "raise it or shorten the prompt."
         )
 
 
 def _integers(values: Any) -> list[int]:
-    """The values of a list, an array or a tensor as Python numbers."""
+    """The values of a list, an array or a tensor as a list of Python numbers."""
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     return values if _all_int(values) else [v.item() if hasattr(v, "item") else v for v in values]
 
 
 def _all_int(values: list) -> bool:
-    """Without a line of Python for each: a call may bring a hundred thousand."""
+    """Whether all values are ints; without a Python loop, because a call may have a hundred thousand."""
     return set(map(type, values)) <= {int}

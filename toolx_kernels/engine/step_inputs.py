@@ -1,4 +1,4 @@
-"""The inputs of a decode step: all in one buffer, in sizes rounded up to a few buckets."""
+"""Step inputs: all inputs of a decode step in one buffer, in sizes rounded up to a few buckets."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from toolx_kernels.engine.pool_size import power_of_two
 
 ROW_TILE = 64  # rows that matrix products and sampling compute at a time: fewer save little
 LEAST_WIDTH = 64  # columns of a graph's block table
-SIBLINGS = (4, 16, 64)  # a tile of attention each; alone a row has no prefix to share, and more choose no other tile
+SIBLINGS = (4, 16, 64)  # one attention tile each; a single row shares no prefix, and more select no other tile
 
-Array = Any  # numpy's where a step is packed, torch's where it is read
+Array = Any  # a numpy array when a step is packed, a tensor when it is read
 
 
 @dataclass(slots=True, frozen=True)
 class DecodeInputs:
-    """What one decode step of R sequences in G groups reads."""
+    """The inputs of one decode step of R sequences in G groups."""
 
     ids: np.ndarray  # (R) int64: the newest token of each sequence
     positions: np.ndarray  # (R) int64
-    slots: np.ndarray  # (R) int64: where its key and value go
-    streams: np.ndarray  # (R, 5) int64: of the token to be sampled
+    slots: np.ndarray  # (R) int64: the slots of its key and value
+    streams: np.ndarray  # (R, 5) int64: random streams of the tokens to be sampled
     block_table: np.ndarray  # (R, W) int32
     cu_groups: np.ndarray  # (G + 1) int64
     prefix_lens: np.ndarray  # (R) int64
 
 
 class Sizes(NamedTuple):
-    """Of a decode step's buffer: rows, groups, columns of the block table, and the most rows of one group."""
+    """Sizes of a decode step's buffer: rows, groups, columns of the block table, and the rows of the largest group."""
 
     rows: int
     groups: int
@@ -47,26 +47,26 @@ class Sizes(NamedTuple):
 
 
 def bucket(exact: Sizes) -> Sizes:
-    """Sizes for which a graph is kept, no less than the exact ones: few, as each is captured on its own.
+    """The sizes of the graph to use, at least the exact ones: few, because each graph is captured separately.
 
-    Up to ROW_TILE rows a step takes as long as reading the weights does, so powers of two cost next to nothing.
-    ``siblings`` is of use in choosing a kernel's tile alone, and its few values are so many kernels and compilations.
+    Up to ROW_TILE rows a step takes as long as reading the weights, so powers of two cost almost nothing. ``siblings``
+    only selects a kernel's tile; each of its values is another kernel to compile.
     """
     rows = power_of_two(exact.rows) if exact.rows <= ROW_TILE else math.ceil(exact.rows / ROW_TILE) * ROW_TILE
-    groups = power_of_two(exact.groups + (rows > exact.rows))  # the rows that fill up are a group of their own
+    groups = power_of_two(exact.groups + (rows > exact.rows))  # padding rows form one more group
     width = power_of_two(max(exact.width, LEAST_WIDTH))
     siblings = next(n for n in SIBLINGS if n >= min(exact.siblings, SIBLINGS[-1]))
     return Sizes(rows, groups, width, siblings)
 
 
 class Parts(NamedTuple):
-    """What a step reads, as views of its buffer: each of them contiguous, so that no kernel copies it first."""
+    """The inputs of a step as views of its buffer: each is contiguous, so that no kernel copies it first."""
 
-    ids: Array  # (R) int64, as the next three
+    ids: Array  # (R) int64, like the next three
     positions: Array  # (R)
     slots: Array  # (R)
     streams: Array  # (R, 5)
-    seq_lens: Array  # (R) int32, as all others
+    seq_lens: Array  # (R) int32, like all others
     prefix_lens: Array  # (R)
     cu_groups: Array  # (G + 1)
     cu_rows: Array  # (R + 1): every row has one query
@@ -90,7 +90,7 @@ def buffer_length(sizes: Sizes) -> int:
 
 
 def pack(inputs: DecodeInputs, parts: Parts) -> None:
-    """Writes all of a step's inputs to the parts of its buffer, and fills these up."""
+    """Writes all of a step's inputs to the parts of its buffer, and pads these."""
     (n_rows, width), n_bounds = inputs.block_table.shape, len(inputs.cu_groups)
     parts.ids[:n_rows], parts.positions[:n_rows], parts.slots[:n_rows] = inputs.ids, inputs.positions, inputs.slots
     parts.slots[n_rows:] = -1  # writes nothing

@@ -1,4 +1,4 @@
-"""Sampling parameters, completions and groups."""
+"""Types of the engine: sampling parameters, completions and groups."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from toolx_kernels.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are drawn; ``temperature=0`` is greedy, 0 / 1.0 / 0.0 switch top-k / top-p / min-p off.
+    """Sampling parameters; ``temperature=0`` is greedy, 0 / 1.0 / 0.0 switch off top-k / top-p / min-p.
 
-    ``SamplingParams(max_new_tokens=64, stop_token_ids=(2,))`` samples from the model's own distribution until
-    token 2, which belongs to the completion, or 64 tokens.
+    ``SamplingParams(max_new_tokens=64, stop_token_ids=(2,))`` samples from the model's own distribution up to and
+    including token 2, at most 64 tokens.
+
+    Raises:
+        InputError: a value of the wrong type or out of range.
     """
 
     max_new_tokens: int
@@ -48,9 +51,9 @@ class SamplingParams:
 class Completion:
     """One sampled answer, e.g. ``Completion(ids=[5, 9, 2], logprobs=[-0.1, -1.3, 0.0], ..., "stop")``.
 
-    Beside each token stands what its distribution was: the log-prob, log-sum-exp and entropy (nats) at the sampling
-    temperature before top-k, top-p and min-p, and the probability that these kept. ``finish_reason`` is "stop" (a
-    stop token, which is the last of ``ids``), "length", or "cancelled" (by the caller; there may be no tokens).
+    Each token has statistics of its distribution: log-prob, log-sum-exp and entropy (nats) at the sampling temperature
+    before top-k, top-p and min-p, and the probability mass that these kept. ``finish_reason`` is "stop" (the last of
+    ``ids`` is a stop token), "length", or "cancelled" (by the caller; there may be no tokens).
     """
 
     ids: list[int] = field(default_factory=list)
