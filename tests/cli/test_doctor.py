@@ -97,4 +97,4 @@ def test_a_peft_too_old_for_transformers_is_told_with_both_versions(monkeypatch)
         f"of no use: --use_peft, LoRA adapters need peft 99.1 or newer with transformers {version('transformers')}"
         in line
     )
-    assert f"and peft {version('peft')} is installed: pip install 'peft>=99.1'" in line
+    assert f"but peft {version('peft')} is installed: pip install 'peft>=99.1'" in line

@@ -266,9 +266,9 @@ def test_an_adapter_of_the_tiny_model_names_the_seed_of_its_weights(tmp_path):
     ("target", "message"),
     [
         ("lm_head", "'lm_head' is the head, .*; choose among down_proj, gate_proj, k_proj"),
-        ("q_prj", "'q_prj' is no module of LlamaForCausalLM; choose among"),
-        ("embed_tokens", "'embed_tokens' is no linear layer"),
-        ("mlp", "'mlp' is no linear layer"),
+        ("q_prj", "'q_prj' is not a module of LlamaForCausalLM; choose among"),
+        ("embed_tokens", "'embed_tokens' is not a linear layer"),
+        ("mlp", "'mlp' is not a linear layer"),
     ],
 )
 def test_refuses_targets(target, message):
@@ -317,7 +317,7 @@ def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch
     adapted_model, _ = adapted()
     save_adapter(adapted_model, tmp_path)
     versions = (
-        f"99.1 or newer with transformers {version('transformers')}, and peft {version('peft')} is installed: pip"
+        f"99.1 or newer with transformers {version('transformers')}, but peft {version('peft')} is installed: pip"
     )
     monkeypatch.setattr(peft_library, "MIN_PEFT_VERSION", "99.1")
     model = small_model("llama")
@@ -327,7 +327,7 @@ def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch
     with pytest.raises(InputError, match=f"The adapter in {tmp_path} needs peft {versions}"):
         attach_adapter(model, tmp_path)
     monkeypatch.setattr(peft_library.transformers, "__version__", "99.0")
-    with pytest.raises(InputError, match=r"or where there is none yet 'transformers==5\.17\.\*'"):
+    with pytest.raises(InputError, match=r"or if it is not released yet 'transformers==5\.17\.\*'"):
         base_of(tmp_path)
     monkeypatch.setattr(peft_library.metadata, "version", lambda name: "garbage")
     with pytest.raises(
@@ -347,7 +347,7 @@ def test_whatever_peft_raises_is_one_sentence(monkeypatch, tmp_path, error):
     model, _ = adapted()
     said = rf"\({type(error).__name__}: no\)"
     monkeypatch.setattr("peft.get_peft_model_state_dict", fail)
-    with pytest.raises(InputError, match=f"The adapter's weights cannot be told from the model's {said}: use an"):
+    with pytest.raises(InputError, match=f"The adapter's weights cannot be separated from the model's {said}: use an"):
         save_adapter(model, tmp_path)
     monkeypatch.undo()
     save_adapter(model, tmp_path)

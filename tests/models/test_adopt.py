@@ -107,7 +107,7 @@ def test_the_users_object_can_be_merged_and_saved_afterwards(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged").to(DEVICE)
     assert torch.equal(logits(again), logits(merged))
-    with pytest.raises(InputError, match="has no adapter any more: pass the model that peft's merge_and_unload"):
+    with pytest.raises(InputError, match="no longer has an adapter: pass the model that peft's merge_and_unload"):
         adopt_adapter(given, None)
 
 
@@ -149,28 +149,28 @@ def with_trained_norm():
         (lambda: of_peft(config=peft.IA3Config(task_type="CAUSAL_LM")), "of the kind IA3, and only LORA .*use_peft=T"),
         (
             lambda: of_peft(config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
-            "of the kind PROMPT_TUNING, and only LORA is trained here: put use_peft=True on the model without",
+            "of the kind PROMPT_TUNING, but only LORA is supported: pass the model without an adapter and set",
         ),
         (lambda: of_peft(target_modules=["q_proj", "lm_head"]), "has an adapter on lm_head: give it one on linear"),
         (lambda: of_peft(target_modules=["embed_tokens"]), "has an adapter on model.embed_tokens: give it one on li"),
         (lambda: of_peft(modules_to_save=["lm_head"]), r"with modules_to_save=\['lm_head'\], which is not trained"),
-        (lambda: of_peft(bias="all"), "with bias='all', which is not trained here: put use_peft=True"),
+        (lambda: of_peft(bias="all"), "with bias='all', which is not supported: pass the model without"),
         (
             lambda: of_peft(target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
-            r"with target_parameters=\['self_attn.q_proj.weight'\], which is not trained here",
+            r"with target_parameters=\['self_attn.q_proj.weight'\], which is not supported",
         ),
         (lambda: of_peft(trainable_token_indices=[1]), r"with trainable_token_indices=\[1\], which is not trained"),
         (lambda: of_peft(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the weights under it"),
-        (lambda: of_peft(inference_mode=True), "of which nothing needs a gradient: load it with is_trainable=True"),
+        (lambda: of_peft(inference_mode=True), "without trainable weights: load it with is_trainable=True"),
         (lambda: of_transformers(bias="lora_only"), "The LlamaForCausalLM given as model .* with bias='lora_only'"),
-        (merged, "has its adapter merged into model.layers.0.self_attn.q_proj: undo that"),
+        (merged, "has its adapter merged into model.layers.0.self_attn.q_proj: unmerge it"),
         (switched_off, r"has its adapter switched off: call enable_adapter_layers and set_adapter\('default'\)"),
         (
             lambda: under_another_wrapper(True),
             "on model.layers.0.self_attn.q_proj that its config does not target: make",
         ),
         (lambda: under_another_wrapper(False), "one adapter of all target_modules, not one around another, or put use"),
-        (with_trained_norm, "has an adapter, and model.norm.weight needs a gradient besides: freeze it"),
+        (with_trained_norm, "has an adapter, but model.norm.weight needs a gradient too: freeze it"),
     ],
 )
 def test_refuses_what_cannot_be_trained(make, message):
@@ -181,7 +181,7 @@ def test_refuses_what_cannot_be_trained(make, message):
 def test_an_adapter_of_other_settings_does_not_go_on(tmp_path):
     save_adapter(adopt_adapter(of_peft(), None), tmp_path)
     check_same_adapter(tmp_path, adopt_adapter(of_peft(), None))
-    with pytest.raises(InputError, match="of another adapter: its lora_alpha is 8, and this model's is 16; resume"):
+    with pytest.raises(InputError, match="another adapter: its lora_alpha is 8, but this model's is 16; resume"):
         check_same_adapter(tmp_path, adopt_adapter(of_peft(lora_alpha=16), None))
 
 

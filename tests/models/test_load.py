@@ -57,14 +57,16 @@ def test_weights_that_are_in_no_file_are_not_made_up(tmp_path):
     small_model("llama", tied=False).model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
-        InputError, match="has no weights for lm_head.weight, which its config asks for: save the whole causal LM"
+        InputError, match="has no weights for lm_head.weight, which its config requires: save the whole causal LM"
     ):
         load_model(tmp_path)
     small_model("llama", tied=True).save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "model.safetensors").unlink()
     assert load_model(tmp_path)[0].config.tie_word_embeddings
     rewritten(tmp_path / "config.json", num_hidden_layers=5)
-    with pytest.raises(InputError, match=r"has no weights for model.layers.3.\S+ and 17 more, .* mend its config.json"):
+    with pytest.raises(
+        InputError, match=r"has no weights for model.layers.3.\S+ and 17 more, .* repair its config.json"
+    ):
         load_model(tmp_path)
 
 
@@ -143,13 +145,13 @@ def test_smollm2_can_be_saved_and_opened_again(smollm2, tmp_path):
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "requires .*install that, or save .* dequantized",
+            "requires .*install it, or save .* dequantized",
         ),
         (
             {"quantization_config": {"quant_method": "awq", "bits": 4}},
-            "requires .*install that, or save .* dequantized",
+            "requires .*install it, or save .* dequantized",
         ),
-        ({"model_type": "mamba"}, "no weights for backbone.* mend its config.json"),
+        ({"model_type": "mamba"}, "no weights for backbone.* repair its config.json"),
     ],
     ids=["bitsandbytes", "gptq", "awq", "mamba"],
 )
@@ -218,26 +220,28 @@ def test_without_weights_at_the_root_the_last_checkpoint_is_taken(trained_elsewh
     (run / "config.json").unlink()
     assert weights_are_of_seed(load_model(run)[0], 0)
     (run / "checkpoint-200" / "model.safetensors").unlink()
-    again = f"{run}/checkpoint-200 holds no .safetensors weights, and is the last checkpoint: name {run}/checkpoint-100"
+    again = f"{run}/checkpoint-200, the last checkpoint, holds no .safetensors weights: name {run}/checkpoint-100"
     for load in (load_model, config_of):
         with pytest.raises(InputError, match=again):
             load(run)
     (run / "checkpoint-100" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="and is the last checkpoint: none of its checkpoints has any"):
+    with pytest.raises(
+        InputError, match="the last checkpoint, holds no .safetensors weights: none of its checkpoints has any"
+    ):
         resolve(run)
 
 
 @pytest.mark.parametrize(
     ("file", "fault"),
     [
-        ("pytorch_model.bin", "no pickle is loaded"),
-        ("pytorch_model-00001-of-00002.bin", "no pickle is loaded"),
-        ("pytorch_model.bin.index.json", "no pickle is loaded"),
-        ("adapter_model.bin", "no pickle is loaded"),
+        ("pytorch_model.bin", "pickle files are never loaded"),
+        ("pytorch_model-00001-of-00002.bin", "pickle files are never loaded"),
+        ("pytorch_model.bin.index.json", "pickle files are never loaded"),
+        ("adapter_model.bin", "pickle files are never loaded"),
         ("model.fp16.safetensors", "only model.safetensors, the shards that model.safetensors.index.json lists, and"),
         ("model-00001-of-00002.safetensors", "only model.safetensors, the shards"),
-        ("model.safetensors", "that link leads nowhere"),
-        ("adapter_model.safetensors", "that link leads nowhere"),
+        ("model.safetensors", "that is a broken link"),
+        ("adapter_model.safetensors", "that is a broken link"),
     ],
 )
 def test_weights_at_the_root_that_are_not_loaded_are_not_passed_over(trained_elsewhere, tmp_path, file, fault):
@@ -245,11 +249,11 @@ def test_weights_at_the_root_that_are_not_loaded_are_not_passed_over(trained_els
     for other in ("training_args.bin", "optimizer.pt", "optimizer.safetensors", "state.json"):
         (run / other).write_bytes(b"")
     assert resolve(run).place == f"{run}/checkpoint-200"
-    if fault.startswith("that link"):
+    if fault.startswith("that is a broken link"):
         (run / file).symlink_to("../gone")
     else:
         (run / file).write_bytes(b"")
-    said = f"weights of {run} are in {file}, and {fault}.* or name {run}/checkpoint-200 to load that"
+    said = f"weights of {run} are in {file}, but {fault}.* or name {run}/checkpoint-200 to load that"
     for load in (load_model, config_of):
         with pytest.raises(InputError, match=said):
             load(run)

@@ -96,8 +96,8 @@ REFUSED = {
     "minimax_m3_vl_text": (tiny_config, HALF | dict(layer_types=["minimax_m3_sparse"] * 2), "Indexer"),
     "gemma4_text": (tiny_config, HALF, "layers of different shapes"),
     "nemotron": (tiny_config, HALF, "a layer does not hand keyword arguments of the call on to attention"),
-    "t5": (AutoConfig.for_model, {}, "No language model can be made of a t5 config"),
-    "vit": (AutoConfig.for_model, {}, "No language model can be made of a vit config"),
+    "t5": (AutoConfig.for_model, {}, "No language model can be made from a t5 config"),
+    "vit": (AutoConfig.for_model, {}, "No language model can be made from a vit config"),
     "bart": (AutoConfig.for_model, {}, "does not take its attention function"),
 }
 
@@ -208,9 +208,9 @@ def test_large_logits_that_bfloat16_rounds_are_no_reason():
 def test_a_head_with_an_adapter_is_refused_by_the_engine():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(small_model("llama", tied=False), peft.LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(InputError, match="its head is a peft.*Linear, no linear layer of torch"):
+    with pytest.raises(InputError, match="its head is a peft.*Linear, not a linear layer of torch"):
         RolloutEngine(model.get_base_model())
-    with pytest.raises(InputError, match="no PreTrainedModel of transformers, but perhaps its get_base_model is"):
+    with pytest.raises(InputError, match="not a PreTrainedModel of transformers, but its get_base_model may be"):
         RolloutEngine(model)
 
 
@@ -231,7 +231,7 @@ def test_a_module_that_the_architecture_does_not_have_is_refused():
     model.model.norm = nn.Sequential(TokenShift(model.config), model.model.norm)
     with pytest.raises(
         InputError,
-        match="no small copy of it can be tried .it lacks TokenShift.; take one of those that docs/models.md",
+        match="no small copy of it can be tried .it lacks TokenShift.; use a model that docs/models.md",
     ):
         check_supported(model)
 

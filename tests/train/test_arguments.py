@@ -70,7 +70,7 @@ def on_meta():
             tiny_model(TOKENIZER, 0).requires_grad_(False),
             r"No parameter of the .* needs a gradient: call its requires_",
         ),
-        (small_model("llama"), "has the token '<0x7D>' with the id 131, and the model's embedding has 131 rows: give"),
+        (small_model("llama"), "has the token '<0x7D>' with the id 131, but the model's embedding has 131 rows: give"),
         ("", "The empty name is not a model folder: give a folder"),
         (Path("/no/such/model"), "/no/such/model is not a model folder: give a folder"),
     ],

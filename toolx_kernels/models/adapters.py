@@ -1,7 +1,7 @@
-"""LoRA adapters, through peft: small matrices beside a model's linear layers, which are trained instead of its weights.
+"""LoRA adapters by peft: small matrices next to a model's linear layers, which are trained instead of its weights.
 
-peft puts its layers into the model itself, so rollouts, packed training and ``save_pretrained`` work on it as on any
-other model, with the adapter live. Adapters are in fp32, whatever the dtype of the weights under them.
+peft inserts its layers into the model, so rollouts, packed training and ``save_pretrained`` work as with any other
+model, with the adapter active. Adapters are in fp32, whatever the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.models.peft_library import using_peft
 
-LINEAR = (torch.nn.Linear, Conv1D)  # the latter are GPT-2's, which are no convolutions
+LINEAR = (torch.nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, not a convolution
 TRAINED, REFERENCE = "default", "reference"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # which peft's files put before the names of a model's modules
+_PREFIX = "base_model.model."  # of the module names in peft's files
 
 
 def add_adapter(
@@ -38,18 +38,18 @@ def add_adapter(
     seed: int = 0,
     name: str | None = None,
 ) -> None:
-    """Adds an adapter to a model, whose parameters alone need a gradient from here on.
+    """Adds an adapter to a model; from then on only the adapter's parameters need a gradient.
 
-    Its output is zero until it is trained. There is no dropout: the policy that is trained is the one that sampled.
+    Its output is zero until it is trained. There is no dropout, so that the trained policy is the one that sampled.
 
     Args:
-        target_modules: the linear layers that have one; None: all but the head.
-        seed: its random half is a function of it.
-        name: of the base model, for ``load_model``; only used where transformers gave it none (see ``name_base``).
+        target_modules: the linear layers that get one; None: all except the head.
+        seed: of its random half.
+        name: of the base model, for ``load_model``; only used if transformers gave it none (see ``name_base``).
 
     Raises:
-        InputError: peft is not installed or refuses, or a target is the head, is no linear layer or is none of the
-            model's modules. The model is as it was then.
+        InputError: peft is not installed or refuses, or a target is the head, is not a linear layer or is not a module
+            of the model. The model is then unchanged.
     """
     check_targets(model, target_modules)
     with using_peft(
@@ -70,8 +70,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def name_base(model: PreTrainedModel, name: str | None) -> None:
-    """Notes in the adapter's config what its base is called, for ``load_model``: as transformers or ``load_model``
-    called it, or else ``name``. Folders are noted with their whole path, so that the adapter opens from anywhere."""
+    """Writes the base model's name into the adapter's config, for ``load_model``: the name that transformers or
+    ``load_model`` gave it, or else ``name``. Folders are written as absolute paths, so that they work from anywhere."""
     loaded_from = str(model.name_or_path)
     without_config = os.path.isdir(loaded_from) and not os.path.isfile(os.path.join(loaded_from, "config.json"))
     base = name if name and (without_config or not loaded_from) else loaded_from
@@ -80,7 +80,7 @@ def name_base(model: PreTrainedModel, name: str | None) -> None:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the saved adapter of ``folder`` on its bare base model, for rollouts: nothing needs a gradient.
+    """Adds the saved adapter of ``folder`` to its bare base model, for rollouts: nothing needs a gradient.
 
     Raises:
         InputError: peft is not installed or refuses, or the folder holds no readable adapter of this model.
@@ -88,23 +88,23 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     with using_peft(
         f"The adapter in {folder}",
         f"{folder} holds no adapter for {type(model).__name__}",
-        "give a folder that a run with use_peft wrote, of a model of the same shape",
+        "give a folder that a run with use_peft wrote for a model of the same shape",
     ):
         from peft import PeftConfig
 
         _add(model, PeftConfig.from_pretrained(str(folder)), TRAINED)
-    load_adapter_weights(folder, model, remedy=f"write the base that it was made on into its {CONFIG_FILE}")
+    load_adapter_weights(folder, model, remedy=f"write the base model that it was made for into its {CONFIG_FILE}")
     model.requires_grad_(False)
 
 
 def base_of(folder: Path) -> str:
-    """The name of the base model of the saved adapter in ``folder``, as it is written there.
+    """The name of the base model of the saved adapter in ``folder``, as written there.
 
     Raises:
         InputError: peft is not installed, or the adapter's config cannot be read or names none.
     """
     with using_peft(
-        f"The adapter in {folder}", f"{folder} holds no readable {CONFIG_FILE}", "give another adapter, or mend it"
+        f"The adapter in {folder}", f"{folder} holds no readable {CONFIG_FILE}", "give another adapter, or repair it"
     ):
         from peft import PeftConfig
 
@@ -117,13 +117,13 @@ def base_of(folder: Path) -> str:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the trained adapter as ``from_pretrained`` of peft and transformers read it, with its base model's name.
+    """Writes the trained adapter with its base model's name, for ``from_pretrained`` of peft and transformers.
 
-    What ``model.save_pretrained`` writes, without the look-up of the base model on the hub that it makes.
+    The files are those of ``model.save_pretrained``, which also looks the base model up on the hub.
 
     Raises:
         InputError: peft refuses.
-        OSError, SafetensorError: of the disk.
+        OSError, SafetensorError: the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -138,10 +138,10 @@ def load_adapter_weights(
     name: str = TRAINED,
     remedy: str = "use the lora_r and lora_target_modules that it was made with",
 ) -> None:
-    """Puts the saved weights of ``folder`` into the model's adapter called ``name``, in place and to the bit.
+    """Copies the saved weights of ``folder`` to the model's adapter ``name``, in place and bit by bit.
 
     Raises:
-        InputError: they cannot be read, or are not this adapter's; for which ``remedy`` helps.
+        InputError: they cannot be read, or are those of another adapter; ``remedy`` is for the latter.
     """
     try:
         saved = load_file(folder / WEIGHTS_FILE)
@@ -154,14 +154,14 @@ def load_adapter_weights(
         there, here = (tuple(where[key].shape) if key in where else "none" for where in (saved, mine))
         if there != here:
             raise InputError(
-                f"{folder} is of another adapter: its {key} is {there}, and this model's is {here}; {remedy}."
+                f"{folder} holds another adapter: its {key} is {there}, but this model's is {here}; {remedy}."
             )
     for key, tensor in mine.items():
         tensor.copy_(saved[key])
 
 
 def check_same_adapter(folder: Path, model: PreTrainedModel) -> None:
-    """Raises InputError where the saved adapter of ``folder`` computes by other settings than the model's."""
+    """Raises InputError if the saved adapter of ``folder`` has other settings than the model's adapter."""
     try:
         saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except LOADING_ERRORS as error:
@@ -171,19 +171,19 @@ def check_same_adapter(folder: Path, model: PreTrainedModel) -> None:
         there, here = saved.get(setting), getattr(config, setting)
         if there != here:
             raise InputError(
-                f"{folder} is of another adapter: its {setting} is {there}, and this model's is {here}; resume with "
+                f"{folder} holds another adapter: its {setting} is {there}, but this model's is {here}; resume with "
                 "the adapter that the run was started with."
             )
 
 
 def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
-    """Keeps the adapter as it is now, or as it was saved in ``folder``, for :func:`reference_adapter`.
+    """Adds a frozen copy of the adapter, or of the one saved in ``folder``, for ``reference_adapter``.
 
     The model before RL is the base model with the adapter that a cold start trained, not the base model alone; so the
     reference is a second, small adapter on the same weights.
 
     Raises:
-        InputError: the folder's adapter cannot be read, or is another one.
+        InputError: the folder's adapter cannot be read, or does not fit.
     """
     with (
         _same_trained(model),
@@ -201,13 +201,13 @@ def freeze_adapter(model: PreTrainedModel, folder: Path | None = None) -> None:
 
 
 def drop_frozen_adapter(model: PreTrainedModel) -> None:
-    """Takes away what :func:`freeze_adapter` added."""
+    """Removes the adapter that ``freeze_adapter`` added."""
     model.delete_adapter(REFERENCE)
 
 
 def adapter_tensors(model: PreTrainedModel, name: str = TRAINED) -> dict[str, Tensor]:
-    """The live weights of the adapter called ``name``, under the names that they have in a file."""
-    with using_peft("The adapter", "The adapter's weights cannot be told from the model's", "use another adapter"):
+    """The live weights of the adapter ``name``, by their names in a file."""
+    with using_peft("The adapter", "The adapter's weights cannot be separated from the model's", "use another adapter"):
         from peft import get_peft_model_state_dict
 
         found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -216,14 +216,14 @@ def adapter_tensors(model: PreTrainedModel, name: str = TRAINED) -> dict[str, Te
 
 def _add(model: PreTrainedModel, config, name: str) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended
         model.add_adapter(config, name)
-    model.train(model.training)  # what peft adds begins in training mode, with dropout
+    model.train(model.training)  # peft adds layers in training mode, with dropout
     to_fp32(model, name)
 
 
 def to_fp32(model: PreTrainedModel, name: str) -> None:
-    """The weights of the adapter called ``name`` in fp32."""
+    """Converts the weights of the adapter ``name`` to fp32."""
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.float()
@@ -231,7 +231,7 @@ def to_fp32(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def reference_adapter(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is the one of :func:`freeze_adapter`, for a forward pass without gradients or for rollouts."""
+    """Inside the block the frozen adapter is active, for forward passes without gradients or for rollouts."""
     with _same_trained(model):
         model.set_adapter(REFERENCE)
         try:
@@ -242,7 +242,7 @@ def reference_adapter(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _same_trained(model: PreTrainedModel) -> Iterator[None]:
-    """After the block the same parameters need a gradient as before; ``set_adapter`` chooses by adapters alone."""
+    """Restores after the block which parameters need a gradient; ``set_adapter`` sets that by adapter only."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         yield
@@ -252,17 +252,17 @@ def _same_trained(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
-    """Raises InputError for a target that is the head, no linear layer or none of the model's modules."""
+    """Raises InputError for a target that is the head, is not a linear layer or is not a module of the model."""
     head = model.get_output_embeddings()
     linear = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
     remedy = f"choose among {', '.join(sorted(linear))}"
     for target in targets or ():
         found = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
-            raise InputError(f"lora_target_modules: {target!r} is no module of {type(model).__name__}; {remedy}.")
+            raise InputError(f"lora_target_modules: {target!r} is not a module of {type(model).__name__}; {remedy}.")
         if any(m is head for m in found):
             raise InputError(
-                f"lora_target_modules: {target!r} is the head, whose weight the loss takes as it is; {remedy}."
+                f"lora_target_modules: {target!r} is the head, whose weight the loss uses directly; {remedy}."
             )
         if not all(isinstance(m, LINEAR) for m in found):
-            raise InputError(f"lora_target_modules: {target!r} is no linear layer; {remedy}.")
+            raise InputError(f"lora_target_modules: {target!r} is not a linear layer; {remedy}.")

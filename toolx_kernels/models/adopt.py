@@ -1,4 +1,4 @@
-"""LoRA adapters that the user made: of peft's ``get_peft_model``, or of transformers' ``model.add_adapter``."""
+"""Adoption of LoRA adapters that the user made, with peft's ``get_peft_model`` or transformers' ``add_adapter``."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.adapters import TRAINED, has_adapter, name_base, to_fp32
 from toolx_kernels.models.peft_library import using_peft
 
-ELSE = "put use_peft=True on the model without an adapter instead"
-# fields of peft's LoraConfig that may have any value; every other one has its default
+ELSE = "pass the model without an adapter and set use_peft=True"
+# fields of peft's LoraConfig that may have any value; all others must have their defaults
 ANY_VALUE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-# other ways to begin move a part of the base model's weights into the adapter, and no checkpoint holds the rest
+# other initializations move a part of the base model's weights into the adapter, and no checkpoint holds the rest
 INITS = (True, False, "gaussian", "orthogonal")
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether ``model`` is one of peft's wrappers around a model; imports no peft."""
+    """Whether ``model`` is one of peft's wrappers around a model; does not import peft."""
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__)
 
 
 def unwrapped(model: Any) -> Any:
-    """What peft's wrappers are around, or ``model`` itself."""
+    """The model inside peft's wrappers, or ``model`` itself."""
     while is_peft_model(model):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model.model
     return model
@@ -39,13 +39,13 @@ def unwrapped(model: Any) -> Any:
 def adopt_adapter(model: Any, name: str | None) -> PreTrainedModel:
     """The transformers model in ``model`` with the user's LoRA adapter, as ``add_adapter`` would have made it.
 
-    A model of peft is unwrapped. The result shares all modules with it, so that the user's object goes on with what is
-    trained; only its outermost object is another one, where transformers notes that there is an adapter: peft merges
-    and saves its own as if there were no such note. Dropout is off in evaluation mode, as for adapters of ours.
+    A peft model is unwrapped. The result shares all modules with it, so the user's object sees the trained weights.
+    Only the outermost object is a copy, which gets transformers' flag for an adapter; peft merges and saves the user's
+    object, which stays without the flag. Dropout is off in evaluation mode, as for our own adapters.
 
     Args:
         model: with an adapter.
-        name: of the base model, for ``load_model``, where neither transformers nor peft noted one.
+        name: of the base model, for ``load_model``, if neither transformers nor peft recorded one.
 
     Raises:
         InputError: the adapter is of a kind that cannot be trained here.
@@ -71,7 +71,7 @@ def adopt_adapter(model: Any, name: str | None) -> PreTrainedModel:
 
 
 def adapter_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings of a run that describe the model's adapter, as far as they can; empty where it has none."""
+    """The settings of a run that describe the model's adapter, as well as settings can; empty if it has none."""
     if not has_adapter(model):
         return {}
     config = model.peft_config[TRAINED]
@@ -84,14 +84,12 @@ def _check_config(what: str, config: Any) -> None:
         from peft import LoraConfig
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        raise InputError(f"{what} has an adapter of the kind {kind}, and only LORA is trained here: {ELSE}.")
+        raise InputError(f"{what} has an adapter of the kind {kind}, but only LORA is supported: {ELSE}.")
     for field in fields(LoraConfig):
         value = getattr(config, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.name not in ANY_VALUE and value != default and (value or default):
-            raise InputError(
-                f"{what} has a LoRA adapter with {field.name}={value!r}, which is not trained here: {ELSE}."
-            )
+            raise InputError(f"{what} has a LoRA adapter with {field.name}={value!r}, which is not supported: {ELSE}.")
     if config.init_lora_weights not in INITS:
         raise InputError(
             f"{what} has a LoRA adapter with init_lora_weights={config.init_lora_weights!r}, which changes the weights "
@@ -103,7 +101,7 @@ def _check_layers(what: str, base: PreTrainedModel, config: Any) -> None:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     layers = {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
     if not layers:
-        raise InputError(f"{what} has no adapter any more: pass the model that peft's merge_and_unload returned.")
+        raise InputError(f"{what} no longer has an adapter: pass the model that peft's merge_and_unload returned.")
     with using_peft(what, f"{what} has an adapter that cannot be read", ELSE):
         from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -119,19 +117,17 @@ def _check_layers(what: str, base: PreTrainedModel, config: Any) -> None:
                 f"{what} has an adapter on {name}: give it one on linear layers other than the head, or {ELSE}."
             )
         if layer.merged:
-            raise InputError(f"{what} has its adapter merged into {name}: undo that (peft's unmerge_adapter).")
+            raise InputError(f"{what} has its adapter merged into {name}: unmerge it (peft's unmerge_adapter).")
         if layer.disable_adapters or list(layer.active_adapters) != [TRAINED]:
             raise InputError(
                 f"{what} has its adapter switched off: call enable_adapter_layers and set_adapter({TRAINED!r})."
             )
     trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     if not trained:
-        raise InputError(
-            f"{what} has an adapter of which nothing needs a gradient: load it with is_trainable=True, or {ELSE}."
-        )
+        raise InputError(f"{what} has an adapter without trainable weights: load it with is_trainable=True, or {ELSE}.")
     own = {f"{name}.lora_{part}.{TRAINED}.weight" for name in layers for part in ("A", "B", "magnitude_vector")}
     if others := sorted(trained - own):
         raise InputError(
-            f"{what} has an adapter, and {others[0]} needs a gradient besides: freeze it, because checkpoints of an "
+            f"{what} has an adapter, but {others[0]} needs a gradient too: freeze it, because checkpoints of an "
             "adapter hold nothing else."
         )

@@ -1,10 +1,10 @@
-"""Our attention inside unmodified transformers models.
+"""The bridge from unmodified transformers models to our attention.
 
-transformers looks its attention function up by ``config._attn_implementation`` and hands on keyword arguments of
-the model call. So ``body(input_ids=(1, N), position_ids=(1, N), use_cache=False, toolx=context)`` reaches
-``context.attend`` in every layer with packed tokens: pagedness, packing and prefix sharing travel with the call, and
-one copy of the weights serves rollout and training. ``run_body`` makes that call; ``toolx_attention`` switches a
-model over for as long as forward and backward run (activation checkpointing calls attention again in backward).
+transformers looks its attention function up by ``config._attn_implementation`` and passes on keyword arguments of
+the model call. So ``body(input_ids=(1, N), position_ids=(1, N), use_cache=False, toolx=context)`` calls
+``context.attend`` in every layer with packed tokens: the context brings pages, packing and prefix sharing with the
+call, and one copy of the weights serves rollout and training. ``run_body`` makes that call; ``toolx_attention``
+switches a model while forward and backward run (activation checkpointing calls attention again in backward).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ NAME = "toolx"
 
 
 class Unsupported(Exception):
-    """Why a model cannot be run exactly, as the latter half of a sentence."""
+    """Why a model cannot be run exactly, as the second half of a sentence."""
 
 
 class AttentionContext(Protocol):
-    """Knows which tokens a packed token may see."""
+    """Attention of packed tokens that knows which tokens each may see."""
 
     def attend(
         self,
@@ -47,9 +47,10 @@ class AttentionContext(Protocol):
 
 
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-    """Last hidden states (N, D) of N packed tokens, scaled as the logits are, inside ``with toolx_attention(model)``.
+    """Last hidden states (N, D) of N packed tokens, scaled by the model's logit scale; call it inside
+    ``toolx_attention(model)``.
 
-    Backward adds the gradient of the embedding straight to its ``weight.grad`` (``embed``).
+    Backward adds the gradient of the embedding directly to its ``weight.grad`` (``embed``).
     """
     if torch.is_grad_enabled():
         inputs = {"inputs_embeds": embed(model.get_input_embeddings(), input_ids[None])}
@@ -63,7 +64,7 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, co
 
 @contextmanager
 def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model's layers call our attention inside the block; afterwards the model is as it was.
+    """Makes the model's layers call our attention inside the block; restores the model afterwards.
 
     Raises:
         InputError: the architecture does not take its attention from transformers' registry.
@@ -78,7 +79,7 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model's layers call the attention function of that name in transformers' registry inside the block."""
+    """Makes the model's layers call the attention function ``name`` of transformers' registry inside the block."""
     config = model.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -90,7 +91,7 @@ def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Every module in evaluation mode inside the block; each as it was afterwards."""
+    """Sets every module to evaluation mode inside the block; restores each afterwards."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -103,12 +104,12 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block each layer of a forward keeps only its input; backward, in the block or after it, computes the
-    rest again. The gradients are the same.
+    """Activation checkpointing: each layer of a forward pass inside the block keeps only its input; backward, inside
+    the block or after it, recomputes the rest. The gradients are the same.
 
-    transformers' own switch works in training mode alone, which would turn dropout on. A checkpoint around each
-    layer's ``forward`` leaves modes, hooks and adapters as they are; random numbers are not kept for the second run,
-    because in evaluation mode there are none.
+    transformers' own switch works only in training mode, which would turn dropout on. A checkpoint around each layer's
+    ``forward`` leaves modes, hooks and adapters unchanged; random states are not kept for the second run, because
+    evaluation mode uses none.
     """
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     before = [vars(layer).get("forward") for layer in layers]
@@ -146,11 +147,11 @@ def attention_function(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call; (1, N, H, Dh).
+    """The function that transformers' layers call; returns (1, N, H, Dh).
 
     Raises:
-        Unsupported: the layer does not hand the context on, or hands on what our attention knows nothing of, as a mask
-            of its own or attention sinks.
+        Unsupported: the layer does not pass the context on, or passes something that our attention does not support,
+            such as its own mask or attention sinks.
     """
     if toolx is None:
         raise Unsupported("a layer does not hand keyword arguments of the call on to attention")
@@ -163,5 +164,5 @@ def attention_function(
     return out[None], None
 
 
-# No mask function is registered beside it, so transformers builds no masks: they are the context's business.
+# No mask function is registered for it, so transformers builds no masks; the context does.
 AttentionInterface.register(NAME, attention_function)

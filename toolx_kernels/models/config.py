@@ -1,4 +1,4 @@
-"""Configs of models by name, and models of configs, without loading weights."""
+"""Model configs by name, and models from configs, without loading weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SMOLLM2_SHAPE = {
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The config of the model called ``name``, as ``load_model`` takes it.
+    """The config of the model ``name``, a name as for ``load_model``.
 
     Raises:
-        InputError: nothing of that name has a config that can be read.
+        InputError: no config of that name can be read.
     """
     source = resolve(name)
     place, options = Path(source.place), {}
@@ -61,11 +61,11 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except Exception as error:  # models are made by code of every kind
+    except Exception as error:  # model code may raise anything
         raise InputError(
-            f"No language model can be made of a {config.model_type} config ({first_line(error)}): {SUPPORTED}."
+            f"No language model can be made from a {config.model_type} config ({first_line(error)}): {SUPPORTED}."
         ) from error
-    for module in model.modules():  # within the context their factors do not change, and positions are not known here
+    for module in model.modules():  # within the context their factors are constant, and meta tensors cannot select them
         if getattr(module, "rope_type", None) in ("longrope", "dynamic"):
             module.rope_type = "default"
     return model

@@ -1,4 +1,4 @@
-"""Embedding whose gradient goes straight to ``weight.grad``."""
+"""The embedding, with a gradient that goes directly to ``weight.grad``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from toolx_kernels.reference import compute_dtype
 
 
 class _Lookup(torch.autograd.Function):
-    """``anchor`` is empty: a tensor that needs a gradient, so that backward is called. autograd does not look into the
-    tuple ``holder`` of the weight."""
+    """``anchor`` is an empty tensor that needs a gradient, so that backward is called. ``holder`` is a tuple with the
+    weight, which hides it from autograd."""
 
     @staticmethod
     def forward(ctx, anchor, holder, ids, padding_idx):
@@ -42,7 +42,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _SparseGradient(TorchFunctionMode):
-    """While it is on, looking rows of ``weight`` up leaves no (V, D) gradient behind in autograd."""
+    """A mode in which looking up rows of ``weight`` makes no (V, D) gradient in autograd."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -64,12 +64,12 @@ def embed(
     embedding: nn.Module,
     ids: Tensor,  # (...) int64
 ) -> Tensor:
-    """``embedding(ids)``, (..., D), whose backward adds the few rows of its gradient straight to ``weight.grad``.
+    """``embedding(ids)``, (..., D), whose backward adds the few rows of its gradient directly to ``weight.grad``.
 
-    autograd makes a gradient of the whole vocabulary for every lookup, which a tied head then has twice. Because it
-    goes round autograd, this one is for ``backward()``: ``torch.autograd.grad`` does not return it. Whatever the module
-    does besides the lookup (Gemma's scale, its hooks) is done. Where others stand in between, autograd keeps the
-    gradient: an adapter around the module, hooks on the weight, a maximal norm, a frozen weight.
+    autograd makes a gradient of the whole vocabulary for every lookup, so a tied head would have two. This gradient
+    bypasses autograd: it is for ``backward()``, and ``torch.autograd.grad`` does not return it. Everything else that
+    the module does (Gemma's scale, its hooks) still happens. The lookup is left to autograd if something else is
+    involved: an adapter around the module, hooks on the weight, a maximal norm, a frozen weight.
     """
     if not _is_plain(embedding):
         return embedding(ids)

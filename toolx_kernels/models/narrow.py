@@ -1,8 +1,8 @@
 """Narrow copies of configs: the same architecture with few layers, narrow widths and a small vocabulary.
 
-Transformers' configs name alike things alike, so a table of names narrows nearly all of them. A name that it does not
-know keeps its size, which may not go together with the rest: then the copy cannot be made or run, and one of the
-original widths is to be tried.
+transformers' configs use the same names for the same things, so a table of names narrows nearly all of them. A size
+whose name is not in the table is kept and may not fit the others: then the copy cannot be made or run, and a copy with
+the original widths must be tried.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 VOCAB_SIZE = 128
-LENGTH = 3  # tokens at most; of what limits what a token sees
+LENGTH = 3  # tokens: upper limit of settings that limit what a token sees
 LENGTHS = re.compile("window|chunk_size|block_size|index_topk|local_attention|floor_scale")
 COUNTS = re.compile("layer|pattern")  # of layers, not tokens
-CONTEXT = 64  # tokens at least; of what limits a row
+CONTEXT = 64  # tokens: lower limit of settings that limit the length of a row
 DEPTHS = (2, 4, 8, 64)
-NARROW_ENOUGH = 128  # hidden size that is kept as it is
+NARROW_ENOUGH = 128  # largest hidden size that is kept
 
-TOKEN_NAMES = ("token_id", "token_ids", "token_index")  # as the names of special tokens end
+TOKEN_NAMES = ("token_id", "token_ids", "token_index")  # suffixes of the names of special tokens
 INNER_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
-# At most these, under the names that all configs map to their own.
+# Upper limits, by the names that all configs map to their own.
 WIDTHS = {
     "hidden_size": 64,
     "word_embed_proj_dim": 64,
@@ -50,7 +50,7 @@ WIDTHS = {
 
 
 def narrow_copies(config: PreTrainedConfig, *, widths: bool) -> Iterator[PreTrainedConfig]:
-    """Ever deeper copies of ``config``; with narrow ``widths``, or with its own."""
+    """Yields copies of ``config`` of increasing depth, with narrow widths if ``widths``, else with its own."""
     text = config.get_text_config(decoder=True)
     n_layers = text.num_hidden_layers
     kinds = len(_first_of_kinds(_per_layer(text, n_layers)))
@@ -65,19 +65,19 @@ def narrow_copies(config: PreTrainedConfig, *, widths: bool) -> Iterator[PreTrai
 
 
 def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The config and, where it is composite, those in it."""
+    """The config and, if it is composite, its sub-configs."""
     return [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
 
 
 def _narrow_widths(config: PreTrainedConfig) -> None:
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None)
-    if not heads:  # as of a part for pictures
+    if not heads:  # for example the part for images
         return
     head_dim, rope_dim = (getattr(config, name, None) for name in ("head_dim", "qk_rope_head_dim"))
     for name, most in WIDTHS.items():
         _at_most(config, name, most)
     narrow = 16
-    if head_dim and head_dim == rope_dim:  # where keys and values are made of a latent
+    if head_dim and head_dim == rope_dim:  # keys and values are made from a latent
         narrow = WIDTHS["qk_rope_head_dim"]
     elif head_dim and head_dim * heads != hidden:
         narrow = 32
@@ -94,14 +94,14 @@ def _narrow_widths(config: PreTrainedConfig) -> None:
 
     def cut(rope: dict) -> None:
         for name, factors in rope.items():
-            if isinstance(factors, list):  # one for each frequency, half a head's
+            if isinstance(factors, list):  # one per frequency, half as many as a head's dimension
                 rope[name] = factors[: max(1, round(len(factors) * share))]
 
     _change_ropes(config, cut)
 
 
 def _shallow(config: PreTrainedConfig, depth: int) -> None:
-    """``depth`` layers, of all kinds."""
+    """Keeps ``depth`` layers, which include all kinds."""
     n_layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(n_layers, int):
         return
@@ -124,7 +124,7 @@ def _per_layer(config: PreTrainedConfig, n_layers: int) -> dict[str, list]:
 
 
 def _first_of_kinds(lists: dict[str, list]) -> list[int]:
-    """The first layer of each kind, as the lists distinguish them."""
+    """The first layer of each kind; the per-layer lists distinguish the kinds."""
     kinds: dict[str, int] = {}
     for layer, kind in enumerate(zip(*lists.values(), strict=True)):
         kinds.setdefault(repr(kind), layer)
@@ -132,7 +132,8 @@ def _first_of_kinds(lists: dict[str, list]) -> list[int]:
 
 
 def _shorten(config: PreTrainedConfig) -> None:
-    """A small vocabulary with all special tokens in it; a dozen tokens exceed windows, and fit the context."""
+    """Sets a small vocabulary that includes all special tokens, and lengths: a dozen tokens exceed any window and fit
+    the context."""
     for name in _names(config):
         if name.startswith("vocab_size"):
             _at_most(config, name, VOCAB_SIZE)
@@ -160,7 +161,7 @@ def _at_most(config: PreTrainedConfig, name: str, most: int) -> None:
 
 
 def _change(config: PreTrainedConfig, name: str, change: Callable[[int], int]) -> None:
-    """Changes a number, or each number in a list, if the config has any of that name."""
+    """Changes the number, or each number in the list, called ``name``, if the config has one."""
 
     def changed(value: Any) -> Any:
         return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -172,7 +173,7 @@ def _change(config: PreTrainedConfig, name: str, change: Callable[[int], int]) -
 
 
 def _change_ropes(config: PreTrainedConfig, change: Callable[[dict], None]) -> None:
-    """Changes rope parameters in place, which may be a dictionary for each type of layer."""
+    """Changes rope parameters in place; they may be one dictionary per type of layer."""
     ropes = getattr(config, "rope_parameters", None)
     if isinstance(ropes, dict):
         for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):

@@ -1,4 +1,4 @@
-"""peft, the library of adapters: whether it is installed in a version that transformers takes, and what it raises."""
+"""The peft library: the check of its installed version, and its errors as InputErrors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolx_kernels.versions import SUPPORTED
 
 
 def peft_fault() -> str | None:
-    """What an adapter needs and this installation lacks, with the remedy; None if nothing. Imports no peft."""
+    """What an adapter needs and this installation lacks, with the remedy; None if nothing. Does not import peft."""
     try:
         installed = metadata.version("peft")
     except metadata.PackageNotFoundError:
@@ -28,31 +28,31 @@ def peft_fault() -> str | None:
             return None
     except InvalidVersion:
         return (
-            f"peft {MIN_PEFT_VERSION} or newer, and the installed one calls its version {installed!r}: "
+            f"peft {MIN_PEFT_VERSION} or newer, but the installed one calls its version {installed!r}: "
             f"pip install --force-reinstall 'peft>={MIN_PEFT_VERSION}'"
         )
     tested = SUPPORTED["transformers"].tested[-1]
     newer = not transformers.__version__.startswith(f"{tested}.")
     return (
-        f"peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}, and peft {installed} is "
+        f"peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}, but peft {installed} is "
         f"installed: pip install 'peft>={MIN_PEFT_VERSION}'"
         + newer
-        * f", or where there is none yet 'transformers=={tested}.*'"
+        * f", or if it is not released yet 'transformers=={tested}.*'"
     )
 
 
 @contextmanager
 def using_peft(user: str, failure: str, remedy: str, *, writing: bool = False) -> Iterator[None]:
-    """Around calls of peft, and of what transformers does with it: whatever they raise becomes one sentence.
+    """Turns whatever peft, and transformers with it, raise in the block into an InputError of one sentence.
 
-    Memory that ran out passes as it is, and so do errors of the operating system in a block that is ``writing``.
+    Out-of-memory errors pass unchanged, and so do errors of the operating system if the block is ``writing``.
 
     Args:
-        user: what needs peft, to begin the sentence "user needs peft".
-        failure, remedy: of the sentence "failure (what peft said): remedy."
+        user: what needs peft, the start of the sentence "user needs peft".
+        failure, remedy: parts of the sentence "failure (peft's error): remedy."
 
     Raises:
-        InputError: peft is missing, too old for transformers, or raised something.
+        InputError: peft is missing, too old for transformers, or raised an error.
     """
     if fault := peft_fault():
         raise InputError(f"{user} needs {fault}.")
@@ -60,7 +60,7 @@ def using_peft(user: str, failure: str, remedy: str, *, writing: bool = False) -
         yield
     except InputError:
         raise
-    except Exception as error:  # adapters are made by code of every kind
+    except Exception as error:  # adapter code may raise anything
         if out_of_memory(error) or (writing and isinstance(error, OSError)):
             raise
         raise InputError(f"{failure} ({type(error).__name__}: {first_line(error)}): {remedy}.") from error

@@ -1,4 +1,4 @@
-"""What a decoder's config says: its keys and values, its context, the scale of its logits, whether it has experts."""
+"""The shape of a decoder, from its config: keys and values, context, scale of the logits, experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from toolx_kernels.errors import InputError
 
-SUPPORTED = "take one of those that docs/models.md lists as exact"
+SUPPORTED = "use a model that docs/models.md lists as exact"
 EXPERTS_NOTE = (
     "a mixture of experts: in bfloat16 the trainer's log-probs differ from the sampler's by more than those of a dense "
     "model, and no auxiliary loss is added (docs/models.md)"
@@ -18,9 +18,9 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 class Context(int):
-    """Tokens of the longest row; as text it also says why a LongRoPE model has fewer than its config names."""
+    """Tokens of the longest row; its text also explains why a LongRoPE model has fewer than its config names."""
 
-    beyond: int = 0  # tokens that the config names, where they are more
+    beyond: int = 0  # tokens that the config names, if they are more
 
     def __str__(self) -> str:
         if not self.beyond:
@@ -29,20 +29,20 @@ class Context(int):
 
 
 def context_of(config: PreTrainedConfig) -> Context:
-    """The context of a decoder with this config that is used.
+    """The context that we use of a decoder with this config.
 
-    LongRoPE has two sets of factors and takes one of them for all rows of a call, by the longest of them. So rows stay
-    within the original context, where each has the factors that it has alone. Dynamic NTK scaling begins to choose
-    beyond the config's own context.
+    LongRoPE has two sets of factors and uses one of them for all rows of a call, chosen by the longest row. So rows are
+    kept within the original context, where each gets the same factors as alone. Dynamic NTK scaling depends on the
+    length only beyond the config's own context.
 
     Raises:
-        InputError: the config names none.
+        InputError: the config names no context.
     """
     context = _named(config, "max_position_embeddings")
     if not isinstance(context, int):
         raise InputError(
             f"A {config.model_type} config names no context (max_position_embeddings), which bounds prompts and "
-            "completions: set it, or take another model."
+            "completions: set it, or use another model."
         )
     originals = [
         rope["original_max_position_embeddings"]
@@ -56,7 +56,7 @@ def context_of(config: PreTrainedConfig) -> Context:
 
 
 def _ropes(parameters: Any) -> Iterator[dict]:
-    """Rope parameters, which may be nested, a dictionary for each type of layer."""
+    """Yields the dictionaries of rope parameters; they may be nested, one per type of layer."""
     if isinstance(parameters, dict):
         yield parameters
         for part in parameters.values():
@@ -67,7 +67,7 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     """Layers, kv heads and head dim of the keys and values of a decoder with this config.
 
     Raises:
-        InputError: the config names none, or different ones for different layers.
+        InputError: the config does not name them, or they differ between layers.
     """
     if getattr(config, "is_heterogeneous", False):
         raise InputError(f"A {config.model_type} model with layers of different shapes cannot be run: {SUPPORTED}.")
@@ -84,7 +84,7 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What logits are multiplied with: Cohere's ``logit_scale``, Granite's divisor ``logits_scaling``."""
+    """The factor of the logits: Cohere's ``logit_scale``, or 1 / Granite's ``logits_scaling``."""
     return (_named(config, "logit_scale") or 1.0) / (_named(config, "logits_scaling") or 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Whether a model runs exactly on our attention: asked of a narrow random copy of its architecture, then of itself.
+"""Support of models: whether one runs exactly on our attention, tested on a narrow random copy and then on itself.
 
-Some architectures carry state outside attention, see tokens in chunks or keep attention sinks; trained or sampled
-through this package they would be silently wrong. A random copy of a few narrow layers shows it in a fraction of a
-second, whatever the size of the model, and without its weights.
+Some architectures carry state outside attention, see tokens in chunks or have attention sinks; training or sampling
+them with this package would be silently wrong. A random copy with a few narrow layers shows it in a fraction of a
+second, for a model of any size and without its weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from toolx_kernels.models.trial import (
 TOLERANCE_BF16, ORDINARY_LOGPROB = 0.25, 32.0
 MOST_PARAMETERS = 200_000_000  # of a copy
 
-# Modules that hand on more from token to token than keys and values, by the names of their classes.
+# Modules that carry more than keys and values from token to token, by the names of their classes.
 STATEFUL = re.compile(
     "(?i:conv|mamba|recurren|rglru|lstm|rwkv|retention|delta(net|rule|attention)|lightning|indexer|linear_?att|mixer)"
     "|SSM|Ssm|RNN|GRU"
@@ -49,13 +49,12 @@ class Untried(Unsupported):
 
 
 class Lacking(Unmade):
-    """Which modules a copy lacks; a deeper one may have them."""
+    """The modules that a copy lacks; a deeper copy may have them."""
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Compares log-probs through our attention and head with the model's own: those of three rows in a narrow random
-    copy of its architecture, packed and paged, once per process and config, and those of six tokens in the model
-    itself.
+    """Compares log-probs through our attention and head with the model's own: for three rows in a narrow random copy of
+    its architecture, packed and paged, once per process and config, and for six tokens in the model itself.
 
     Raises:
         InputError: they differ, or the model cannot be run this way at all.
@@ -68,11 +67,10 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def check_config(config: PreTrainedConfig) -> float:
-    """As ``check_supported``, for models with this config, of which no weight is read; returns the largest difference
-    of log-probs in the copy.
+    """``check_supported`` for a config, without weights; returns the largest difference of log-probs in the copy.
 
     Raises:
-        InputError: transformers knows no causal LM of this config, or it cannot be run exactly.
+        InputError: transformers has no causal LM for this config, or it cannot be run exactly.
     """
     model = meta_model(config, torch.float32)
     try:
@@ -87,8 +85,8 @@ def _refused(model: PreTrainedModel, reason: Unsupported) -> InputError:
 
 # ---- the architecture
 
-_verdicts: dict[tuple, float | str] = {}  # a reason, or the difference
-_one_at_a_time = threading.Lock()  # as ``_undisturbed`` changes what all threads share
+_verdicts: dict[tuple, float | str] = {}  # the difference, or why it is not supported
+_one_at_a_time = threading.Lock()  # because ``_undisturbed`` changes state that all threads share
 
 
 def _try_architecture(model: PreTrainedModel) -> float:
@@ -102,7 +100,7 @@ def _try_architecture(model: PreTrainedModel) -> float:
         if key not in _verdicts:
             try:
                 _verdicts[key] = _of_copies(model, kinds)
-            except Untried:  # which may be no fault of the architecture
+            except Untried:  # the reason may not be the architecture
                 raise
             except Unsupported as reason:
                 _verdicts[key] = str(reason)
@@ -115,29 +113,29 @@ def _try_architecture(model: PreTrainedModel) -> float:
 def _check_parts(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         inside = next((name for name in ("get_base_model", "module", "_orig_mod") if hasattr(model, name)), None)
-        raise Unsupported("it is no PreTrainedModel of transformers" + f", but perhaps its {inside} is" * bool(inside))
+        raise Unsupported("it is not a PreTrainedModel of transformers" + f", but its {inside} may be" * bool(inside))
     if not model._supports_attention_backend:
         raise Unsupported("it does not take its attention function from transformers' registry")
     decoder = model.get_decoder()
     if model.get_output_embeddings() is None or decoder is model or not isinstance(decoder, PreTrainedModel):
         raise Unsupported("get_decoder() and get_output_embeddings() do not give a decoder and the head on it")
     head = type(model.get_output_embeddings())
-    if not issubclass(head, nn.Linear):  # as with an adapter on it
-        raise Unsupported(f"its head is a {head.__module__}.{head.__name__}, no linear layer of torch")
+    if not issubclass(head, nn.Linear):  # for example an adapter on it
+        raise Unsupported(f"its head is a {head.__module__}.{head.__name__}, not a linear layer of torch")
     prefix = type(model).__name__.removesuffix("ForCausalLM")
     for name, module in decoder.named_modules():
         if isinstance(module, PreTrainedModel | GradientCheckpointingLayer | Conv1D):
-            continue  # wholes, whose parts come next; and GPT-2's linear layer
+            continue  # containers, whose parts come next, and GPT-2's linear layer
         if STATEFUL.search(type(module).__name__.removeprefix(prefix)):
             raise Unsupported(f"its {type(module).__name__} ({name}) carries state outside attention")
     cache_shape(decoder.config), context_of(decoder.config)
 
 
 def _kinds(model: PreTrainedModel) -> set[str]:
-    """The classes of the decoder's modules that a copy has to have.
+    """The classes of the decoder's modules that a copy must have.
 
-    torch's own, linear layers, embeddings and norms of every make, and what peft puts around them do the same
-    everywhere.
+    Left out are those that behave the same in every model: torch's own, linear layers, embeddings and norms of any
+    class, and peft's wrappers.
     """
 
     def is_common(module: nn.Module) -> bool:
@@ -152,7 +150,7 @@ def _kinds(model: PreTrainedModel) -> set[str]:
 
 
 def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
-    """The largest difference in the first copy that can be made and has modules of all ``kinds``."""
+    """The largest difference of log-probs in the first copy that can be made and has modules of all ``kinds``."""
     failures = []
     with _undisturbed():
         for widths in (True, False):
@@ -164,7 +162,7 @@ def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
                         failure = str(reason)
             except Unsupported:
                 raise
-            except Exception as error:  # configs and models are made by code of every kind
+            except Exception as error:  # code of configs and models may raise anything
                 failure = str(error) if isinstance(error, Unmade) else said(error)
             failures.append(failure)
     raise Untried(f"no small copy of it can be tried ({'; '.join(dict.fromkeys(failures))})")
@@ -172,7 +170,8 @@ def _of_copies(model: PreTrainedModel, kinds: set[str]) -> float:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Nothing around the block has a say in what is computed inside, and nothing inside is heard or felt around it."""
+    """Isolates the block: no mode, default device or random state affects it from outside, and it leaves random states
+    unchanged and prints no warnings or logs."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -190,10 +189,10 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: set[str]) -> PreTrainedModel:
-    """A copy with random weights, gates, scales and biases, which all matter.
+    """A copy whose weights, gates, scales and biases are all random, so that each has an effect.
 
     Raises:
-        Unmade: it lacks modules of some of the ``kinds``, or is large. Whatever the model's code raises is passed on.
+        Unmade: it lacks modules of some of the ``kinds``, or is too large. Errors of the model's code are passed on.
     """
 
     def built(device: str) -> PreTrainedModel:
@@ -220,28 +219,28 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
 
 @torch.no_grad()
 def _try_itself(model: PreTrainedModel) -> None:
-    """A few tokens behind another row, which see the real weights, hooks and adapters, and must not see that row."""
+    """Tests a few tokens, packed after a row that they must not see, with the real weights, hooks and adapters."""
     other, length, device, config = 3, 6, model.device, model.get_decoder().config
     ids = torch.arange(other + length, device=device) * 7919 % len(head_of(model)["weight"])
     positions = torch.cat([torch.arange(other, device=device), torch.arange(length, device=device)])
     try:
         with evaluating(model), torch.autocast(device.type, enabled=False):
             ours = packed_logprobs(model, ids, positions, [(other, []), (length, [])])[other:]
-            # sdpa leaves softcaps out
+            # sdpa ignores softcaps
             with attention_of(model, "eager") if getattr(config, "attn_logit_softcapping", None) else nullcontext():
                 theirs = own_logprobs(model, ids[other:]).to(ours.device, ours.dtype)
     except Unsupported:
         raise
-    except Exception as error:  # models are made by code of every kind
+    except Exception as error:  # model code may raise anything
         if out_of_memory(error):
             raise
         raise Unsupported(f"our attention and head cannot serve it ({said(error)})") from error
     differences, tolerance = (ours - theirs).abs(), TOLERANCE
     difference = float(differences.max())
     if model.dtype not in (torch.float32, torch.float64):
-        # the model rounds its logits: the larger they are, the more
+        # the model rounds its logits, so the error grows with their size
         tolerance = TOLERANCE_BF16 * max(1.0, float(theirs.abs().max()) / ORDINARY_LOGPROB)
-        if has_experts(config):  # last bits choose other experts for a token, now and then
+        if has_experts(config):  # differences in the last bits sometimes select other experts for a token
             difference = float(differences.mean())
     if not difference <= tolerance:
         raise Unsupported(

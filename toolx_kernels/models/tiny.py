@@ -1,4 +1,4 @@
-"""The tiny model of the built-in task: a tokenizer made from the task's own text and a small Llama to go with it.
+"""The tiny model of the built-in task: a tokenizer made from the task's text, and a small Llama for it.
 
 Both are ordinary transformers objects; nothing else in the package treats them specially.
 """
@@ -17,18 +17,18 @@ from toolx_kernels.toolcall.self_exemplify import INSTRUCTIONS
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
-# JSON and signature syntax that always comes in one piece; the tag and key fragments are Qwen's tool-call format.
+# JSON and signature syntax that is always one token; the tag and key fragments are Qwen's tool-call format.
 FRAGMENTS = (
     '<tool_call>\n{"name": "', '", "arguments": {"', '": "', '": ', '", "', ', "',
     '"}}\n</tool_call>', "}}\n</tool_call>", "Example:\n",
-    # the self-exemplifying form; its instructions are one piece, as nobody but a reader of English needs their words
+    # the self-exemplifying form; its instructions are one token, because the model need not read their words
     INSTRUCTIONS, '<examples>\n[{"tools": ["', '"], "question": "', '", "answer": [{"name": "',
     '"}}]},\n{"tools": ["', '}}]},\n{"tools": ["', '"}}]}]\n</examples>\n<think>\n', '}}]}]\n</examples>\n<think>\n',
     '\n</think>\n<tool_call>\n{"name": "',
     "(", ": string", ": integer", ": boolean", ": ", "|", ", ", ")\n", "_", "\n", "true", "false",
 )  # fmt: skip
 
-# Tools are listed as signatures, one a line, then the system text, then the turns.
+# Tools are listed as signatures, one per line, then the system text, then the turns.
 CHAT_TEMPLATE = """\
 {%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
 {%- if tools or system %}{{ '<|system|>' }}
@@ -78,9 +78,9 @@ def _pieces() -> list[str]:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the built-in task, the same on every call.
 
-    A unigram model whose pieces all score alike, so a text is cut into as few pieces as possible; anything that is not
-    made of pieces falls back to bytes, so every text can be encoded and decoded exactly. Numbers are cut as two leading
-    digits and the rest: the head of a value is then nearly unique within a prompt, which makes it easy to copy.
+    It is a unigram model whose pieces all have the same score, so a text is split into as few pieces as possible;
+    anything else falls back to bytes, so every text can be encoded and decoded exactly. Numbers are split into two
+    leading digits and the rest: the head of a value is then nearly unique within a prompt, which makes it easy to copy.
     """
     vocabulary = [PAD, END, *ROLES, *(f"<0x{b:02X}>" for b in range(256)), *_pieces()]
     unigram = models.Unigram([(piece, -1.0) for piece in vocabulary], unk_id=0, byte_fallback=True)
@@ -100,10 +100,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The shape of the tiny model, half a million parameters.
+    """The shape of the tiny model, with half a million parameters.
 
-    Two layers with two wide heads are what copying values from the prompt takes, and they learn it several times sooner
-    than more layers or more heads do; the wide initialisation and the small rotary base suit short prompts.
+    Two layers with two wide heads are enough to copy values from the prompt, and they learn it several times sooner
+    than more layers or more heads; the wide initialization and the small rotary base suit short prompts.
     """
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -123,9 +123,9 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A fresh fp32 model whose random weights depend on `seed` alone; torch's global generator is left untouched."""
+    """A new fp32 model whose random weights depend only on ``seed``; torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_config(tokenizer)).float()
-    model.name_or_path = f"tiny:{seed}"  # by which load_model knows it
+    model.name_or_path = f"tiny:{seed}"  # its name for load_model
     return model

@@ -1,7 +1,7 @@
-"""A trial of a small model: log-probs of three rows through our attention and head, beside the model's own.
+"""The trial of a small model: log-probs of three rows through our attention and head, compared with the model's own.
 
-The rows go through packed, as training packs them, and paged, as rollouts decode them: a prefill of all and then
-token by token, on the cache that the engine would make.
+The rows are computed packed, as in training, and paged, as in rollouts: a prefill of all, then token by token, on a
+cache like the engine's.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from toolx_kernels.ops.attention.packed import PackedContext
 from toolx_kernels.ops.attention.paged import PagedContext
 from toolx_kernels.reference import linear_logits
 
-TOLERANCE = 1e-3  # of log-probs in fp32, where they spread by 1 or more
-REACTION = 0.05  # least change of a log-prob when all tokens before are others, of the same spread
+TOLERANCE = 1e-3  # of log-probs in fp32, times their spread if that is below 1
+REACTION = 0.05  # smallest change of a log-prob when all tokens before it change, times the same spread
 
 # Two prompts, the first with two completions: tokens of each.
 PACKED = [(6, [7, 4]), (5, [4])]
-DECODED = 2  # of the last tokens of each row
+DECODED = 2  # last tokens of each row, which are decoded one by one
 PAGE_SIZE = 4
 
 
 class Unmade(Exception):
-    """Why a small model shows nothing, because it does not run or react by itself."""
+    """Why a trial of a small model proves nothing: it does not run by itself or does not react to its input."""
 
 
 @dataclass(slots=True)
 class Recorded:
-    """A context that keeps what each layer hands to attention: (layer, key's heads and dim, value's heads and dim)."""
+    """A context that records each call of attention: (layer, heads and dim of the key, heads and dim of the value)."""
 
     context: AttentionContext
     seen: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
@@ -52,8 +52,8 @@ def largest_difference(model: PreTrainedModel) -> float:
     """The largest difference of log-probs; ``model`` is in fp32 on a CPU.
 
     Raises:
-        Unmade: the model cannot be run by itself, or hardly reacts to what it is shown.
-        Unsupported: its log-probs are not those of ours, or it cannot be run by us.
+        Unmade: the model cannot be run by itself, or hardly reacts to its input.
+        Unsupported: its log-probs differ from ours, or we cannot run it.
     """
     ids = _tokens(model, sum(prompt + sum(completions) for prompt, completions in PACKED))
     positions, rows = _rows()
@@ -63,11 +63,11 @@ def largest_difference(model: PreTrainedModel) -> float:
             other = ids[rows[0]]
             other[:-1] = ids[1 - len(other) :]
             reaction = float((own_logprobs(model, other)[-1] - theirs[0][-1]).abs().max())
-    except Exception as error:  # models are made by code of every kind
+    except Exception as error:  # model code may raise anything
         raise Unmade(said(error)) from error
     spread = min(1.0, float(torch.cat(theirs).std()))
     if not reaction >= REACTION * spread:
-        raise Unmade(f"its log-probs move by {reaction:.2g} only when the tokens before are others")
+        raise Unmade(f"its log-probs change by only {reaction:.2g} when all tokens before them change")
     try:
         alone = packed_logprobs(model, ids[rows[0]], torch.arange(len(rows[0])), [(len(rows[0]), [])])
         packed = packed_logprobs(model, ids, positions, PACKED)
@@ -96,10 +96,10 @@ def own_logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def packed_logprobs(model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Sequence) -> Tensor:
-    """Log-probs (N, V) of packed rows the way that training takes; ``lengths`` as ``PackedContext`` takes them.
+    """Log-probs (N, V) of packed rows, computed as in training; ``lengths`` as in ``PackedContext``.
 
     Raises:
-        Unsupported: the engine's cache would not hold the keys and values of each layer.
+        Unsupported: the keys and values of a layer do not fit the engine's cache.
     """
     context = Recorded(PackedContext(lengths, ids.device))
     with toolx_attention(model), torch.enable_grad():
@@ -118,7 +118,7 @@ def packed_logprobs(model: PreTrainedModel, ids: Tensor, positions: Tensor, leng
 
 @torch.no_grad()
 def _decoded_logprobs(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Log-probs (T, V) of each row the way that rollouts take."""
+    """Log-probs (T, V) of each row, computed as in rollouts."""
     layers, *each = cache_shape(model.get_decoder().config)
     lengths = torch.tensor([len(row) for row in rows])
     per_row = -(-int(lengths.max()) // PAGE_SIZE)
@@ -148,7 +148,7 @@ def _decoded_logprobs(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Te
 
 
 def _rows() -> tuple[Tensor, list[Tensor]]:
-    """Of ``PACKED``: the position of each token, and the packed indices of each row, its prompt's first."""
+    """The position of each token in ``PACKED``, and the packed indices of each row, those of its prompt first."""
     positions: list[int] = []
     rows, start = [], 0
     for prompt, completions in PACKED:
@@ -163,7 +163,7 @@ def _rows() -> tuple[Tensor, list[Tensor]]:
 
 
 def _tokens(model: PreTrainedModel, count: int) -> Tensor:
-    """Random ids, all ordinary ones."""
+    """Random ids, without special tokens."""
     special = {
         token
         for config in parts_of(model.config)
