@@ -1,6 +1,6 @@
-"""Adds the compiled extension to what pyproject.toml declares.
+"""Setup of the compiled extension; pyproject.toml declares the rest.
 
-TOOLX_BUILD_EXT: unset builds it where possible and says why where not, 1 fails without it, 0 leaves it out.
+TOOLX_BUILD_EXT: unset builds it if possible and otherwise prints why not, 1 fails without it, 0 leaves it out.
 """
 
 import os
@@ -20,8 +20,8 @@ def give_up(reason) -> None:
 
 
 def extension() -> dict:
-    """The setuptools keywords that build ``toolx_kernels._C``; empty when there is to be none."""
-    # nvcc may be a shim in /usr/local/bin, from which torch would infer a CUDA_HOME that has no libraries.
+    """The setuptools keywords that build ``toolx_kernels._C``."""
+    # nvcc may be a shim in /usr/local/bin, from which torch would infer a CUDA_HOME without libraries.
     if Path("/usr/local/cuda/include/cuda_runtime.h").exists():
         os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     import torch
@@ -68,5 +68,5 @@ else:
     except ImportError as error:
         give_up(f"{error} (install torch first, then add --no-build-isolation)")
         keywords = {}
-# Not in pyproject.toml: setuptools older than 77 refuses the form that newer ones demand there.
+# Not in pyproject.toml: setuptools older than 77 rejects the form that newer versions require there.
 setup(license="Apache-2.0", **keywords)

@@ -1,4 +1,4 @@
-// What a kernel must know to be memory-safe, checked once per call. Messages are the user's to read.
+// Checks that keep kernels memory-safe, once per call. Their messages are written for users.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +15,7 @@ namespace toolx {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Not STD_TORCH_CHECK: its message leads with this source file's path and line, which a user cannot use.
+// Not STD_TORCH_CHECK: its message begins with the path and line of this source file, which do not help a user.
 template <typename... Parts>
 void require(bool ok, const Parts&... parts) {
   if (!ok) {
@@ -29,7 +29,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// The byte layout of one paged KV write. T tokens of `heads` rows of `row_bytes`, into `n_slots` cache slots.
+// The byte layout of one paged KV write: `tokens` tokens of `heads` rows of `row_bytes`, into `n_slots` cache slots.
 struct KvLayout {
   int64_t tokens;
   int64_t heads;
@@ -80,7 +80,7 @@ inline KvLayout check_kv_write(
       key_cache.size(0) * key_cache.size(1)};
 }
 
-// Rows may be strided over tokens and heads (a slice of a fused QKV projection); within a row Dh must be dense.
+// Tokens and heads may be strided (a slice of a fused QKV projection); within a row Dh must be dense.
 inline Tensor with_dense_rows(const Tensor& t) {
   return t.stride(2) == 1 || t.size(2) == 1 ? t : torch::stable::contiguous(t);
 }
@@ -152,7 +152,7 @@ inline void check_paged_attention(
   require(one_device, "paged_attention: all tensors must be on one device.");
 }
 
-// The rows of a batch in host memory: where each row's tokens lie and which queries are its own.
+// The rows of a batch in host memory: the pages of each row and its queries.
 struct PagedRows {
   int64_t rows;
   int64_t pages;
@@ -168,13 +168,13 @@ struct PagedRows {
 
   int32_t page(int64_t row, int64_t i) const { return table[row * table_width + i]; }
 
-  // The pages at the start of a row that its window leaves behind; they may have been given to other rows.
+  // The number of pages at the start of a row that its window no longer sees; they may belong to other rows by now.
   int64_t unseen(int64_t row) const {
     return window ? std::max<int64_t>(seq_lens[row] - queries(row) + 1 - window, 0) / page_size : 0;
   }
 };
 
-// Everything that will be read lies in the caches. Of rows without queries nothing is read.
+// Checks that everything that will be read is in the caches. Nothing is read of rows without queries.
 inline void check_paged_rows(const PagedRows& r, int64_t tokens) {
   require(r.bounds[0] == 0, "paged_attention: cu_seqlens_q must start at 0; got ", r.bounds[0], ".");
   for (int64_t row = 0; row < r.rows; ++row) {
@@ -204,7 +204,7 @@ inline void check_paged_rows(const PagedRows& r, int64_t tokens) {
       tokens, " queries.");
 }
 
-// Rows of a group lie next to each other and have the same pages under their prefix.
+// Checks that the rows of a group are adjacent and have the same pages for their prefix.
 inline void check_groups(const PagedRows& r, const int32_t* groups, int64_t n_groups, const int32_t* prefix) {
   require(
       groups[0] == 0 && groups[n_groups] == r.rows, "paged_attention: cu_groups must run from 0 to the ", r.rows,

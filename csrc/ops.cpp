@@ -1,4 +1,4 @@
-// The compiled kernels behind the op names that toolx_kernels/ops/library.py defines.
+// Registration of the compiled kernels under the op names that toolx_kernels/ops/ defines.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(toolx, CUDA, m) {
 }
 #endif
 
-// Importing the module is what runs the registrations above; it has nothing of its own.
+// Importing the module runs the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);

@@ -9,10 +9,10 @@
 namespace toolx::attention {
 
 constexpr int64_t kTile = 64;     // cached tokens that are unpacked and multiplied together
-constexpr int64_t kQueries = 48;  // queries of a block, so that the fp32 copies of a tile serve many products
+constexpr int64_t kQueries = 48;  // queries of a block, so that the fp32 copies of a tile are used in many products
 
-// One call. Strides are in elements. A query is a (token, head) pair; the `share` = H / Hkv heads of one token that
-// read one kv head are numbered next to each other: query i is head i % share of token i / share.
+// One call. Strides are in elements. A query is a (token, head) pair; the `share` = H / Hkv heads of a token that read
+// the same kv head have consecutive numbers: query i is head i % share of token i / share.
 struct Call {
   const void* query;
   int64_t query_token_stride;
@@ -34,8 +34,8 @@ struct Call {
   int64_t window;
 };
 
-// Queries `first` to `first + count` - 1 of one kv head over positions [begin, end) of their rows. Below `prefix` all of
-// these rows have the same pages.
+// Queries `first` to `first + count - 1` of one kv head over positions [begin, end) of their rows. Below `prefix` all
+// of these rows have the same pages.
 struct Block {
   int64_t first_row;  // the row of the first query
   int64_t first;
@@ -49,7 +49,7 @@ struct Block {
 
 inline int64_t padded_dim(int64_t dim) { return (dim + kMostLanes - 1) / kMostLanes * kMostLanes; }
 
-// A thread's buffers, all fp32 and padded to whole vectors.
+// The buffers of a thread, all fp32 and padded to whole vectors.
 struct Scratch {
   float* queries;  // (kQueries, padded)
   float* sums;     // (kQueries, padded)
@@ -69,8 +69,8 @@ struct Scratch {
         zeros(values + kTile * padded) {}
 };
 
-// The keys and values of one kv head of `count` tokens of a row, up to a whole number of vectors of them. Tokens before
-// `seen_from`, whose pages may be gone, and those past the end read as zeros.
+// Addresses of the keys and values of one kv head for `count` tokens of a row, rounded up to whole vectors. Tokens
+// before `seen_from`, whose pages may be gone, and tokens past the end read zeros.
 template <int L, typename Number>
 TOOLX_INLINE void locate(
     const Call& call, int64_t row, int64_t kv_head, int64_t start, int64_t count, int64_t seen_from,
@@ -101,7 +101,7 @@ TOOLX_INLINE void load_keys(const Number* const* keys, int64_t count, int64_t di
     int64_t d = 0;
     Vector<L> square[L];
     if constexpr (std::is_same_v<Number, c10::BFloat16>) {
-      // two neighbours fill one place of a vector: half as many to transpose
+      // two neighbors fill one element of a vector, so there are half as many to transpose
       for (; d + 2 * L <= dim; d += 2 * L) {
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
@@ -131,15 +131,15 @@ TOOLX_INLINE void load_keys(const Number* const* keys, int64_t count, int64_t di
   }
 }
 
-// What online softmax carries from tile to tile, for each query of a block.
+// The state of online softmax between tiles, for each query of a block.
 struct Running {
   float largest[kQueries];  // score
   float total[kQueries];    // of the weights, which are relative to `largest`
-  float keep[kQueries];     // what the next tile's larger scores leave of earlier weights
+  float keep[kQueries];     // factor that rescales earlier weights to the new largest score
   int64_t position[kQueries];
 };
 
-// Caps and masks the scores of one query, of which [low, high) count. Returns the largest, -inf if none counts.
+// Caps the scores of one query and masks all but [low, high). Returns the largest, -inf if none is left.
 template <int L>
 TOOLX_INLINE float settle_scores(float* scores, int64_t n, int64_t low, int64_t high, float softcap) {
   if (softcap > 0.0f) {
@@ -162,7 +162,7 @@ TOOLX_INLINE float settle_scores(float* scores, int64_t n, int64_t low, int64_t 
   return largest_of<L>(peaks);
 }
 
-// Turns the scores of queries `first` to `last` - 1 at the positions start to start + count - 1 into weights.
+// Turns the scores of queries `first` to `last - 1` at positions `start` to `start + count - 1` into weights.
 template <int L>
 TOOLX_INLINE void weigh(
     const Call& call, const Scratch& scratch, Running& run, int64_t first, int64_t last, int64_t start, int64_t count) {
@@ -194,7 +194,7 @@ TOOLX_INLINE void weigh(
   }
 }
 
-// Queries `first` to `last` - 1 of a block over the positions [begin, end) of one row's pages.
+// Attention of queries `first` to `last - 1` of a block over positions [begin, end) of one row's pages.
 template <int L, typename Number>
 TOOLX_INLINE void attend(
     const Call& call, const Scratch& scratch, Running& run, int64_t first, int64_t last, int64_t row, int64_t kv_head,
@@ -241,7 +241,7 @@ TOOLX_INLINE void attend_block(const Call& call, const Block& block, const Scrat
   Running run = {};
   int64_t row = block.first_row;
   int64_t oldest = 0;
-  int64_t oldest_row = row;  // with a window, it alone is sure to still have all the pages that the block sees
+  int64_t oldest_row = row;  // with a window, only this row is sure to still have all pages that the block sees
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t token = (block.first + i) / call.share;
     const int64_t head = block.kv_head * call.share + (block.first + i) % call.share;

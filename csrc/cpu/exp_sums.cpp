@@ -7,20 +7,19 @@ namespace toolx {
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // vocabulary entries added up on their own, so that rounding errors stay small
+constexpr int64_t kBlock = 64;  // vocabulary entries summed separately, so that rounding errors stay small
 constexpr int64_t kRows = 32;  // rows handled together
 constexpr int64_t kElementsPerThread = 32 * 1024;
 
 TOOLX_INLINE void store(float* to, float value) { *to = value; }
 
-// bf16, rounded to the nearest, ties to even. A NaN may become
-// a number, which nobody uses: the sums of its row are NaN.
+// Rounds to bf16, to nearest, ties to even. A NaN may become a number that is never used: the sums of its row are NaN.
 TOOLX_INLINE void store(uint16_t* to, float value) {
   const uint32_t bits = as_bits(value);
   *to = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// For `n` <= kRows neighbouring rows: out = exp(z - anchor), and its sums over the columns. z and out may be the same.
+// For `n` <= kRows adjacent rows: out = exp(z - anchor), and its sums over the columns. z and out may be the same.
 template <typename Out>
 TOOLX_INLINE void exp_lanes(
     const float* z,
@@ -32,7 +31,7 @@ TOOLX_INLINE void exp_lanes(
     int64_t columns,
     float* total,
     float* moment) {
-  double whole[kRows] = {};  // in fp32 the exponential of a peak would swallow the blocks that follow it
+  double whole[kRows] = {};  // in fp32, blocks after a very large exponential would be rounded away
   double whole_moment[kRows] = {};
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = std::min(first + kBlock, columns);
@@ -85,8 +84,8 @@ TOOLX_INLINE void exp_rows(
 
 }  // namespace
 
-// z (N, C) fp32; anchor (N) fp32; out (N, C) fp32 or bf16, may be z; sums (2, N) fp32, added to. Of z and out, the rows
-// lie next to each other, as the GEMM that fills z writes them fastest.
+// z (N, C) fp32; anchor (N) fp32; out (N, C) fp32 or bf16, may be z; sums (2, N) fp32, added to. z and out are
+// column-major, as the GEMM that fills z writes them fastest.
 void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums) {
   const int64_t rows = z.dim() == 2 ? z.size(0) : -1;
   const int64_t columns = z.dim() == 2 ? z.size(1) : -1;

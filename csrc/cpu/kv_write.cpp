@@ -7,10 +7,10 @@ namespace toolx {
 
 namespace {
 
-// Below this many bytes a thread, waking it costs more than its share of the copy.
+// With fewer bytes per thread, waking it costs more than its share of the copy.
 constexpr int64_t kBytesPerThread = 1024 * 1024;
 
-// A byte view of key or value beside the cache it goes to.
+// A byte view of key or value, and of the cache that it is copied to.
 struct Copy {
   const char* source;
   int64_t token_stride;
@@ -38,8 +38,8 @@ struct Copy {
 
 }  // namespace
 
-// All slots are checked before the first byte is written. Threads share out heads, not tokens, so that of
-// two tokens with one slot the last wins, whatever the number of threads.
+// All slots are checked before the first byte is written. Heads are distributed over threads, not tokens, so that of
+// two tokens with the same slot the last wins, whatever the number of threads.
 void kv_write_cpu(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots) {
   const KvLayout layout = check_kv_write(key, value, key_cache, value_cache, slots);
   const Tensor dense_slots = torch::stable::contiguous(slots);

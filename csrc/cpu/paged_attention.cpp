@@ -10,7 +10,7 @@ namespace toolx::attention {
 
 namespace {
 
-// f of a number of that dtype.
+// Calls f with a number of that dtype.
 template <typename F>
 void for_dtype(ScalarType dtype, const F& f) {
   switch (dtype) {
@@ -20,13 +20,13 @@ void for_dtype(ScalarType dtype, const F& f) {
   }
 }
 
-// Rows with few queries over a long context would leave threads idle, and are cut into pieces of this many positions.
-// Only the row decides, so that no result depends on the rest of the batch or on the number of threads.
+// Rows with few queries over a long context would leave threads idle, so they are cut into pieces of this many
+// positions. Only the row decides, so that no result depends on the rest of the batch or on the number of threads.
 constexpr int64_t kPiece = 1024;
 constexpr int64_t kFewQueries = 8;
-constexpr int64_t kProductsPerThread = 1024 * 1024;  // below that, waking a thread costs more than it brings
+constexpr int64_t kProductsPerThread = 1024 * 1024;  // with fewer, waking a thread costs more than it saves
 
-// Calls f(0) to f(n - 1) in any order on as many threads as `products` multiplications are worth.
+// Calls f(0) to f(n - 1) in any order, on as many threads as `products` multiplications justify.
 template <typename F>
 void share_out(int64_t n, int64_t products, const F& f) {
   const int64_t worth = products / kProductsPerThread + 1;
@@ -39,7 +39,7 @@ void share_out(int64_t n, int64_t products, const F& f) {
   });
 }
 
-// A thread keeps its buffers: they are large enough for every new allocation to be one of the operating system's.
+// A thread keeps its buffers: they are so large that every new allocation would go to the operating system.
 Scratch thread_scratch(int64_t dim) {
   thread_local Space memory(0);
   const int64_t padded = padded_dim(dim);
@@ -47,17 +47,18 @@ Scratch thread_scratch(int64_t dim) {
     memory = Space(Scratch::size(padded));
   }
   const Scratch scratch(memory.begin(), padded);
-  std::fill_n(scratch.zeros, padded, 0.0f);  // a call with another head dim may have had something else there
+  std::fill_n(scratch.zeros, padded, 0.0f);  // a call with another head dim may have written there
   return scratch;
 }
 
-// The pieces of one block of queries, whose partial results lie behind each other.
+// The pieces of one block of queries, whose partial results are consecutive in memory.
 struct Pieces {
   Block first;
   int64_t count;
 };
 
-// Adds the blocks of rows [begin, end), which share a prefix. Partial results are counted, not placed yet.
+// Adds the blocks of rows [begin, end), which share a prefix. Counts the floats of partial results without placing
+// them. Returns the number of multiplications.
 int64_t plan_group(
     const Call& call, int64_t begin, int64_t end, int64_t prefix, std::vector<Block>& blocks,
     std::vector<Pieces>& split, int64_t& partial_floats) {
@@ -73,13 +74,13 @@ int64_t plan_group(
     longest = std::max<int64_t>(longest, queries ? call.seq_lens[row] : 0);
   }
   const int64_t pieces = most_queries <= kFewQueries ? (longest + kPiece - 1) / kPiece : 1;
-  // Blocks of about equal size that end between tokens, unless the heads of one token are too many already.
+  // Blocks of about equal size that end between tokens, unless the heads of one token exceed a block.
   const int64_t queries = tokens * call.share;
   const int64_t n_blocks = (queries + kQueries - 1) / kQueries;
   const int64_t tokens_per_block = std::min((tokens + n_blocks - 1) / n_blocks, kQueries / call.share);
   const int64_t step = tokens_per_block ? tokens_per_block * call.share : kQueries;
   const int64_t first = call.bounds[begin] * call.share;
-  // The last queries see most, and come first: the small blocks even out what threads have to do.
+  // The last queries see the most keys and come first: the smaller blocks after them even out the threads' work.
   for (int64_t offset = (queries - 1) / step * step; offset >= 0; offset -= step) {
     int64_t row = begin;
     while (call.bounds[row + 1] * call.share <= first + offset) {
@@ -99,8 +100,8 @@ int64_t plan_group(
   return queries * call.kv_heads * longest * call.dim * 2;
 }
 
-// Adds the pieces of a split block up, in order, into the place of the first: weights are relative to a piece's own
-// largest score.
+// Sums the pieces of a split block, in order, into the first. The weights of a piece are relative to its own largest
+// score.
 void merge_pieces(const Call& call, const Pieces& pieces) {
   const int64_t stride = call.dim + 2;
   const int64_t size = pieces.first.count * stride;
@@ -168,7 +169,7 @@ void run(const Call& call, const Tensor& query, ScalarType dtype, std::vector<Bl
 namespace toolx {
 
 // See toolx_kernels/ops/attention/paged.py. Scores, weights and sums are fp32; the result is rounded once.
-// `max_queries` only helps kernels that cannot look at the bounds.
+// `max_queries` is for kernels that cannot read the bounds.
 Tensor paged_attention_cpu(
     Tensor query,
     Tensor key_cache,

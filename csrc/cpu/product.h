@@ -1,5 +1,5 @@
-// Logits of a few rows: one pass over the weight, whose rows are widened to fp32 a few dozen at a time and multiplied
-// with all rows of hidden. Every logit is summed up in the same order, whatever the number of rows.
+// The product of hidden and weight for a few rows: one pass over the weight, whose rows are widened to fp32 a few dozen
+// at a time and multiplied by all rows of hidden. Every logit is summed in the same order, whatever the number of rows.
 #pragma once
 
 #include "../checks.h"
@@ -13,9 +13,9 @@ namespace toolx {
 namespace {
 
 constexpr int64_t kChunk = 512;  // vocabulary entries of one unit of work
-constexpr int64_t kStrip = 64;   // of them widened at a time
+constexpr int64_t kStrip = 64;   // vocabulary entries widened at a time
 constexpr int64_t kRows = 48;    // rows of hidden that share a widened strip
-constexpr int64_t kDepth = 768;  // of D, so that a strip and kRows rows of hidden stay in the second-level cache
+constexpr int64_t kDepth = 768;  // of D, so that a strip and kRows rows of hidden stay in the L2 cache
 
 struct Product {
   const float* hidden;  // (parts of D, R, width), zero beyond D
@@ -38,7 +38,7 @@ TOOLX_INLINE Vector<L> fold_halves(const Vector<L>& a, const Vector<L>& b, std::
       __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 + I % 4 / 2 * L + 2)...);
 }
 
-// The sum of all groups of four lanes.
+// The sum over all groups of four lanes.
 template <int L, int group = 0>
 TOOLX_INLINE Vector<4> fold_groups(const Vector<L>& a) {
   const Vector<4> one = __builtin_shufflevector(a, a, group, group + 1, group + 2, group + 3);
@@ -49,13 +49,13 @@ TOOLX_INLINE Vector<4> fold_groups(const Vector<L>& a) {
   }
 }
 
-// z[r][t] = or += w[t] . h[r] for four rows of the weight and n rows of hidden, all `width` long.
+// z[r][t] = (or with `add`, +=) w[t] . h[r] for four rows of the weight and n rows of hidden, all `width` long.
 template <int L, int n>
 TOOLX_INLINE void dot(const float* w, const float* h, int64_t width, bool add, float* z) {
   Vector<L> sum[n][4] = {};
   for (int64_t d = 0; d < width; d += L) {
     Vector<L> x[4];
-#pragma GCC unroll 4  // without it they would lie in memory
+#pragma GCC unroll 4  // without it the vectors would be in memory
     for (int t = 0; t < 4; ++t) {
       x[t] = vector_at<L>(w + t * width + d);
     }
@@ -78,7 +78,7 @@ TOOLX_INLINE void dot(const float* w, const float* h, int64_t width, bool add, f
   }
 }
 
-// As many rows at a time as leave their sums, and four vectors of the weight, in the registers.
+// The most rows whose sums, with four vectors of the weight, fit into the registers.
 template <int L>
 constexpr int64_t kMost = L == 16 ? 6 : 2;
 
@@ -91,7 +91,7 @@ TOOLX_INLINE void dot_rows(int64_t rows, const float* w, const float* h, int64_t
   }
 }
 
-// Columns [start, start + n) of kStrip rows of the weight in fp32; zeros in place of what lies beyond its last row.
+// Columns [start, start + n) of kStrip rows of the weight in fp32; zeros for rows past its last one.
 template <int L>
 TOOLX_INLINE void widen_strip(const Product& s, int64_t first, int64_t start, int64_t n, float* to) {
   for (int64_t t = 0; t < kStrip; ++t, to += s.width) {
@@ -108,7 +108,7 @@ TOOLX_INLINE void widen_strip(const Product& s, int64_t first, int64_t start, in
   }
 }
 
-// Four rows of the weight from `first` on, asked of memory a strip before they are widened: share `part` of `parts` of
+// Prefetches four rows of the weight from `first` on, one strip before they are widened: share `part` of `parts` of
 // their cache lines.
 TOOLX_INLINE void prefetch_rows(const Product& s, int64_t first, int64_t part, int64_t parts) {
   const int64_t size = s.type == ScalarType::Float ? 4 : 2;
@@ -121,7 +121,7 @@ TOOLX_INLINE void prefetch_rows(const Product& s, int64_t first, int64_t part, i
   }
 }
 
-// z (rows, kChunk): the logits of a chunk, without bias, softcap and temperature.
+// z (rows, kChunk): the logits of a chunk before bias, softcap and temperature.
 template <int L>
 TOOLX_INLINE void multiply(const Product& s, int64_t first, int64_t row, int64_t rows, float* strip, float* z) {
   const int64_t groups = (rows + kMost<L> - 1) / kMost<L>;

@@ -1,5 +1,5 @@
-// Sampling fused with the LM head: what is known of a chunk of logits is brought down to one Partial a row as soon as
-// they are computed. Neither the number of threads nor the rows beside it change a bit of a row's results.
+// Sampling fused with the LM head: each chunk of logits is reduced to one Partial per row as soon as it is computed.
+// Neither the number of threads nor the other rows change a bit of a row's results.
 #include "../checks.h"
 #include "product.h"
 #include "vector_math.h"
@@ -14,7 +14,7 @@ namespace toolx {
 
 namespace {
 
-constexpr float kOfNothing = -1e4f;  // exp() of it is zero, and it times zero is not NaN as -inf would be
+constexpr float kOfNothing = -1e4f;  // its exp() is zero, and unlike -inf, it times zero is not NaN
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Partial {
@@ -31,7 +31,7 @@ struct Sweep : Product {
   float scale, softcap;
 };
 
-// Makes logits of z[0, n) in place, -inf of z[n, padded), and sums them up.
+// Turns z[0, n) into logits in place, sets z[n, padded) to -inf, and computes their sums.
 template <int L>
 TOOLX_INLINE void summarise(const Sweep& s, int64_t first, int64_t n, int64_t padded, float* z, Partial& out) {
   if (s.bias != nullptr) {
@@ -76,7 +76,7 @@ TOOLX_INLINE void summarise(const Sweep& s, int64_t first, int64_t n, int64_t pa
   }
 }
 
-// noise[0, n), n a multiple of 4, of the tokens from `first` on, a multiple of 4 too.
+// noise[0, n) of the tokens from `first` on; n and `first` are multiples of 4.
 TOOLX_INLINE void noise_of(const int64_t* stream, int64_t first, int64_t n, float* noise) {
   uint32_t words[kChunk], key[5];
   for (int i = 0; i < 5; ++i) {
@@ -88,8 +88,8 @@ TOOLX_INLINE void noise_of(const int64_t* stream, int64_t first, int64_t n, floa
   }
 }
 
-// The largest z + noise (z alone without a stream) and whose it is; the lowest token of equals, and a valid one where
-// no z is a number.
+// The largest z + noise (z alone without a stream) and its token: the lowest of equal ones, and a valid id even if all
+// z are NaN.
 template <int L>
 TOOLX_INLINE void choose(const int64_t* stream, int64_t first, int64_t padded, const float* z, Partial& out) {
   Vector<L> best = Vector<L>{} - kInfinity;
@@ -155,7 +155,7 @@ TOOLX_INLINE void add_noise(const int64_t* stream, int64_t first, int64_t n, flo
   }
 }
 
-// Chunk after chunk: the row's token, and its log-prob, the lse and the entropy into stats (3, R).
+// Joins the chunks in order: writes the row's token, and its log-prob, lse and entropy to stats (3, R).
 void join(const Sweep& s, int64_t chunks, int64_t row, int64_t* token, float* stats) {
   Partial whole = s.partials[row];
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
@@ -188,8 +188,9 @@ void join(const Sweep& s, int64_t chunks, int64_t row, int64_t* token, float* st
 
 }  // namespace
 
-// One pass over the weight for all rows: see sample_sweep in ops/lm_head/sampling_torch.py. hidden (R, D) and bias (V) fp32; weight
-// (V, D) fp32, bf16 or fp16; streams (R, 5) and tokens (R) int64; stats (3, R) and logits (R, V) fp32, written.
+// One pass over the weight for all rows: see sample_sweep in toolx_kernels/ops/lm_head/sampling_torch.py. hidden (R, D)
+// and bias (V) fp32; weight (V, D) fp32, bf16 or fp16; streams (R, 5) and tokens (R) int64; stats (3, R) and logits
+// (R, V) fp32, written.
 void sample_sweep_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> streams, double temperature, std::optional<Tensor> bias,
     double softcap, Tensor tokens, Tensor stats, std::optional<Tensor> logits) {
@@ -254,7 +255,7 @@ void sample_sweep_cpu(
   }
 }
 
-// logits (R, V) fp32, to which the noise of streams (R, 5) int64 is added.
+// Adds the noise of streams (R, 5) int64 to logits (R, V) fp32.
 void add_gumbel_cpu(Tensor logits, Tensor streams) {
   require(
       logits.dim() == 2 && streams.dim() == 2 && streams.size(0) == logits.size(0) && streams.size(1) == 5 &&

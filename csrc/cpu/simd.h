@@ -1,9 +1,9 @@
-// One way to write vector code, compiled for several instruction sets, of which the best is picked at run time.
+// SIMD code, written once and compiled for several instruction sets; the best one is selected at run time.
 //
-// A kernel is a template over L, the fp32 numbers in a vector, and called by for_lanes. It and all that it calls must be
-// TOOLX_INLINE: what is not inlined is compiled for the baseline. compiled_for keeps a part of it out of line. Loops over
-// elementary functions (vector_math.h) are left to the compiler; vectors are spelled out where what the compiler finds
-// by itself keeps the accumulators of a product in memory.
+// A kernel is a template over L, the number of fp32 lanes in a vector, and is called by for_lanes. It and all that it
+// calls must be TOOLX_INLINE: code that is not inlined is compiled for the baseline. compiled_for keeps a part of it
+// out of line. Loops over elementary functions (vector_math.h) are vectorized by the compiler; explicit vectors are
+// used where the compiler would keep the accumulators of a product in memory.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -27,7 +27,7 @@
 #define TOOLX_TARGET(name) __attribute__((noinline))
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // on how vectors are passed: they are not, as all is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"  // about passing vectors, which never happens because all code is inlined
 
 namespace toolx {
 
@@ -36,8 +36,8 @@ constexpr int kMostLanes = 16;
 template <int L>
 using Lanes = std::integral_constant<int, L>;
 
-// Of the best instruction set that the processor has: 16 with AVX-512, 8 with AVX2, else 4. ATEN_CPU_CAPABILITY,
-// "default" or "avx2", bounds it as it bounds torch's own kernels.
+// The lanes of the processor's best instruction set: 16 with AVX-512, 8 with AVX2, else 4. ATEN_CPU_CAPABILITY
+// ("default" or "avx2") limits it as it limits torch's own kernels.
 inline int best_lanes() {
 #ifdef TOOLX_X86
   const char* const given = std::getenv("ATEN_CPU_CAPABILITY");
@@ -67,7 +67,7 @@ __attribute__((noinline)) void compiled_for(Lanes<4> lanes, const F& f) {
   f(lanes);
 }
 
-// f(Lanes), a TOOLX_INLINE_LAMBDA, compiled for the instruction set with so many.
+// Calls f(Lanes), a TOOLX_INLINE_LAMBDA, compiled for the instruction set with this number of lanes.
 template <typename F>
 void for_lanes(int lanes, const F& f) {
   switch (lanes) {
@@ -121,12 +121,12 @@ TOOLX_INLINE float widen(c10::Half value) {
   return as_float(magnitude | special | (value.x & 0x8000u) << 16);
 }
 
-// n numbers in fp32, then zeros up to `width`.
+// Writes n numbers in fp32, then zeros up to `width`.
 template <int L, typename Number>
 TOOLX_INLINE void widen_row(const Number* from, int64_t n, int64_t width, float* to) {
   int64_t d = 0;
   if constexpr (std::is_same_v<Number, float>) {
-    for (; d + L <= n; d += L) {  // of the loop below, compilers make a call
+    for (; d + L <= n; d += L) {  // compilers turn the loop below into a call
       vector_at<L>(to + d) = vector_at<L>(from + d);
     }
   }
@@ -156,7 +156,7 @@ TOOLX_INLINE Vector<L> widen(const Number* from, int64_t n) {
   return wide;
 }
 
-// Of two rows of a square: swaps the off-diagonal blocks of `Step` columns.
+// Swaps the off-diagonal blocks of `Step` columns of two rows of a square.
 template <int L, int Step, int... J>
 TOOLX_INLINE void swap_blocks(Vector<L>& upper, Vector<L>& lower, std::integer_sequence<int, J...>) {
   const Vector<L> top = upper;
@@ -198,8 +198,8 @@ TOOLX_INLINE float sum_of(const Vector<L>& v) {
   return fold<L, false, 1>(v, std::make_integer_sequence<int, L>());
 }
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns) + keep (rows) * c, without the latter if `keep` is null.
-// Strides are those of rows.
+// c (rows, columns) = a (rows, depth) @ b (depth, columns) + keep (rows) * c; the last term is left out if `keep` is
+// null. Strides are those of rows.
 struct Matrices {
   const float* a;
   int64_t a_stride;
@@ -215,7 +215,7 @@ constexpr int kHigh = 6;  // rows of a that share a row of b: kHigh * kWide accu
 template <int L>
 constexpr int kWide = L == 16 ? 4 : 2;  // vectors
 
-// Of `Rows` rows and `Wide` vectors.
+// The product for `Rows` rows and `Wide` vectors, accumulated in registers.
 template <int L, int Wide, int Rows>
 TOOLX_INLINE void multiply_registers(Matrices m) {
   Vector<L> sum[Rows][Wide];
@@ -261,7 +261,7 @@ TOOLX_INLINE void multiply_columns(int64_t rows, Matrices m) {
   }
 }
 
-// A number of c depends on no other row or column.
+// No element of c depends on the other rows or columns.
 template <int L, int Wide = kWide<L>>
 TOOLX_INLINE void multiply(int64_t rows, int64_t vectors, Matrices m) {
   for (; vectors >= Wide; vectors -= Wide, m.b += Wide * L, m.c += Wide * L) {
@@ -272,7 +272,7 @@ TOOLX_INLINE void multiply(int64_t rows, int64_t vectors, Matrices m) {
   }
 }
 
-// Numbers that begin at a cache line: a vector that lies in two of them costs two loads. Zeros at first.
+// Zero-initialized floats, aligned to a cache line: a vector that crosses two cache lines costs two loads.
 class Space {
  public:
   explicit Space(int64_t size) : size_(size), values_(size + kMostLanes) {}

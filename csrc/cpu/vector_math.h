@@ -1,4 +1,4 @@
-// Elementary functions written so that a loop over them vectorises: no branches, no calls.
+// Elementary math functions written so that a loop over them vectorizes: no branches, no calls.
 #pragma once
 
 #include "simd.h"
@@ -8,13 +8,14 @@
 
 namespace toolx {
 
-// which ? yes : no, of which compilers make a branch where one of the two is constant: no loop around it vectorises.
+// which ? yes : no, without the branch that compilers make if one of the two is constant and that prevents
+// vectorization.
 TOOLX_INLINE float select(bool which, float yes, float no) {
   const uint32_t mask = 0u - static_cast<uint32_t>(which);
   return as_float((as_bits(yes) & mask) | (as_bits(no) & ~mask));
 }
 
-// exp(x) to about 1e-7 relative; zero below -87, where fp32 turns denormal. A NaN stays one. Beyond 88 it is exp(88).
+// exp(x) to about 1e-7 relative; zero below -87, where fp32 becomes denormal; exp(88) beyond 88. A NaN stays NaN.
 TOOLX_INLINE float exp_of(float x) {
   const float bounded = select(x > 88.0f, 88.0f, x);
   const float shifted = bounded * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
@@ -47,7 +48,7 @@ TOOLX_INLINE float tanh_of(float x) {
 
 // log(x) to about 1e-7 relative, for positive normal x.
 TOOLX_INLINE float log_of(float x) {
-  const uint32_t offset = as_bits(x) - 0x3F3504F3u;  // the mantissa is taken from [sqrt(1/2), sqrt(2))
+  const uint32_t offset = as_bits(x) - 0x3F3504F3u;  // the mantissa is in [sqrt(1/2), sqrt(2))
   const float n = static_cast<float>(static_cast<int32_t>(offset) >> 23);
   const float r = as_float((offset & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   const float square = r * r;
@@ -74,18 +75,18 @@ TOOLX_INLINE float gumbel_of(uint32_t word) {
   const float exact = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
   const float u = select(exact > 1.0f - 0x1p-24f, 1.0f - 0x1p-24f, exact);
   const float rest = 1.0f - u;
-  const float lost = (1.0f - rest) - u;  // of a small u, all of it
+  const float lost = (1.0f - rest) - u;  // the rounding error of 1 - u: for a small u, all of it
   return -log_of(-(log_of(rest) + lost));
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011): the four words of each of n neighbouring blocks, word after word.
+// Philox4x32-10 (Salmon et al., SC 2011): the four words of each of n consecutive blocks, one after the other.
 TOOLX_INLINE void philox(
     uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1, int64_t n, uint32_t* words) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t a = first + static_cast<uint32_t>(i), b = c1, c = c2, d = c3, left = k0, right = k1;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      // high and low words on their own: so compilers find the vector instructions
+      // high and low words are computed separately, so that compilers find the vector instructions
       const uint32_t high_a = static_cast<uint32_t>((static_cast<uint64_t>(a) * 0xD2511F53u) >> 32);
       const uint32_t high_c = static_cast<uint32_t>((static_cast<uint64_t>(c) * 0xCD9E8D57u) >> 32);
       const uint32_t low_a = a * 0xD2511F53u;

@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxGrid = 2147483647;
 
-// All lengths and strides in units of Chunk, the widest word that every address divides by.
+// All lengths and strides are in units of Chunk, the widest word that divides every address.
 template <typename Chunk>
 struct Args {
   const Chunk* key;
@@ -33,8 +33,8 @@ struct Args {
   int token_chunks;
 };
 
-// One block a token: the slot is read once, and neighbouring threads copy neighbouring words.
-// A slot outside the cache is skipped, never written: a kernel cannot raise without stalling the stream.
+// One block per token: the slot is read once, and neighboring threads copy neighboring words.
+// A slot outside the cache is skipped, because a kernel cannot raise without stalling the stream.
 template <typename Chunk>
 __global__ void kv_write_kernel(Args<Chunk> a) {
   for (int64_t t = blockIdx.x; t < a.tokens; t += gridDim.x) {
@@ -99,7 +99,7 @@ int64_t common_width(const Tensor& key, const Tensor& value, const Tensor& key_c
 
 }  // namespace
 
-// Of two tokens with one slot either may win; out-of-range slots are skipped.
+// If two tokens have the same slot, either may win; out-of-range slots are skipped.
 void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots) {
   const KvLayout layout = check_kv_write(key, value, key_cache, value_cache, slots);
   if (layout.tokens == 0 || layout.heads == 0 || layout.row_bytes == 0) {
