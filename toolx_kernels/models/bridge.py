@@ -2,9 +2,9 @@
 
 transformers looks its attention function up by ``config._attn_implementation`` and passes on keyword arguments of
 the model call. So ``body(input_ids=(1, N), position_ids=(1, N), use_cache=False, toolx=context)`` calls
-``context.attend`` in every layer with packed tokens: the context brings pages, packing and prefix sharing with the
-call, and one copy of the weights serves rollout and training. ``run_body`` makes that call; ``toolx_attention``
-switches a model while forward and backward run (activation checkpointing calls attention again in backward).
+``context.attend`` in every layer with packed tokens: pages, packing and prefix sharing are in the context of the call,
+and rollout and training use one copy of the weights. ``run_body`` makes that call; ``toolx_attention`` switches a model
+while forward and backward run (activation checkpointing calls attention again in backward).
 """
 
 from __future__ import annotations

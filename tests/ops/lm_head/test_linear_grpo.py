@@ -194,7 +194,7 @@ def test_a_second_derivative_is_refused():
     arguments, leaves = with_leaves(without_logprobs(make_case()))
     for config in (GRPOLossConfig(), GRPOLossConfig(recompute=True)):
         loss = linear_grpo_loss(**arguments, config=config).loss
-        with pytest.raises(InputError, match="no second derivative: leave create_graph=True out"):
+        with pytest.raises(InputError, match="no second derivative: leave out create_graph=True"):
             torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
 
 

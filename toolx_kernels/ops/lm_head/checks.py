@@ -36,7 +36,7 @@ def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Ten
             raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
         return denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
     if not 0 < denominator < float("inf"):
-        raise InputError(f"denominator={denominator} must be positive and finite, as a divisor.")
+        raise InputError(f"denominator={denominator} must be positive and finite, because it is a divisor.")
     return torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
 
 
@@ -52,7 +52,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: float64 goes with float64 only.")
     if softcap is not None and not 0 <= softcap < float("inf"):
-        raise InputError(f"softcap={softcap} must be positive and finite, or None for none.")
+        raise InputError(f"softcap={softcap} must be positive and finite, or None for no softcap.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
     check_devices(hidden.device, weight=weight, bias=bias)
@@ -92,7 +92,7 @@ def check_vectors(
             "least one completion."
         )
     if (rewards is None) == (advantages is None):
-        raise InputError("Give either rewards or advantages, and not both.")
+        raise InputError("Give either rewards or advantages, not both.")
     n_completions, n_rows = len(cu_seqlens) - 1, len(hidden)
     if advantages is not None and advantages.shape != (n_completions,) and advantages.shape != (n_rows,):
         raise InputError(
@@ -125,7 +125,7 @@ def wrong_rows(targets: Tensor, temperature: Tensor, vocab_size: int) -> tuple[T
 
 def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Tensor | None = None) -> None:
     """Raises InputError for a target outside the vocabulary or a temperature that is not positive and finite, on live
-    rows. Waits for a GPU once if there is none."""
+    rows. If there are none, it waits for a GPU only once."""
     outside, frozen = wrong_rows(targets, temperature, vocab_size)
     if live is not None:
         outside, frozen = outside & live, frozen & live
@@ -162,4 +162,4 @@ def check_bounds(bounds: list[int], n_rows: int) -> None:
 def check_first_derivative(upstream: Tensor) -> None:
     """Raises InputError for ``create_graph=True``: the graph of the gradient would silently lack this op."""
     if torch.is_grad_enabled() and type(upstream) is Tensor and not torch.compiler.is_compiling():
-        raise InputError("the fused loss has no second derivative: leave create_graph=True out.")
+        raise InputError("The fused loss has no second derivative: leave out create_graph=True.")

@@ -62,13 +62,13 @@ def sample(
     if len(weight) == 0:
         raise InputError("weight has no rows: there must be a token to sample.")
     if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature} must be 0, for greedy, or positive and finite.")
+        raise InputError(f"temperature={temperature} must be 0 (greedy), or positive and finite.")
     if top_k < 0:
-        raise InputError(f"top_k={top_k} must be 0, for no such filter, or positive.")
+        raise InputError(f"top_k={top_k} must be 0 (no filter) or positive.")
     if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} must lie in (0, 1], where 1 is no such filter.")
+        raise InputError(f"top_p={top_p} must lie in (0, 1]: 1 is no filter.")
     if not 0 <= min_p <= 1:
-        raise InputError(f"min_p={min_p} must lie in [0, 1], where 0 is no such filter.")
+        raise InputError(f"min_p={min_p} must lie in [0, 1]: 0 is no filter.")
     outputs = torch.ops.toolx.sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, softcap or 0.0)
     return Sample(*outputs)
 
