@@ -146,20 +146,20 @@ def with_trained_norm():
     [
         (with_another, "has the adapters 'default', 'other': give it a single one, called 'default'"),
         (lambda: of_peft(adapter_name="policy"), "has the adapter 'policy': give it a single one, called 'default'"),
-        (lambda: of_peft(config=peft.IA3Config(task_type="CAUSAL_LM")), "of the kind IA3, and only LORA .*use_peft=T"),
+        (lambda: of_peft(config=peft.IA3Config(task_type="CAUSAL_LM")), "of the kind IA3, but only LORA .*use_peft=T"),
         (
             lambda: of_peft(config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
             "of the kind PROMPT_TUNING, but only LORA is supported: pass the model without an adapter and set",
         ),
         (lambda: of_peft(target_modules=["q_proj", "lm_head"]), "has an adapter on lm_head: give it one on linear"),
         (lambda: of_peft(target_modules=["embed_tokens"]), "has an adapter on model.embed_tokens: give it one on li"),
-        (lambda: of_peft(modules_to_save=["lm_head"]), r"with modules_to_save=\['lm_head'\], which is not trained"),
+        (lambda: of_peft(modules_to_save=["lm_head"]), r"with modules_to_save=\['lm_head'\], which is not supported"),
         (lambda: of_peft(bias="all"), "with bias='all', which is not supported: pass the model without"),
         (
             lambda: of_peft(target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
             r"with target_parameters=\['self_attn.q_proj.weight'\], which is not supported",
         ),
-        (lambda: of_peft(trainable_token_indices=[1]), r"with trainable_token_indices=\[1\], which is not trained"),
+        (lambda: of_peft(trainable_token_indices=[1]), r"with trainable_token_indices=\[1\], which is not supported"),
         (lambda: of_peft(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the weights under it"),
         (lambda: of_peft(inference_mode=True), "without trainable weights: load it with is_trainable=True"),
         (lambda: of_transformers(bias="lora_only"), "The LlamaForCausalLM given as model .* with bias='lora_only'"),
@@ -169,7 +169,10 @@ def with_trained_norm():
             lambda: under_another_wrapper(True),
             "on model.layers.0.self_attn.q_proj that its config does not target: make",
         ),
-        (lambda: under_another_wrapper(False), "one adapter of all target_modules, not one around another, or put use"),
+        (
+            lambda: under_another_wrapper(False),
+            "one adapter of all target_modules, not one around another, or pass the model",
+        ),
         (with_trained_norm, "has an adapter, but model.norm.weight needs a gradient too: freeze it"),
     ],
 )

@@ -342,7 +342,9 @@ def test_what_is_wrong_with_a_base_names_adapter_and_base(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="base_model_name_or_path is 5: write a folder or a hub name"):
         load_model(adapter)
     named(adapter, str(tmp_path / "other"))
-    with pytest.raises(InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*; write the base that it was"):
+    with pytest.raises(
+        InputError, match=f"{names}{tmp_path}/other: .*lora_A.weight is .*; write the base model that it was"
+    ):
         load_model(adapter)
 
 

@@ -116,7 +116,9 @@ def test_special_tokens_beyond_the_embedding_matter_where_prompts_have_them(tmp_
     assert len(tokenizer) > CONFIG.vocab_size
     trainer(tmp_path, processing_class=tokenizer)
     tokenizer.chat_template = "<image>" + tokenizer.chat_template
-    with pytest.raises(InputError, match="'<image>' with the id .* or enlarge it with resize_token_embeddings"):
+    with pytest.raises(
+        InputError, match="'<image>' with the id .* or enlarge the embedding with resize_token_embeddings"
+    ):
         trainer(tmp_path, processing_class=tokenizer)
 
 
