@@ -69,7 +69,7 @@ def result_of(name: str) -> Result:
         difference = check_config(config)
     except InputError as refusal:
         said = str(refusal).removesuffix(".").removesuffix(SUPPORTED).rstrip(";: ")
-        if made := re.fullmatch(r"No language model can be made of a \S+ config \((.*)\)", said, re.DOTALL):
+        if made := re.fullmatch(r"No language model can be made from a \S+ config \((.*)\)", said, re.DOTALL):
             return Result("untried", f"its default config makes no model ({made[1]})")
         return Result("refused", said.partition("cannot be run exactly: ")[2] or said)
     experts = ", experts" if has_experts(config.get_text_config(decoder=True)) else ""
