@@ -168,7 +168,7 @@ def test_the_form_of_calls_and_the_templates_arguments_are_flags(tmp_path, capsy
     ]
     flags += ["--max_completion_length", 8, "--prompts_per_step", 2, "--num_generations", 2, "--probe_rollouts", 1]
     assert toolx("train", *flags, "--output_dir", tmp_path / "run") == 0
-    assert "calls: json, asked for in our words" in capsys.readouterr().out
+    assert "calls: json, with our own tool prompt" in capsys.readouterr().out
     assert toolx("eval", "--model", tmp_path / "run", "--eval_rows", 2, "--max_completion_length", 4) == 0
     assert "calls as json" in capsys.readouterr().out
     misspelt = ["--chat_template_kwargs", '{"enable_thinking": false}']

@@ -39,7 +39,7 @@ def test_single_turn_has_the_papers_2351_rows():
 
 
 def test_an_unknown_category_is_answered_with_groups_and_categories():
-    with pytest.raises(InputError, match="'cooking'; choose one of single_turn, simple_python"):
+    with pytest.raises(InputError, match="'cooking': choose one of single_turn, simple_python"):
         read_bfcl("cooking")
 
 

@@ -314,7 +314,7 @@ def test_at_least_one_turn():
 
 def test_a_template_without_the_assistants_text_is_refused():
     tokenizer = tokenizer_with("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(InputError, match="does not show what the assistant says"):
+    with pytest.raises(InputError, match="does not show the assistant's text"):
         ToolLoop(Scripted({}), Prompts(Chat(tokenizer), 99), tools=[find], max_turns=2, tool_timeout=1)
 
 

@@ -148,12 +148,12 @@ async def picky_later(prompts, completions, completion_ids, level, **columns):
 def test_a_raising_function_is_named_with_its_call(func, words, timeout):
     with pytest.raises(InputError) as error:
         rewards_of(func, of_levels(1, 0, 2), timeout=timeout)
-    assert f"{words} 3 completions, the first of row 'row 1'; mend" in str(error.value)
+    assert f"{words} 3 completions, the first of row 'row 1': fix" in str(error.value)
     assert isinstance(error.value.__cause__, TypeError | ZeroDivisionError)
     assert rewards_of(func, of_levels(1, 1), timeout=timeout) == [1.0, 1.0]
     with pytest.raises(InputError) as error:
         rewards_of(func, of_levels(0), timeout=timeout)
-    assert f"{words} row 'row 0'; mend" in str(error.value)
+    assert f"{words} row 'row 0': fix" in str(error.value)
 
 
 @pytest.mark.parametrize("timeout", [None, 0.05])
@@ -172,7 +172,7 @@ def test_a_function_that_fails_is_not_called_again(timeout):
 
 
 def test_a_call_without_completions_fails_in_the_same_words():
-    with pytest.raises(InputError, match="raised TypeError: .* for 0 completions; mend"):
+    with pytest.raises(InputError, match="raised TypeError: .* for 0 completions: fix"):
         RewardFunctions(sometimes)([], [])
 
 
@@ -319,7 +319,7 @@ def test_a_function_that_does_not_return_is_named_with_its_call(func):
         rewards_of([func, right], of_levels(1, 2, 0, 3), timeout=0.4)
     released.set()
     words = (
-        f"'{func.__name__}' did not return within 0.4 s for 4 completions, the first of row 'row 1'; mend it or allow"
+        f"'{func.__name__}' did not return within 0.4 s for 4 completions, the first of row 'row 1': fix it or allow"
     )
     assert words in str(error.value)
     assert rewards_of(func, of_levels(1, 2), timeout=20.0) == [1.0, 1.0]
@@ -332,9 +332,9 @@ def test_a_timeout_of_the_function_s_own_is_an_exception():
     async def given_up(prompts, **columns):
         raise asyncio.CancelledError
 
-    with pytest.raises(InputError, match="'impatient' raised TimeoutError for row 'exact'; mend"):
+    with pytest.raises(InputError, match="'impatient' raised TimeoutError for row 'exact': fix"):
         rewards_of(impatient, [EXACT], timeout=20.0)
-    with pytest.raises(InputError, match="'given_up' raised CancelledError for row 'exact'; mend"):
+    with pytest.raises(InputError, match="'given_up' raised CancelledError for row 'exact': fix"):
         rewards_of(given_up, [EXACT])
 
 

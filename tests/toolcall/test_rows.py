@@ -214,7 +214,8 @@ def test_bad_datasets():
 def test_all_rows_that_call_a_tool_they_do_not_offer_are_counted():
     wrong = [{**changed(answer=[CALL, {"name": name, "arguments": {}}]), "id": name} for name in "gh"]
     words = (
-        r"^d: 2 of 4 rows call a tool in their answer that they do not offer; the first: d:1 \(id 'g'\): call 1 .*'g'"
+        r"^d: the answers of 2 of 4 rows call a tool that the row does not offer; the first: d:1 \(id 'g'\): call 1 .*"
+        "'g'"
     )
     with pytest.raises(InputError, match=words):
         check_rows([GOOD, wrong[0], {**GOOD, "id": "ok"}, wrong[1]], "d")
@@ -227,5 +228,5 @@ def test_all_rows_that_call_a_tool_they_do_not_offer_are_counted():
 def test_rows_with_so_many_calls():
     rows = [check_row(changed(id=str(n), answer=[CALL] * calls), "d", n) for n, calls in enumerate((1, 0, 2, 1))]
     assert [row.id for row in with_calls(rows, 1)] == ["0", "3"] and [row.id for row in with_calls(rows, 0)] == ["1"]
-    with pytest.raises(InputError, match=r"none of 4 rows asks for 3 calls; .*: 0 \(1 rows\), 1 \(2 rows\), 2 \(1"):
+    with pytest.raises(InputError, match=r"none of 4 rows has 3 calls .*, 0 \(1 rows\), 1 \(2 rows\), 2 \(1 rows\)\.$"):
         with_calls(rows, 3)

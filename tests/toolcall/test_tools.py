@@ -396,7 +396,7 @@ class Adder(Counter):
     "arguments, message",
     [
         ({}, "neither tools nor an environment_factory"),
-        ({"tools": add}, "put it into brackets"),
+        ({"tools": add}, "put it in brackets"),
         ({"tools": [partial(add, b=2)]}, "tools holds functools.partial.*made with def"),
         ({"tools": [add, add]}, "Two tools are called 'add'"),
         ({"tools": [add], "environment_factory": Adder}, "Two tools are called 'add'"),
@@ -417,5 +417,5 @@ def test_an_environment_factory_that_fails_is_named():
     def no_server():
         raise RuntimeError("no server")
 
-    with pytest.raises(InputError, match="environment_factory raised RuntimeError: no server; mend it"):
+    with pytest.raises(InputError, match=r"environment_factory raised RuntimeError \(no server\): fix it"):
         Toolbox((), no_server, timeout=1.0)

@@ -1,4 +1,4 @@
-"""Background threads and an event loop for functions of users, which may be slow, stuck or async."""
+"""Background threads and an event loop for user functions, which may be slow, stuck or async."""
 
 import asyncio
 import threading
@@ -12,11 +12,11 @@ from typing import Any
 
 
 class Background:
-    """Daemon threads, one for each ``start``, and one event loop, which also has a thread of its own.
+    """Daemon threads, one for each ``start``, and one event loop on another thread.
 
-    Python cannot stop a thread: one that is stuck goes on until the process ends, but does not keep it from ending.
-    All coroutines share the loop, so that the clients they open stay usable; the caller may be within another loop, as
-    in a notebook. The loop ends with this object, and what still runs on it is cancelled.
+    Python cannot stop a thread: a stuck one runs until the process ends, but does not keep the process alive. All
+    coroutines share the loop, so that clients which they open stay usable. The caller may be inside another loop, as in
+    a notebook. The loop ends with this object, and coroutines that still run on it are cancelled.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,7 +31,7 @@ class Background:
         return loop
 
     def start(self, calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None = None) -> list[Future]:
-        """Begins to call ``calls`` on a thread, one after the other and holding ``lock``; what each returns or raises.
+        """Starts a thread that runs ``calls`` in order while it holds ``lock``; returns a future for each call.
 
         A call does not run if its future is cancelled before its turn.
         """
@@ -40,7 +40,7 @@ class Background:
         return futures
 
     def schedule(self, awaitable: Awaitable) -> Future:
-        """Begins to await ``awaitable`` on the event loop; cancelling the future cancels it."""
+        """Schedules ``awaitable`` on the event loop; cancelling the returned future cancels it."""
 
         async def awaited() -> Any:
             return await awaitable
@@ -49,16 +49,16 @@ class Background:
 
 
 def run(future: Future, call: Callable[[], Any]) -> None:
-    """Calls ``call`` here, unless ``future`` is cancelled, and gives ``future`` what it returns or raises."""
+    """Runs ``call`` on this thread and stores its result or exception in ``future``, unless that is cancelled."""
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(call())
-        except BaseException as error:  # also what would end a thread, such as SystemExit
+        except BaseException as error:  # including SystemExit, which would end a thread
             future.set_exception(error)
 
 
 def in_time(future: Future, begin: float, timeout: float | None) -> bool:
-    """Waits for ``future`` until ``timeout`` seconds after ``begin`` (of ``time.monotonic``); whether it is done."""
+    """Waits for ``future`` until ``timeout`` s after ``begin`` (``time.monotonic``); returns whether it is done."""
     left = None if timeout is None else max(0.0, begin + timeout - time.monotonic())
     return bool(wait([future], left).done)
 

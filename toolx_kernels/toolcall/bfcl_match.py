@@ -1,4 +1,4 @@
-"""Matching of calls as the Berkeley Function Calling Leaderboard (BFCL) judges them."""
+"""BFCL match: comparison of calls with acceptable answers as the Berkeley Function Calling Leaderboard (BFCL) does."""
 
 import re
 from typing import Any
@@ -15,12 +15,12 @@ def bfcl_match(calls: list[dict] | None, tools: list[dict], possible_answers: li
     ``tools`` and ``possible_answers`` are those of a row from ``read_bfcl``: each possible answer is
     ``{tool name: {argument: [acceptable values]}}``, where "" among the values means that the argument may be left out.
 
-    As there: strings are compared without case, spaces and the characters ``,./-_*^``; an integer serves where a number
-    is due, though not inside a list; parallel calls are matched in any order, each expected call taking the first that
-    fits; the members of an object are lists of acceptable values too; Java and JavaScript arguments are literals in
-    strings. Where that checker would crash on what a model printed, the answer is False.
+    The rules are that checker's: string comparison ignores case, spaces and the characters ``,./-_*^``; an integer is
+    accepted as a number, but not inside a list; parallel calls match in any order, and each expected call takes the
+    first call that fits; members of an object, too, have lists of acceptable values; Java and JavaScript arguments are
+    literals in strings. Returns False where that checker would crash on a model's output.
 
-    In an irrelevance category the right thing is no call. None (malformed output) is never right, there neither.
+    In an irrelevance category the right answer has no call. None (malformed output) is never right.
     """
     if calls is None:
         return False
@@ -45,8 +45,8 @@ def _language(category: str) -> str:
 
 
 def possible_fault(tools: list[dict], possible_answers: Any, category: str) -> str | None:
-    """What keeps ``bfcl_match`` from judging by ``possible_answers`` of a row with checked ``tools``, in words, or
-    None."""
+    """Describes why ``bfcl_match`` cannot judge by ``possible_answers`` of a row with checked ``tools``; None if it
+    can."""
     if not isinstance(possible_answers, list):
         return "it is not a list with one object for each expected call"
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
@@ -77,18 +77,18 @@ def _type_fault(schema: dict, language: str) -> str | None:
         known, needs_item = TYPES[language], inner is not None
     if not isinstance(outer, str) or outer not in known:
         field = "type" if language == "python" else "format"
-        return f"has the {field} {outer!r} in its schema; BFCL's rules take {', '.join(known)}"
+        return f"has the {field} {outer!r} in its schema; BFCL's rules accept {', '.join(known)}"
     if needs_item and (not isinstance(inner, str) or inner not in known):
-        return f"has items of the type {inner!r} in its schema; BFCL's rules take {', '.join(known)}"
+        return f"has items of type {inner!r} in its schema; BFCL's rules accept {', '.join(known)}"
     return None
 
 
 def _options_fault(options: list) -> str | None:
-    """Values beside an object or an array must be of its kind, or "", and the members of objects lists of values. (A
-    bare string there, as in one row of BFCL, is a list of its characters, to BFCL's checker too.)"""
+    """If one option is an object or an array, the others must have its type or be "". Members of objects must be lists
+    of values. (A string there, as in one row of BFCL, counts as a list of its characters, as in BFCL's checker.)"""
     stated = [option for option in options if option != ""]
     if any(isinstance(option, dict | list) for option in stated) and len(set(map(type, stated))) > 1:
-        return "mixes objects or arrays with values of another kind"
+        return "mixes objects or arrays with values of another type"
     members = [member for option in stated for member in (option if isinstance(option, list) else [option])]
     if not all(isinstance(o, list | str) for member in members if isinstance(member, dict) for o in member.values()):
         return "has an object whose members are not lists of acceptable values"
@@ -124,7 +124,7 @@ def _is_acceptable(value: Any, schema: dict, acceptable: list, language: str) ->
         kind, item = types[outer], types[inner] if inner else None
         value = read_literal(value, language, schema["format"])
 
-    # Where the acceptable values are of another type than the schema says, they are names of variables, compared as is.
+    # Acceptable values whose type differs from the schema's are names of variables and compared unchanged.
     stated = next((type(option) for option in acceptable if option != ""), kind)
     if not _has_type(value, acceptable, kind, item, stated):
         return False
@@ -162,5 +162,5 @@ def _fits_object(value: Any, option: Any) -> bool:
 
 
 def _fold(value: Any) -> Any:
-    """BFCL's comparison form of a string; anything else as it is."""
+    """A string as BFCL compares it; any other value unchanged."""
     return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Chat: how one model is spoken to and read, by its tokenizer's chat template and the form in which it writes calls."""
+"""Chat with one model: its prompts and turns, by its tokenizer's chat template and its format of tool calls."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
-_TOOLS_BEFORE = (  # the wording of the official Qwen2.5 and Qwen3 templates, to the byte: models know this text
+_TOOLS_BEFORE = (  # byte for byte the official Qwen2.5 and Qwen3 templates, because models know this text
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
 _TOOLS_AFTER = "\n</tools>\n\n"
-_OPENING = 16  # tokens at the end of a prompt in which the tag of a thought is looked for
+_OPENING = 16  # tokens at the end of a prompt that may contain the tag of a thought
 
 
 class Chat:
-    """The prompts of a model as token ids, and the text of what it wrote.
+    """Makes the prompts of a model as token ids, and the text of its turns.
 
     Args:
-        tool_format: the form of its calls, by name; "auto": the one that the chat template writes or asks for, and
-            ``hermes``, with a tool prompt of ours, where it knows nothing of tools. Of any other form than the
-            template's, the prompt asks in our words.
+        tool_format: the name of the format of calls. "auto" takes the one that the chat template writes or asks for, or
+            ``hermes`` if the template does not support tools. A format other than the template's is requested by our
+            own tool prompt.
         chat_template_kwargs: for the template, such as ``{"enable_thinking": False}``.
         date: YYYY-MM-DD, the day that templates with a date show; None: today.
 
-    tool_format      of its calls
-    own_tool_prompt  whether our words, not the template's, offer the tools
+    tool_format      the format of calls
+    own_tool_prompt  whether our tool prompt, not the template's, offers the tools
     conventions      of the chat template
     end_of_turn      the text of the token that ends an assistant's turn
 
     Raises:
-        InputError: the template shows tools and nobody says in which form it wants calls; see also ``Template``.
+        InputError: the template shows tools, but "auto" cannot tell its format of calls; see also ``Template``.
     """
 
     def __init__(
@@ -61,30 +61,28 @@ class Chat:
         own = self.conventions.tool_format
         if tool_format == AUTO and own is None and self.conventions.shows_tools:
             raise InputError(
-                f"The chat template of {self.template.name} shows tools and wants calls in a form that is not known "
-                f"here: say with tool_format which of {', '.join(FORMATS)} the model is to write, or give the "
-                "tokenizer another template."
+                f"The chat template of {self.template.name} shows tools but wants calls in an unknown format: set "
+                f"tool_format to one of {', '.join(FORMATS)}, or give the tokenizer another template."
             )
         self.tool_format: ToolFormat = (own or HERMES) if tool_format == AUTO else FORMATS[tool_format]
         self.own_tool_prompt = own is not self.tool_format or not self.conventions.shows_tools
         self._choose_tokens()
 
     def describe(self) -> str:
-        """In words, e.g. ``hermes, as the chat template writes them``."""
-        whose = "asked for in our words" if self.own_tool_prompt else "as the chat template writes them"
+        """Describes the calls, for example ``hermes, as the chat template writes them``."""
+        whose = "with our own tool prompt" if self.own_tool_prompt else "as the chat template writes them"
         return f"{self.tool_format.name}, {whose}" + (", after a thought" if self.conventions.thinks else "")
 
     # ---- prompts
 
     def prompt_text(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str = "") -> str:
-        """The prompt of ``row`` up to and with the header of the assistant's turn, with the marks of ``Protector``.
+        """Renders the prompt of ``row``, including the header of the assistant's turn and the marks of ``Protector``.
 
-        Instructions on the form of the reply, and then the demonstrations, each shown as its user query and its correct
-        calls, go into the system message, after the row's own system text where it has one; where the template takes
-        no system message, before the user's first text. (A default system text that a template adds when there is none
-        then does not appear.)
+        Instructions on the reply, and then the demonstrations (user query and correct calls), follow the row's system
+        text in the system message; if the template takes no system message, they precede the user's first text. (The
+        default system text of a template then does not appear.)
 
-        Raises InputError when the template refuses the messages, or silently leaves one out.
+        Raises InputError if the template refuses the messages, or silently leaves one out.
         """
         messages = [self._protected(message) for message in row.messages]
         tools = mapped(row.tools, self.protect_data)
@@ -97,7 +95,7 @@ class Chat:
         for message in row.messages:
             if not _is_shown(message, said):
                 raise InputError(
-                    f"The chat template of {self.template.name} does not show its message of the role "
+                    f"The chat template of {self.template.name} does not show the message of the role "
                     f"{message['role']!r}: rename the role (user, assistant, tool, ...), or leave the row out."
                 )
         return text
@@ -107,7 +105,8 @@ class Chat:
         return self.template.encode(self.prompt_text(row, demonstrations, instructions))
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises InputError for the first row whose answer the form cannot say, or with a role that is no word."""
+        """Raises InputError for the first row whose answer the format cannot express, or with a role that is not a
+        word."""
         for row in rows:
             try:
                 self.tool_format.render(row.answer)
@@ -116,71 +115,73 @@ class Chat:
             for message in row.messages:
                 if not re.fullmatch(r"[\w-]+", message["role"]):
                     raise InputError(
-                        f"Row {row.id}: the role {short(message['role'])} is no word: use user, assistant, tool, ..."
+                        f"Row {row.id}: the role {short(message['role'])} is not a word: use user, assistant, tool, ..."
                     )
 
     # ---- the assistant's turns
 
     def turn_ids(self, text: str, context: Sequence[int] = ()) -> list[int]:
-        """An assistant's turn to imitate as token ids, with the token that ends it.
+        """Token ids of an assistant's turn to imitate, including the token that ends it.
 
-        ``context`` is the prompt so far. A thought that it opened is closed first.
+        ``context`` is the prompt so far. If it opens a thought, the turn first closes that.
         """
         return self._ended(self.protect_turn(text), context)
 
     def completion_ids(self, calls: Sequence[dict], context: Sequence[int] = ()) -> list[int]:
-        """The turn that makes these calls, likewise."""
+        """Token ids of the turn that makes these calls; see ``turn_ids``."""
         return self._ended(self.tool_format.render(mapped(list(calls), self.protect_data)), context)
 
     def written_text(self, ids: Sequence[int], context: Sequence[int] = ()) -> str:
-        """The text of a turn that the model wrote behind ``context``, without the tokens that make turns.
+        """Decodes a turn that the model wrote after ``context``, without the tokens that delimit turns.
 
-        Other special tokens stay: calls and thoughts may be made of them. A thought that the context opened begins with
-        its tag.
+        Other special tokens stay, because calls and thoughts may contain them. If the context opens a thought, the text
+        begins with its tag.
         """
         written = str(self.tokenizer.decode([i for i in ids if i not in self._silent]))
         return self._opened_by(context) + written
 
     def quoted(self, ids: Sequence[int]) -> str:
-        """The text of the first ``ids`` of ``completion_ids``, for a prompt, with the marks of ``Protector``: tokens of
-        the form of calls stay what they are, and what an argument spells becomes none. Half a character is left out."""
+        """Decodes ``ids``, the beginning of ``completion_ids``, for a prompt, with the marks of ``Protector``.
+
+        Tokens of the tool format stay tokens; text in arguments that spells one does not become one. An incomplete
+        last character is left out.
+        """
         runs = [
             (form, str(self.tokenizer.decode(list(run)))) for form, run in groupby(ids, self._form_ids.__contains__)
         ]
         return "".join(text if form else self.protect_data(text) for form, text in runs).rstrip("\ufffd")
 
     def read(self, text: str) -> Reading:
-        """Thought and calls of a turn."""
+        """Reads the thought and the calls of a turn."""
         return read(text, self.tool_format)
 
     def stop_token_ids(self, named: Sequence[int] = ()) -> tuple[int, ...]:
-        """Ids that end a turn: what the template writes there, the tokenizer's end of sequence, and those ``named``."""
+        """Ids that end a turn: the template's, the tokenizer's end of sequence, and those in ``named``."""
         return tuple(sorted({self._end_id, self.tokenizer.eos_token_id, *named} - {None}))
 
     def tool_turn_ids(self, results: Sequence[dict]) -> list[int]:
-        """The tokens from the end of an assistant's turn to the beginning of its next one, with tool messages between.
+        """Token ids between two turns of the assistant: tool messages and the header of the next turn.
 
-        They are those with which the chat template shows ``results`` (``{"role": "tool", "name", "content"}``),
-        followed by the header of the next turn. A template that shows no tools, or takes no tool messages, gets Qwen's
-        form, a user message with a ``<tool_response>`` block for each result. The token that ended the turn is not
-        among them: the model wrote it.
+        The chat template shows ``results`` (``{"role": "tool", "name", "content"}``). If it supports no tools or no
+        tool messages, results are in Qwen's form, a user message with a ``<tool_response>`` block for each. The token
+        that ended the turn is not included, because the model wrote it.
         """
         protected = mapped(list(results), self.protect_data)
         shown = [{**result, "tool_call_id": f"call{n:05d}"} for n, result in enumerate(protected)]
         tail = self.conventions.after_turn(shown if self.conventions.takes_results else [_as_user(shown)])
         if not self.end_of_turn or self.end_of_turn not in tail:
             return self.template.encode(tail)
-        # with the token before it, as what stands first in a text may be cut differently
+        # together with the token before it, because a tokenizer may split the beginning of a text differently
         return self.template.encode(tail[tail.index(self.end_of_turn) :])[1:]
 
     def _choose_tokens(self) -> None:
-        """Control tokens, those that are left out of written text, and the one that ends a turn."""
+        """Finds the control tokens, those that written text leaves out, and the token that ends a turn."""
         tokenizer, marks = self.tokenizer, {*self.tool_format.markers, *THOUGHTS, *THOUGHTS.values()}
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         turns = {token: i for token, i in self.conventions.turn_tokens().items() if token not in marks}
         self._form_ids = {i for token, i in added.items() if token in marks}
         control = {*self.conventions.special_tokens(), *turns}
-        # what users, tools and datasets wrote; what an assistant wrote, and system prompts, may show calls
+        # data comes from users, tools and datasets; turns of an assistant, and system prompts, may show calls
         self.protect_data = Protector(control | (marks & added.keys()))
         self.protect_turn = Protector(control - marks)
         self.end_of_turn = self.conventions.end_of_turn(control)
@@ -191,7 +192,8 @@ class Chat:
     # ---- the parts of prompts and turns
 
     def _protected(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message whose contents are data; an assistant's, and a system prompt, may show calls and thoughts."""
+        """The message with its contents marked as data; an assistant's or a system prompt may show calls and
+        thoughts."""
         trusted = message["role"] in ("system", "developer", "assistant")
         return {
             key: value
@@ -227,27 +229,27 @@ class Chat:
         return [*self.template.encode(closed + text), self._end_id]
 
     def _opened_by(self, context: Sequence[int]) -> str:
-        """The thought's tag at the end of a context, if there is one."""
+        """The opening tag of a thought at the end of a context; "" without one."""
         return opened_thought(str(self.tokenizer.decode(list(context[-_OPENING:])))) if len(context) else ""
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
 ) -> list[int]:
-    """``Chat(tokenizer).prompt_ids(...)``, for a single prompt."""
+    """Renders a single prompt to token ids: ``Chat(tokenizer).prompt_ids(...)``."""
     return Chat(tokenizer).prompt_ids(row, demonstrations, instructions)
 
 
 def render_text(
     tokenizer: PreTrainedTokenizerBase, row: Row, demonstrations: Sequence[Row] = (), instructions: str = ""
 ) -> str:
-    """The text of the same prompt."""
+    """Renders the prompt of ``render_prompt`` as text."""
     return Chat(tokenizer).prompt_text(row, demonstrations, instructions).replace(MARK, "")
 
 
 def _is_shown(message: Mapping[str, Any], text: str) -> bool:
-    """Whether the longest word of a message stands in ``text``: templates trim and quote, leave thoughts of earlier
-    turns out, and take switches away."""
+    """Whether ``text`` contains the longest word of a message: templates trim and quote contents, and remove thoughts
+    of earlier turns and switches such as ``/think``."""
     content = re.sub("/(?:no_)?think", " ", message["content"])
     if message["role"] == "assistant":
         content = re.sub(r"(?s)^.*</think>", "", content)

@@ -1,4 +1,4 @@
-"""Conventions of a chat template, found by showing it small conversations: tools, calls, turns, control tokens."""
+"""Conventions of a chat template, inferred from small conversations: tools, calls, turns, control tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolx_kernels.toolcall.parse import THOUGHTS, read
 from toolx_kernels.toolcall.template import CHATML_TOKENS, Template
 from toolx_kernels.toolcall.tool_format import FORMATS, ToolFormat
 
-CALL_ID = "call00000"  # Mistral's templates want nine letters or digits
+CALL_ID = "call00000"  # Mistral's templates require nine letters or digits
 _ASKED, _ANSWERED, _RETURNED = "what the user asked", "what the assistant wrote", "what the tool returned"
 _CONVERSATION = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
 _SYSTEM = {"role": "system", "content": _RETURNED}
@@ -18,7 +18,7 @@ _PARAMETERS = {"type": "object", "properties": {"value": {"type": "string", "des
 _TOOL = {"name": "probe_tool", "description": "A tool.", "parameters": _PARAMETERS}
 _TOOLS = [{"type": "function", "function": _TOOL}]
 _CALL = {"name": "probe_tool", "arguments": {"value": "probed"}}
-# what a tool prompt says where the template does not write the calls of earlier turns
+# text in the tool prompts of templates that do not write the calls of earlier turns
 _CUES = (
     ("<tool_call>", "hermes"),
     ("<|tool_call_start|>", "lfm2"),
@@ -30,15 +30,15 @@ _CUES = (
 
 
 class Conventions:
-    """What ``template`` does.
+    """The conventions of ``template``.
 
     shows_tools     it writes the tools that it is given
     takes_system    it shows a system message
-    takes_results   it has a form for what tools return
+    takes_results   it shows tool messages
     opens_thought   it opens a thought for the assistant
     thinks          the assistant is expected to think first
-    tool_format     the form in which it writes calls of earlier turns; where it writes none, the one that its tool
-                    prompt asks for; None: no form that is known
+    tool_format     the format in which it writes calls of earlier turns; if it writes none, the one that its tool
+                    prompt asks for; None: unknown
     """
 
     def __init__(self, template: Template):
@@ -46,7 +46,7 @@ class Conventions:
         offered = template.render(_CONVERSATION[:1], _TOOLS)
         try:
             self.shows_tools = offered != template.render(_CONVERSATION[:1])
-        except InputError:  # it cannot do without
+        except InputError:  # it requires tools
             self.shows_tools = True
         self.takes_system = _RETURNED in self._tried([_SYSTEM, *_CONVERSATION[:1]])
         self.takes_results = self.shows_tools and _RETURNED in self._tried([*_CONVERSATION, _RESULT])
@@ -57,20 +57,20 @@ class Conventions:
         self.tool_format = self._tool_format(offered)
 
     def after_turn(self, messages: Sequence[dict]) -> str:
-        """What the template writes after the assistant's text when ``messages`` follow and the assistant is next.
+        """The text after an assistant's text, if ``messages`` follow and then the assistant.
 
-        Raises InputError when it does not show what the assistant says.
+        Raises InputError if the template does not show the assistant's text.
         """
         _, shown, after = self._rendered([*_CONVERSATION, *messages]).partition(_ANSWERED)
         if not shown:
             raise InputError(
-                f"The chat template of {self._template.name} does not show what the assistant says, so no turn can "
+                f"The chat template of {self._template.name} does not show the assistant's text, so no turn can "
                 "follow: give the tokenizer a template for text conversations."
             )
         return after
 
     def turn_tokens(self) -> dict[str, int]:
-        """The added tokens that turns are made of, with their ids."""
+        """The added tokens that delimit turns, with their ids."""
         asked = _CONVERSATION[:1]
         conversations = ([_SYSTEM, *asked], [*_CONVERSATION, *asked], [*_CONVERSATION, _RESULT])
         written = "".join(map(self._tried, conversations))
@@ -78,14 +78,14 @@ class Conventions:
         return {token: i for token, i in added.items() if token.strip() and token in written}
 
     def special_tokens(self) -> set[str]:
-        """All tokens that the tokenizer calls special, and those of ChatML where that stands in for a template."""
+        """All tokens that the tokenizer calls special, and ChatML's if that replaces a missing template."""
         special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         stand_in = () if self._tokenizer.chat_template else CHATML_TOKENS
         return {*special, *self._tokenizer.all_special_tokens, *stand_in}
 
     def end_of_turn(self, control: set[str]) -> str:
-        """That of the ``control`` tokens with which the template ends an assistant's turn, whoever is next; else the
-        tokenizer's end of sequence, and "" without one."""
+        """The ``control`` token with which the template ends an assistant's turn, whoever is next; else the tokenizer's
+        end of sequence, or "" without one."""
         followed = self._tried(_CONVERSATION), self._tried([*_CONVERSATION, *_CONVERSATION[:1]], generation=False)
         tails = [tail for tail in (text.partition(_ANSWERED)[2].lstrip() for text in followed) if tail]
         ends = [token for token in control if tails and all(tail.startswith(token) for tail in tails)]
@@ -101,7 +101,7 @@ class Conventions:
         return None if written else next((FORMATS[name] for cue, name in _CUES if cue in offered), None)
 
     def _written_calls(self) -> list[str]:
-        """An assistant's turn with a call as the template writes it, given an object as arguments, and JSON text."""
+        """An assistant's turn with a call, as the template writes it for arguments in an object and in JSON text."""
         said = self._tried(_CONVERSATION, generation=False).rpartition(_ASKED)[2]
         header, _, tail = said.partition(_ANSWERED)
         marks = {marker for form in FORMATS.values() for marker in form.markers}
@@ -124,7 +124,7 @@ class Conventions:
         return self._template.render(messages, tools, add_generation_prompt=generation)
 
     def _tried(self, messages: Sequence[dict], generation: bool = True) -> str:
-        """The same, "" where the template refuses the messages."""
+        """``_rendered``, or "" if the template refuses the messages."""
         try:
             return self._rendered(messages, generation)
         except InputError:
@@ -132,7 +132,7 @@ class Conventions:
 
 
 def opened_thought(text: str) -> str:
-    """The opening tag of a thought, and the white space behind it, with which ``text`` ends; else ""."""
+    """The opening tag of a thought at the end of ``text``, with the white space after it; else ""."""
     for opening in THOUGHTS:
         if text.rstrip().endswith(opening):
             return text[text.rindex(opening) :]

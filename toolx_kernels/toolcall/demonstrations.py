@@ -14,15 +14,15 @@ from toolx_kernels.toolcall.rows import Row
 
 
 class DemonstrationIndex:
-    """Which of ``rows`` show the use of which tool.
+    """An index of ``rows`` by the tools that they use.
 
-    ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools it offers. The tools
-    of its own answer get no preference: that would tell which of the offered tools is right. Nothing that tells the
-    answer itself is shown: no sample with the row's user text (case, white space and Unicode's compatible forms aside),
-    so not the row itself; none that holds any call of its answer; and, where the row has ``possible_answers``, none
-    that holds a call which BFCL's rules would accept.
+    ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools that it offers. The
+    tools of its own answer get no preference, which would reveal the right one. No demonstration reveals the answer
+    itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode compatibility forms),
+    thus the row itself; samples that contain any call of its answer; and, if the row has ``possible_answers``, samples
+    with a call that BFCL's rules would accept.
 
-    A call costs what it draws, whatever the number of rows, unless nearly all rows tell the answer.
+    The cost of ``choose`` does not depend on the number of rows, unless nearly all rows reveal the answer.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -33,11 +33,11 @@ class DemonstrationIndex:
                 self._by_tool.setdefault(name, _Users()).add(sample)
 
     def choose(self, row: Row, rng: random.Random, per_tool: int = 1, limit: int = 3) -> list[Row]:
-        """At most ``limit`` demonstrations for ``row``, at most ``per_tool`` for each offered tool, tools in random
-        order.
+        """Draws at most ``limit`` demonstrations for ``row``, at most ``per_tool`` for each offered tool, with the
+        tools in random order.
 
-        ``[]`` exactly when there are none, or ``limit`` or ``per_tool`` is 0. The same state of ``rng`` gives the same
-        choice.
+        Returns ``[]`` only if there are none, or ``limit`` or ``per_tool`` is 0. The same state of ``rng`` gives the
+        same choice.
         """
         secret = _Secret(row)
         chosen: dict[str, Row] = {}
@@ -69,7 +69,7 @@ class _Sample:
 
 
 class _Secret:
-    """What the demonstrations of a row must not tell."""
+    """The text and calls of a row, which its demonstrations must not reveal."""
 
     def __init__(self, row: Row) -> None:
         self.text, self.keys = _folded(row.user_text), _keys(row)
@@ -89,13 +89,12 @@ class _Secret:
 
 @dataclass(slots=True)
 class _Users:
-    """The samples that use one tool. Those with equal answers are also kept together, so that whether any can be shown
-    is settled without a look at each."""
+    """The samples that use one tool, also grouped by answer, so that ``can_show`` need not check each sample."""
 
     samples: list[_Sample] = field(default_factory=list)
-    _by_answer: dict[frozenset[str], list[_Sample]] = field(default_factory=dict)  # at most two, of different texts
+    _by_answer: dict[frozenset[str], list[_Sample]] = field(default_factory=dict)  # at most two, with different texts
     _in_every_answer: frozenset[str] = frozenset()
-    _shown_last: Sequence[_Sample] = ()  # what served one row probably serves the next
+    _shown_last: Sequence[_Sample] = ()  # tried first, because it probably serves the next row too
 
     def add(self, sample: _Sample) -> None:
         self._in_every_answer = self._in_every_answer & sample.keys if self.samples else sample.keys
@@ -115,8 +114,8 @@ class _Users:
 
 
 def _shuffled(samples: Sequence[_Sample], rng: random.Random) -> Iterator[_Sample]:
-    """``samples`` in random order, shuffled only as far as they are taken."""
-    moved: dict[int, int] = {}  # place -> which sample stands there now
+    """``samples`` in random order, shuffled one by one as they are taken."""
+    moved: dict[int, int] = {}  # position -> index of the sample there now
     for last in range(len(samples) - 1, -1, -1):
         place = rng.randrange(last + 1)
         yield samples[moved.get(place, place)]

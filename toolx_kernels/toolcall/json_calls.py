@@ -1,38 +1,39 @@
-"""Calls as JSON objects within any text, ``{"name": ..., "arguments": ...}`` and its kin."""
+"""JSON calls within any text: ``{"name": ..., "arguments": ...}`` and related objects."""
 
 import re
 from typing import Any, NamedTuple
 
 from toolx_kernels.toolcall.strict_json import is_shallow, json_at, read_json, skip_space
 
-# Where an object, or a list of them, begins that may be a call: by its first key, however that is quoted.
+# The beginning of an object, or of a list of objects, that may be a call: its first key, however quoted.
 _START = r"""(?:\[\s*)?\{\s*["']?(?:(?:name|arguments|parameters|function|id)["']?\s*:|type["']?\s*:\s*["']?function)"""
-# Or where arguments stand in an object that begins otherwise, and so is no call.
+# Or the arguments in an object that begins differently, and so is not a call.
 OPENER = rf"""{_START}|["'](?:arguments|parameters)["']\s*:\s*\{{"""
 _STARTS = re.compile(_START)
 
 
 class Block(NamedTuple):
-    """Calls that stand together in a text.
+    """Adjacent calls in a text.
 
     >>> json_block('Yes: {"name": "f", "arguments": {}}!', 5)
     Block(calls=[{'name': 'f', 'arguments': {}}], end=35, bare=True)
     """
 
-    calls: list[dict]  # each {"name", "arguments"}; none: what looked like calls is text
-    end: int  # where the block ends in the text
-    bare: bool = True  # whether it is the calls and what the form puts around them, nothing else
+    calls: list[dict]  # each {"name", "arguments"}; empty: what looked like calls is text
+    end: int  # the end of the block in the text
+    bare: bool = True  # whether it holds only the calls and what the format puts around them
 
 
 def json_block(text: str, start: int, with_id: bool = False) -> Block | None:
-    """The calls in the JSON values that stand one after another from ``start`` on, where ``OPENER`` matches: objects
-    and lists of them, between them white space and at most one comma or semicolon. None when one is no JSON, or is
-    meant as a call and is none.
+    """Reads the calls in consecutive JSON values from ``start`` on, where ``OPENER`` matches.
 
-    A call is an object with exactly ``name`` (a string) and one of ``arguments`` and ``parameters`` (an object),
-    perhaps ``"type": "function"``, and, ``with_id``, perhaps an ``id``; or one of OpenAI's, ``{"type": "function",
-    "function": {"name", "arguments"}}``, perhaps with an ``id``, whose arguments may be JSON text. Calls deeper in a
-    value that is no call and no list of calls count too; ``bare`` says that there are none such.
+    The values are objects or lists of objects, separated by white space and at most one comma or semicolon. Returns
+    None if one is not JSON, or is meant as a call and is malformed.
+
+    A call is an object with exactly ``name`` (a string) and either ``arguments`` or ``parameters`` (an object),
+    optionally ``"type": "function"`` and, ``with_id``, an ``id``; or OpenAI's ``{"type": "function", "function":
+    {"name", "arguments"}}``, optionally with an ``id``, whose arguments may be JSON text. Calls nested in other values
+    count too, but then the block is not ``bare``.
     """
     calls: list[dict] = []
     bare, at, end = True, start, start
@@ -51,7 +52,7 @@ def json_block(text: str, start: int, with_id: bool = False) -> Block | None:
 
 
 def hermes_call(value: Any) -> dict | None:
-    """``value`` where it is a call with exactly the keys ``name`` and ``arguments``, else None."""
+    """``value`` if it is a call with exactly the keys ``name`` and ``arguments``, else None."""
     well_formed = (
         isinstance(value, dict)
         and value.keys() == {"name", "arguments"}
@@ -62,7 +63,7 @@ def hermes_call(value: Any) -> dict | None:
 
 
 def _calls_in(value: Any, with_id: bool) -> list[dict] | None:
-    """The calls in ``value``, which is shallow, in order; None when one that is meant as a call is none."""
+    """The calls in ``value``, which is shallow, in order; None if one that is meant as a call is malformed."""
     if _is_meant(value):
         call = _call(value, with_id)
         return None if call is None else [call]
@@ -77,7 +78,7 @@ def _calls_in(value: Any, with_id: bool) -> list[dict] | None:
 
 
 def _is_meant(value: Any) -> bool:
-    """Whether a value is a call, or comes so near to one that it cannot be meant as anything else."""
+    """Whether a value is a call, or so close to one that it cannot be meant as anything else."""
     if not isinstance(value, dict):
         return False
     named = isinstance(value.get("name"), str)
@@ -110,5 +111,5 @@ def _call(value: dict, with_id: bool) -> dict | None:
 
 
 def _is_plain(value: dict) -> bool:
-    """Whether what a call may have besides its parts is as it should be."""
+    """Whether the optional members of a call have valid values."""
     return value.get("type", "function") == "function" and isinstance(value.get("id", ""), str)

@@ -1,9 +1,8 @@
-"""Java and JavaScript literals, as BFCL's two language categories have them.
+"""Java and JavaScript literals, as in BFCL's two language categories.
 
 There every argument is a string that holds a literal of the language (``"42L"``, ``"new int[]{1, 2}"``), and BFCL's
-checker reads it with a fixed set of patterns. ``read_literal`` follows those patterns, quirks included, since a score
-must mean the same here and there; ``write_literal`` writes a value so that they read it back. What no pattern fits
-stays the text.
+checker reads it with a fixed set of patterns. ``read_literal`` follows those patterns, quirks included, so that scores
+agree with BFCL's; ``write_literal`` writes a value so that they read it back. Text that no pattern matches stays text.
 """
 
 import re
@@ -18,7 +17,7 @@ JAVASCRIPT_TYPES = {
     "dict": dict,
 }  # fmt: skip
 TYPES = {"java": JAVA_TYPES, "javascript": JAVASCRIPT_TYPES}
-# The patterns are quadratic at worst, and no literal in BFCL has more than some hundred characters.
+# The patterns take quadratic time at worst, and no literal in BFCL has more than a few hundred characters.
 MAX_LENGTH = 4000
 
 _INTEGER = re.compile(r"^-?\d+$")
@@ -46,7 +45,7 @@ def split_type(name: str) -> tuple[str, str | None]:
 
 def read_literal(text: str, language: str, name: str) -> Any:
     """The value that BFCL's checker reads from ``text`` as a ``language`` literal of type ``name``
-    (``"ArrayList<long>"``); ``text`` itself where it is no such literal, is longer than ``MAX_LENGTH``, or holds a
+    (``"ArrayList<long>"``); ``text`` itself if it is not such a literal, is longer than ``MAX_LENGTH``, or contains a
     number too long to convert."""
     if len(text) > MAX_LENGTH:
         return text
@@ -58,7 +57,8 @@ def read_literal(text: str, language: str, name: str) -> Any:
 
 
 def write_literal(value: Any, language: str, name: str) -> str:
-    """``value`` as a ``language`` literal of type ``name``. A string where another type is due is a variable's name."""
+    """``value`` as a ``language`` literal of type ``name``. A string stays as it is: for other types it is the name of
+    a variable."""
     if isinstance(value, str):
         return value
     return (_write_java if language == "java" else _write_javascript)(value, *split_type(name))
@@ -71,7 +71,7 @@ def _write_java(value: Any, name: str | None, item: str | None) -> str:
         puts = (f'put("{key}", {_write_java(each, "any", None)});' for key, each in value.items())
         return f"new HashMap<String, Object>() {{{{ {' '.join(puts)} }}}}"
     if isinstance(value, list):
-        # BFCL's reader takes the quotes off the strings of an ArrayList but leaves them on those of an array.
+        # BFCL's reader removes the quotes from strings of an ArrayList but keeps those of an array.
         bare = name == "Array"
         inside = ", ".join(each if bare and isinstance(each, str) else _write_java(each, item, None) for each in value)
         if bare:
@@ -131,7 +131,7 @@ def _read_array_list(text: str, item: str | None) -> Any:
 
 
 def _read_untyped(text: str) -> Any:
-    """A value inside a HashMap, whose type nobody stated."""
+    """A value inside a HashMap, whose type is not stated."""
     if text in ("true", "false"):
         return text == "true"
     if text.startswith('"') and text.endswith('"'):
@@ -190,7 +190,7 @@ def _read_object(text: str) -> Any:
 
 
 def _read_member(text: str) -> Any:
-    """A value inside an array or object, whose type nobody stated."""
+    """A value inside an array or object, whose type is not stated."""
     text = text.strip()
     if text in ("true", "false"):
         return text == "true"

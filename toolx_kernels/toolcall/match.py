@@ -1,4 +1,4 @@
-"""Exact matching of calls with an answer."""
+"""Exact match of calls with an answer."""
 
 import json
 
@@ -13,5 +13,5 @@ def exact_match(calls: list[dict] | None, answer: list[dict]) -> bool:
 
 
 def call_key(call: dict) -> str:
-    """A text that two calls share exactly when ``exact_match`` holds them equal."""
+    """A string that two calls share exactly if ``exact_match`` considers them equal."""
     return json.dumps([call["name"], call["arguments"]], sort_keys=True)

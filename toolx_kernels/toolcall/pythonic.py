@@ -1,4 +1,4 @@
-"""Calls as Python writes them, ``[f(x=1), g()]``: read without being run, and written."""
+"""Pythonic calls, ``[f(x=1), g()]``: a reader, which does not run them, and a writer."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, finite, is_shallow, skip_space, unique
 
-# Names as data sets have them: get_weather, api.news, /v1/users, Get Flight Details. The first word has a letter.
+# Names as in datasets: get_weather, api.news, /v1/users, Get Flight Details. The first word contains a letter.
 _WORD = r"[\d./\-]*[^\W\d][\w./\-]*"
 _MORE_WORDS = r" +[\w./\-]+"
 NAME = rf"{_WORD}(?:{_MORE_WORDS})*"
 _KEYWORD = r"[\w.\-]+"
-# Where a list of calls begins. After several words only what a call has: "[the item(s)]" is prose.
+# The beginning of a list of calls. A name of several words needs arguments like a call's: "[the item(s)]" is prose.
 LIST = rf"\[\s*{_WORD}(?:\(|(?:{_MORE_WORDS})+\((?=\s*(?:\)|{_KEYWORD}\s*=)))"
 
 _CALL = re.compile(rf"({NAME})\(")
@@ -52,11 +52,13 @@ _T = TypeVar("_T")
 
 
 def read_calls(text: str, start: int) -> tuple[list[dict], int] | None:
-    """The calls of the list that begins at ``start``, and where it ends; None when it is malformed.
+    """Reads the list of calls that begins at ``start``; returns the calls and the list's end, or None if it is
+    malformed.
 
-    Arguments are keywords, each once; their values are Python's and JSON's literals: strings in single or double quotes
-    with Python's escapes, finite numbers, lists, tuples (which give lists), mappings whose keys are strings, each once,
-    ``True`` or ``true``, ``None`` or ``null``. All else is malformed, and so is nesting deeper than ``MAX_DEPTH``."""
+    Arguments are keywords without repetition. Values are literals of Python and JSON: strings in single or double
+    quotes with Python's escapes, finite numbers, lists, tuples (read as lists), mappings with unique string keys,
+    ``True`` or ``true``, ``None`` or ``null``. Anything else is malformed, and so is nesting deeper than ``MAX_DEPTH``.
+    """
     try:
         calls, end = _items(text, start + 1, "]", _call)
     except ValueError:
@@ -65,16 +67,19 @@ def read_calls(text: str, start: int) -> tuple[list[dict], int] | None:
 
 
 def read_arguments(text: str, start: int) -> tuple[dict, int]:
-    """The arguments of the call whose parenthesis is opened before ``start``, and where it ends. Raises ValueError for
-    what ``read_calls`` calls malformed."""
+    """Reads the arguments of the call whose parenthesis opens just before ``start``; returns them and the call's end.
+
+    Raises ValueError for what ``read_calls`` considers malformed.
+    """
     pairs, end = _items(text, start, ")", _argument)
     return unique(pairs), end
 
 
 def write_calls(calls: Sequence[dict]) -> str:
-    """The list of calls that ``read_calls`` reads back, strings in double quotes.
+    """Writes a list of calls that ``read_calls`` reads back, with strings in double quotes.
 
-    Raises InputError for a name of a function or an argument that this form cannot say."""
+    Raises InputError for a name of a function or an argument that this format cannot express.
+    """
     return f"[{', '.join(map(_write_call, calls))}]"
 
 
@@ -82,14 +87,14 @@ def _write_call(call: dict) -> str:
     name, arguments = call["name"], call["arguments"]
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"the function name {name!r} cannot be written as a call in Python's form: rename it, with letters, digits,"
-            " '_', '.', '-', '/' and inner spaces alone, or choose a form that quotes names, such as json"
+            f"the function name {name!r} cannot be written as a call in Python syntax: rename it with letters, digits,"
+            " '_', '.', '-', '/' and inner spaces only, or choose a format that quotes names, such as json."
         )
     for key in arguments:
         if not _ARGUMENT_NAME.fullmatch(key):
             raise InputError(
-                f"the argument {key!r} of {name} cannot be written as a keyword in Python's form: rename it, with"
-                " letters, digits, '_', '.' and '-' alone, or choose a form that quotes names, such as json"
+                f"the argument {key!r} of {name} cannot be written as a keyword in Python syntax: rename it with"
+                " letters, digits, '_', '.' and '-' only, or choose a format that quotes names, such as json."
             )
     return f"{name}({', '.join(f'{key}={_write(value)}' for key, value in arguments.items())})"
 
@@ -105,7 +110,8 @@ def _write(value: Any) -> str:
 
 
 def _items(text: str, at: int, close: str, read: Callable[[str, int], tuple[_T, int]]) -> tuple[list[_T], int]:
-    """What ``read`` reads, comma after comma, up to ``close``; and where that ends. The last may have a comma too."""
+    """Reads items, separated by commas, with ``read`` up to ``close``; returns them and the end. The last item may have
+    a comma too."""
     items: list[_T] = []
     at = skip_space(text, at)
     while not text.startswith(close, at):
@@ -185,7 +191,7 @@ def _unescaped(found: re.Match[str]) -> str:
             return unicodedata.lookup(code)
         except KeyError as error:
             raise ValueError("no character's name") from error
-    if kind == "pair":  # as JSON escapes a character beyond U+FFFF
+    if kind == "pair":  # JSON's escape of a character beyond U+FFFF
         high, low = (int(half, 16) for half in code[1:].split("\\u"))
         return chr(0x10000 + ((high & 0x3FF) << 10 | low & 0x3FF))
     number = int(code, 8 if kind == "octal" else 16)

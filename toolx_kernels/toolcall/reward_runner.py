@@ -1,4 +1,4 @@
-"""The runner of users' reward functions, as in TRL: several with weights, plain or async, within a time limit."""
+"""Reward runner for users' functions, as in TRL: several with weights, plain or async, within a time limit."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class Completion(Protocol):
-    """What a reward function gets of a completion."""
+    """The parts of a completion that reward functions receive."""
 
     ids: list[int]
     text: str  # for a string prompt
@@ -28,36 +28,36 @@ class Completion(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """What the functions gave to B completions.
+    """The rewards of B completions.
 
     >>> Rewards(total=[1.5, 0.0], parts={"right": [1.0, None], "short": [0.5, None]}, unrewarded=1).total
     [1.5, 0.0]
     """
 
     total: list[float]  # (B) the weighted sum of the parts; a None adds nothing
-    parts: dict[str, list[float | None]]  # (B) for each function by its name, unweighted; None: it does not apply
-    unrewarded: int  # completions to which no function applied; their total is 0.0
+    parts: dict[str, list[float | None]]  # name of a function -> (B), unweighted; None: it does not apply
+    unrewarded: int  # number of completions to which no function applied; their total is 0.0
 
 
 class RewardFunctions:
     """Reward functions ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, as in TRL.
 
-    A function gets prompts as the rows have them, completions as strings (for a string prompt) or as lists of chat
-    messages, the token ids, and ``id``, ``tools``, ``answer`` and the free columns as lists; a column that a row lacks
-    is None there. All are copies, one per completion, so what a function does to them stays its own. A reward of None
-    says that the function does not apply.
+    A function receives the rows' prompts, completions as strings (for a string prompt) or as lists of chat messages,
+    the token ids, and ``id``, ``tools``, ``answer`` and the free columns as lists, with None where a row lacks a
+    column. All are copies, one per completion, so a function may modify them. A reward of None says that the function
+    does not apply.
 
     A function may be async, or return an awaitable: these run concurrently with each other and with the plain functions
-    after them, on one event loop that is kept as long as this object (``Background``).
+    after them, on one event loop that lasts as long as this object (``Background``).
 
     Args:
-        funcs: one function or several; those of one name are told apart by a number, in ``names`` and in the parts.
+        funcs: one function or several; functions of the same name get a number, in ``names`` and in the parts.
         weights: one per function, None for 1.0 each; TRL's ``reward_weights``.
-        timeout: seconds that each call of a function may take; None for no limit. With a limit, plain functions run on
-            threads of their own, which one that is stuck keeps until the process ends.
+        timeout: seconds that each call of a function may take; None for no limit. With a limit, each plain function
+            runs on a new thread, which a stuck function keeps until the process ends.
 
-    Raises InputError for no function, one that cannot be called, another number of weights than of functions, a weight
-    that is no finite float32, or a timeout that is not positive.
+    Raises InputError for no function, one that is not callable, a number of weights that differs from that of
+    functions, a weight that is not a finite float32, or a timeout that is not positive.
     """
 
     def __init__(
@@ -70,28 +70,27 @@ class RewardFunctions:
         self.weights = [1.0] * len(self.funcs) if weights is None else list(weights)
         self.timeout = timeout
         if not self.funcs:
-            raise InputError("reward_funcs is empty; give at least one reward function")
+            raise InputError("reward_funcs is empty: give at least one reward function.")
         for func in self.funcs:
             if not callable(func):
-                raise InputError(f"the reward function {short(func)} cannot be called; give a function")
+                raise InputError(f"the reward function {short(func)} cannot be called: give a function.")
         self.names = _distinct([getattr(func, "__name__", type(func).__name__) for func in self.funcs])
         if len(self.weights) != len(self.funcs):
             raise InputError(
-                f"reward_weights has {len(self.weights)} entries for {len(self.funcs)} reward functions; give one each"
+                f"reward_weights has {len(self.weights)} entries for {len(self.funcs)} reward functions: give one each."
             )
         for weight, name in zip(self.weights, self.names, strict=True):
             if not _is_number(weight) or not abs(weight) <= _FLOAT32_MAX:
-                raise InputError(f"the weight {short(weight)} of reward function {name!r} must be a finite number")
+                raise InputError(f"the weight {short(weight)} of reward function {name!r} must be a finite number.")
         if timeout is not None and not (_is_number(timeout) and 0 < timeout <= threading.TIMEOUT_MAX):
-            raise InputError(f"the reward timeout {short(timeout)} must be a positive number of seconds, or None")
+            raise InputError(f"the reward timeout {short(timeout)} must be a positive number of seconds, or None.")
         self._background = Background("reward functions")
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Rewards:
-        """The rewards of ``completions[i]``, written for ``rows[i]``.
+        """Returns the rewards of B completions; ``completions[i]`` was written for ``rows[i]``.
 
-        Raises InputError, naming the function and the call, when it raises or does not return in time, when it returns
-        another number of rewards than it got completions, or a reward that is no finite float32; and when a weighted
-        sum is none.
+        Raises InputError, naming the function and the call, if a function raises, does not return in time, or returns a
+        wrong number of rewards or a reward that is not a finite float32; also if a weighted sum is not one.
         """
         parts: dict[str, list[float | None]] = {}
         awaited: list[tuple[str, float, Future]] = []
@@ -111,7 +110,7 @@ class RewardFunctions:
         return self._sum(rows, {name: parts[name] for name in self.names})
 
     def _call(self, func: Callable, rows: Sequence[Row], completions: Sequence[Completion]) -> Future:
-        """What ``func`` returns, as a list or an awaitable; with a time limit, it runs on a thread."""
+        """Calls ``func``, on a thread if there is a time limit; the future holds a list or an awaitable."""
         arguments = _arguments(rows, completions)
 
         def call() -> Any:
@@ -125,19 +124,19 @@ class RewardFunctions:
         return future
 
     def _in_time(self, name: str, future: Future, begin: float, rows: Sequence[Row]) -> Any:
-        """What ``future`` holds, by ``timeout`` seconds after ``begin``."""
+        """The result of ``future``, within ``timeout`` seconds after ``begin``."""
         if not in_time(future, begin, self.timeout):
             raise InputError(
-                f"reward function {name!r} did not return within {self.timeout:g} s for {_extent(rows)}; mend it or"
-                " allow it more time"
+                f"reward function {name!r} did not return within {self.timeout:g} s for {_extent(rows)}: fix it or"
+                " allow it more time."
             )
         try:
             return future.result()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit too
+        except BaseException as error:  # including SystemExit
             raise InputError(
-                f"reward function {name!r} raised {one_line(error)} for {_extent(rows)}; mend it or leave it out"
+                f"reward function {name!r} raised {one_line(error)} for {_extent(rows)}: fix it or leave it out."
             ) from error
 
     def _sum(self, rows: Sequence[Row], parts: dict[str, list[float | None]]) -> Rewards:
@@ -147,8 +146,8 @@ class RewardFunctions:
             value = sum(given, 0.0)
             if not abs(value) <= _FLOAT32_MAX:
                 raise InputError(
-                    f"the weighted rewards of row {row.id!r} add up to {value:.3g}, which is no float32; lower the"
-                    " weights"
+                    f"the weighted rewards of row {row.id!r} add up to {value:.3g}, which is not a finite float32:"
+                    " lower the weights."
                 )
             total.append(value)
             unrewarded += not given
@@ -156,7 +155,7 @@ class RewardFunctions:
 
 
 def _extent(rows: Sequence[Row]) -> str:
-    """What a call was for, in words."""
+    """Describes the rows of a call."""
     if len(rows) == 1:
         return f"row {rows[0].id!r}"
     return f"{len(rows)} completions" + (f", the first of row {rows[0].id!r}" if rows else "")
@@ -165,12 +164,12 @@ def _extent(rows: Sequence[Row]) -> str:
 def _checked(name: str, rewards: Any, rows: Sequence[Row]) -> list[float | None]:
     if not isinstance(rewards, list):
         raise InputError(
-            f"reward function {name!r} returned {short(rewards)}; it must return a list with one reward per completion"
+            f"reward function {name!r} returned {short(rewards)}: it must return a list with one reward per completion."
         )
     if len(rewards) != len(rows):
         raise InputError(
-            f"reward function {name!r} returned {len(rewards)} rewards for {len(rows)} completions; it must return one"
-            " per completion"
+            f"reward function {name!r} returned {len(rewards)} rewards for {len(rows)} completions: it must return one"
+            " per completion."
         )
     return [_number(reward, name, row) for reward, row in zip(rewards, rows, strict=True)]
 
@@ -208,7 +207,7 @@ def _arguments(rows: Sequence[Row], completions: Sequence[Completion]) -> dict:
 
 
 def _listed(rewards: Any) -> Any:
-    """``rewards`` as a list, itself where it cannot be iterated over; a generator runs here, and raises here."""
+    """``rewards`` as a list, or unchanged if it is not iterable; a generator runs here, and raises here."""
     try:
         values = iter(rewards)
     except TypeError:
@@ -217,7 +216,7 @@ def _listed(rewards: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """``copy.deepcopy``, three times as fast on JSON, which is what columns mostly hold."""
+    """``copy.deepcopy``, three times as fast on JSON, which most columns hold."""
     if type(value) is dict:
         return {key: _copy(item) for key, item in value.items()}
     if type(value) is list:
@@ -234,7 +233,7 @@ def _number(reward: Any, name: str, row: Row) -> float | None:
         value = math.nan
     if not abs(value) <= _FLOAT32_MAX:
         raise InputError(
-            f"reward function {name!r} gave {short(reward)} for row {row.id!r}; a reward is a finite float32, at most"
-            f" {_FLOAT32_MAX:.2g} in size, or None where the function does not apply"
+            f"reward function {name!r} gave {short(reward)} for row {row.id!r}: a reward must be a finite float32, at"
+            f" most {_FLOAT32_MAX:.2g} in size, or None where the function does not apply."
         )
     return value

@@ -11,28 +11,30 @@ from toolx_kernels.toolcall.parse import Reading, read
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 
-NEARLY_RIGHT = 0.99  # the most that calls which are not right earn by their similarity
-COMPARED_WORDS = 200  # of a text's beginning, so that similarity is linear in what a model writes
+NEARLY_RIGHT = 0.99  # the highest reward by similarity of calls that are not right
+COMPARED_WORDS = 200  # at the beginning of a text, so that similarity takes time linear in its length
 _WORD = re.compile(r"[^\W_]+")
 
 
 def is_correct(text: str | Sequence[str], row: Row, tool_format: ToolFormat = HERMES) -> bool:
-    """Whether the calls in ``text`` are right for ``row``, whatever else ``text`` says: by BFCL's rules
-    (``bfcl_match``) for a row with ``possible_answers``, else by ``exact_match`` with its answer. A leading thought is
-    left out; behind one that is never closed nothing is right.
+    """Whether the calls in ``text`` are right for ``row``, whatever else ``text`` says.
 
-    Of several turns, a list of texts, each must be well-formed by itself, and their calls count together: one that
-    failed and was mended in a later turn is one too many."""
+    Rows with ``possible_answers`` are judged by BFCL's rules (``bfcl_match``), others by ``exact_match`` with their
+    answer. A leading thought is ignored; if it is never closed, nothing is right.
+
+    If ``text`` is a list, the texts of several turns, each must be well-formed and their calls count together: a failed
+    call that a later turn corrects is one call too many.
+    """
     turns = [read(turn, tool_format) for turn in ([text] if isinstance(text, str) else text)]
     return _is_right(turns, row.answer, row.tools, row.columns.get("possible_answers"), row.columns.get("category", ""))
 
 
 class CallReward:
-    """A reward function in TRL's signature: 1.0 for a completion with the right calls and nothing beside them but what
-    their form puts around them, else 0.0. Where no call is the right answer, any text without one is.
+    """A reward function with TRL's signature: 1.0 for a completion with the right calls and nothing else, else 0.0.
 
+    What the format puts around calls is allowed. If the right answer has no call, any text without calls is right.
     Rows with ``possible_answers`` (and ``category``) are judged by BFCL's rules. A leading thought earns 0.0, or, with
-    ``allow_thoughts``, what the rest of its turn earns; one that is never closed 0.0.
+    ``allow_thoughts``, what the rest of its turn earns; a thought that is never closed always earns 0.0.
     """
 
     def __init__(self, tool_format: ToolFormat = HERMES, allow_thoughts: bool = False) -> None:
@@ -49,8 +51,8 @@ class CallReward:
         tools: list,
         **columns: list,
     ) -> list[float]:
-        """One reward for each completion: strings or lists of chat messages, whose turns of the assistant are judged
-        each by itself. The others are columns with one entry per completion."""
+        """Returns one reward per completion. Completions are strings, or lists of chat messages whose assistant turns
+        are parsed one by one; the other arguments are columns with one entry per completion."""
         possible = columns.get("possible_answers") or [None] * len(completions)
         category = columns.get("category") or [None] * len(completions)
         rewards = []
@@ -69,17 +71,20 @@ class CallReward:
 
 
 class SimilarityReward(CallReward):
-    """``CallReward`` with degrees: 1.0 for what earns 1.0 there, and for other calls, as well-formed as there, how
-    similar they are to the answer, at most ``NEARLY_RIGHT``. After STAR (arXiv 2602.03022, Sim-RL).
+    """``CallReward`` with partial rewards, after STAR (arXiv 2602.03022, Sim-RL).
 
-    Calls of one name are paired, the most similar first. A pair scores the sum over its common arguments, 1 for equal
-    ones (as JSON) and ROUGE-L's F1 for two texts, by the number of arguments in either; without any it scores 1. The
-    sum over the pairs is divided by the number of calls in either answer, a pair counting as one. A tool that is not
-    offered, an argument that its schema does not know, a call where none is wanted and silence where one is earn 0.
+    What earns 1.0 there earns 1.0. Other calls, as well-formed as there, earn their similarity to the answer, at most
+    ``NEARLY_RIGHT``.
 
-    Words are letters and digits of any script, in lower case; the longest common subsequence is that of the first
-    ``COMPARED_WORDS`` words, by the lengths of the whole texts. STAR's own code pairs calls in the order they are
-    written, stems English words, takes 1, 1.0 and True for equal, and gives -1 for malformed and unknown calls.
+    Calls with the same name are paired, the most similar first. A pair scores the sum over its common arguments, 1 for
+    equal values (as JSON) and ROUGE-L's F1 for two strings, divided by the number of arguments in either call; without
+    arguments it scores 1. The sum over the pairs is divided by the number of calls in either answer, where a pair
+    counts once. A tool that is not offered, an argument that its schema does not name, a call where none is expected
+    and no call where one is expected earn 0.
+
+    Words are letters and digits of any script, in lower case. The longest common subsequence uses the first
+    ``COMPARED_WORDS`` words, F1 the lengths of the whole texts. STAR's own code pairs calls in the order in which they
+    are written, stems English words, treats 1, 1.0 and True as equal, and gives -1 for malformed and unknown calls.
 
     >>> answer = [{"name": "f", "arguments": {"city": "New York", "days": 3}}]
     >>> text = '<tool_call>{"name": "f", "arguments": {"city": "York", "days": 3}}</tool_call>'
@@ -105,18 +110,18 @@ class SimilarityReward(CallReward):
 
 
 def no_think_reward(prompts: list, completions: list, completion_ids: list[list[int]], **columns: list) -> list[float]:
-    """ToolExpander's reward without thinking (arXiv 2510.07737): ``CallReward()``, of calls in Hermes' form."""
+    """ToolExpander's reward without thinking (arXiv 2510.07737): ``CallReward()``, for calls in the Hermes format."""
     return CallReward()(prompts, completions, completion_ids, **columns)
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """What the model wrote: a string as it is; of chat messages those of the assistant, joined by newlines, without
-    what tools answered in between."""
+    """The text that the model wrote: a string unchanged; of chat messages the assistant's, joined by newlines, without
+    tool messages."""
     return "\n".join(completion_turns(completion))
 
 
 def completion_turns(completion: str | list[dict]) -> list[str]:
-    """The same, turn by turn."""
+    """The texts that the model wrote, one per turn; see ``completion_text``."""
     if isinstance(completion, str):
         return [completion]
     return [message["content"] or "" for message in completion if message["role"] == "assistant"]
@@ -128,7 +133,7 @@ def _is_right(turns: Sequence[Reading], answer: list, tools: list, possible: lis
 
 
 def _is_known(call: dict, schemas: dict[str, dict]) -> bool:
-    """Whether the call is of an offered tool and its arguments are among the schema's, as ``arguments_fault`` asks."""
+    """Whether the tool is offered and its schema names the arguments, by the rule of ``arguments_fault``."""
     if call["name"] not in schemas:
         return False
     schema = schemas[call["name"]]
@@ -139,7 +144,7 @@ def _is_known(call: dict, schemas: dict[str, dict]) -> bool:
 
 
 def _similarity(calls: list[dict], answer: list[dict]) -> float:
-    """Of two lists of calls, of which one at least has some; symmetric."""
+    """The similarity of two lists of calls, at least one of them not empty; symmetric."""
     ours, theirs = ([_readings(call["arguments"]) for call in some] for some in (calls, answer))
     pairs = [
         (_pair_similarity(ours[n], theirs[m]), n, m)
@@ -157,7 +162,7 @@ def _similarity(calls: list[dict], answer: list[dict]) -> float:
 
 
 def _readings(arguments: dict) -> dict[str, tuple[str, list[str] | None]]:
-    """Of each argument its JSON, by which it is equal to another or not, and the words if it is a text."""
+    """For each argument its JSON, to test equality, and its words if it is a string."""
     return {
         name: (json.dumps(value, sort_keys=True), _WORD.findall(value.lower()) if isinstance(value, str) else None)
         for name, value in arguments.items()
@@ -177,7 +182,7 @@ def _pair_similarity(ours: dict, theirs: dict) -> float:
 
 
 def _rouge_l(ours: list[str], theirs: list[str]) -> float:
-    """F1 of the longest common subsequence, found for all of one text's words at once, a bit each (Hyyro 2004)."""
+    """F1 of the longest common subsequence, computed for all words of one text at once, one bit each (Hyyro 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(ours[:COMPARED_WORDS]):
         places[word] = places.get(word, 0) | 1 << place

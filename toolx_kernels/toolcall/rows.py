@@ -15,7 +15,8 @@ _RESERVED = ("prompts", "completions", "completion_ids")
 
 
 class _ToolNotOfferedError(InputError):
-    """The one fault of a row that is counted over the whole dataset: it tells a wrong conversion from a wrong row."""
+    """A row's answer calls a tool that it does not offer. Counted over the whole dataset, because many such rows mean a
+    wrong conversion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Row:
     """One checked sample.
 
     ``tools`` are JSON-schema functions, ``{"type": "function", "function": {"name", "description"?, "parameters"}}``;
-    ``answer`` is the list of expected calls, ``{"name", "arguments"}``, empty when no call should be made; ``columns``
-    holds every other field of the dataset and reaches reward functions as keyword arguments.
+    ``answer`` is the list of expected calls, ``{"name", "arguments"}``, empty if no call should be made; ``columns``
+    holds all other fields of the dataset, which reward functions receive as keyword arguments.
     """
 
     id: str
@@ -40,44 +41,44 @@ class Row:
 
     @property
     def user_text(self) -> str:
-        """What the user said last."""
+        """The user's last message."""
         return next(message["content"] for message in reversed(self.messages) if message["role"] == "user")
 
     @property
     def tool_names(self) -> list[str]:
-        """Names of the offered tools, in their order."""
+        """Names of the offered tools, in order."""
         return [tool["function"]["name"] for tool in self.tools]
 
 
 def check_row(raw: Mapping, where: str, index: int) -> Row:
-    """The ``Row`` in ``raw``, a mapping with ``prompt``, ``tools``, ``answer``, perhaps ``id``, and free columns.
+    """Checks ``raw``, a mapping with ``prompt``, ``tools``, ``answer``, optionally ``id``, and free columns.
 
-    Tools may come as ``{"type": "function", "function": {...}}`` or bare as ``{"name", "parameters"}``; ``tools`` and
-    ``answer`` may be JSON text. ``where`` (a file, a dataset name) and ``index`` (line or position) name the row in
-    messages and make up its id when it has none. Of the free columns ``possible_answers`` (see ``bfcl_match``) goes
-    with ``category``; ``tier`` and ``category`` name the parts of a score. A column of None counts as absent.
+    Tools may be given as ``{"type": "function", "function": {...}}`` or bare as ``{"name", "parameters"}``; ``tools``
+    and ``answer`` may be JSON text. ``where`` (a file, a dataset name) and ``index`` (line or position) name the row in
+    messages and form its id if it has none. The free column ``possible_answers`` (see ``bfcl_match``) requires
+    ``category``; ``tier`` and ``category`` name the parts of a score. A column of None counts as absent.
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
     schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values
-    that are not JSON (``json_fault``), a column whose name reward functions reserve, possible answers that cannot be
-    judged by, or a tier or category that is not text or is "accuracy", the name of the whole score.
+    that are not JSON (``json_fault``), a column whose name reward functions reserve, possible answers that
+    ``bfcl_match`` cannot use, or a tier or category that is not a string or is "accuracy", the name of the total score.
     """
     place = f"{where}:{index}"
     if not isinstance(raw, Mapping):
-        raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {short(raw)}")
+        raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {short(raw)}.")
     row_id = place if raw.get("id") is None else str(raw["id"])
     if row_id != place:
         place += f" (id {row_id!r})"
         _check_json(row_id, "id", place)
     for name in _RESERVED:
         if name in raw:
-            raise InputError(f"{place}: the column name {name!r} is reserved for reward functions; rename the column")
+            raise InputError(f"{place}: the column name {name!r} is reserved for reward functions: rename the column.")
     prompt = _prompt(raw.get("prompt"), place)
     tools = [_tool(tool, place, n) for n, tool in enumerate(_list(raw, "tools", place))]
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{place}: field 'tools' offers {twice!r} twice; give every tool of a row its own name")
+        raise InputError(f"{place}: field 'tools' offers {twice!r} twice: give each tool of a row a different name.")
     answer = [_call(call, place, n, names) for n, call in enumerate(_list(raw, "answer", place))]
     columns = {key: value for key, value in raw.items() if key not in ("id", "prompt", "tools", "answer")}
     _check_columns(columns, tools, place)
@@ -85,16 +86,16 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 
 
 def check_rows(raws: Iterable[Mapping | Row], where: str) -> list[Row]:
-    """Checks every row (``check_row``, numbered from 0; a ``Row`` passes as it is) and the set of them.
+    """Checks each row (``check_row``, numbered from 0; a ``Row`` passes unchanged) and all of them together.
 
-    Raises InputError for a row that is wrong, an empty dataset, or an id that occurs twice. Rows that call a tool which
-    they do not offer are counted over the whole dataset.
+    Raises InputError for an invalid row, an empty dataset, or an id that occurs twice. Rows that call a tool which they
+    do not offer are counted over the whole dataset.
     """
     return check_numbered(enumerate(raws), where)
 
 
 def check_numbered(numbered: Iterable[tuple[int, Mapping | Row]], where: str) -> list[Row]:
-    """``check_rows`` for rows that come with their numbers, such as the lines of a file."""
+    """``check_rows`` for numbered rows, such as the lines of a file."""
     rows, unoffered, total = [], [], 0
     for number, raw in numbered:
         total += 1
@@ -104,57 +105,60 @@ def check_numbered(numbered: Iterable[tuple[int, Mapping | Row]], where: str) ->
             unoffered.append(error)
     if unoffered:
         raise InputError(
-            f"{where}: {len(unoffered)} of {total} rows call a tool in their answer that they do not offer; the first:"
-            f" {unoffered[0]}"
+            f"{where}: the answers of {len(unoffered)} of {total} rows call a tool that the row does not offer; the"
+            f" first: {unoffered[0]}"
         ) from unoffered[0]
     return check_set(rows, where)
 
 
 def check_set(rows: list[Row], where: str) -> list[Row]:
-    """``rows``, unless there are none or two share an id (InputError)."""
+    """Returns ``rows``. Raises InputError if there are none or two share an id."""
     if not rows:
-        raise InputError(f"{where} holds no rows; give a dataset with at least one")
+        raise InputError(f"{where} holds no rows: give a dataset with at least one.")
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"{where}: the id {row.id!r} occurs twice; make ids unique or leave them out")
+            raise InputError(f"{where}: the id {row.id!r} occurs twice: make ids unique or leave them out.")
         seen.add(row.id)
     return rows
 
 
 def with_calls(rows: Iterable[Row], calls: int) -> list[Row]:
-    """Those of ``rows`` whose answer has exactly ``calls`` calls. Raises InputError, saying what there is, for none."""
+    """The rows whose answer has exactly ``calls`` calls. Raises InputError, which lists the numbers that occur, if
+    there are none."""
     rows = list(rows)
     kept = [row for row in rows if len(row.answer) == calls]
     if not kept:
         there = sorted(Counter(len(row.answer) for row in rows).items())
         raise InputError(
-            f"none of {len(rows)} rows asks for {calls} calls; give one of the numbers of calls that there are:"
-            f" {', '.join(f'{number} ({count} rows)' for number, count in there)}"
+            f"none of {len(rows)} rows has {calls} calls in its answer: give one of the numbers that occur,"
+            f" {', '.join(f'{number} ({count} rows)' for number, count in there)}."
         )
     return kept
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank in a file of JSON values. Raises InputError, naming file and
-    line, for a file that cannot be read or is no UTF-8 text, and a line that is not JSON."""
+    """Yields (line number, value) for each line that is not blank in a file of JSON values.
+
+    Raises InputError, naming file and line, if the file cannot be read or is not UTF-8 text, or a line is not JSON.
+    """
     try:
-        with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors put a byte order mark first
+        with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors may write a byte order mark
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, json_value(line, f"{path}:{number}", "write one JSON object a line")
+                    yield number, json_value(line, f"{path}:{number}", "write one JSON object per line")
     except OSError as error:
-        raise InputError(f"cannot read the dataset file {path}: {error.strerror}") from error
+        raise InputError(f"cannot read the dataset file {path} ({error.strerror}): name a readable file.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
 
 
 def json_value(text: str, name: str, remedy: str) -> Any:
-    """The value of ``text``. Raises InputError, with ``name`` and ``remedy``, where it is not JSON (``read_json``)."""
+    """Parses ``text`` with ``read_json``. Raises InputError, with ``name`` and ``remedy``, if it is not JSON."""
     try:
         return read_json(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({error}); {remedy}") from error
+        raise InputError(f"{name} is not JSON ({error}): {remedy}.") from error
 
 
 def short(value: Any) -> str:
@@ -165,7 +169,7 @@ def short(value: Any) -> str:
 
 def _check_json(value: Any, name: str, place: str) -> None:
     if fault := json_fault(value, name):
-        raise InputError(f"{place}: {fault}; mend field {name!r} or leave the row out")
+        raise InputError(f"{place}: {fault}: fix field {name!r} or leave the row out.")
 
 
 def _check_columns(columns: dict, tools: list[dict], place: str) -> None:
@@ -173,49 +177,49 @@ def _check_columns(columns: dict, tools: list[dict], place: str) -> None:
         part = columns.get(name)
         if part is not None and (not isinstance(part, str) or part == "accuracy"):
             raise InputError(
-                f"{place}: field {name!r} is {short(part)}; it names a part of the score: give a string other than"
-                " 'accuracy'"
+                f"{place}: field {name!r} is {short(part)}, which cannot name a part of the score: give a string other"
+                " than 'accuracy'."
             )
     possible = columns.get("possible_answers")
     if possible is None:
         return
     if columns.get("category") is None:
         raise InputError(
-            f"{place}: field 'possible_answers' needs a field 'category', a BFCL category such as 'multiple'"
+            f"{place}: field 'possible_answers' needs a field 'category': add a BFCL category such as 'multiple'."
         )
     _check_json(possible, "possible_answers", place)
     if fault := possible_fault(tools, possible, columns["category"]):
-        raise InputError(f"{place}: field 'possible_answers' cannot be judged by: {fault}; mend it or leave it out")
+        raise InputError(f"{place}: field 'possible_answers' cannot be used ({fault}): fix it or leave it out.")
 
 
 def _prompt(prompt: Any, place: str) -> str | list[dict]:
     if not prompt or isinstance(prompt, str) and not prompt.strip():
-        raise InputError(f"{place}: field 'prompt' is missing or empty; give a string or a list of chat messages")
+        raise InputError(f"{place}: field 'prompt' is missing or empty: give a string or a list of chat messages.")
     _check_json(prompt, "prompt", place)
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
-        raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {short(prompt)}")
+        raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {short(prompt)}.")
     for n, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise InputError(
                 f"{place}: message {n} of field 'prompt' must have a 'role' and a 'content' that are strings,"
-                f" not {short(message)}"
+                f" not {short(message)}."
             )
     if not any(message["role"] == "user" for message in prompt):
-        raise InputError(f"{place}: field 'prompt' holds no message of role 'user'; add one")
+        raise InputError(f"{place}: field 'prompt' holds no message of role 'user': add one.")
     return [dict(message) for message in prompt]
 
 
 def _list(raw: Mapping, name: str, place: str) -> list:
     value = raw.get(name)
     if value is None:
-        wanted = "a list of JSON-schema functions" if name == "tools" else "a list of calls ([] when none is right)"
-        raise InputError(f"{place}: field {name!r} is missing; give {wanted}")
+        wanted = "a list of JSON-schema functions" if name == "tools" else "a list of calls ([] if none is right)"
+        raise InputError(f"{place}: field {name!r} is missing: give {wanted}.")
     if isinstance(value, str):
         value = json_value(value, f"{place}: field {name!r}", "write it as a list")
     if not isinstance(value, list):
-        raise InputError(f"{place}: field {name!r} must be a list, not {short(value)}")
+        raise InputError(f"{place}: field {name!r} must be a list, not {short(value)}.")
     _check_json(value, name, place)
     return value
 
@@ -225,16 +229,16 @@ def _tool(tool: Any, place: str, n: int) -> dict:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {short(tool)}"
+            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {short(tool)}."
         )
     if "parameters" not in function:
-        raise InputError(f"{place}: tool {name!r} has no 'parameters'; give it a JSON schema of type 'object'")
+        raise InputError(f"{place}: tool {name!r} has no 'parameters': give it a JSON schema of type 'object'.")
     parameters = function["parameters"]
     fault = schema_fault(parameters, "parameters")
     if fault is None and parameters.get("type", "object") != "object":
         fault = f"parameters.type is {parameters['type']!r}, not 'object'"
     if fault:
-        raise InputError(f"{place}: tool {name!r} of field 'tools' is not a JSON schema: {fault}")
+        raise InputError(f"{place}: tool {name!r} of field 'tools' is not a JSON schema ({fault}): fix it.")
     return {"type": "function", "function": dict(function)}
 
 
@@ -247,11 +251,11 @@ def _call(call: Any, place: str, n: int, offered: list[str]) -> dict:
     )
     if not well_formed:
         raise InputError(
-            f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {short(call)}"
+            f"{place}: call {n} of field 'answer' must be {{'name': text, 'arguments': object}}, not {short(call)}."
         )
     if call["name"] not in offered:
         raise _ToolNotOfferedError(
-            f"{place}: call {n} of field 'answer' is of {call['name']!r}, a tool that the row does not offer; add it to"
-            " 'tools' or mend the answer"
+            f"{place}: call {n} of field 'answer' is of {call['name']!r}, a tool that the row does not offer: add it to"
+            " 'tools' or fix the answer."
         )
     return {"name": call["name"], "arguments": dict(call["arguments"])}

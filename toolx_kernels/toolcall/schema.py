@@ -1,4 +1,4 @@
-"""JSON Schema from the type names that data sets use instead of it."""
+"""JSON Schema: conversion of datasets' type names, and faults of schemas, arguments and values."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow
 
 JSON_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
-# BFCL's checker wants a string where its data say "any"; ToolACE follows the same naming.
+# BFCL's checker expects a string where its data say "any"; ToolACE uses the same names.
 _NAMES = {
     "dict": "object", "map": "object", "float": "number", "double": "number", "int": "integer", "long": "integer",
     "bool": "boolean", "str": "string", "any": "string", "list": "array", "tuple": "array", "set": "array",
@@ -21,9 +21,8 @@ _OPTIONAL_SUFFIX = re.compile(r",?\s*optional\.?$", re.IGNORECASE)
 
 
 def json_schema(spec: dict) -> dict:
-    """A copy of ``spec`` whose type names are JSON Schema's, in every property and item: ``dict`` becomes ``object``,
-    ``float`` becomes ``number``, ``tuple`` becomes ``array``, ``any`` becomes ``string``. Names it does not know
-    stay."""
+    """A copy of ``spec`` with JSON Schema's type names in every property and item: ``dict`` becomes ``object``,
+    ``float`` becomes ``number``, ``tuple`` becomes ``array``, ``any`` becomes ``string``. Unknown names stay."""
     schema = dict(spec)
     name = schema.get("type")
     if isinstance(name, str):
@@ -38,9 +37,9 @@ def json_schema(spec: dict) -> dict:
 
 
 def annotation_schema(annotation: str) -> dict:
-    """The schema of a Python annotation in words: ``"List[int], optional"`` gives an array of integers.
+    """The schema of a Python annotation: ``"List[int], optional"`` gives an array of integers.
 
-    What JSON Schema has no single word for (``Union[...]``, ``Any``, a class) is left unconstrained: ``{}``.
+    Types for which JSON Schema has no single name (``Union[...]``, ``Any``, a class) stay unconstrained: ``{}``.
     """
     annotation = _OPTIONAL_SUFFIX.sub("", annotation.strip())
     head, _, inner = annotation.partition("[")
@@ -58,14 +57,14 @@ def annotation_schema(annotation: str) -> dict:
 
 
 def schema_fault(schema: Any, path: str = "") -> str | None:
-    """What keeps ``schema``, a JSON value (``json_fault``), from being a JSON schema, in words, or None. ``path`` names
-    the place inside the tool."""
+    """Describes why ``schema``, a JSON value (``json_fault``), is not a JSON schema, or returns None. ``path`` names
+    its place in the tool."""
     if not isinstance(schema, dict):
         return f"{path} is not an object"
     names = schema.get("type", [])
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or name not in JSON_TYPES:
-            return f"{path}.type is {name!r}, which is none of {', '.join(sorted(JSON_TYPES))}"
+            return f"{path}.type is {name!r}, not one of {', '.join(sorted(JSON_TYPES))}"
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
         return f"{path}.properties is not an object"
@@ -86,13 +85,13 @@ def schema_fault(schema: Any, path: str = "") -> str | None:
 
 
 def arguments_fault(arguments: dict, parameters: dict) -> str | None:
-    """How the arguments of a call break ``parameters``, the checked schema of its tool, in words, or None.
+    """Describes how the arguments of a call break ``parameters``, the checked schema of its tool, or returns None.
 
-    A fault is a required argument that is missing, an argument that the schema does not name, a value of another type
-    and one outside its ``enum``; also inside arrays and objects, and where ``anyOf``, ``oneOf`` (taken as ``anyOf``)
-    and ``allOf`` say so. As in JSON Schema, an integer serves where a number is due and 1.0 is an integer; unlike
-    there, a name that is not among the ``properties`` is a fault unless the schema has ``additionalProperties``.
-    Patterns, formats and ranges are not looked at.
+    Faults are a missing required argument, an argument that the schema does not name, a value of a wrong type and one
+    outside its ``enum``; also inside arrays and objects, and by ``anyOf``, ``oneOf`` (treated as ``anyOf``) and
+    ``allOf``. As in JSON Schema, an integer is also a number and 1.0 is also an integer; unlike there, a name that is
+    not among the ``properties`` is a fault unless the schema has ``additionalProperties``. Patterns, formats and ranges
+    are not checked.
     """
     return _members_fault(arguments, parameters, "")
 
@@ -109,7 +108,7 @@ def _members_fault(members: dict, schema: dict, path: str) -> str | None:
             if fault := _value_fault(value, properties[name], path + name):
                 return fault
         elif not schema.get("additionalProperties"):
-            return f"the schema knows no argument '{path}{name}'"
+            return f"the schema has no argument '{path}{name}'"
     return None
 
 
@@ -119,7 +118,7 @@ def _value_fault(value: Any, schema: dict, path: str) -> str | None:
     if names and not any(_has_type(value, name) for name in names):
         return f"argument '{path}' is {reprlib.repr(value)}, which is not of type {' or '.join(names)}"
     if "enum" in schema and value not in schema["enum"]:
-        return f"argument '{path}' is {reprlib.repr(value)}, which is none of the values that the schema lists"
+        return f"argument '{path}' is {reprlib.repr(value)}, which is not a value that the schema lists"
     for name in ("anyOf", "oneOf"):
         faults = [_value_fault(value, choice, path) for choice in schema.get(name, ())]
         if faults and None not in faults:
@@ -139,9 +138,9 @@ def _has_type(value: Any, name: str) -> bool:
 
 
 def json_fault(value: Any, path: str) -> str | None:
-    """What keeps ``value`` from being JSON that a prompt can show, in words, or None: a number that is not finite, a
-    key that is no string, a lone surrogate, a value of another type, or more than ``MAX_DEPTH`` levels. ``path`` names
-    it."""
+    """Describes why ``value`` is not JSON that a prompt can show, or returns None. Faults are a number that is not
+    finite, a key that is not a string, a lone surrogate, a value of another type, and more than ``MAX_DEPTH`` levels.
+    ``path`` names the value."""
     if isinstance(value, dict | list | tuple) and not is_shallow(value):
         return f"{path} is nested deeper than {MAX_DEPTH} levels"
     return _json_fault(value, path)
@@ -152,19 +151,19 @@ def _json_fault(value: Any, path: str) -> str | None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            return f"{path} holds the lone surrogate {value[error.start]!r}, which is no character"
+            return f"{path} holds the lone surrogate {value[error.start]!r}, which is not a character"
     elif isinstance(value, float):
         if not math.isfinite(value):
-            return f"{path} is {value!r}, which is no JSON number"
+            return f"{path} is {value!r}, which is not a JSON number"
     elif isinstance(value, list | tuple):
         inner = ((item, f"{path}[{n}]") for n, item in enumerate(value))
         return next((fault for item, where in inner if (fault := _json_fault(item, where))), None)
     elif isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{path} has the key {key!r}, which is no string"
+                return f"{path} has the key {key!r}, which is not a string"
             if fault := _json_fault(key, f"a key of {path}") or _json_fault(item, f"{path}.{key}"):
                 return fault
     elif value is not None and not isinstance(value, int):
-        return f"{path} is of type {type(value).__name__}, which is no JSON"
+        return f"{path} is of type {type(value).__name__}, which is not JSON"
     return None

@@ -1,4 +1,4 @@
-"""Self-exemplifying thinking (ToolExpander, arXiv 2510.07737): the model writes examples of its own, thinks, answers.
+"""Self-exemplifying thinking (ToolExpander, arXiv 2510.07737): the model makes up examples, thinks, answers.
 
 <examples>[{"tools": [...], "question": "...", "answer": [...]}, ...]</examples>
 <think>...</think>
@@ -23,14 +23,14 @@ from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 
 _KEYS = {"tools", "question", "answer"}
 _TAG = r"<(?:(examples|think)|/(?:examples|think))>"
-_EXTENT = json.JSONDecoder()  # only says where a JSON text ends; what it holds is read by ``read_json``
+_EXTENT = json.JSONDecoder()  # only finds the end of a JSON text, which ``read_json`` reads
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+")
 _FIRST_TO_LAST_WORD = re.compile(r"\w(?:.*\w)?")
-_NEAR_FROM = 4  # words: in a shorter question one word is a large part, and some scripts write none between spaces
+_NEAR_FROM = 4  # words: one word is a large part of a shorter question, and some scripts do not separate words
 
 
 def instructions(tool_format: ToolFormat = HERMES) -> str:
-    """What asks a model for this format, its answer in a form of calls."""
+    """The instructions that ask a model for these sections, with calls in ``tool_format``."""
     return (
         "Reply in three parts and write nothing else:\n"
         "1. <examples></examples> around a JSON list of at least 4 different examples that you make up, not the user's"
@@ -46,7 +46,7 @@ INSTRUCTIONS = instructions()
 
 @dataclass(frozen=True, slots=True)
 class Sections:
-    """What a completion in this format consists of.
+    """The sections of a completion.
 
     >>> parse_sections('<examples>[]</examples><think>No tool fits.</think>\\nSorry.')
     Sections(examples=[], thought='No tool fits.', answer='Sorry.', in_order=True)
@@ -54,18 +54,18 @@ class Sections:
 
     examples: list[dict] | None  # each with "tools", "question" and "answer"; None: no block, or a malformed one
     thought: str | None  # None: no block
-    answer: str | None  # what is outside of the two sections; None when one of them is never closed
-    in_order: bool  # examples, then thought, then the answer, either section at most once and nothing between them
+    answer: str | None  # the text outside the two sections; None: one of them is never closed
+    in_order: bool  # examples, then thought, then the answer, each section at most once and nothing between them
 
 
 def parse_sections(text: str, tool_format: ToolFormat = HERMES) -> Sections:
-    """The sections of ``text``. Never raises, and takes time linear in the length of ``text``.
+    """Splits ``text`` into its sections. Never raises, and takes time linear in the length of ``text``.
 
     Examples are malformed unless they are one JSON list of objects with the keys ``tools``, ``question`` and
-    ``answer``, not nested deeper than calls may be. Tags inside their JSON strings, inside the thought and inside
-    calls are text; malformed examples end at the last ``</examples>``. Of a second or misplaced section the answer
-    keeps the empty tags, so that its calls count nowhere and no call closes over it. Behind malformed calls all is
-    answer, which they make wrong.
+    ``answer``, nested no deeper than calls may be. Tags inside their JSON strings, the thought and calls are text;
+    malformed examples end at the last ``</examples>``. A second or misplaced section leaves its empty tags in the
+    answer: its calls do not count, and no call can extend across it. After malformed calls all text is answer, which is
+    wrong.
     """
     found: dict[str, Any] = {}
     answer: list[str] = []
@@ -96,30 +96,30 @@ def parse_sections(text: str, tool_format: ToolFormat = HERMES) -> Sections:
 
 
 def answer_of(text: str, tool_format: ToolFormat = HERMES) -> str | None:
-    """The part of ``text`` that answers, without examples and thought; None when one of these is never closed."""
+    """The answer in ``text``, without examples and thought; None if one of these is never closed."""
     return parse_sections(text, tool_format).answer
 
 
 def is_answer_correct(text: str, row: Row, tool_format: ToolFormat = HERMES) -> bool:
-    """``is_correct`` of the answer part alone: calls in examples and thoughts are none of it, and a text that ends
-    within them is wrong also where no call is right."""
+    """``is_correct`` for the answer alone: calls in examples and thoughts do not count, and a text that ends inside one
+    of them is wrong, even if the right answer has no call."""
     answer = answer_of(text, tool_format)
     return answer is not None and is_correct(answer, row, tool_format)
 
 
 def distinct_examples(examples: Sequence[Any], request: str | None = None) -> int:
-    """How many different examples there are among JSON values; linear in their size.
+    """Counts the different examples among JSON values, in time linear in their size.
 
-    Never raises on those that ``parse_sections`` gives.
+    Never raises on values from ``parse_sections``.
 
-    An example is an object with a list of ``tools`` that is not empty, a ``question`` that holds a word, and a list as
-    its ``answer``. Two count once when, apart from case, spacing and how they end, their questions are the same,
-    whatever the answers; or when their answers are alike (case, punctuation, order of keys and calls aside) and the
-    questions differ in punctuation and the order of words alone or, from four words on and with calls in the answer, in
-    one word.
+    An example is an object with a list of ``tools`` that is not empty, a ``question`` that contains a word, and a list
+    as its ``answer``. Two examples count once if their questions are the same except for case, spacing and signs at the
+    ends, whatever the answers. They also count once if their answers are the same except for case, punctuation and the
+    order of keys and calls, and their questions differ only in punctuation and word order or, if they have at least
+    four words and the answer has calls, in one word.
 
-    One that repeats ``request``, the user's own, does not count: it would be the answer given early, not an example,
-    and the cheapest fourth one to write.
+    An example that repeats ``request``, the user's own, does not count: it would be the answer given early, not an
+    example, and the cheapest fourth one to write.
     """
     questions: set[str] = set()
     of_answer: dict[tuple, set[int]] = defaultdict(set)  # signatures of the questions that have it
@@ -141,16 +141,16 @@ def distinct_examples(examples: Sequence[Any], request: str | None = None) -> in
 
 
 class SelfExemplifyingReward:
-    """ToolExpander's self-exemplifying reward, a reward function in TRL's signature: ``1 + bonus`` for a completion
-    whose result, format and examples are right, 1 where result and format are, else 0.
+    """ToolExpander's self-exemplifying reward, a reward function with TRL's signature: ``1 + bonus`` for a completion
+    whose answer, format and examples are right, 1 if answer and format are, else 0.
 
-    The answer part is judged as ``CallReward`` without thoughts judges a whole completion; the format also asks that
-    the sections stand in their order, though neither has to be there. The examples are right when more than
-    ``more_than`` of them parse and, if ``distinct``, differ (``distinct_examples``); the paper's own rule, parsing and
-    counting alone, is ``distinct=False``. The bonus keeps its size only where advantages are not divided by the std of
-    a group that differs in nothing else: see ``min_std`` of ``group_advantages``.
+    The answer is judged as ``CallReward`` without thoughts judges a whole completion. The format also requires the
+    sections in order, but either may be missing. The examples are right if more than ``more_than`` of them parse and,
+    with ``distinct``, differ (``distinct_examples``); ``distinct=False`` is the paper's rule, which only parses and
+    counts. The bonus grows if advantages are divided by the std of a group that differs in nothing else: see
+    ``min_std`` of ``group_advantages``.
 
-    Raises InputError for a bonus that is negative or not finite, or a count that is no whole number from 0 on.
+    Raises InputError for a bonus that is negative or not finite, or a count that is not a whole number of at least 0.
     """
 
     __name__ = "self_exemplifying_reward"
@@ -159,14 +159,14 @@ class SelfExemplifyingReward:
         self, bonus: float = 0.01, more_than: int = 3, distinct: bool = True, tool_format: ToolFormat = HERMES
     ) -> None:
         if not 0 <= bonus < float("inf"):
-            raise InputError(f"bonus={bonus} must be a finite number that is not negative, such as 0.01")
+            raise InputError(f"bonus={bonus} must be a finite number that is not negative, such as 0.01.")
         if not isinstance(more_than, int) or more_than < 0:
-            raise InputError(f"more_than={more_than!r} must be a whole number of examples, at least 0, such as 3")
+            raise InputError(f"more_than={more_than!r} must be a whole number of examples, at least 0, such as 3.")
         self.bonus, self.more_than, self.distinct = bonus, more_than, distinct
         self._judge = CallReward(tool_format)
 
     def __call__(self, prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:
-        """One reward for each completion; prompts and completions are strings or lists of chat messages."""
+        """Returns one reward per completion; prompts and completions are strings or lists of chat messages."""
         judge = self._judge
         sections = [parse_sections(completion_text(completion), judge.tool_format) for completion in completions]
         answers = [part.answer or "" for part in sections]
@@ -184,27 +184,28 @@ class SelfExemplifyingReward:
 def render_self_exemplified(
     examples: Sequence[dict], thought: str, calls: Sequence[dict], tool_format: ToolFormat = HERMES
 ) -> str:
-    """The assistant's text in this format, one example a line; what ``parse_sections`` reads back. For cold starts.
+    """Writes the assistant's text with these sections, one example per line, for a cold start; ``parse_sections`` reads
+    it back.
 
-    Raises InputError for a thought that holds ``</think>``, or an example that lacks one of its keys.
+    Raises InputError for a thought that contains ``</think>``, or an example that lacks one of its keys.
     """
     if "</think>" in thought:
-        raise InputError(f"the thought {short(thought)} holds '</think>', which would end it: leave that out")
+        raise InputError(f"the thought {short(thought)} holds '</think>', which would end it: leave that out.")
     for example in examples:
         if not example.keys() >= _KEYS:
-            raise InputError(f"the example {short(example)} must have the keys {', '.join(sorted(_KEYS))}: add them")
+            raise InputError(f"the example {short(example)} must have the keys {', '.join(sorted(_KEYS))}: add them.")
     lines = ",\n".join(json.dumps(example, ensure_ascii=False) for example in examples)
     return f"<examples>\n[{lines}]\n</examples>\n<think>\n{thought}\n</think>\n{tool_format.render(calls)}"
 
 
 @lru_cache
 def _next(tool_format: ToolFormat) -> re.Pattern[str]:
-    """What finds the next tag of a section, whose name it gives where it opens one, or the next opener of calls."""
+    """A pattern of the next tag of a section, with its name as group 1 if it opens one, or the next opener of calls."""
     return re.compile(f"{_TAG}|{tool_format.opener.pattern}")
 
 
 def _examples(text: str, start: int) -> tuple[list[dict] | None, int | None]:
-    """The examples of the block whose content begins at ``start``, and where the block ends (None: nowhere)."""
+    """The examples of the block whose content begins at ``start``, and the end of the block (None: never closed)."""
     close = "</examples>"
     end = _json_end(text, start)
     if end is not None and text.startswith(close, stop := skip_space(text, end)):
@@ -251,7 +252,7 @@ def _is_example(example: Any) -> bool:
 
 
 def _ends_stripped(question: str) -> str:
-    """Without case, spacing and what is no word at its ends. Signs within stay: 3 + 5 is not 3 - 5."""
+    """The question without case, spacing, and signs at its ends. Signs inside stay: 3 + 5 is not 3 - 5."""
     found = _FIRST_TO_LAST_WORD.search(" ".join(_folded(question).split()))
     return found[0] if found else ""
 
@@ -269,8 +270,8 @@ def _canonical(call: Any) -> tuple[str, ...]:
 
 
 def _signatures(words: list[str], near: bool) -> set[int]:
-    """Numbers of which two questions share one when their words are the same in any order, or (``near``) when one word
-    is another, missing or added: sums of the words' hashes, the second kind without one of them."""
+    """Sums of the words' hashes: of all words and, with ``near``, of all but one. Two questions share a sum if they
+    have the same words in any order or, with ``near``, if one word is replaced, missing or added."""
     digests = (hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=16).digest() for word in words)
     hashes = [int.from_bytes(digest, "big") for digest in digests]
     total = sum(hashes)

@@ -1,23 +1,23 @@
-"""JSON as strictly as calls are read: one meaning for each text, and nothing that a walker must fear."""
+"""Strict JSON, as calls are read: each text has one meaning, and its nesting is bounded."""
 
 import json
 import re
 from typing import Any
 
-MAX_DEPTH = 64  # deeper arguments count as malformed, so that whoever walks a parsed call may recurse
+MAX_DEPTH = 64  # deeper arguments are malformed, so that code may recurse through a parsed call
 
 _NOT_SPACE = re.compile(r"\S")
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is not JSON, NaN, Infinity, a number that Python cannot hold
+    """Parses a JSON text. Raises ValueError for what is not JSON, NaN, Infinity, a number that Python cannot represent
     and a repeated key; RecursionError for nesting beyond Python's limit."""
     return _DECODER.decode(text)
 
 
 def json_at(text: str, start: int) -> tuple[Any, int] | None:
-    """The JSON value that begins at ``start``, and where it ends. None where ``read_json`` would raise, or for nesting
-    deeper than ``MAX_DEPTH``."""
+    """The JSON value that begins at ``start``, and its end. None if ``read_json`` would raise, or for nesting deeper
+    than ``MAX_DEPTH``."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -26,12 +26,12 @@ def json_at(text: str, start: int) -> tuple[Any, int] | None:
 
 
 def encodable(text: str) -> str:
-    """``text`` with "?" for lone surrogates, which JSON can spell and no tokenizer takes."""
+    """``text`` with "?" for lone surrogates, which JSON can express but no tokenizer accepts."""
     return text.encode(errors="replace").decode()
 
 
 def is_shallow(value: dict | list | tuple) -> bool:
-    """Whether at most ``MAX_DEPTH`` objects and arrays lie within each other in ``value``, itself counted."""
+    """Whether ``value`` nests at most ``MAX_DEPTH`` objects and arrays, itself included."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -46,7 +46,7 @@ def is_shallow(value: dict | list | tuple) -> bool:
 
 
 def skip_space(text: str, start: int) -> int:
-    """Where the white space that begins at ``start`` ends."""
+    """The end of the white space that begins at ``start``."""
     found = _NOT_SPACE.search(text, start)
     return found.start() if found else len(text)
 

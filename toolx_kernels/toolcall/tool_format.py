@@ -1,4 +1,4 @@
-"""The forms in which models write calls: how each is found in a text, read, asked for and written."""
+"""Tool formats of models' calls: how each format is found in a text, read, requested and written."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from toolx_kernels.toolcall.json_calls import OPENER, Block, hermes_call, json_b
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.strict_json import is_shallow, json_at, skip_space
 
-_BARE_NAME = r"[^\[\]{}\"\s](?:[^\[\]{}\"\n]*[^\[\]{}\"\s])?"  # what can stand before [ARGS]
+_BARE_NAME = r"[^\[\]{}\"\s](?:[^\[\]{}\"\n]*[^\[\]{}\"\s])?"  # a name before [ARGS]
 _NAMED = re.compile(rf"({_BARE_NAME})(?:\[CALL_ID\][\w\-]*)?(?:\s*\[ARGS\])?\s*(?=\{{)")
 _LIST = re.compile(pythonic.LIST)
 _PYTHONIC = re.compile(rf"<\|tool_call_(?:start|end)\|>|{pythonic.LIST}")
@@ -20,29 +20,30 @@ _MISTRAL = re.compile(rf"\[(?:TOOL_CALLS|ARGS|CALL_ID)\]|{OPENER}")
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """One form of calls. See docs/tool_calls.md for what each counts as a call, as malformed and as bare.
+    """One format of calls. docs/tool_calls.md says what each counts as a call, as malformed and as bare.
 
     >>> PYTHONIC.render([{"name": "f", "arguments": {"x": 1}}])
     '[f(x=1)]'
     """
 
     name: str
-    markers: tuple[str, ...]  # its texts that may be single tokens of a vocabulary
-    opener: re.Pattern[str]  # where something begins that is, or looks like, calls
-    request: str  # with which the tool prompt of a system message ends
-    answer: str  # what an answer is, as a part of a sentence
+    markers: tuple[str, ...]  # its strings that may be single tokens of a vocabulary
+    opener: re.Pattern[str]  # the beginning of what is, or looks like, calls
+    request: str  # the end of the tool prompt in a system message
+    answer: str  # a description of an answer, as part of a sentence
     reader: Callable[[str, re.Match[str]], Block | None]
     writer: Callable[[list[dict]], str]
 
     def block(self, text: str, found: re.Match[str]) -> Block | None:
-        """The calls that begin at ``found``, a match of ``opener`` in ``text``; None when they are malformed. Takes
+        """Reads the calls that begin at ``found``, a match of ``opener`` in ``text``; None if they are malformed. Takes
         time linear in what it reads."""
         return self.reader(text, found)
 
     def render(self, calls: Sequence[dict]) -> str:
-        """The text of ``calls``, one form of the several that are read; no calls give the empty string.
+        """Writes ``calls`` in one of the variants that are read; no calls give the empty string.
 
-        Raises InputError for a name that the form cannot say."""
+        Raises InputError for a name that the format cannot express.
+        """
         return self.writer([{"name": c["name"], "arguments": c["arguments"]} for c in calls]) if calls else ""
 
 
@@ -110,7 +111,7 @@ def _read_list(text: str, start: int) -> Block | None:
 
 
 def _all_calls(text: str, start: int, with_id: bool = False) -> Block | None:
-    """The calls in JSON at ``start``, where nothing else may stand."""
+    """The JSON calls at ``start``, where nothing else is allowed."""
     block = json_block(text, start, with_id)
     return block if block and block.bare else None
 
@@ -135,8 +136,8 @@ def _write_mistral_args(calls: list[dict]) -> str:
     for call in calls:
         if not re.fullmatch(_BARE_NAME, call["name"]):
             raise InputError(
-                f"the function name {call['name']!r} cannot stand before [ARGS], as the tool calls of mistral_args have"
-                " it: rename it, or choose a form that quotes names, such as json"
+                f"the function name {call['name']!r} cannot stand before [ARGS] in the format mistral_args: rename it,"
+                " or choose a format that quotes names, such as json."
             )
     return "".join(f"[TOOL_CALLS]{call['name']}[ARGS]{_json(call['arguments'])}" for call in calls)
 
@@ -149,7 +150,7 @@ HERMES = ToolFormat(
     name="hermes",
     markers=("<tool_call>", "</tool_call>"),
     opener=re.compile("</?tool_call>"),
-    # The wording of the official Qwen2.5 and Qwen3 templates, to the byte: models know this text.
+    # Byte for byte the official Qwen2.5 and Qwen3 templates, because models know this text.
     request="For each function call, return a json object with function name and arguments within"
     ' <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
     "</tool_call>",
@@ -222,12 +223,13 @@ JSON = ToolFormat(
     reader=_read_json,
     writer=_write_json,
 )
-# In the order in which a chat template is tried for them: what has a marker of its own first.
+# In the order in which they are tried on a chat template: formats with their own marker first.
 FORMATS = {form.name: form for form in (HERMES, MISTRAL, MISTRAL_ARGS, LFM2, PYTHONIC, LLAMA3, JSON)}
 
 
 def render_completion(row_or_calls: Row | Sequence[dict], tool_format: ToolFormat = HERMES) -> str:
-    """The assistant's text for the answer of a row, or for calls. No calls give the empty string.
+    """Writes the assistant's text for the answer of a row, or for calls. No calls give the empty string.
 
-    Raises InputError for a name that the form cannot say."""
+    Raises InputError for a name that the format cannot express.
+    """
     return tool_format.render(row_or_calls.answer if isinstance(row_or_calls, Row) else row_or_calls)

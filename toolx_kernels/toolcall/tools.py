@@ -1,8 +1,8 @@
-"""Python functions and environments as tools: the schemas that prompts show, and the running of calls.
+"""Tools made of Python functions and environments: their schemas for prompts, and the execution of calls.
 
 A tool is a function with type hints and a Google-style docstring, sync or async. An environment is an object with a
-method ``reset``; its other public methods are tools that see the state of one episode. What a call comes to is always
-text for the model: a string as it is, any other value as JSON, and whatever went wrong as ``{"error": "..."}``.
+method ``reset``; its other public methods are tools that see the state of one episode. The result of a call is always
+text for the model: a string unchanged, any other value as JSON, and an error as ``{"error": "..."}``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from toolx_kernels.toolcall.background import Background, in_time, one_line
 from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.toolcall.strict_json import encodable
 
-MAX_THREADS = 128  # calls, of all episodes together, that run at the same time
+MAX_THREADS = 128  # concurrent calls of all episodes together
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """What the calls of one episode reach: functions by name, and which of them share the environment's state."""
+    """The functions that one episode can call, by name, and which of them share the environment's state."""
 
     row: Row
     functions: dict[str, Callable]
     stateful: frozenset[str] = frozenset()
-    lock: threading.Lock = field(default_factory=threading.Lock)  # held while the environment is at work
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while the environment works
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +41,7 @@ class _Job:
     """One call in progress. It ends with a ``result``, or with an ``error`` in one line."""
 
     work: Callable[[], Any]  # not called if there is an error already
-    convert: Callable[[Any], str]  # of what ``work`` returns, or of what that awaits
+    convert: Callable[[Any], str]  # from what ``work`` returns, awaited if it is awaitable
     stateful: bool = False  # it shares the environment's state
     result: str = ""
     error: str | None = None
@@ -50,7 +50,7 @@ class _Job:
 class _Outcome(NamedTuple):
     result: str
     error: str | None
-    end: float  # when the work was done
+    end: float  # ``time.monotonic`` when the work ended
 
 
 class Toolbox:
@@ -58,15 +58,15 @@ class Toolbox:
 
     Args:
         tools: functions with type hints and Google-style docstrings, from which transformers makes their schemas.
-        environment_factory: a callable without arguments; makes a fresh environment for every episode. Its ``reset``
-            gets those of the row's columns, its id and its answer that it names; all of them with ``**kwargs``.
-        timeout: seconds that one call, or the making and resetting of an environment, may take. A call that takes
-            longer is left alone: Python cannot stop a thread. An async one is cancelled.
+        environment_factory: a callable without arguments that makes a new environment for every episode. ``reset``
+            receives those of the row's columns, id and answer that its parameters name; all of them with ``**kwargs``.
+        timeout: seconds for one call, or for making and resetting an environment. A call that takes longer is
+            abandoned, because Python cannot stop a thread; an async one is cancelled.
 
     Raises:
-        InputError: neither tools nor environment; a tool that is no function, lacks a hint or a description, or shares
-            its name with another one; an environment without ``reset``, or with ``get_reward``, which nobody would
-            call; a timeout that is not positive and finite.
+        InputError: neither tools nor environment; a tool that is not a function, lacks a hint or a description, or
+            shares its name with another one; an environment without ``reset``, or with ``get_reward``, which would
+            never be called; a timeout that is not positive and finite.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Toolbox:
         if not 0 < timeout < float("inf"):
             raise InputError(f"timeout={timeout} of a tool call must be positive and finite, in seconds.")
         if callable(tools):
-            raise InputError(f"tools={short(tools)} must be a list of functions: put it into brackets.")
+            raise InputError(f"tools={short(tools)} must be a list of functions: put it in brackets.")
         if not tools and environment_factory is None:
             raise InputError("There are neither tools nor an environment_factory: give one of them.")
         self.timeout, self.environment_factory = timeout, environment_factory
@@ -88,7 +88,7 @@ class Toolbox:
             try:
                 environment = environment_factory()
             except Exception as error:
-                raise InputError(f"environment_factory raised {type(error).__name__}: {error}; mend it.") from error
+                raise InputError(f"environment_factory raised {type(error).__name__} ({error}): fix it.") from error
             methods = environment_methods(environment)
         functions: dict[str, Callable] = {}
         for tool in (*tools, *methods.values()):
@@ -102,13 +102,14 @@ class Toolbox:
         self._background = Background("tools")
 
     def offer(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows as prompts are to show them.
+        """Returns the rows as prompts must show them.
 
-        Each offers its own tools and then all of ours that it does not name itself; where it does, its own schema is
-        shown and our function answers. A text that ``reset`` returns for the row is added to the user's last message.
+        Each offers its own tools and then all of ours that it does not name itself. For a tool that both name, prompts
+        show the row's schema and our function runs. A text that ``reset`` returns for the row is added to the user's
+        last message.
 
         Raises:
-            InputError: ``reset`` fails for a row, which is named.
+            InputError: ``reset`` fails for a row; names the row.
         """
         texts = self._begin([Session(row, dict(self.functions)) for row in rows])
         missing = [[s for name, s in self.schemas.items() if name not in row.tool_names] for row in rows]
@@ -118,27 +119,27 @@ class Toolbox:
         ]
 
     def open(self, rows: Sequence[Row]) -> list[Session]:
-        """A session for an episode of each of ``rows``, which come from ``offer``, with a fresh environment.
+        """Opens a session with a new environment for each of ``rows``, which come from ``offer``.
 
         Raises:
-            InputError: ``reset`` fails, or returns another text than the one that ``offer`` put into the prompt: the
-                episodes of a prompt are compared with each other, so they must begin alike.
+            InputError: ``reset`` fails, or returns a text that differs from the one that ``offer`` put into the prompt:
+                the episodes of a prompt are compared with each other, so they must begin alike.
         """
         sessions = [Session(row, dict(self.functions)) for row in rows]
         for row, text in zip(rows, self._begin(sessions), strict=True):
             if not row.user_text.endswith(text):
                 raise InputError(
-                    f"reset returned {short(text)} for row {row.id!r}, whose prompt does not end with that: let it "
-                    "depend on the row's columns alone, and sample rows that offer() has returned."
+                    f"reset returned {short(text)} for row {row.id!r}, whose prompt does not end with that: make it "
+                    "depend on the row's columns only, and sample rows that offer() returned."
                 )
         return sessions
 
     def answer(self, turns: Sequence[tuple[Session, list[dict]]]) -> list[list[str]]:
-        """The texts that the calls of each turn come to, in the order of the calls.
+        """Runs the calls of each turn; returns their results as text, in the order of the calls.
 
-        Functions run in parallel with everything else. The methods of one environment run one after the other, as each
-        may change what the next one sees; when one is too slow, those behind it do not run, and while it still runs
-        later ones wait for it.
+        Functions run in parallel with everything else. Methods of one environment run one after another, because each
+        may change what the next one sees. If one takes too long, the next ones of its turn do not run, and those of
+        later turns wait until it ends.
         """
         of_turns = [[_job(session, call) for call in calls] for session, calls in turns]
         queues: list[tuple[list[_Job], threading.Lock | None]] = []
@@ -150,18 +151,18 @@ class Toolbox:
         return [[job.result if job.error is None else error_text(job.error) for job in jobs] for jobs in of_turns]
 
     def _begin(self, sessions: Sequence[Session]) -> list[str]:
-        """Gives each session its environment; what their ``reset`` returns to show, mostly nothing."""
+        """Gives each session its environment; returns the texts of ``reset``, which are mostly empty."""
         if self.environment_factory is None:
             return [""] * len(sessions)
         jobs = [_Job(partial(_reset, session, self.environment_factory), _opening) for session in sessions]
         self._run([([job], None) for job in jobs])
         for session, job in zip(sessions, jobs, strict=True):
             if job.error is not None:
-                raise InputError(f"The environment cannot be reset for row {session.row.id!r} ({job.error}): mend it.")
+                raise InputError(f"The environment cannot be reset for row {session.row.id!r} ({job.error}): fix it.")
         return [job.result for job in jobs]
 
     def _run(self, queues: Sequence[tuple[list[_Job], threading.Lock | None]]) -> None:
-        """Runs all queues side by side, the jobs of a queue in order; every job then has a result or an error."""
+        """Runs all queues in parallel, the jobs of a queue in order; every job then has a result or an error."""
         for first in range(0, len(queues), MAX_THREADS):
             begun = []
             for jobs, lock in queues[first : first + MAX_THREADS]:
@@ -176,7 +177,7 @@ class Toolbox:
         result, error = "", None
         try:
             result = job.convert(self._awaited(job.work()))
-        except BaseException as raised:  # also what would end another thread, such as SystemExit
+        except BaseException as raised:  # including SystemExit, which would end a thread
             error = one_line(raised)
         return _Outcome(result, error, time.monotonic())
 
@@ -190,7 +191,7 @@ class Toolbox:
         return future.result()
 
     def _collect(self, jobs: list[_Job], outcomes: list[Future], begin: float) -> None:
-        """Waits for the jobs of a queue, each for the time of one call."""
+        """Waits for the jobs of a queue, for each as long as one call may take."""
         late = False
         for job, outcome in zip(jobs, outcomes, strict=True):
             if late and outcome.cancel():
@@ -199,7 +200,7 @@ class Toolbox:
                 job.result, job.error, begin = outcome.result()
             else:
                 late = True
-                outcome.cancel()  # where it still waits for the environment
+                outcome.cancel()  # in case it still waits for the environment
                 job.error = f"TimeoutError: {self._too_late}"
 
     @property
@@ -211,13 +212,13 @@ def tool_schema(function: Callable) -> dict:
     """The JSON schema of a function, made by transformers from its hints and docstring.
 
     Raises:
-        InputError: a parameter without a hint, or without a line in the docstring; or no docstring.
+        InputError: the function has no docstring, or a parameter has no hint or no line in it.
     """
     from transformers.utils import get_json_schema
 
     try:
         return get_json_schema(function)
-    except Exception as error:  # its own kinds, and whatever evaluating a hint raises
+    except Exception as error:  # its own errors, and whatever evaluating a hint raises
         raise InputError(
             f"No schema can be made for the tool {function.__name__!r} ({one_line(error)}): give it a docstring in "
             "Google's style and every parameter a type hint and a line under Args."
@@ -225,7 +226,7 @@ def tool_schema(function: Callable) -> dict:
 
 
 def environment_methods(environment: Any) -> dict[str, Callable]:
-    """The public methods of an environment by name, ``reset`` left out.
+    """The public methods of an environment by name, without ``reset``.
 
     Raises:
         InputError: there is no method ``reset``, or one called ``get_reward``.
@@ -240,7 +241,7 @@ def environment_methods(environment: Any) -> dict[str, Callable]:
 
 
 def error_text(error: str) -> str:
-    """What the model reads of something that went wrong."""
+    """The text that the model reads of an error."""
     return encodable(json.dumps({"error": error}, ensure_ascii=False))
 
 
@@ -280,7 +281,7 @@ def _opening(value: Any) -> str:
 
 
 def _with_text(row: Row, text: str) -> str | list[dict]:
-    """The prompt of ``row`` with ``text`` at the end of the user's last message."""
+    """The prompt of ``row`` with ``text`` appended to the user's last message."""
     if isinstance(row.prompt, str):
         return row.prompt + text
     messages = list(row.prompt)

@@ -1,6 +1,6 @@
-"""Rows of the Berkeley Function Calling Leaderboard, from the files that the bfcl-eval package carries.
+"""Rows of the Berkeley Function Calling Leaderboard (BFCL), from the data files of the bfcl-eval package.
 
-It is an evaluation set: a run that trains on part of it should say so.
+BFCL is an evaluation set: a run that trains on part of it should say so.
 """
 
 import importlib.util
@@ -28,20 +28,20 @@ _LANGUAGES = {"simple_java": ("java", "Java", "Java 8 SDK"), "simple_javascript"
 
 
 def read_bfcl(category: str) -> list[Row]:
-    """The rows of one single-turn category, one of ``CATEGORIES``, or of all categories of one of ``GROUPS``.
+    """Reads the rows of one single-turn category of ``CATEGORIES``, or of all categories of one of ``GROUPS``.
 
-    Tools carry BFCL's names, dots included, its note on the language, and JSON Schema types. Java and JavaScript
-    arguments are strings whose type in the language stands in ``format``, an array's items in angle brackets
+    Tools have BFCL's names, dots included, its note on the language, and JSON Schema types. Java and JavaScript
+    arguments are strings; ``format`` is their type in the language, with the type of items in angle brackets
     (``ArrayList<long>``). ``columns`` holds ``category`` and ``possible_answers``, the lists of acceptable values;
-    ``answer`` is one acceptable list of calls: the first value of each argument, those that may be left out left out.
+    ``answer`` is one acceptable list of calls: the first value of each argument, without those that may be left out.
     In the irrelevance categories it is empty.
 
-    Raises InputError for an unknown category, or when the bfcl-eval package is not there.
+    Raises InputError for an unknown category, or if the bfcl-eval package is not installed.
     """
     if category in GROUPS:
         return check_rows((row for member in GROUPS[category] for row in read_bfcl(member)), f"bfcl:{category}")
     if category not in CATEGORIES:
-        raise InputError(f"unknown BFCL category {category!r}; choose one of {', '.join((*GROUPS, *CATEGORIES))}")
+        raise InputError(f"unknown BFCL category {category!r}: choose one of {', '.join((*GROUPS, *CATEGORIES))}.")
     rows = _read_lines(f"BFCL_v4_{category}.json")
     possible: dict[str, list[dict]] = {row["id"]: [] for row in rows}
     if "irrelevance" not in category:
@@ -81,7 +81,7 @@ def _tool(function: dict, category: str) -> dict:
 
 
 def _literal_schema(spec: dict, category: str) -> dict:
-    """The schema of a string that holds a literal, described in the words BFCL shows to models."""
+    """The schema of a string that holds a literal, with the description that BFCL shows to models."""
     language = _LANGUAGES[category][1]
     name, items = spec["type"], spec.get("items", {}).get("type")
     if name == "any":
@@ -118,7 +118,7 @@ def _arguments(acceptable: dict[str, list], schema: dict, category: str) -> dict
 
 
 def _plain(value: Any) -> Any:
-    """An acceptable value without the lists of alternatives that stand for the members of objects."""
+    """An acceptable value, with one alternative for each member of an object."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -131,12 +131,12 @@ def _read_lines(name: str) -> list[dict]:
     if package is None or not package.submodule_search_locations:
         raise InputError(
             "the BFCL data are in the package bfcl-eval, which is not installed: run `pip install --no-deps bfcl-eval`"
-            " or `make models`"
+            " or `make models`."
         )
     path = Path(package.submodule_search_locations[0], "data", name)
     if not path.is_file():
         raise InputError(
-            f"the installed bfcl-eval has no file data/{name}: run `pip install --no-deps --upgrade bfcl-eval`"
+            f"the installed bfcl-eval has no file data/{name}: run `pip install --no-deps --upgrade bfcl-eval`."
         )
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

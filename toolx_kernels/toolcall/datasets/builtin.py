@@ -1,14 +1,14 @@
-"""The built-in task: tool-calling problems made up by a program, so that training needs no download.
+"""The builtin task: generated tool-calling problems, so that training needs no download.
 
-A tool is called ``verb_noun``. In rows its name alone decides its parameters, so every row that offers a tool offers
-the same schema, and one row can demonstrate a tool to another. A request says in words which tool to call with which
-values; the answer is the call. Difficulty is graded in tiers (``LEVELS``). In the tier ``convention`` the tool has a
-required ``currency`` that the request never mentions: the cold start shows ``COLD_CURRENCY``, the rows to learn want
-``WANTED_CURRENCY``, and only a demonstration tells.
+The name of a tool is ``verb_noun``. In rows the name alone determines its parameters, so all rows that offer a tool
+offer the same schema, and one row can demonstrate a tool to another. A request says in words which tool to call with
+which values; the answer is the call. Tiers (``LEVELS``) grade the difficulty. In the tier ``convention`` the tool
+requires a ``currency`` that the request never mentions: the cold start shows ``COLD_CURRENCY``, training rows expect
+``WANTED_CURRENCY``, and only a demonstration reveals it.
 
 Held-out rows use tool names, strings and integers that no training row and no cold-start text contains (a hash of the
-name or value decides); all of them are composed of pieces that training rows do contain. Booleans and currencies are
-common to both.
+name or value decides); all of them consist of pieces that training rows do contain. Booleans and currencies are common
+to both.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ INTEGERS = range(100, 1000)
 HELD_OUT_SHARE = 0.25
 CONVENTION_SHARE = 0.3
 
-# Ways to say a request.
+# Wordings of a request.
 OPENINGS = ("Please ", "Can you ", "I want to ", "Now ", "You should ")
 DETERMINERS = (" the ", " my ", " that ")
 INTRODUCTIONS = (" with ", " using ", ", ", " and take ")
@@ -59,13 +59,13 @@ CALL_SEPARATORS = (", then ", ". Also ", ". After that ")
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What makes a tier as hard as it is; ranges are inclusive (low, high).
+    """The difficulty of a tier; ranges are inclusive (low, high).
 
-    offered     number of tools offered, the answered ones included
-    arguments   number of arguments of a call, ``currency`` not counted
+    offered     number of offered tools, including those of the answer
+    arguments   number of arguments of a call, not counting ``currency``
     calls       number of calls in the answer
-    similar     the other tools share verb or noun with the answered one, as far as there are such
-    convention  the answered tool has a ``currency``
+    similar     other tools share verb or noun with the answer's, if such tools exist
+    convention  the answer's tool has a ``currency``
     """
 
     offered: tuple[int, int]
@@ -83,14 +83,14 @@ LEVELS = {
 }
 TIERS = tuple(LEVELS)
 
-# The cold start: how long it stays easy, what it mixes then, how often it shows demonstrations and bad habits.
+# The cold start: its easy beginning, its mix after that, and the shares of demonstrations and deliberate mistakes.
 COLD_EDITIONS = 100
 COLD_EASY_EXAMPLES = 4800
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "parallel": 0.2, "convention": 0.1}
 COLD_SHOWN_MIX = {"easy": 0.3, "hard": 0.2, "parallel": 0.2, "convention": 0.3}
 COLD_DEMONSTRATED = 0.5
 COLD_OWN_EXAMPLES = 4
-COLD_OWN_EXAMPLES_AFTER = 9600  # examples; earlier, their length and their own values hinder learning to copy
+COLD_OWN_EXAMPLES_AFTER = 9600  # examples; before that, their length and their values hinder learning to copy
 NOISE = {"quoted_integers": 0.6, "boolean_words": 0.6, "second_call_missing": 0.6}
 
 
@@ -101,7 +101,7 @@ class Example:
     row             the problem; its tools and prompt make the model's input
     demonstrations  solved rows to show in the prompt, often none
     target          the calls to imitate, which may differ from ``row.answer`` on purpose
-    examples        rows to write as examples of one's own before answering (``self_exemplify``), often none
+    examples        rows to write as examples before the answer (``self_exemplify``), often none
     """
 
     row: Row
@@ -137,8 +137,8 @@ def integers(held_out: bool) -> tuple[int, ...]:
 class _Catalogue:
     """The tools of one side of the split.
 
-    ``edition`` decides which parameters a name gets. Rows have edition 0; the cold start goes through many others, so
-    that parameters have to be read off the signatures and cannot be known by name.
+    ``edition`` determines the parameters of a name. Rows have edition 0; the cold start uses many others, so that a
+    model must read parameters from the signatures and cannot know them by name.
     """
 
     held_out: bool
@@ -182,7 +182,7 @@ def signature(name: str, types: dict[str, str]) -> dict:
 
 
 def value(kind: str, held_out: bool, rng: random.Random) -> str | int | bool:
-    """A value of this type, of one side of the split."""
+    """A random value of this type, from one side of the split."""
     if kind == "boolean":
         return rng.random() < 0.5
     return rng.choice(strings(held_out)) if kind == "string" else rng.choice(integers(held_out))
@@ -197,7 +197,7 @@ def _call(name: str, catalogue: _Catalogue, currency: str, rng: random.Random) -
 
 
 def request(calls: Sequence[dict], rng: random.Random, untold: Collection[str] = ("currency",)) -> str:
-    """Asks for these calls, without a word on the arguments ``untold``."""
+    """A request for these calls that does not mention the arguments ``untold``."""
     determiner, introduction = rng.choice(DETERMINERS), rng.choice(INTRODUCTIONS)
     mention, separator = rng.choice(MENTIONS), rng.choice(SEPARATORS)
     parts = []
@@ -213,7 +213,7 @@ def request(calls: Sequence[dict], rng: random.Random, untold: Collection[str] =
 
 
 def distractors(answered: str, names: Sequence[str], similar: bool, rng: random.Random) -> list[str]:
-    """The other ``names`` in random order; with ``similar`` those first that share verb or noun with the answered."""
+    """The other ``names`` in random order; with ``similar``, those that share verb or noun with ``answered`` first."""
     pool = [n for n in names if n != answered]
     rng.shuffle(pool)
     if similar:
@@ -240,7 +240,7 @@ def _row(tier: str, identifier: str, catalogue: _Catalogue, currency: str, rng: 
 def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[Row]:
     for tier in tiers:
         if tier not in LEVELS:
-            raise InputError(f"unknown tier {tier!r} of the built-in task; use some of {', '.join(TIERS)}")
+            raise InputError(f"unknown tier {tier!r} of the built-in task: use some of {', '.join(TIERS)}.")
     rng = random.Random(f"{'held-out' if held_out else 'train'} rows {seed}")
     catalogue = _Catalogue(held_out)
     chosen = [tiers[i % len(tiers)] for i in range(count)]
@@ -248,23 +248,23 @@ def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[R
 
 
 def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
+    """``count`` training rows, of each tier in turn; the same ``seed`` gives the same rows.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, held_out=False)
 
 
 def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to evaluate on, the tiers in turn; they share no tool name, string or integer with training rows.
+    """``count`` evaluation rows, of each tier in turn; they share no tool name, string or integer with training rows.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, held_out=True)
 
 
 def imitated(calls: list[dict], rng: random.Random) -> list[dict]:
-    """What the cold start has the model write instead of these calls: with bad habits, as often as ``NOISE`` says."""
+    """These calls as the cold start shows them, with deliberate mistakes at the rates of ``NOISE``."""
     quoted, worded, short = (rng.random() < NOISE[habit] for habit in NOISE)
 
     def spoil(value):
@@ -277,7 +277,8 @@ def imitated(calls: list[dict], rng: random.Random) -> list[dict]:
 
 
 def _user(name: str, identifier: str, catalogue: _Catalogue, currency: str, rng: random.Random) -> Row:
-    """A row that calls the tool, of any tier: what training draws a demonstration of it from. Two calls count twice."""
+    """A row of any tier that calls the tool, like those from which training draws a demonstration. A tier's weight is
+    its number of calls."""
     tiers = [t for t, level in LEVELS.items() if name in catalogue.names(level.convention, *level.arguments)]
     (tier,) = rng.choices(tiers, [LEVELS[t].calls for t in tiers])
     return _row(tier, identifier, catalogue, currency, rng, tool=name)
@@ -295,14 +296,14 @@ def _own_examples(row: Row, catalogue: _Catalogue, currency: str, rng: random.Ra
 
 
 def cold_start_examples(seed: int, self_exemplify: float = 0.0) -> Iterator[Example]:
-    """An endless stream of supervised examples, in the order in which they are to be learned.
+    """An endless stream of supervised examples, in training order.
 
-    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a part of it with
-    demonstrations (``COLD_DEMONSTRATED``), drawn as training draws them: from rows of all tiers, for each offered tool
-    one. Without demonstrations the target has bad habits (``NOISE``) and ``COLD_CURRENCY``; with them it is right, and
-    its currency is that of the demonstrations. So the model learns to copy, to follow demonstrations, and leaves a
-    policy that reinforcement learning can mend. From ``COLD_OWN_EXAMPLES_AFTER`` on, a share ``self_exemplify`` has
-    examples to write before the answer, which has the bad habits too.
+    First ``COLD_EASY_EXAMPLES`` of the tier easy, then a mix of all tiers (``COLD_MIX``), a share
+    ``COLD_DEMONSTRATED`` of it with demonstrations, drawn as in training: from rows of all tiers, one for each offered
+    tool. Without demonstrations the target has deliberate mistakes (``NOISE``) and ``COLD_CURRENCY``; with them it is
+    right and has the demonstrations' currency. So the model learns to copy and to follow demonstrations, and keeps
+    mistakes that reinforcement learning can correct. From ``COLD_OWN_EXAMPLES_AFTER`` on, a share ``self_exemplify``
+    has examples to write before the answer, which has the mistakes too.
     """
     rng = random.Random(f"cold start {seed}")
     for index in itertools.count():

@@ -1,16 +1,16 @@
-"""The built-in task with facts that exploration seldom finds: codes that only demonstrations tell.
+"""The builtin-facts task, with facts that exploration seldom finds: codes that only demonstrations reveal.
 
-Tools, requests and the tiers easy and hard are those of ``builtin``, but a tool's noun alone decides its kind: plain,
-``office`` (a code that all such tools share: one fact) or ``account`` (a code that the tools of one noun share: one
-fact a noun). No request mentions a code and no signature lists them. There are 141, each one token of the tiny model;
-the cold start has the habit of ``COLD_CODE``, which is always wrong, and copies whichever code demonstrations show.
+Tools, requests and the tiers easy and hard are those of ``builtin``, but a tool's noun alone determines its kind:
+plain, ``office`` (all such tools share a code: one fact) or ``account`` (the tools of one noun share a code: one fact
+per noun). No request mentions a code and no signature lists them. There are 141 codes, each one token of the tiny
+model. The cold start teaches ``COLD_CODE``, which is always wrong, and copying of the code that demonstrations show.
 
-``builtin``'s tier ``convention`` (a ``currency``, one of four that the signature lists) is part of the cold start
-alone. Among rows to learn it would undo the task: who is rewarded for giving up one wrong habit gives up the others
-too, draws codes nearly uniformly from then on, and stumbles on the facts.
+The tier ``convention`` of ``builtin`` (a ``currency``, one of four that the signature lists) occurs only in the cold
+start. Among training rows it would defeat the task: a model that is rewarded for giving up one wrong habit gives up the
+others too, then draws codes nearly uniformly, and finds the facts by chance.
 
-Each tool that training rows offer is solved once in ``documentation``, the only rows that demonstrate anything.
-Held-out rows share the facts with it and with training rows, but no tool name, string or integer.
+``documentation`` has a solved row for each tool that training rows offer; only these rows are demonstrations. Held-out
+rows share the facts with it and with training rows, but no tool name, string or integer.
 """
 
 import itertools
@@ -43,30 +43,30 @@ UNTOLD = {"convention": "currency", "office": "office", "account": "account"}  #
 TRAINED_VERBS = 3  # of each noun, in training rows and documentation
 
 COLD_CODE = "A0A"
-# Tokens that the values of requests are made of: of several hundred that nothing else contains, the cold start learned
-# on some seeds that a code is wanted, and not to copy it.
+# Tokens that values in requests consist of: with several hundred tokens that occur nowhere else, the cold start learned
+# on some seeds that a code is expected, but not to copy it.
 _PIECES = (*builtin.STRING_HEADS, *builtin.STRING_TAILS)
 _NUMBERS = tuple(str(number) for number in range(11, 100))
 CODES = (*(code for pair in zip(_NUMBERS, _PIECES, strict=False) for code in pair), *_NUMBERS[len(_PIECES) :])
 
-# What the cold start writes where nothing tells.
+# What the cold start writes without demonstrations.
 HABITS = {"convention": builtin.COLD_CURRENCY, "office": COLD_CODE, "account": COLD_CODE}
 
 LEVELS = {tier: builtin.LEVELS[tier] for tier in ("easy", "hard", "convention")}
 LEVELS |= dict.fromkeys(("office", "account"), builtin.LEVELS["convention"])
-TIERS = ("easy", "hard", "office", "account", "account")  # of rows: twice as many for the facts that are narrow
+TIERS = ("easy", "hard", "office", "account", "account")  # of rows: twice as many for the narrow facts
 MOST_DISTRACTORS = 3  # that documentation offers
 
 Untold = Callable[[str, str], str]  # kind and noun of a tool -> the value of its untold argument
 
-# The cold start: how long it stays easy, what it mixes then, how often it shows demonstrations.
+# The cold start: its easy beginning, its mix after that, and the share of demonstrations.
 COLD_EDITIONS = 100
 COLD_KINDS = {"plain": 0.5, "convention": 0.15, "office": 0.15, "account": 0.2}
 COLD_EASY_EXAMPLES = 4800
 COLD_MIX = {"easy": 0.15, "hard": 0.25, "convention": 0.15, "office": 0.2, "account": 0.25}
 COLD_SHOWN_MIX = {"easy": 0.1, "hard": 0.2, "convention": 0.1, "office": 0.3, "account": 0.3}
 COLD_DEMONSTRATED = 0.6
-# How the tiny model learns to copy codes: easy requests tell them as values, then come examples that need a
+# The tiny model learns to copy codes in stages: easy requests contain codes as values, then come examples that need a
 # demonstration, and these show few codes at first.
 COLD_TOLD_CODES = 0.3  # of an easy request's strings
 COLD_COPYING_EXAMPLES = 3200
@@ -76,7 +76,7 @@ COLD_EXAMPLES_A_CODE = 24  # until demonstrations show one more
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What a row's answer holds and its request does not tell: the ``value`` of an ``argument``."""
+    """A fact that a row's answer contains and its request does not: the ``value`` of an ``argument``."""
 
     name: str
     argument: str
@@ -85,7 +85,7 @@ class Fact:
 
 @cache
 def required(kind: str, noun: str) -> str:
-    """What the untold argument of a tool of this kind and noun must be."""
+    """The required value of the untold argument of a tool of this kind and noun."""
     codes = CODES[len(CODES) // 2 :]  # those that the cold start shows last and least
     office, *accounts = random.Random("facts").sample(codes, 1 + len(NOUNS["account"]))
     return office if kind == "office" else accounts[NOUNS["account"].index(noun)]
@@ -109,10 +109,10 @@ def fact_of(row: Row) -> Fact | None:
 
 @dataclass(frozen=True, slots=True)
 class _Catalogue:
-    """Tools: those of training rows, held-out ones, or all that are not held out (``side`` "cold").
+    """The tools of training rows, the held-out tools, or all that are not held out (``side`` "cold").
 
-    ``edition`` decides which kind and parameters a name gets: 0 in rows, in the cold start many others, so that
-    nothing can be known by name. ``told_codes`` is the share of strings that are codes.
+    ``edition`` determines kind and parameters of a name: 0 in rows, many others in the cold start, so that nothing can
+    be known by name. ``told_codes`` is the share of strings that are codes.
     """
 
     side: str
@@ -133,13 +133,13 @@ class _Catalogue:
         if self.told_codes and kind == "string" and rng.random() < self.told_codes:
             return rng.choice(CODES)
         drawn = value(kind, self.held_out, rng)
-        # no row to learn tells a fact's token as part of a value: a value copied into the wrong place would find it
+        # no value in a training row contains a fact's token: copied into the wrong place, it would find the fact
         while self.side != "cold" and any(code in str(drawn) for code in _facts()):
             drawn = value(kind, self.held_out, rng)
         return drawn
 
     def names(self, kind: str, low: int = 1, high: int = 3) -> tuple[str, ...]:
-        """The tools of a kind that have so many arguments, the untold one not counted."""
+        """The tools of a kind that have ``low`` to ``high`` arguments, not counting the untold one."""
         return _sized(self, kind, low, high)
 
 
@@ -183,7 +183,7 @@ def _for_kind(values: dict[str, str]) -> Untold:
 def _solved(
     identifier: str, name: str, others: Sequence[str], catalogue: _Catalogue, untold: Untold, rng: random.Random
 ) -> Row:
-    """A row that wants ``name`` called and offers ``others`` too."""
+    """A row whose answer calls ``name`` and that also offers ``others``."""
     own = [(p, kind) for p, kind in catalogue.types(name).items() if p not in UNTOLD.values()]
     arguments = {p: catalogue.value(kind, rng) for p, kind in rng.sample(own, len(own))}
     kind = catalogue.kind(name)
@@ -207,31 +207,31 @@ def _rows(count: int, seed: int, tiers: Sequence[str], side: str) -> list[Row]:
     for tier in tiers:
         if tier not in TIERS:
             known = ", ".join(dict.fromkeys(TIERS))
-            raise InputError(f"unknown tier {tier!r} of the built-in task with facts; use some of {known}")
+            raise InputError(f"unknown tier {tier!r} of the built-in task with facts: use some of {known}.")
     rng, catalogue = random.Random(f"{side} rows with facts {seed}"), _Catalogue(side)
     chosen = [tiers[i % len(tiers)] for i in range(count)]
     return [_row(tier, f"{tier}-{i}", catalogue, required, rng) for i, tier in enumerate(chosen)]
 
 
 def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
+    """``count`` training rows, of each tier in turn; the same ``seed`` gives the same rows.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, "train")
 
 
 def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to evaluate on, the tiers in turn; they share facts with training rows and no tool name, string or
+    """``count`` evaluation rows, of each tier in turn; they share facts with training rows, but no tool name, string or
     integer.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, "held-out")
 
 
 def documentation() -> list[Row]:
-    """One solved row for each tool that training rows offer, always the same; it offers up to three others too."""
+    """One solved row for each tool that training rows offer, always the same; each offers up to three other tools."""
     rng, catalogue = random.Random("documentation"), _Catalogue("train")
     rows = []
     for name in _names("train"):
@@ -241,13 +241,13 @@ def documentation() -> list[Row]:
 
 
 def cold_start_examples(seed: int) -> Iterator[Example]:
-    """An endless stream of supervised examples, in the order in which they are to be learned.
+    """An endless stream of supervised examples, in training order.
 
     First ``COLD_EASY_EXAMPLES`` of the tier easy; then ``COLD_COPYING_EXAMPLES`` with demonstrations, of tiers where
-    these tell what no request does; then a mix, a share ``COLD_DEMONSTRATED`` of it with demonstrations
-    (``COLD_SHOWN_MIX``, else ``COLD_MIX``). They are drawn as training draws them, from a solved row of each offered
-    tool. Without them the target has the bad habits of ``builtin`` (``NOISE``) and ``HABITS``; with them it is right,
-    and what no request tells is a currency or code drawn for this example alone.
+    these reveal what no request does; then a mix, a share ``COLD_DEMONSTRATED`` of it with demonstrations
+    (``COLD_SHOWN_MIX``, else ``COLD_MIX``). Demonstrations are drawn as in training, from a solved row of each offered
+    tool. Without them the target has the deliberate mistakes of ``builtin`` (``NOISE``) and ``HABITS``; with them it is
+    right, and its untold currency or code is drawn for this example alone.
     """
     rng = random.Random(f"cold start with facts {seed}")
     for index in itertools.count():

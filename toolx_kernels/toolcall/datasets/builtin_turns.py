@@ -1,13 +1,13 @@
-"""The built-in task in two turns: what the last call needs is shown by other tools only.
+"""The builtin-turns task, in two turns: the last call needs values that only other tools return.
 
-A request asks to look something up and to use what comes back, as in "Please find the number with guest Norville, then
+A request asks to look something up and to use the result, as in "Please find the number with guest Norville, then
 book the room, that number and city Belton.": the model calls ``find_number``, reads "number: 347", and calls
-``book_room`` with that. In the tier ``lookup`` one thing is looked up; in ``lookups`` a number and a label, by two
-calls in one turn. The answer of a row holds the calls of both turns. ``Registry`` is the environment that answers the
-lookups; nothing answers the last call, so episodes have ``MAX_TURNS`` turns.
+``book_room`` with that. In the tier ``lookup`` one value is looked up; in ``lookups`` a number and a label, by two
+calls in one turn. The answer of a row contains the calls of both turns. ``Registry`` is the environment that answers
+the lookups; nothing answers the last call, so episodes have ``MAX_TURNS`` turns.
 
-The lookups are always the same; the other tools, names and numbers follow ``builtin``: a tool's name alone decides its
-parameters, and held-out rows use tool names, strings and integers that no training row and no cold start contains.
+The lookups are always the same. The other tools, names and numbers follow ``builtin``: a tool's name alone determines
+its parameters, and held-out rows use tool names, strings and integers that no training row and no cold start contains.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from toolx_kernels.toolcall.rows import Row
 MAX_TURNS = 2
 KEYS = {"number": "guest", "label": "owner"}  # what can be looked up, and by what
 TIERS = ("lookup", "lookups")
-EXTRA_SHARE = 0.5  # of tools with a parameter whose value the request tells
+EXTRA_SHARE = 0.5  # of tools with a parameter whose value the request states
 DISTRACTOR_SHARE = 0.5  # of rows that offer a tool that they do not need
 
 
@@ -72,7 +72,7 @@ class Registry:
 
 
 def _told(kind: str, value: str | int) -> str:
-    """What a lookup returns, in the words of a request: what copies values from there can copy from here."""
+    """The result of a lookup, worded like a request, so that a model which copies from requests can copy from it."""
     return f"{kind}: {value}"
 
 
@@ -86,7 +86,7 @@ class Episode:
 
 @cache
 def _types(name: str, edition: int) -> dict[str, str]:
-    """Parameters of a tool: one or both of what can be looked up, perhaps another one."""
+    """Parameters of a tool: one or both of those that can be looked up, perhaps another one."""
     rng = random.Random(f"parameters of {name} in turns, edition {edition}")
     chosen = rng.choice((["number"], ["label"], ["number", "label"]))
     others = [p for p, kind in PARAMETERS.items() if p not in (*KEYS, *KEYS.values()) and kind != "boolean"]
@@ -104,7 +104,7 @@ def _names(tier: str, held_out: bool, edition: int) -> tuple[str, ...]:
 def _row(tier: str, identifier: str, held_out: bool, edition: int, rng: random.Random) -> Row:
     name = rng.choice(_names(tier, held_out, edition))
     types = _types(name, edition)
-    # no value twice in a row: what is looked up must not stand in the request
+    # no value twice in a row: the request must not contain a value that is looked up
     texts, numbers = iter(rng.sample(strings(held_out), 4)), iter(rng.sample(integers(held_out), 2))
     values: dict[str, Iterator] = {"string": texts, "integer": numbers}
     arguments = {p: next(values[kind]) for p, kind in types.items()}
@@ -125,7 +125,7 @@ def _row(tier: str, identifier: str, held_out: bool, edition: int, rng: random.R
 
 
 def _request(name: str, keys: dict[str, str], told: dict[str, str | int], rng: random.Random) -> str:
-    """In the words of ``builtin``, so that its vocabulary holds them."""
+    """A request in the words of ``builtin``, so that its vocabulary contains them."""
     introduction, mention, separator = rng.choice(INTRODUCTIONS), rng.choice(MENTIONS), rng.choice(SEPARATORS)
     lookups = (
         f"find the {kind}{introduction}{mention.format(name=KEYS[kind], value=key)}" for kind, key in keys.items()
@@ -139,30 +139,30 @@ def _request(name: str, keys: dict[str, str], told: dict[str, str | int], rng: r
 def _rows(count: int, seed: int, tiers: Sequence[str], held_out: bool) -> list[Row]:
     for tier in tiers:
         if tier not in TIERS:
-            raise InputError(f"unknown tier {tier!r} of the built-in task in turns; use some of {', '.join(TIERS)}")
+            raise InputError(f"unknown tier {tier!r} of the built-in task in turns: use some of {', '.join(TIERS)}.")
     rng = random.Random(f"{'held-out' if held_out else 'train'} rows in turns {seed}")
     chosen = [tiers[i % len(tiers)] for i in range(count)]
     return [_row(tier, f"{tier}-{i}", held_out, 0, rng) for i, tier in enumerate(chosen)]
 
 
 def train_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to train on, the tiers in turn; the same ``seed`` gives the same rows.
+    """``count`` training rows, of each tier in turn; the same ``seed`` gives the same rows.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, held_out=False)
 
 
 def heldout_rows(count: int, seed: int, tiers: Sequence[str] = TIERS) -> list[Row]:
-    """``count`` rows to evaluate on; they share no tool name (but the lookups'), string or integer with training rows.
+    """``count`` evaluation rows; they share no tool name (except the lookups), string or integer with training rows.
 
-    Raises InputError on a tier that does not exist.
+    Raises InputError for an unknown tier.
     """
     return _rows(count, seed, tiers, held_out=True)
 
 
 def turns_of(row: Row, last: dict) -> list[dict]:
-    """The episode that answers ``row`` with ``last`` as its last call, as ``supervised_episode`` takes it."""
+    """The turns that answer ``row`` with ``last`` as the last call, for ``supervised_episode``."""
     lookups = row.answer[:-1]
     results = []
     for call in lookups:
@@ -179,9 +179,9 @@ def turns_of(row: Row, last: dict) -> list[dict]:
 def cold_start_episodes(seed: int) -> Iterator[Episode]:
     """An endless stream of supervised episodes of both tiers.
 
-    As in the cold start of ``builtin``, parameters of a tool change from example to example, so that they have to be
-    read off the signatures, and a part of the examples has a bad habit that reinforcement learning can mend: the
-    integers of the last call stand in quotes.
+    As in the cold start of ``builtin``, parameters of a tool change from example to example, so that a model must read
+    them from the signatures, and part of the examples has a deliberate mistake that reinforcement learning can correct:
+    the integers of the last call are in quotes.
     """
     rng = random.Random(f"cold start in turns {seed}")
     for index in itertools.count():

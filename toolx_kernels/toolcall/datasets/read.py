@@ -1,5 +1,4 @@
-"""Rows from files and datasets: JSONL, the Hugging Face hub, BFCL, Seal-Tools, and the formats of ToolACE and
-xLAM."""
+"""Readers of datasets: JSONL, the Hugging Face hub, BFCL, Seal-Tools, and the formats of ToolACE and xLAM."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,13 +15,13 @@ _NAMES = "bfcl:<category>, seal-tools:<path>, a JSONL file, or a dataset on the 
 
 
 def read_dataset(spec: str) -> list[Row]:
-    """The rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a file or any path that
-    ends in ``.jsonl``, else a name on the hub; or the rows of several of these, joined by commas.
+    """Reads the rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a file or any path
+    that ends in ``.jsonl``, or else a name on the hub; or several of these, separated by commas.
 
     Raises InputError for what cannot be found or read, and for an id that occurs in two of them.
     """
     if not spec.strip():
-        raise InputError(f"the dataset name {spec!r} is empty; give {_NAMES}")
+        raise InputError(f"the dataset name {spec!r} is empty: give {_NAMES}.")
     kind, _, name = spec.partition(":")
     if "," in spec and not Path(name if kind == "seal-tools" else spec).exists():
         return check_set([row for part in spec.split(",") for row in read_dataset(part.strip())], spec)
@@ -36,39 +35,39 @@ def read_dataset(spec: str) -> list[Row]:
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Rows from a file with one JSON object a line (see ``check_row``). Raises InputError, naming file and line."""
+    """Reads rows from a file with one JSON object per line (see ``check_row``). Raises InputError, naming file and
+    line."""
     return check_numbered(json_lines(path), str(path))
 
 
 def read_hub(name: str, split: str = "train") -> list[Row]:
-    """Rows of split ``split`` of a dataset on the Hugging Face hub, or in a local folder that ``datasets`` can load.
+    """Reads the rows of a split of a dataset on the Hugging Face hub, or in a local folder that ``datasets`` can load.
 
-    Raises InputError when the ``datasets`` library is absent, or cannot load that name or split.
+    Raises InputError if the ``datasets`` library is not installed, or cannot load that name or split.
     """
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"reading the dataset {name!r} takes the datasets library: run `pip install 'toolx_kernels[data]'`"
+            f"reading the dataset {name!r} needs the datasets library: run `pip install 'toolx_kernels[data]'`."
         ) from error
     try:
         dataset = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot load split {split!r} of dataset {name!r} ({reason}); give {_NAMES}") from error
+        raise InputError(f"cannot load split {split!r} of dataset {name!r} ({reason}): give {_NAMES}.") from error
     return rows_from(dataset, name)
 
 
 def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset") -> list[Row]:
-    """Rows from a list of dicts (or of ``Row``s), or from a ``datasets.Dataset``.
+    """Reads rows from a list of dicts (or of ``Row``s), or from a ``datasets.Dataset``.
 
-    The format shows in the first row: ours (``check_row``); xLAM-function-calling-60k's (``query``, ``tools``,
-    ``answers``); or ToolACE's (``system``, ``conversations``), of which rows with more than one user turn or with calls
-    that cannot be read are left out and counted in a warning. A ``datasets.Dataset`` fills the keys that an object
-    lacks with None, so None is dropped from objects there; an argument that is really null has to be stored as JSON
-    text.
+    The first row determines the format: ours (``check_row``); xLAM-function-calling-60k's (``query``, ``tools``,
+    ``answers``); or ToolACE's (``system``, ``conversations``), of which rows with more than one user turn or with
+    unreadable calls are left out and counted in a warning. A ``datasets.Dataset`` fills missing keys of an object with
+    None, so None is dropped from its objects; an argument that is really null must be stored as JSON text.
 
-    Raises InputError for a row that is wrong, or an empty dataset.
+    Raises InputError for an invalid row, or an empty dataset.
     """
     raws: list[Any] = list(dataset)
     if hasattr(dataset, "features"):

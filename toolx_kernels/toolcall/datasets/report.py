@@ -1,4 +1,4 @@
-"""A report on a dataset before a run: its size, and rows that are valid but unusual."""
+"""Dataset report before a run: its size, and rows that are valid but unusual."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from toolx_kernels.toolcall.schema import arguments_fault
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """Counts over the rows of a dataset; ``first_...`` is the id of the first row counted, None when there is none.
+    """Counts over the rows of a dataset; ``first_...`` is the id of the first row counted, or None.
 
     >>> report = DatasetReport(3, {0: 1, 2: 2}, 4, 1, "b", 1, "a", "call 1 (f): the required argument 'x' is missing")
     >>> print(*report.lines(), sep="\\n")
@@ -23,14 +23,14 @@ class DatasetReport:
     rows: int
     calls: dict[int, int]  # calls in the answer -> rows, ascending
     tools: int  # different names offered
-    without_demonstrations: int  # rows for which ``DemonstrationIndex.possible`` says no
+    without_demonstrations: int  # rows for which ``DemonstrationIndex.possible`` is False
     first_without_demonstrations: str | None
     outside_schema: int  # rows whose answer has a call that breaks its tool's schema (``arguments_fault``)
     first_outside_schema: str | None
     first_fault: str | None  # the call and the fault of that row, in words
 
     def lines(self) -> list[str]:
-        """The report in words: one line on all rows, and one for each oddity that occurs."""
+        """The report as text: one line on all rows, and one for each kind of unusual rows that occurs."""
         by_calls = ", ".join(f"{calls} {'call' if calls == 1 else 'calls'}: {n}" for calls, n in self.calls.items())
         lines = [f"{self.rows} rows, {self.tools} tools; rows by calls in the answer: {by_calls}"]
         if self.without_demonstrations:
@@ -47,8 +47,8 @@ class DatasetReport:
 
 
 def dataset_report(rows: Sequence[Row], index: DemonstrationIndex | None = None) -> DatasetReport:
-    """The report on checked rows, whose demonstrations come from ``index`` or, by default, from one another. Takes time
-    in proportion to their number."""
+    """Makes the report on checked rows, whose demonstrations come from ``index`` or, by default, from each other. Takes
+    time linear in their number."""
     index = index or DemonstrationIndex(rows)
     without = [row.id for row in rows if not index.possible(row)]
     outside = [(row.id, fault) for row in rows if (fault := _answer_fault(row))]

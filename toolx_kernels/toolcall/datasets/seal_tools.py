@@ -1,9 +1,9 @@
 """Rows of Seal-Tools (Wu et al., arXiv 2405.08355; github.com/fairyshine/Seal-Tools, folder Seal-Tools_Dataset).
 
-A split file such as ``dev.jsonl`` holds a request and its calls a line, ``{"id", "query", "calling": [{"api",
-"parameters", "responses"}]}``. ``tool.jsonl`` beside it describes all tools: ``{"api_name", "api_description", "field":
-"area/field", "parameters": {name: {"type", "description"}}, "required"}``. Which tools a request comes with is not
-published there; here they are its own and some distractors.
+Each line of a split file such as ``dev.jsonl`` holds a request and its calls, ``{"id", "query", "calling": [{"api",
+"parameters", "responses"}]}``. ``tool.jsonl`` in the same folder describes all tools: ``{"api_name", "api_description",
+"field": "area/field", "parameters": {name: {"type", "description"}}, "required"}``. The tools that a request offers are
+not published; here they are those of its calls and some distractors.
 """
 
 import logging
@@ -24,26 +24,27 @@ _log = logging.getLogger(__name__)
 
 
 def read_seal_tools(path: str | Path, *, distractors: int = 3) -> list[Row]:
-    """The rows of a published split file, ``tool.jsonl`` beside it, or of all ``SPLITS`` that lie in a folder.
+    """Reads the rows of a published split file next to ``tool.jsonl``, or of all ``SPLITS`` in a folder.
 
-    A row offers the tools of its calls and ``distractors`` others, in an order drawn from its id: of the fields of its
-    own tools, where those have too few of their areas, then of any. Ids, requests and calls are as published; also
-    calls whose arguments break the schema of their tool, such as "63" for an integer (see ``dataset_report``). Rows
-    with a call that uses the output of another are left out and counted in a warning: they take more than one turn.
+    A row offers the tools of its calls and ``distractors`` others, in an order drawn from its id. Distractors come from
+    the fields of its own tools, then from their areas if there are too few, then from all tools. Ids, requests and
+    calls are as published, including calls whose arguments break the schema of their tool, such as "63" for an integer
+    (see ``dataset_report``). Rows with a call that uses the output of another need more than one turn; they are left
+    out and counted in a warning.
 
-    Raises InputError, naming file and line, for what is not there or not in the published format, a call of a tool that
-    ``tool.jsonl`` lacks, and when no row is left.
+    Raises InputError, naming file and line, for what is missing or not in the published format, for a call of a tool
+    that ``tool.jsonl`` lacks, and if no row is left.
     """
     if distractors < 0:
-        raise InputError(f"distractors is {distractors}; give 0 or a number of tools to offer beside the right ones")
+        raise InputError(f"distractors is {distractors}: give 0 or a number of tools to offer besides the right ones.")
     path = Path(path)
     folder, files = path.parent, [path]
     if path.is_dir():
         folder, files = path, [file for split in SPLITS if (file := path / f"{split}.jsonl").is_file()]
         if not files:
-            raise InputError(f"the folder {path} holds none of {', '.join(SPLITS)} as .jsonl; give Seal-Tools_Dataset")
+            raise InputError(f"the folder {path} holds none of {', '.join(SPLITS)} as .jsonl: give Seal-Tools_Dataset.")
     elif path.suffix == ".json":
-        raise InputError(f"{path} is Seal-Tools' format for fine-tuning; give the .jsonl file of that split")
+        raise InputError(f"{path} is Seal-Tools' format for fine-tuning: give the .jsonl file of that split.")
     tools = _Tools(folder / "tool.jsonl")
     return check_set([row for file in files for row in _read_split(file, tools, distractors)], str(path))
 
@@ -59,11 +60,11 @@ class _Tools:
             place = f"{path}:{number}"
             if not _has(raw, api_name=str, api_description=str, field=str, parameters=Mapping):
                 raise InputError(
-                    f"{place}: a tool must have api_name, api_description, field and parameters, not {short(raw)}"
+                    f"{place}: a tool must have api_name, api_description, field and parameters, not {short(raw)}."
                 )
             name, field = raw["api_name"], raw["field"]
             if name in self.functions:
-                raise InputError(f"{place}: the tool {name!r} occurs twice; give every tool its own name")
+                raise InputError(f"{place}: the tool {name!r} occurs twice: give each tool a different name.")
             schema = {"type": "object", "properties": dict(raw["parameters"]), "required": raw.get("required", [])}
             self.functions[name] = {
                 "name": name,
@@ -75,7 +76,7 @@ class _Tools:
                 self._groups[group].append(name)
 
     def offered(self, used: list[str], distractors: int, rng: random.Random) -> list[dict]:
-        """The functions of ``used`` and of ``distractors`` others, the nearest first, in random order."""
+        """The functions of ``used`` and of ``distractors`` others, from the nearest groups, in random order."""
         offered = [name for name in dict.fromkeys(used) if name in self.functions]
         wanted = len(offered) + distractors
         fields = dict.fromkeys(self._fields[name] for name in offered)
@@ -104,7 +105,7 @@ def _row(raw: Any, place: str, tools: _Tools, distractors: int) -> dict:
     ):
         raise InputError(
             f"{place}: a row must have id, query and calling (a list of api and parameters), as in the published"
-            f" splits, not {short(raw)}"
+            f" splits, not {short(raw)}."
         )
     calls = raw["calling"]
     rng = random.Random(f"seal-tools {raw['id']}")

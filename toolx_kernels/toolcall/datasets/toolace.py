@@ -15,12 +15,12 @@ _log = logging.getLogger(__name__)
 
 
 def from_toolace(raws: Sequence, where: str) -> list[dict]:
-    """Rows in our format from rows in ToolACE's that have one user turn.
+    """Converts rows of ToolACE's format that have one user turn to ours.
 
-    The system text holds the tools as a JSON list; the assistant's first reply is ``[name(arg=value, ...), ...]``, or
-    prose when no call is right. Other rows are left out and counted in a warning.
+    The system text contains the tools as a JSON list; the assistant's first reply is ``[name(arg=value, ...), ...]``,
+    or prose if no call is right. Other rows are left out and counted in a warning.
 
-    Raises InputError, naming the row, where one is not of that format.
+    Raises InputError, naming the row, if one is not in that format.
     """
     rows: list[dict] = []
     skipped: Counter[str] = Counter()
@@ -47,17 +47,17 @@ def from_toolace(raws: Sequence, where: str) -> list[dict]:
 
 
 def _fields(raw: Any, place: str) -> tuple[str, list]:
-    """System text and turns of a row, checked."""
+    """Checks a row and returns its system text and its turns."""
     system, turns = (raw.get("system"), raw.get("conversations")) if isinstance(raw, Mapping) else (None, None)
     if not isinstance(system, str) or not isinstance(turns, list):
         raise InputError(
-            f"{place}: a row in ToolACE's format has a text 'system' and a list 'conversations', not {short(raw)}"
+            f"{place}: a row in ToolACE's format has a string 'system' and a list 'conversations', not {short(raw)}."
         )
     for turn in turns:
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
             raise InputError(
                 f"{place}: a turn of field 'conversations' must have a 'from' and a 'value' that are strings, not"
-                f" {short(turn)}"
+                f" {short(turn)}."
             )
     return system, turns
 
@@ -85,8 +85,8 @@ def _tools(system: str) -> list[dict] | None:
 
 
 def _calls(text: str, names: list[str]) -> list[dict] | None:
-    """Calls with Python literals as keyword arguments. Tool names may hold any signs, so the names that the row offers
-    are looked for."""
+    """Reads calls with Python literals as keyword arguments. Tool names may contain any signs, so only the names that
+    the row offers are recognized."""
     rest = text.strip()
     if not rest.startswith("["):
         return []

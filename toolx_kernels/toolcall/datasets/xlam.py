@@ -9,12 +9,12 @@ from toolx_kernels.toolcall.schema import annotation_schema
 
 
 def from_xlam(raws: Sequence, where: str) -> list[dict]:
-    """Rows in our format from rows in xLAM's.
+    """Converts rows of xLAM's format to ours.
 
-    ``parameters`` is flat there: name -> ``{"type": a Python annotation, "description", "default"?}``; what has a
-    default or says "optional" need not be given.
+    There ``parameters`` is flat: name -> ``{"type": a Python annotation, "description", "default"?}``; a parameter with
+    a default or the word "optional" is not required.
 
-    Raises InputError, naming the row, where one is not of that format.
+    Raises InputError, naming the row, if one is not in that format.
     """
     return [_row(raw, f"{where}:{n}") for n, raw in enumerate(raws)]
 
@@ -22,13 +22,13 @@ def from_xlam(raws: Sequence, where: str) -> list[dict]:
 def _row(raw: Any, place: str) -> dict:
     if not isinstance(raw, Mapping):
         raise InputError(
-            f"{place}: a row in xLAM's format is an object with query, tools and answers, not {short(raw)}"
+            f"{place}: a row in xLAM's format is an object with query, tools and answers, not {short(raw)}."
         )
     tools, answer = raw.get("tools"), raw.get("answers")
     if isinstance(tools, str):
         tools = json_value(tools, f"{place}: field 'tools'", "write it as a list")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"{place}: field 'tools' must be a list of functions, as in xLAM's format")
+        raise InputError(f"{place}: field 'tools' must be a list of functions, as in xLAM's format.")
     return {
         **{key: value for key, value in raw.items() if key not in ("query", "answers")},
         "prompt": raw.get("query"),
@@ -42,7 +42,7 @@ def _tool(tool: Mapping, place: str) -> dict:
     required: list[str] = []
     parameters = tool.get("parameters") or {}
     if not isinstance(parameters, Mapping) or not all(isinstance(spec, Mapping) for spec in parameters.values()):
-        raise InputError(f"{place}: the parameters of tool {tool.get('name')!r} must map names to their descriptions")
+        raise InputError(f"{place}: the parameters of tool {tool.get('name')!r} must map names to their descriptions.")
     for name, spec in parameters.items():
         annotation = str(spec.get("type", "any"))
         rest = {key: value for key, value in spec.items() if key not in ("type", "required")}
