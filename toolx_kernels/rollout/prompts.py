@@ -16,16 +16,16 @@ Overlong = Literal["error", "drop"]
 
 
 class Prompts:
-    """Token ids of rows, with or without demonstrations, within a model's context."""
+    """Makes the token ids of rows' prompts, with or without demonstrations, within a model's context."""
 
     def __init__(self, chat: Chat, context: int, instructions: str = ""):
         self.chat, self.context, self.instructions = chat, context, instructions
-        # by identity: ids are unique within a dataset only, and the row that is kept with its ids keeps its address;
-        # as 4-byte numbers, since a large dataset has tens of millions of tokens
+        # keyed by identity: row ids are unique only within a dataset, and a row in the cache keeps its address;
+        # 4-byte numbers, because a large dataset has tens of millions of tokens
         self._cache: dict[int, tuple[Row, array]] = {}
 
     def ids(self, row: Row, demonstrations: Sequence[Row] = (), hint: str = "") -> list[int]:
-        """The prompt that a rollout begins with; raw ones are kept. A hint stands where demonstrations do."""
+        """The prompt of a rollout; raw prompts are cached. A hint is placed like demonstrations."""
         if demonstrations or hint:
             return self.render(row, demonstrations, "\n\n".join(filter(None, [self.instructions, hint])))
         if id(row) not in self._cache:
@@ -33,7 +33,7 @@ class Prompts:
         return self._cache[id(row)][1].tolist()
 
     def render(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str | None = None) -> list[int]:
-        """The same, made anew; with other instructions than those of all prompts."""
+        """The prompt without the cache; ``instructions`` replaces those of all prompts."""
         instructions = self.instructions if instructions is None else instructions
         try:
             return self.chat.prompt_ids(row, demonstrations, instructions)
@@ -41,8 +41,8 @@ class Prompts:
             raise InputError(f"Row {row.id}: {error}") from None
 
     def hint(self, row: Row, share: float, room: int = 1) -> str:
-        """A sentence that tells this share of the tokens of the row's answer, the first ones; "" where that tells
-        nothing or leaves less room than ``fitting`` asks for."""
+        """A sentence with the first ``share`` of the tokens of the row's answer; "" if that is no text or leaves less
+        room than ``fitting`` requires."""
         answer = self.chat.completion_ids(row.answer)[:-1]
         beginning = self.chat.quoted(answer[: math.ceil(share * len(answer))])
         text = f"The answer begins: {beginning}"
@@ -50,8 +50,8 @@ class Prompts:
         return text if beginning and len(self.ids(row, (), text)) + room <= self.context else ""
 
     def fitting(self, row: Row, demonstrations: Sequence[Row], room: int = 1) -> list[Row]:
-        """Those of the demonstrations, from the first on, that leave ``room`` tokens of the context to the answer, or
-        as many as the raw prompt leaves."""
+        """The demonstrations, taken in order, that leave ``room`` tokens of the context for the answer, or as many as
+        the raw prompt leaves."""
         room = min(room, self.context - len(self.ids(row)))
         shown: list[Row] = []
         for demonstration in demonstrations:
@@ -60,10 +60,10 @@ class Prompts:
         return shown
 
     def fitting_rows(self, rows: Sequence[Row], overlong: Overlong, answers: bool = False) -> list[Row]:
-        """The rows whose raw prompt leaves room for an answer; with ``answers``, for their own.
+        """The rows whose raw prompt leaves room for an answer; with ``answers``, for the row's own.
 
-        Raises InputError for rows that do not fit, unless ``overlong`` is "drop" and some do; it counts them over all
-        rows and names the longest.
+        Raises InputError, with the number of rows that do not fit and the longest one, unless all fit, or ``overlong``
+        is "drop" and some do.
         """
         lengths = []
         for row in rows:
@@ -82,7 +82,7 @@ class Prompts:
         return kept
 
     def digest(self, rows: Sequence[Row]) -> str:
-        """Tells the raw prompts of these rows from any others."""
+        """A hash of the raw prompts of these rows."""
         state = hashlib.sha256()
         for row in rows:
             state.update(array("i", self.ids(row)).tobytes())

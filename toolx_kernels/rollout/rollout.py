@@ -1,4 +1,4 @@
-"""Rollouts, and the protocol of what makes them."""
+"""Rollouts, and the protocol ``Rollouter`` of the classes that make them."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ class Rollout:
     text: str  # what the model wrote, turns joined by newlines, as ``Chat.written_text`` has it
     messages: list[dict]  # the completion as chat messages: assistant turns and tool messages in order
     finish_reason: str  # "stop", "length", "cancelled" (of the engine); "turns" when the turn limit ended it
-    old_logprobs: Tensor | None = None  # one per id, on the CPU: of the policy that an update's ratios start from
-    ref_logprobs: Tensor | None = None  # the same of the reference model
+    old_logprobs: Tensor | None = None  # one per id, on the CPU: of the policy to which an update's ratios compare
+    ref_logprobs: Tensor | None = None  # likewise, of the reference model
 
     @property
     def written(self) -> int:
-        """How many tokens the model wrote."""
+        """The number of tokens that the model wrote."""
         return len(self.ids) if self.mask is None else sum(self.mask)
 
     @property
     def answer_text(self) -> str | list[str]:
-        """Its text, or those of its turns where there are several."""
+        """The text, or a list of the turns' texts if there are several."""
         turns = completion_turns(self.messages)
         return turns if len(turns) > 1 else self.text
 
 
 def written_ids(completion: Completion) -> list[int]:
-    """What a completion says: its tokens without the one that stopped it."""
+    """The tokens of a completion without the one that stopped it."""
     return completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
 
 
-# Called with (place of the prompt, rollout index, rollout) for each rollout that finishes on its own; True cancels the
-# rest of its group.
+# Called with (position of the prompt, rollout index, rollout) for each rollout that finishes on its own; True cancels
+# the rest of its group.
 OnRollout = Callable[[int, int, Rollout], bool]
 
 
 class Rollouter(Protocol):
-    """What makes rollouts of prompts: in one turn (``SingleTurn``), or with tools in between (``ToolLoop``)."""
+    """Makes rollouts of prompts: in one turn (``SingleTurn``), or in several turns with tools (``ToolLoop``)."""
 
     engine: RolloutEngine
 
     def offer(self, rows: list[Row]) -> list[Row]:
-        """The rows with what the rollouter offers the model besides their own tools."""
+        """The rows with the tools that the rollouter offers in addition to their own."""
 
     def roll_out(
         self,
@@ -75,4 +75,4 @@ class Rollouter(Protocol):
         first_rollout: int | Sequence[int] = 0,
         on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
-        """``n`` rollouts of each prompt, in order; ``prompts[i]`` is that of ``rows[i]``."""
+        """Samples ``n`` rollouts of each prompt, in order; ``prompts[i]`` is the prompt of ``rows[i]``."""

@@ -13,7 +13,7 @@ from toolx_kernels.toolcall.rows import Row
 
 @dataclass(slots=True)
 class SingleTurn:
-    """The engine's completions as they are."""
+    """A rollouter whose rollouts are single completions of the engine."""
 
     engine: RolloutEngine
     chat: Chat

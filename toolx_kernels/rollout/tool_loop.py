@@ -1,10 +1,10 @@
-"""Rollouts of several turns, the tool loop: the model calls tools, reads their results, and continues.
+"""Tool loop: rollouts of several turns, in which the model calls tools, reads their results, and continues.
 
-    all episodes: one engine call a turn -> parse the calls -> run them, in parallel -> append what came back -> again
+    all episodes: one engine call per turn -> parse the calls -> run them in parallel -> append the results -> repeat
 
-An episode is one completion that grows: the tokens of each turn as they were sampled, and between two turns the tokens
-with which the chat template shows tool results, which are context and never trained. The whole is bounded by
-``max_new_tokens`` as TRL's is by ``max_completion_length``, tool results included.
+An episode is one growing completion: the sampled tokens of each turn, and between turns the tokens with which the chat
+template shows tool results, which are context and never trained on. ``max_new_tokens`` bounds the whole episode, tool
+results included, like TRL's ``max_completion_length``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Episode:
     calls: list[dict] | None = None  # of the turn that ended last; None: malformed
 
     def write(self, completion: Completion, text: str) -> None:
-        """Takes in a turn of the model's."""
+        """Appends a turn of the model."""
         self.ids += completion.ids
         self.logprobs += completion.logprobs
         self.entropies += completion.entropies
@@ -55,7 +55,7 @@ class _Episode:
         self.messages.append({"role": "assistant", "content": text})
 
     def read(self, messages: list[dict], ids: list[int]) -> None:
-        """Takes in what tools returned, and its tokens."""
+        """Appends tool messages and their tokens."""
         self.ids += ids
         self.logprobs += [0.0] * len(ids)
         self.entropies += [0.0] * len(ids)
@@ -69,22 +69,22 @@ class _Episode:
 
 
 class ToolLoop:
-    """Samples episodes in which tools are called, from prompts whose rows ``offer`` has prepared.
+    """Samples episodes with tool calls, from prompts of rows that ``offer`` returned.
 
     Args:
         engine, prompts: of the model.
-        tools, environment_factory: see ``Toolbox``; the names and habits are TRL's.
+        tools, environment_factory: see ``Toolbox``; as in TRL.
         max_turns: turns of the model in one episode; the calls of the last one are not run. (TRL's
             ``max_tool_calling_iterations`` counts the rounds of calls in between: one less.)
         tool_timeout: seconds that one call may take.
 
-    An episode ends with a turn without calls ("stop"), a turn that is cut off, or results that leave no room for a
-    further token, which are then left out ("length"), or at the turn limit ("turns"). Calls that are malformed, unknown
-    or wrong, fail or take too long come back to the model as ``{"error": "..."}``.
+    An episode ends with a turn without calls ("stop"), a turn that is cut off or results that leave no room for another
+    token and are left out ("length"), or at the turn limit ("turns"). For calls that are malformed, unknown or wrong,
+    fail or take too long, the model reads ``{"error": "..."}``.
 
     Raises:
-        InputError: ``max_turns`` below 1, tools that do not fit (see ``Toolbox``), or a chat template that leaves out
-            what the assistant said.
+        InputError: ``max_turns`` below 1, invalid tools (see ``Toolbox``), or a chat template that does not show the
+            assistant's text.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class ToolLoop:
         tool_timeout: float,
     ):
         if max_turns < 1:
-            raise InputError(f"max_turns={max_turns} must be at least 1: an episode has a turn of the model.")
+            raise InputError(f"max_turns={max_turns} must be at least 1: an episode has at least one turn.")
         prompts.chat.conventions.after_turn([])
         self.engine, self.chat, self.context, self.max_turns = engine, prompts.chat, prompts.context, max_turns
         self.toolbox = Toolbox(tools, environment_factory, timeout=tool_timeout)
 
     def offer(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with the schemas of our tools and what ``reset`` says, for making prompts; see ``Toolbox.offer``."""
+        """The rows with the schemas of our tools and the texts of ``reset``, for prompts; see ``Toolbox.offer``."""
         return self.toolbox.offer(rows)
 
     def roll_out(
@@ -121,8 +121,8 @@ class ToolLoop:
     ) -> list[list[Rollout]]:
         """See ``Rollouter``; a rollout is an episode.
 
-        A token is a function of (seed, step, row id, rollout index, position), whatever else is sampled with it. The
-        rest of a group is cancelled at once in the first turn, later at the end of the turn.
+        A token is a function of (seed, step, row id, rollout index, position), whatever else is sampled with it. In the
+        first turn the rest of a group is cancelled at once, later at the end of the turn.
         """
         sessions = iter(self.toolbox.open([row for row in rows for _ in range(n)]))
         firsts = [first_rollout] * len(prompts) if isinstance(first_rollout, int) else first_rollout
@@ -130,7 +130,7 @@ class ToolLoop:
             [_Episode(place, row_id, first + i, prompt, next(sessions)) for i in range(n)]
             for place, (prompt, row_id, first) in enumerate(zip(prompts, row_ids, firsts, strict=True))
         ]
-        solved: set[int] = set()  # places whose group is not needed any more
+        solved: set[int] = set()  # places whose group is no longer needed
 
         def end(episode: _Episode, reason: str) -> bool:
             episode.finish_reason = reason
@@ -141,7 +141,7 @@ class ToolLoop:
         def going_on() -> list[_Episode]:
             return [e for group in groups for e in group if not e.finish_reason and e.place not in solved]
 
-        turn = groups  # the episodes of an entry have their tokens in common
+        turn = groups  # the episodes of an entry share their tokens so far
         while turn:
             self._write(turn, params, step, end)
             self._use_tools(going_on(), params, end)
@@ -151,7 +151,7 @@ class ToolLoop:
         return [[episode.rollout() for episode in group] for group in groups]
 
     def _write(self, turn: list[list[_Episode]], params: SamplingParams, step: int, end: Callable) -> None:
-        """One turn of the model's in all episodes of ``turn``."""
+        """Samples one turn of the model in all episodes of ``turn``."""
 
         def ended(place: int, index: int, completion: Completion) -> bool:
             episode = turn[place][index - turn[place][0].index]
@@ -184,7 +184,7 @@ class ToolLoop:
         return self.chat.written_text(written_ids(completion), episode.ids or episode.prompt)
 
     def _use_tools(self, episodes: list[_Episode], params: SamplingParams, end: Callable) -> None:
-        """Runs the calls of all episodes and appends what they return."""
+        """Runs the calls of all episodes and appends their results."""
         results = self.toolbox.answer([(episode.session, episode.calls or []) for episode in episodes])
         for episode, texts in zip(episodes, results, strict=True):
             names = [encodable(call["name"]) for call in episode.calls or []]
@@ -203,20 +203,20 @@ class ToolLoop:
 def supervised_episode(
     chat: Chat, row: Row, prompt: Sequence[int], turns: Sequence[dict]
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a whole episode to imitate behind ``prompt``, and which of them the model is to write.
+    """Token ids of a whole episode to imitate after ``prompt``, and a mask of those that the model must write.
 
     ``turns`` are chat messages as in ``Rollout.messages``: turns of the assistant, each but the last followed by the
-    tool messages that answer it. Instead of its text a turn may have ``calls``, which are then written in the form of
-    ``chat``. Each ends with the end-of-turn token.
+    tool messages that answer it. Instead of text a turn may have ``calls``, which are written in the tool format of
+    ``chat``. Each turn ends with the end-of-turn token.
 
     Raises:
-        InputError: the messages are not of this form; names ``row``.
+        InputError: the messages are not in this order; names ``row``.
     """
     roles = [message["role"] for message in turns]
     if not re.fullmatch("assistant( (tool )+assistant)*", " ".join(roles)):
         raise InputError(
-            f"The turns to imitate for row {row.id!r} have the roles {', '.join(roles) or 'of nobody'}: begin and end "
-            "with the assistant, and let tool messages answer each of its other turns."
+            f"The turns to imitate for row {row.id!r} have the roles {', '.join(roles) or '(none)'}: begin and end "
+            "with the assistant, and answer each of its other turns with tool messages."
         )
     ids: list[int] = []
     mask: list[bool] = []
