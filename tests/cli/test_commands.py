@@ -284,7 +284,7 @@ BAD_FLAGS = [
     (["eval", "--model", "tiny", "--num_generations", "0"], "num_generations=0 must be at least 1"),
     (["eval", "--model", "tiny", "--num_generations", "4"], "num_generations=4 greedy completions would all be"),
     (["eval", "--model", "tiny", "--k", "0"], "pass@0"),
-    (["eval", "--model", "tiny", "--k", "2"], "pass@2 takes a k from 1 to num_generations=1"),
+    (["eval", "--model", "tiny", "--k", "2"], "pass@2 needs a k from 1 to num_generations=1"),
     (["eval", "--model", "tiny", "--num_generations", "4", "--temperature", "1", "--k", "5"], "pass@5"),
     (["eval", "--model", "tiny", "--temperature", "-1"], "temperature=-1.0"),
     (["eval", "--model", "tiny", "--seed", "-1"], "seed=-1"),

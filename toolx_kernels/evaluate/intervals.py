@@ -11,8 +11,8 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its interval, 95 % where nothing else is said; they are None where a single observation
-    allows none."""
+    """A value and the ends of its interval, 95 % unless stated otherwise; the ends are None for a single
+    observation."""
 
     value: float
     low: float | None
@@ -20,10 +20,10 @@ class Estimate(NamedTuple):
 
 
 def wilson(share: float, n: int) -> Estimate:
-    """A share that was seen in ``n >= 1`` independent trials, with Wilson's score interval (1927, JASA 22, p. 209).
+    """A share observed in ``n >= 1`` independent trials, with Wilson's score interval (1927, JASA 22, p. 209).
 
     ``share`` may also be the mean of ``n`` values in [0, 1]: their variance is at most that of as many 0s and 1s with
-    the same mean, so the interval is wide enough then too.
+    the same mean, so the interval is wide enough for them too.
     """
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
@@ -32,13 +32,13 @@ def wilson(share: float, n: int) -> Estimate:
 
 
 def mean_of(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate | None:
-    """The mean of independent values with Student's t interval; None of no values."""
+    """The mean of independent values with Student's t interval; None for no values."""
     if not values:
         return None
     mean = fmean(values)
     if len(values) == 1:
         return Estimate(mean, None, None)
-    from scipy.special import stdtrit  # quantiles of Student's t; needed by toolx compare alone
+    from scipy.special import stdtrit  # quantiles of Student's t; only toolx compare needs it
 
     half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)

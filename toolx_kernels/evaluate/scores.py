@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of ``n`` rows with ``samples`` completions each, ``right`` completions were right.
+    """The score of ``n`` rows with ``samples`` completions each, of which ``right`` in all are right.
 
     ``accuracy`` is the share of right completions and ``pass_at[k]`` the mean of ``pass_at_k`` over rows; the
     intervals are Wilson's over rows, which are the independent trials.
@@ -46,7 +46,7 @@ class Score:
     pass_at: dict[int, Estimate]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON: intervals are lists of two numbers next to the values."""
+        """The score as JSON: intervals are lists of two numbers next to the values."""
         described: dict[str, Any] = {
             "n": self.n,
             "samples": self.samples,
@@ -92,12 +92,12 @@ class Scores:
 
     @property
     def cut_off(self) -> int:
-        """Completions that ended at the limit of tokens."""
+        """The number of completions that ended at the token limit."""
         return sum(answer.finish_reason == "length" for of_row in self.answers for answer in of_row)
 
     @property
     def thoughts(self) -> tuple[int, int]:
-        """Completions that begin with a thought, and those of them that never close it, which are wrong."""
+        """The numbers of completions that begin with a thought, and of those that never close it, which are wrong."""
         found = [split_thought(answer.text) for of_row in self.answers for answer in of_row]
         return sum(thought is not None for thought, _ in found), sum(rest is None for _, rest in found)
 
@@ -114,15 +114,15 @@ def part_of(row: Row) -> str | None:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that ``k`` of ``n`` completions, ``c`` of which are right, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Probability that ``k`` of ``n`` completions, ``c`` of them right, contain a right one: 1 - C(n-c, k) / C(n, k).
 
-    Chen et al. 2021, arXiv 2107.03374, equation 1; unbiased for the chance that k fresh samples hold a right one.
+    Chen et al. 2021, arXiv 2107.03374, equation 1; an unbiased estimate for k new samples.
     """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def table(scores: Mapping[str, Scores]) -> list[list[str]]:
-    """Cells of a table with a row for each dataset and, indented below it, one for each part that is not all of it."""
+    """Cells of a table with a row for each dataset and, indented below it, one for each part smaller than it."""
     ks = next(iter(scores.values())).ks
     cells = [["", "items", "right", "accuracy", "95 % interval", *(f"pass@{k}" for k in ks)]]
     for name, of_dataset in scores.items():
@@ -148,7 +148,7 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
             "A dataset's own row is its micro-average: right answers over all answers, categories unweighted."
         )
     if len(scores) > 1:
-        remarks.append("Datasets are not averaged with each other: what stands in one is no part of another's score.")
+        remarks.append("Datasets are not averaged with each other: no score contains another dataset's answers.")
     for name, of_dataset in scores.items():
         if too_long := of_dataset.too_long:
             named = ", ".join(row.id for row in too_long[:5]) + (", ..." if len(too_long) > 5 else "")
@@ -157,7 +157,7 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
                 f"count as wrong: {named}."
             )
         if of_dataset.cut_off:
-            remarks.append(f"{name}: {of_dataset.cut_off} completions were cut off at the limit of tokens.")
+            remarks.append(f"{name}: {of_dataset.cut_off} completions were cut off at the token limit.")
         begun, unclosed = of_dataset.thoughts
         if begun:
             remarks.append(f"{name}: {begun} completions begin with a thought, which {unclosed} of them never close.")
@@ -165,7 +165,7 @@ def notes(scores: Mapping[str, Scores]) -> list[str]:
 
 
 def describe(scores: Mapping[str, Scores]) -> str:
-    """Table and notes for a screen."""
+    """Table and notes for a terminal."""
     return "\n".join([aligned(table(scores)), *notes(scores)])
 
 
@@ -208,4 +208,4 @@ def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
         raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
     for k in ks:
         if not 1 <= k <= n:
-            raise InputError(f"pass@{k} takes a k from 1 to num_generations={n}: give another k or more generations.")
+            raise InputError(f"pass@{k} needs a k from 1 to num_generations={n}: give another k or more generations.")

@@ -1,4 +1,4 @@
-"""Tables of text: aligned for a screen, or as Markdown. The first row is the header; the first column is text."""
+"""Text tables: aligned for a terminal, or as Markdown. The first row is the header; the first column is text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOTHING = "–"
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, all but the first flush right."""
+    """Columns separated by spaces, all but the first aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -21,7 +21,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars and leading spaces (an indented name) in cells survive."""
+    """A Markdown table that preserves bars and leading spaces (an indented name) in cells."""
     header, *body = [[_escaped(cell) for cell in row] for row in cells]
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
@@ -33,7 +33,7 @@ def _escaped(cell: str) -> str:
 
 
 def estimate(value: Estimate | None, digits: int, sign: str = "") -> str:
-    """``0.512 [0.498, 0.526]``, the value alone where it has no interval, a dash where there is no value."""
+    """``0.512 [0.498, 0.526]``, the value alone if it has no interval, a dash if there is no value."""
     if value is None:
         return NOTHING
     text = f"{value.value:{sign}.{digits}f}"
