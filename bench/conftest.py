@@ -1,4 +1,4 @@
-"""pytest-benchmark's description of the machine, without names of hosts, users and branches."""
+"""pytest configuration: pytest-benchmark's description of the machine, without hosts, users and branches."""
 
 import pytest
 

@@ -8,7 +8,7 @@ class Absent(Exception):
 
 
 def why_absent(package: str | None, error: Exception) -> str:
-    """One line on why a provider cannot run."""
+    """The reason why a provider cannot run, in one line."""
     if isinstance(error, Absent):
         return str(error)
     if isinstance(error, ModuleNotFoundError):

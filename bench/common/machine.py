@@ -1,4 +1,4 @@
-"""Description of the machine and the versions of packages."""
+"""Machine and package versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def machine() -> dict[str, str | int]:
-    """What was measured on and with; ``slug`` names the folder of the results. No host, user or path."""
+    """Device and versions of a measurement, without host, user or path; ``slug`` names the folder of the results."""
     cores = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
         device = slug = torch.cuda.get_device_name()
@@ -33,7 +33,7 @@ def machine() -> dict[str, str | int]:
 
 
 def slug_of(device: str) -> str:
-    """The name of a device as that of a folder."""
+    """The name of a device as the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of calls, and rounds in which all providers take turns."""
+"""Timing of calls, their peak memory, and rounds in which all providers take turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 MIB = 2**20
-SLOW = 4  # times our time: a provider that needs more is timed in the first round alone
+SLOW = 4  # times our time: a provider that needs more is timed only in the first round
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,7 +29,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def resident_bytes(field: str) -> int:
-    """A size of this process: VmRSS (now) or VmHWM (at most since ``reset_peak``)."""
+    """The size of this process in bytes: VmRSS (now) or VmHWM (the peak since ``reset_peak``)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -40,12 +40,12 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc kept would be filled again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # the peak would not show reuse of memory that malloc keeps
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes in use at most since ``reset_peak``: all of the process, or all that torch took of the GPU."""
+    """Peak bytes in use since ``reset_peak``: of the process, or of torch's memory on the GPU."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
 
 
@@ -61,7 +61,7 @@ def added_peak(call: Callable[[], object], device: torch.device) -> int:
 def take_rounds(
     ours: Callable[..., object], others: Callable[[], tuple], rounds: int, benchmark: Any | None = None
 ) -> None:
-    """``rounds`` times ``others``, and then ``ours`` with what ``others`` returned.
+    """Runs ``others``, and then ``ours`` with what ``others`` returned, ``rounds`` times.
 
     ``benchmark``, pytest-benchmark's fixture, times ``ours`` too.
     """

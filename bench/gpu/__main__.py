@@ -1,8 +1,8 @@
-"""``make gpu``: all that only a CUDA GPU can tell, in the order of its worth, from the source tree.
+"""Main program of ``make gpu``: all measurements that need a CUDA GPU, most useful first, from the source tree.
 
 Needs torch with CUDA, triton, transformers and pytest; installs nothing. Writes ``facts.jsonl`` (a line for each fact,
-on the disk as soon as it is known), ``summary.md`` and the output of its commands into ``bench/results/<gpu>/``, or
-into the folder that the environment variable OUT names. The exit status is 1 when a fact failed or had no time.
+as soon as it is known), ``summary.md`` and the output of its commands into ``bench/results/<gpu>/``, or into the folder
+that the environment variable OUT names. The exit status is 1 if a fact failed or had no time.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.minutes > 0:
         return refuse(f"--minutes {args.minutes:g} must be more than 0.")
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        return refuse(f"{sys.executable} has no {absent[0]}: install it, or name another: make gpu PYTHON=...")
+        return refuse(f"{sys.executable} has no {absent[0]}: install it, or use another Python: make gpu PYTHON=...")
     if args.known and not args.known.exists():
         return refuse(f"--known {args.known} does not exist: name the facts.jsonl of an earlier run.")
     deadline = time.monotonic() + 60 * args.minutes
-    # A shell that starts this in the background lets it ignore interrupts; what is told to end keeps what it has found.
+    # A background job of a shell ignores interrupts; here either signal ends the run, which keeps its facts.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     import torch
@@ -87,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="make gpu", description="All that only a CUDA GPU can tell.")
-    found.add_argument("--minutes", type=float, default=10, help="of the whole run (10); a slow card needs more")
-    found.add_argument("--only", nargs="+", metavar="PATTERN", help="the facts of these names, as 'loss/*'")
-    found.add_argument("--known", type=Path, metavar="FACTS", help="a facts.jsonl: what is ok in it is not found again")
+    found = argparse.ArgumentParser(prog="make gpu", description="All measurements that need a CUDA GPU.")
+    found.add_argument(
+        "--minutes", type=float, default=10, help="time limit of the whole run (default: 10); a slow card needs more"
+    )
+    found.add_argument("--only", nargs="+", metavar="PATTERN", help="only facts of these names, such as 'loss/*'")
+    found.add_argument("--known", type=Path, metavar="FACTS", help="a facts.jsonl: its ok facts are not measured again")
     found.add_argument("--toy", action="store_true", help="everything at toy size, also without a GPU")
     found.add_argument("--restarted", action="store_true", help=argparse.SUPPRESS)  # after a broken CUDA context
     return found
@@ -111,14 +113,15 @@ def folder_of(gpu: str) -> Path:
 
 
 def kept(known: dict[str, dict], restarted: bool) -> dict[str, dict]:
-    """What need not be found again: all that is ok but for what describes this run; after a restart all but no time."""
+    """The known facts that are not measured again: ok and skipped ones, except those that describe this run; after a
+    restart those too, and failed ones."""
     wanted = ("ok", "skipped", "failed") if restarted else ("ok", "skipped")
     own = () if restarted else ("machine", "build", "compiled part")
     return {name: line for name, line in known.items() if line["status"] in wanted and name not in own}
 
 
 def without_paths() -> Callable[[str], str]:
-    """A function that takes this machine's folders out of a text: results are made to be committed."""
+    """Returns a function that removes this machine's folders from a text, because results are committed."""
     packages, home = sysconfig.get_path("purelib"), str(Path.home())
     named = {tempfile.gettempdir(): "<scratch>", str(ROOT): ".", packages: "<packages>", sys.prefix: "<python>"}
     named[home] = "~"

@@ -1,4 +1,4 @@
-"""The facts that processes of their own find: the build, the tests, and the tests under NVIDIA's compute-sanitizer."""
+"""Commands, the facts that other processes find: the build, the tests, and the tests under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.gpu.runner import Command, last_line
 
-# The tests use them, the package does not: where one is absent, the tests that need it are left out and named.
+# Only the tests use them: tests that need an absent one are left out and counted.
 TEST_PACKAGES = ("build", "datasets", "hypothesis", "ruff", "scipy", "torchao", "trl", "wheel")
 EVERY_OP = "tests/ops/test_every_op.py"
 # racecheck reports hazards inside NVIDIA's own matrix kernels and needs minutes for each of them.
@@ -20,7 +20,7 @@ LISTED_FAILURES = 40
 
 
 def build(capability: str, *, toy: bool) -> Command:
-    """The extension for this GPU, in place; it takes CPU time alone and runs beside the first facts."""
+    """Builds the extension for this GPU in place; it needs only the CPU and runs alongside the first facts."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
     env = {"TOOLX_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": "8"}
     skip = "toy: the extension is left as it is" if toy else ""
@@ -28,24 +28,24 @@ def build(capability: str, *, toy: bool) -> Command:
 
 
 def tests(name: str, seconds: float, *selection: str, workers: int, toy: bool, beside: str = "") -> Command:
-    """A part of the test suite, in as many processes as are of use where pytest-xdist is installed."""
+    """Runs a part of the test suite, in ``workers`` processes if pytest-xdist is installed."""
     spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     skip = "toy: the tests are run as such" if toy else ""
     return Command(name, seconds, [*PYTEST, *spread, *selection], tested, env=QUIET, beside=beside, skip=skip)
 
 
 def sanitizer(tool: str, seconds: float, *options: str, toy: bool) -> Command:
-    """Every op under one tool; each error that it reports is a failure.
+    """Runs a test of every op under one tool; each error that it reports is a failure.
 
-    Except for errors of CUDA API calls: libraries look for newer functions than the driver has, and go on without.
+    Errors of CUDA API calls do not count: libraries look for functions that the driver lacks, and continue without.
     """
     next_to_nvcc = Path("/usr/local/cuda/bin/compute-sanitizer")
     binary = shutil.which("compute-sanitizer") or (str(next_to_nvcc) if next_to_nvcc.exists() else None)
     skip = "" if binary else "there is no compute-sanitizer here: it comes with the CUDA toolkit"
     skip = "toy: there is no GPU to watch" if toy else skip
     watched = [str(binary), "--tool", tool, *SANITIZER.split(), *options, *PYTEST, "-p", "bench.gpu.eager", EVERY_OP]
-    # Without torch's cache every tensor is an allocation of its own, whose bounds the tool can see. Such an
-    # allocation is forbidden while a graph is captured, hence bench.gpu.eager.
+    # Without torch's cache every tensor is a separate allocation, whose bounds the tool can check. Such allocations
+    # are forbidden while a graph is captured, hence bench.gpu.eager.
     env = QUIET | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Command(tool, seconds, watched, sanitized, env=env, skip=skip)
 
@@ -58,16 +58,16 @@ QUIET = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "COLUMNS"
 
 
 def exit_status(code: int | None, output: str) -> dict:
-    """Of a command that says all with its exit status."""
+    """The result of a command that reports only by its exit status."""
     if code == 0:
         return {}
     return {"failures": [f"{'out of time' if code is None else f'exit status {code}'}: {last_line(output)}"]}
 
 
 def tested(code: int | None, output: str) -> dict:
-    """Counts what pytest -v printed, so that a run that was ended counts too.
+    """Counts what ``pytest -v`` printed, so that a run that was stopped counts too.
 
-    A test that only lacks one of TEST_PACKAGES is left out, not failed.
+    A test that fails only because one of ``TEST_PACKAGES`` is absent counts as left out.
     """
     outcomes = {}
     for line in output.splitlines():
@@ -103,13 +103,13 @@ def tested(code: int | None, output: str) -> dict:
 
 
 def text_of(name: str, output: str) -> str:
-    """What pytest printed of a file that could not be read, or of a failed test, up to the next headline."""
+    """The output of pytest on a failed test, or on a file that it could not read, up to the next headline."""
     found = re.search(rf"^_+ .*{re.escape(name.rpartition('::')[2])} _+$(.*?)(?=^[_=]{{5}}|\Z)", output, re.M | re.S)
     return found[1] if found else ""
 
 
 def lacking(text: str) -> str | None:
-    """The package of TEST_PACKAGES whose absence the text of a failure names."""
+    """The package of ``TEST_PACKAGES`` that a failure's text names as missing."""
     named = set(re.findall(r"No module named '?(\w+)", text))
     return next((p for p in TEST_PACKAGES if p in named and importlib.util.find_spec(p) is None), None)
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: rollouts run without CUDA graphs. ``pytest -p bench.gpu.eager``."""
+"""Eager rollouts, without CUDA graphs: a pytest plugin for ``pytest -p bench.gpu.eager``."""
 
 from toolx_kernels.engine import engine
 

@@ -1,4 +1,4 @@
-"""What ``make gpu`` finds, in the order of its worth: right, fast, whole, beside others, rarities."""
+"""Facts of ``make gpu``, most useful first: correctness, speed, whole runs, peers, slow checks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from toolx_kernels.ops.lm_head.tiles import TritonTile
 
 
 def facts(bench: Bench) -> Sequence[Fact | Command]:
-    """Everything there is to find; see ``Fact`` and ``Command``. A new measurement is one more line here."""
+    """All facts and commands in order; a new measurement is one more line here."""
     toy, gpu = bench.toy, bench.device.type == "cuda"
     chip = torch.cuda.get_device_capability() if gpu else (9, 0)
     table = tiles.triton_tile(chip, 2)
     candidates = [table, *(tile for tile in CANDIDATES if tile != table)] if gpu else []
     found = [
         Fact("compiled part", 3, compiled_part),
-        # right
+        # correctness
         loss.exact(torch.bfloat16),
         loss.exact(torch.float32),
         loss.exact(torch.float16),
         Fact("rollout/exact", 10, rollout.exact),
         commands.tests("tests/every op", 60, commands.EVERY_OP, workers=6, toy=toy, beside="loss/exact bf16"),
-        # fast
+        # speed
         *(loss.timed(loss.case(d, frozen=frozen)) for d in (896, 1536) for frozen in (False, True)),
         loss.half_dead(896),
         Fact("loss/waits", 2, loss.waits),
@@ -50,7 +50,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         Fact("rollout/ragged", 10, rollout.ragged),
         training.steps("0.5b", 60),
         Fact("train/kernels", 25, training.kernels),
-        # whole
+        # whole runs
         commands.tests("tests/engine", 30, "tests/engine", "tests/rollout", workers=12, toy=toy),
         commands.tests("tests/ops", 60, "tests/ops", workers=12, toy=toy),
         commands.sanitizer("memcheck", 60, toy=toy),
@@ -58,11 +58,11 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
         training.steps("1.5b", 60),
         training.steps("3b", 90),
         rollout.timed(replace(rollout.QWEN_05B, model="qwen2.5-1.5b-shape"), seconds=20),
-        # beside others
+        # peers
         loss.peers(896),
         loss.peers(1536),
         rollout.peers(rollout.QWEN_05B),
-        # picky and slow
+        # slow checks
         commands.sanitizer("racecheck", 90, "--kernel-name-exclude", commands.LIBRARY_KERNELS, toy=toy),
         commands.sanitizer("initcheck", 90, toy=toy),
         commands.tests("tests/train", 150, "tests/train", "tests/models", "tests/evaluate", workers=12, toy=toy),
@@ -71,7 +71,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
     return [fact for fact in found if not (toy and re.search(SAME_AT_TOY_SIZE, fact.name))]
 
 
-SAME_AT_TOY_SIZE = r"D=1536|D=4096|N=2048|1\.5b|3b$"  # as another fact
+SAME_AT_TOY_SIZE = r"D=1536|D=4096|N=2048|1\.5b|3b$"  # equal to another fact
 
 
 CANDIDATES = (
@@ -88,7 +88,7 @@ CANDIDATES = (
 
 
 def compiled_part(bench: Bench) -> dict:
-    """The backend of every op; with nvcc at hand the CUDA kernels must be in use."""
+    """The backend of every op; if nvcc is available, the CUDA kernels must be in use."""
     words = next(part for part in doctor.report().split("\n\n") if part.startswith("Compiled part: "))
     in_use = any(each["CUDA"] == library.COMPILED["CUDA"] for each in library.backends().values())
     wrong = bench.device.type == "cuda" and nvcc_version() and not in_use

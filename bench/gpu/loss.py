@@ -1,4 +1,4 @@
-"""What a GPU makes of the fused loss: right or wrong, its time over the bare GEMMs, memory, where the time goes."""
+"""Loss facts on a GPU: errors, time compared with the bare GEMMs, memory, and time by kernel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FORMS = (
 
 
 def exact(dtype: torch.dtype) -> Fact:
-    """Every form of the loss and its gradients against float64, and twice with the same bits."""
+    """Compares every form of the loss and its gradients with float64, and two runs bit by bit."""
 
     def find(bench: Bench) -> dict:
         logprob_tolerance, gradient_tolerance = TOLERANCE[dtype]
@@ -67,7 +67,7 @@ def exact(dtype: torch.dtype) -> Fact:
 
 
 def form_of(form: str, dtype: torch.dtype, bench: Bench) -> tuple[dict[str, Tensor], dict]:
-    """Leaves in ``dtype``, and the other arguments of linear_grpo_loss: two groups of five completions."""
+    """Leaves in ``dtype``, and the other arguments of ``linear_grpo_loss``: two groups of five completions."""
     n, d, vocab = (40, 32, 300) if bench.toy else (1000, 896, 20_011)
     g = torch.Generator(bench.device).manual_seed(0)
 
@@ -97,7 +97,7 @@ def form_of(form: str, dtype: torch.dtype, bench: Bench) -> tuple[dict[str, Tens
     if form in ("clipped, with KL", "whole sequences"):
         with torch.no_grad():
             now = linear_logprob(leaves["hidden"], leaves["weight"], targets).logprobs
-        # 0.05 off the bounds of the clip, where rounding decides nothing
+        # 0.05 away from the bounds of the clip, so that rounding decides nothing
         options["old_logprobs"] = now + 0.1 * torch.randint(-4, 5, (n,), generator=g, device=bench.device) + 0.05
         options["ref_logprobs"] = now + 0.2 * randn(n)
         level = "sequence" if form == "whole sequences" else "token"
@@ -114,7 +114,7 @@ def in_double(leaves: dict[str, Tensor], options: dict) -> tuple[dict[str, Tenso
 
 
 def run(loss, leaves: dict[str, Tensor], options: dict) -> dict[str, Tensor]:
-    """Log-probs and the gradients of the leaves that want one."""
+    """Log-probs and the gradients of the leaves that require one."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     out = loss(**leaves, **options)
     return {"logprobs": out.logprobs} | dict(zip(wanted, torch.autograd.grad(out.loss, wanted.values()), strict=True))
@@ -140,7 +140,7 @@ def timed(
     rounds: int = 10,
     label: str = "time",
 ) -> Fact:
-    """Medians of rounds in which all take turns; the memory of ours beyond inputs and gradients."""
+    """Medians over rounds in which all providers take turns, and our memory beyond inputs and gradients."""
     head = "frozen" if case.frozen else f"{case.dead:.0%} dead" if case.dead else "trained"
     passes = "" if case.what == "both" else f" {case.what}"
     n = "" if case.n == 8192 else f" N={case.n}"
@@ -174,7 +174,7 @@ def half_dead(d: int) -> Fact:
 
 
 def kernels(d: int) -> Fact:
-    """Where the time of one call goes, kernel by kernel, and what of it no kernel runs in."""
+    """The time of one call, kernel by kernel, and its time without a kernel."""
 
     def find(bench: Bench) -> dict:
         n, d_, vocab = (64, 32, 500) if bench.toy else (8192, d, VOCAB)
@@ -207,7 +207,7 @@ def profiled(call: Callable[[], object], bench: Bench, listed: int = 16) -> dict
 
 
 def waits(bench: Bench) -> dict:
-    """How often a call, forward and backward, waits for the device; torch does not see the wait for an event."""
+    """Counts how often a call, forward and backward, waits for the device; torch does not report waits for events."""
     n, d, vocab = (64, 32, 500) if bench.toy else (2048, 896, VOCAB)
     call = Toolx(bench.device).stage("both", make_problem(n, d, vocab, dtype=torch.bfloat16, device=bench.device))
     with counted_waits(bench) as seen:
@@ -217,7 +217,7 @@ def waits(bench: Bench) -> dict:
 
 @contextmanager
 def counted_waits(bench: Bench) -> Iterator[list[str]]:
-    """Collects what in the block waits for the device; nothing where there is none."""
+    """Collects the places in the block that wait for the device; none on a CPU."""
     seen: list[str] = []
     if bench.device.type != "cuda":
         yield seen
@@ -234,7 +234,7 @@ def counted_waits(bench: Bench) -> Iterator[list[str]]:
 
 
 def tile(shape: TritonTile, d: int = 896) -> Fact:
-    """The sweep of one chunk with one tile, over a plain GEMM of the same shape; its sums against plain torch's."""
+    """Times the sweep of a chunk with one tile against a plain GEMM of its shape; checks its sums with plain torch."""
 
     def find(bench: Bench) -> dict:
         from toolx_kernels.ops.lm_head import sweep_triton

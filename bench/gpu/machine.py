@@ -1,4 +1,4 @@
-"""What is measured on, what it reaches at most, and the build: all that is found before the package is imported."""
+"""Machine, its peak rates, and the build: the facts that are found before the package is imported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def facts(bench: Bench) -> Sequence[Fact | Command]:
 
 
 def machine(bench: Bench) -> dict:
-    """What is measured on and with; no name of a host, user or folder."""
+    """Device and versions; no name of a host, user or folder."""
     found = {
         "device": "CPU",
         "toy": bench.toy,
@@ -69,7 +69,7 @@ def machine(bench: Bench) -> dict:
 
 
 def nvcc_version() -> str | None:
-    """Of the nvcc that setup.py will use."""
+    """The version of the nvcc that setup.py will use."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
     if found is None:
@@ -79,7 +79,7 @@ def nvcc_version() -> str | None:
 
 
 def ceilings(bench: Bench) -> dict:
-    """What this card reaches at most: matrix products in bf16 and fp32, and a copy counted as read plus written."""
+    """Peak rates of this card: matrix products in bf16 and fp32, and a copy, with bytes read plus bytes written."""
     size, nbytes = (256, 1 << 20) if bench.toy else (8192, 1 << 30)
     found = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -93,7 +93,7 @@ def ceilings(bench: Bench) -> dict:
 
 
 def median_seconds(call: Callable[[], object], bench: Bench, rounds: int = 20) -> float:
-    """Of one call; on a GPU between two events, so that the host's part is hidden behind the call before."""
+    """Median seconds of one call; on a GPU between two events, so that the previous call hides the host's part."""
     times = []
     for _ in range(rounds + 2):
         if bench.device.type == "cuda":

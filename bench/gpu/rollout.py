@@ -1,4 +1,4 @@
-"""What a GPU makes of the rollout engine: right or wrong, tokens per second, its step over the floor."""
+"""Rollout facts on a GPU: errors, tokens per second, and decode steps compared with the floor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOY = Case("tiny", 2, 20, 3, 6)
 
 
 def exact(bench: Bench) -> dict:
-    """Greedy tokens as ``generate`` has them; the sampler's log-probs as ``linear_logprob`` has them; fp32."""
+    """Compares greedy tokens with those of ``generate``, and log-probs with those of ``linear_logprob``, in fp32."""
     sizes = dict(vocab_size=20_011, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     if bench.toy:
         sizes = dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -62,7 +62,7 @@ def exact(bench: Bench) -> dict:
 
 
 def first_call(bench: Bench) -> dict:
-    """Of a fresh engine, kernels to compile and graphs to capture included; then the same again."""
+    """Seconds of a new engine's first call, which compiles kernels and captures graphs, and of a second call."""
     case = TOY if bench.toy else QWEN_05B
     model, tokens = model_of(case.model, case.dtype, bench.device), min(case.new, 64)
     engine, seconds = RolloutEngine(model), []
@@ -82,7 +82,7 @@ def timed(
     rounds: int = 2,
     label: str = "time",
 ) -> Fact:
-    """Whole calls of ours and peers in turn, the floor of a decode step, and KV memory."""
+    """Times whole calls of ours and peers in turn, and the floor of a decode step; measures KV memory."""
 
     def find(bench: Bench) -> dict:
         its_case = TOY if bench.toy else case
@@ -106,7 +106,7 @@ def peers(case: Case) -> Fact:
 
 
 def kernels(bench: Bench) -> dict:
-    """Where the time of four decode steps goes, kernel by kernel, sampling included."""
+    """The time of four decode steps, kernel by kernel, sampling included."""
     case = TOY if bench.toy else QWEN_05B
     model = model_of(case.model, case.dtype, bench.device)
     engine = RolloutEngine(model)
@@ -117,7 +117,7 @@ def kernels(bench: Bench) -> dict:
 
 
 def prefill(bench: Bench) -> dict:
-    """Where the time of prompts that are not in the pool goes: a call for one token of each row."""
+    """The time of prompts that are not in the pool, kernel by kernel: a call for one token of each row."""
     case = TOY if bench.toy else QWEN_05B
     model = model_of(case.model, case.dtype, bench.device)
     engine, seeds = RolloutEngine(model), iter(range(9))
@@ -130,7 +130,7 @@ def prefill(bench: Bench) -> dict:
 
 
 def ragged(bench: Bench) -> dict:
-    """Rows that end at different times, as in training: the batch runs dry, and its size changes all along."""
+    """Times rows that end at different times, as in training: the batch shrinks, and its size changes often."""
     case = TOY if bench.toy else replace(QWEN_05B, length=300)
     model = model_of(case.model, case.dtype, bench.device)
     limits = [max(1, case.new * (place + 1) // case.prompts) for place in range(case.prompts)]

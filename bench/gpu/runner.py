@@ -1,8 +1,8 @@
-"""Finds facts in the order of their worth, within a time, and keeps each one the moment it is known.
+"""Runner of facts: measures them in order, within a time limit, and keeps each one as soon as it is known.
 
-A fact that fails, hangs or has no time left is a line in the file too, and stops none of the others. All measuring is
-done in this process. Where a kernel has broken the CUDA context, or hangs, the process starts itself anew and goes on
-with the next fact.
+A fact that fails, hangs or has no time left is a line in the file too, and does not stop the others. All measurements
+run in this process. If a kernel breaks the CUDA context, or hangs, the process restarts itself and continues with the
+next fact.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ import torch
 from bench.common.timing import synchronize
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 10.0  # from the interrupt to the kill: pytest uses it to write what it has found so far
-PATIENCE = 2  # times the expected seconds, then a fact is given up
+GRACE_SECONDS = 10.0  # from the interrupt to the kill: pytest uses it to write its results so far
+PATIENCE = 2  # times the expected seconds, after which a fact is given up
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where facts are measured. ``toy``: every size is tiny, for a machine without a GPU."""
+    """Device and folders of measurements. ``toy``: every size is tiny, for a machine without a GPU."""
 
     device: torch.device
     toy: bool
-    scratch: Path  # an existing folder for what need not be kept
+    scratch: Path  # an existing folder for temporary files
     logs: Path  # an existing folder for the output of commands
     python_path: str = str(ROOT)  # for the processes that facts start
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """``measure`` returns what is found: numbers, words, lists; ``failures`` among them makes the fact failed."""
+    """A measurement: ``measure`` returns numbers, words, lists; the fact has failed if there are ``failures``."""
 
     name: str
-    seconds: float  # expected on an H100; with less time left it is not begun
+    seconds: float  # expected on an H100; with less time left it is not started
     measure: Callable[[Bench], dict]
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A fact that a process of its own finds; ``read`` gets its exit status (None: out of time) and its output.
+    """A fact that another process finds; ``read`` receives its exit status (None: out of time) and its output.
 
-    beside: the fact with which it starts, to run beside it and all that follow until its own turn.
+    beside: the fact with which it starts; it runs in parallel with that and all that follow, until its own turn.
     skip: why it cannot run here.
     """
 
@@ -71,10 +71,10 @@ class Command:
 
 
 class Journal:
-    """The facts, one JSON line each, on the disk as soon as they are known; of two lines of a fact the later counts.
+    """The file of facts, one JSON line each, written as soon as they are known; the last line of a fact counts.
 
-    clean: takes this machine's folders out of a text; the file is made to be committed.
-    commit: of the source, in each line, as a file may hold facts of several.
+    clean: removes this machine's folders from a text, because the file is committed.
+    commit: of the source; it is in each line, because a file may hold facts of several commits.
     """
 
     def __init__(self, path: Path, known: Mapping[str, dict], clean: Callable[[str], str] = str, commit: str = ""):
@@ -98,7 +98,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, dict]:
-    """The facts of a file by name; a last line that was cut off is left out."""
+    """The facts of a file by name, without a last line that is incomplete."""
     facts = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):
@@ -108,7 +108,7 @@ def read_journal(path: Path) -> dict[str, dict]:
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """What fits a line: failures first, then every plain value."""
+    """A fact in one line: failures first, then every plain value."""
     failures = [str(found[name]) for name in ("error",) if name in found] + list(map(str, found.get("failures", ())))
     plain = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -125,11 +125,11 @@ class OutOfTime(Exception):
 def find_all(
     facts: Sequence[Fact | Command], journal: Journal, bench: Bench, deadline: float, restart: Callable[[], None]
 ) -> None:
-    """Finds what the journal does not hold yet.
+    """Measures the facts that the journal does not have yet.
 
     Args:
-        deadline: of time.monotonic().
-        restart: starts this process anew; does not return.
+        deadline: in terms of ``time.monotonic``.
+        restart: restarts this process; does not return.
     """
     jobs: dict[str, Job] = {}
 
@@ -173,7 +173,7 @@ def keep(journal: Journal, name: str, began: float, found: dict) -> None:
 
 
 def measured(fact: Fact, journal: Journal, bench: Bench, limit: float, start_anew: Callable[[], None]) -> bool:
-    """Measures one fact; False if this process can measure no more."""
+    """Measures one fact; returns False if this process can measure no more."""
     began = time.monotonic()
 
     def hangs() -> None:  # nothing can interrupt a wait for a kernel that never ends
@@ -207,7 +207,7 @@ def measured(fact: Fact, journal: Journal, bench: Bench, limit: float, start_ane
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after ``seconds``."""
+    """Raises ``OutOfTime`` in the block after ``seconds``."""
 
     def stop(signum, frame):
         raise OutOfTime(f"given up after {seconds:.0f} s")
@@ -222,7 +222,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Job:
-    """The process of a command, with all that it starts; its output is a file."""
+    """The process of a command and its children; their output goes to a file."""
 
     def __init__(self, command: Command, bench: Bench):
         self.log = bench.logs / (re.sub(r"[^a-z0-9.]+", "-", command.name.lower()) + ".log")
@@ -230,18 +230,18 @@ class Job:
             self.process = subprocess.Popen(
                 list(command.command),
                 cwd=ROOT,
-                # unbuffered, or what a command printed comes behind the error that ended it
+                # unbuffered, or a command's output comes after the error that ended it
                 env=os.environ | {"PYTHONPATH": bench.python_path, "PYTHONUNBUFFERED": "1"} | dict(command.env),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # A shell's background job ignores interrupts, and what it starts would too.
+                # A background job of a shell ignores interrupts, and its children would too.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def wait(self, seconds: float) -> tuple[int | None, str]:
-        """The exit status, None where it had to be ended after ``seconds``, and the output."""
+        """The exit status, or None if the process was stopped after ``seconds``, and the output."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -274,12 +274,12 @@ def commit() -> str:
 
 
 def last_line(output: str) -> str:
-    """The last line of a command's output that says something, at most 200 characters of it."""
+    """The last line of a command's output that is not blank, at most 200 characters of it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"
 
 
 def restart_with(arguments: Sequence[str]) -> None:
-    """This process, from its beginning, with other arguments: ends every thread and the CUDA context."""
+    """Restarts this process with other arguments, which ends every thread and the CUDA context."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *arguments])

@@ -1,4 +1,4 @@
-"""One page of Markdown from the facts: the machine, each claim of the README, each fact, and the failures last."""
+"""Summary of the facts, one page of Markdown: machine, claims of README and docs, facts, and failures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LISTED_FAILURES = 30
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A sentence of the README, word for word, and the facts that decide it: ``judge`` says whether it holds, and the
-    figure."""
+    """A sentence of README or docs, word for word, and the facts that decide it: ``judge`` returns whether it holds,
+    and the figure."""
 
     text: str
     facts: Sequence[str]
@@ -106,7 +106,7 @@ def summary(facts: Mapping[str, Mapping]) -> str:
     if machine.get("toy"):
         text += ["Toy sizes: this shows that everything runs, and no figure means anything."]
     else:
-        text += ["| what the README says | holds | measured |", "|---|---|---|", *(claim_row(c, facts) for c in CLAIMS)]
+        text += ["| claim | holds | measured |", "|---|---|---|", *(claim_row(c, facts) for c in CLAIMS)]
     text += ["", "| fact | result | seconds | found |", "|---|---|---|---|"]
     text += [
         f"| {name} | {line['status']} | {line.get('seconds', '')} | {cell(words(figures(line)))} |"

@@ -1,5 +1,5 @@
-"""What a GPU makes of training: the tiny model end to end, and optimizer steps of real shapes, planned memory beside
-measured, within the 24 GB of a consumer card.
+"""Training facts on a GPU: the tiny model end to end, and optimizer steps of real shapes, with planned and measured
+memory, within the 24 GB of a consumer card.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.workload import Workload
 
-SAMPLED = 4096  # entries of each parameter that are looked at for having moved
+SAMPLED = 4096  # entries of each parameter that are compared before and after
 PLAN_TOLERANCE = 0.1  # of the measured peak
 # A 24 GB card has 24 GiB; the 1.8 GB between the two are for the CUDA context and the desktop.
 MEMORY_CAP_BYTES = 24e9
 
 
 def best_of_1_5b() -> str:
-    """8-bit states where their library is; else masters and moments in the CPU's memory."""
+    """The optimizer of the 1.5B shape: 8-bit states if torchao is installed, else masters and moments in CPU memory."""
     return "adamw_8bit" if importlib.util.find_spec("torchao") else "adamw_offload"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Updates of ``case`` with one optimizer; activations are computed again in the backward pass."""
+    """Updates of ``case`` with one optimizer and gradient checkpointing."""
 
     case: Case
     optim: str
@@ -66,7 +66,7 @@ class Trained(Toolx):
 
 @contextmanager
 def trainer_of(run: Run, device: torch.device) -> Iterator[tuple[Trained, Count]]:
-    """What takes the steps of ``run``, and what counts them; its folder lives as long as the block."""
+    """The trainer that takes the steps of ``run``, and their count; the trainer's folder exists during the block."""
     case, tokenizer = run.case, tiny_tokenizer()
     rows = make_rows(case, chat := Chat(tokenizer))
     count = Count(case, [len(chat.prompt_ids(row)) for row in rows])
@@ -77,7 +77,7 @@ def trainer_of(run: Run, device: torch.device) -> Iterator[tuple[Trained, Count]
 
 
 def take_steps(run: Run, device: torch.device) -> dict:
-    """The steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
+    """Takes the steps of ``run``: seconds of each, planned and measured peak, and the share of weights that moved."""
     case, most = run.case, 0
     model = model_of(case.model, case.dtype, device)
     before = sampled_weights(model)
@@ -120,14 +120,14 @@ def take_steps(run: Run, device: torch.device) -> dict:
 
 
 def sampled_weights(model: torch.nn.Module) -> Sequence[torch.Tensor]:
-    """Evenly spread entries of every parameter, in the CPU's memory."""
+    """Evenly spread entries of every parameter, in CPU memory."""
     flat = [parameter.detach().flatten() for parameter in model.parameters()]
     return [values[:: max(1, len(values) // SAMPLED)].to("cpu", copy=True) for values in flat]
 
 
 @contextmanager
 def capped(device: torch.device) -> Iterator[None]:
-    """In the block torch takes no more of the GPU's memory than a 24 GB card has."""
+    """Limits torch to the memory of a 24 GB card during the block."""
     if device.type != "cuda":
         yield
         return
@@ -141,14 +141,14 @@ def capped(device: torch.device) -> Iterator[None]:
 
 
 def steps(size: str, seconds: float) -> Fact:
-    """Optimizer steps of one shape; a plan that is off by more than a tenth fails, and so do weights that stay."""
+    """Takes optimizer steps of one shape; fails if the plan is off by more than a tenth, or if no weight moves."""
 
     def find(bench: Bench) -> dict:
         run = Run(Case("tiny", 3, 40, 4, 6, rounds=2), "adamw") if bench.toy else runs()[size]
         with capped(bench.device):
             found = take_steps(run, bench.device)
         failures = []
-        # of a CPU's process, what Python and torch take is no part of the plan
+        # on a CPU, the plan does not include the memory of Python and torch
         if bench.device.type == "cuda" and not abs(found["planned_by_measured"] - 1) <= PLAN_TOLERANCE:
             planned, took = (found[name] / 1e9 for name in ("planned_bytes", "measured_bytes"))
             failures.append(f"planned {planned:.2f} GB, took {took:.2f} GB")
@@ -160,7 +160,7 @@ def steps(size: str, seconds: float) -> Fact:
 
 
 def kernels(bench: Bench) -> dict:
-    """Where the time of a step of four prompts goes: rollout and update, kernel by kernel."""
+    """The time of a step of four prompts, rollout and update, kernel by kernel."""
     case = Case("tiny", 2, 40, 2, 4, rounds=5)
     if not bench.toy:
         case = Case("qwen2.5-0.5b-shape", 4, 1000, 10, 256, "bfloat16", rounds=5)
@@ -178,7 +178,7 @@ def kernels(bench: Bench) -> dict:
 
 
 def tiny(bench: Bench) -> dict:
-    """``toolx train`` as ``make train`` runs it, for fewer steps; held-out accuracy must rise."""
+    """Runs ``toolx train`` like ``make train``, for fewer steps; held-out accuracy must rise."""
     size = ["--max_steps", "30"]
     if bench.toy:
         size = ["--max_steps", "1", "--cold_start_steps", "2", "--eval_rows", "4", "--train_rows", "8"]

@@ -217,7 +217,7 @@ def test_bad_arguments_and_missing_packages_are_one_sentence(tmp_path, monkeypat
     assert "--only nothing names no fact" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "NEEDED", ("torch", "not_here_at_all"))
     assert gpu.main([]) == 1
-    assert "has no not_here_at_all: install it, or name another: make gpu PYTHON=" in capsys.readouterr().err
+    assert "has no not_here_at_all: install it, or use another Python: make gpu PYTHON=" in capsys.readouterr().err
 
 
 def test_results_are_named_after_the_gpu(monkeypatch, tmp_path):
