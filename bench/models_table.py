@@ -1,10 +1,10 @@
-"""The table of docs/models.md: which architectures run exactly.
+"""Models table of docs/models.md: which architectures run exactly.
 
     python -m bench.models_table            all of transformers' causal LMs, in about a minute, offline
     python -m bench.models_table llama gpt2 prints these only
 
-Each architecture is tried from its default config as ``toolx plan`` tries it, in a process of its own that has a
-minute and a bounded memory. What the defaults leave out of a published model stands in ``AS_RELEASED``.
+Each architecture is tried from its default config as in ``toolx plan``, in a separate process with a minute of time and
+bounded memory. ``AS_RELEASED`` has the settings of published models that the defaults lack.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Result(NamedTuple):
 
 
 def result_of(name: str) -> Result:
-    """Of one architecture, in this process."""
+    """The result of one architecture, in this process."""
     try:
         config = CONFIG_MAPPING[name](**AS_RELEASED.get(name, {}))
     except Exception as error:
@@ -84,8 +84,8 @@ def _apart(name: str, pipe: Connection) -> None:
 
 
 def result_apart(name: str) -> Result:
-    """Of one architecture, in a process that is ended when its time is up."""
-    context = multiprocessing.get_context("fork")  # which has all that is imported here
+    """The result of one architecture, in a process that is killed when its time is up."""
+    context = multiprocessing.get_context("fork")  # so that the process has all imports of this one
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_apart, args=(name, there))
     process.start()
@@ -120,7 +120,7 @@ def gap(kind: str, dtype: torch.dtype, **settings) -> tuple[float, float]:
 
 
 def table(results: dict[str, Result]) -> str:
-    """Markdown: what is exact, what is refused, what was not tried."""
+    """Tables in Markdown of what is exact, what is refused, and what was not tried."""
     parts = []
     heads = {
         "exact": ("exact", "largest difference of a log-prob"),
@@ -136,7 +136,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def experts() -> str:
-    """What a mixture of experts changes, in a sentence."""
+    """The effect of a mixture of experts, in a sentence."""
     at_most = {}
     mixture = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128)
     for kind, settings in (("qwen3", {}), ("qwen3_moe", mixture)):

@@ -1,4 +1,4 @@
-"""Brings the runs of a record into one file: settings, summary, evaluations and hard samples per round of each run.
+"""Export of a record's runs to one file: settings, summary, evaluations and hard samples per round of each run.
 
     python -m bench.learning.export bench/results/learning/builtin/runs.json runs/record/*-seed*
 

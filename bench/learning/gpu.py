@@ -1,28 +1,29 @@
-"""The SmolLM2 record within minutes of one GPU: gates first, then pairs of arms, several processes at a time.
+"""GPU version of the SmolLM2 record, in minutes: gates first, then pairs of arms, several processes at a time.
 
-    python -m bench.learning.real_rows smollm2 bundle seal-tools-train.jsonl # before: what travels to the GPU
+    python -m bench.learning.real_rows smollm2 bundle seal-tools-train.jsonl # before: what to copy to the GPU
     python -m bench.learning.gpu /dev/shm/record --bundle bundle             # there; OUT=folder is for the results
-    python -m bench.learning.gpu runs/toy --toy --device cpu --minutes 3     # all of it at toy size, anywhere
+    python -m bench.learning.gpu runs/toy --toy --device cpu --minutes 3     # all of it at toy size, on any machine
 
-A bundle holds rows, and perhaps a cold start as ``cold/`` (the model's files of one's checkpoint), which is trained in
-the beginning otherwise. Nothing is installed or fetched: packages and the model of ``smollm2-cold.yaml`` have to be
-there. Flags of ``toolx train`` that are given besides are those of all arms.
+A bundle holds rows, and optionally a cold start in ``cold/`` (the model files of its checkpoint); without one, the cold
+start is trained first. Nothing is installed or downloaded: packages and the model of ``smollm2-cold.yaml`` must be
+there. Additional flags of ``toolx train`` apply to all arms.
 
 gates    The model loads, on the GPU and in its dtype; demonstrations fit the context, and two runs the memory; a
-         training step has a finite loss, a gradient and the sampler's log-probs; a greedy answer is calls; with
-         demonstrations at least 15 % fewer rows are hard. The first that does not hold ends it all.
-pairs    ``grpo`` and ``retry`` with one seed, at once and from the same cold start; as many at a time as memory, cores
-         and ``--at-once`` allow. One begins if the time of the longest so far is left. What is not finished at the end
-         is ended and stays in the folder as it is.
-results  Of whole pairs alone, anew after each: ``runs.json``, ``comparison.md`` with paired differences, ``.json`` and
-         ``.png``. Machine, versions, gates and all pairs with their times are in ``facts.jsonl``, each at once.
+         training step has a finite loss, a gradient and the sampler's log-probs; a greedy answer has only calls; with
+         demonstrations at least 15 % fewer rows are hard. The first gate that fails ends the record.
+pairs    ``grpo`` and ``retry`` with one seed, in parallel and from the same cold start; as many at a time as memory,
+         cores and ``--at-once`` allow. A pair starts only if the time of the longest pair so far is left. Runs that are
+         unfinished at the end are stopped and stay in the folder as they are.
+results  Of complete pairs only, rewritten after each: ``runs.json``, ``comparison.md`` with paired differences,
+         ``.json`` and ``.png``. ``facts.jsonl`` has machine, versions, gates and all pairs with their times, each
+         written at once.
 
-The same command goes on with an interrupted record: finished runs are left alone, and gates are passed again.
+The same command resumes an interrupted record: it keeps finished runs, and checks the gates again.
 
 The size, in ``smollm2-gpu.yaml``, is estimated and not measured. A decode step of 6.5 ms and an update of 0.3 s (from
-5.7 ms and 0.36 s of a 0.5B shape on an H200) make 32 s for a run of grpo and 41 s for one of retry, 40 s to start each
-come on top; gates take 80 s and the cold start 50. Without NVIDIA's MPS, which this does not start, decode steps of
-several processes take turns, 22 and 31 s of a run: hence two pairs at a time, and about four in eight minutes.
+5.7 ms and 0.36 s of a 0.5B shape on an H200) make 32 s for a run of grpo and 41 s for one of retry, plus 40 s to start
+each; gates take 80 s and the cold start 50. Without NVIDIA's MPS, which this does not start, decode steps of several
+processes take turns, 22 and 31 s of a run: hence two pairs at a time, and about four in eight minutes.
 """
 
 from __future__ import annotations
@@ -67,25 +68,25 @@ from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 CONFIGS = Path(__file__).parent / "configs"
 COLD, ARMS = "cold", ("grpo", "retry")  # differences are to the first arm
-SAMPLED, ANSWERED = 96, 16  # rows on which the precondition is measured, and rows that are answered greedily
-# Most that sampler and learner may differ in log-probs: in any token in fp32, as in tests/train; in bfloat16 on average
-# (160 tokens of SmolLM2 on a CPU: 0.031, and one of them 0.30).
+SAMPLED, ANSWERED = 96, 16  # rows for the precondition, and rows for greedy answers
+# Largest difference of log-probs between sampler and learner: of any token in fp32, as in tests/train; on average in
+# bfloat16 (160 tokens of SmolLM2 on a CPU: 0.031, and one of them 0.30).
 TOLERANCE = {"float32": ("logp_difference", 1e-4), "bfloat16": ("logp_difference_mean", 0.1)}
 MEMORY_SHARE = 0.9  # of the device, for all runs together
-CORES = 2  # of a run
-LAST_SECONDS = 8  # in which runs are ended and tables printed; results are on the disk before
+CORES = 2  # per run
+LAST_SECONDS = 8  # for stopping runs and printing tables; results are on the disk before
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where runs lie, and what ``toolx train`` is told for them; ``more`` are flags of all arms."""
+    """The folders of runs and their flags for ``toolx train``; ``more`` are flags of all arms."""
 
     folder: Path
     bundle: Path | None  # None: at toy size
     device: str
     more: Sequence[str] = ()
     seeds: Sequence[int] = range(8)
-    at_once: int = 2  # pairs at most
+    at_once: int = 2  # most pairs at a time
 
     @property
     def cold(self) -> Path:
@@ -99,7 +100,7 @@ class Record:
         return (self.run(name, seed) / "summary.json").exists()
 
     def flags(self, name: str, seed: int, **settings: object) -> list[str]:
-        """Of an arm or the cold start."""
+        """The flags of an arm or of the cold start."""
         cold, task = name == COLD, "smollm2" if self.bundle else "builtin-facts"
         told = {"seed": seed, "device": self.device, "output_dir": self.run(name, seed)}
         told |= {} if cold else {"model": self.cold}
@@ -119,7 +120,7 @@ class Record:
         return [*flags, *([] if cold else self.more), "--config", *configs]
 
     def command(self, name: str, seed: int, threads: int, seconds: float = 0.0) -> Command:
-        """A run; one that was begun goes on."""
+        """The command of a run, which resumes a run that was started."""
         again = ["--resume"] if (self.run(name, seed) / "config.yaml").exists() else []
         train = [sys.executable, "-m", "toolx_kernels.cli", "train", *again, *self.flags(name, seed)]
         env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
@@ -127,7 +128,7 @@ class Record:
 
 
 class Gates:
-    """What must hold of a model; ``processes`` are as many runs as the memory has room for."""
+    """Checks of a model; ``processes`` is the number of runs that fit the memory."""
 
     def __init__(self, record: Record, model: str | Path, folder: Path, reward: Callable | None = None):
         self.args = parse_train(record.flags(ARMS[-1], 0, model=model, output_dir=folder))
@@ -135,7 +136,7 @@ class Gates:
         self.demands = record.bundle is not None  # a cold start at toy size learns nothing
 
     def model(self, bench: Bench) -> dict:
-        args = replace(self.args, beta=0.0)  # the reference of a KL is made by a run
+        args = replace(self.args, beta=0.0)  # only a run makes the reference model of a KL
         rows, more = load_rows(args), load_demonstrations(args)
         self.trainer = ToolExpanderTrainer(args.model, self.reward, args, *rows, demonstrations=more)
         self.task, weights = self.trainer.task, self.trainer.model
@@ -146,7 +147,7 @@ class Gates:
         return {"weights": found, "parameters": weights.num_parameters(), "failures": failures}
 
     def room(self, bench: Bench) -> dict:
-        """Of the context for demonstrations, of the memory for runs."""
+        """Checks the room of the context for demonstrations, and of the memory for runs."""
         args, task, model = self.args, self.task, self.trainer.model
         cut = sum(left_out for _, left_out in self.drawn)
         failures = [f"{cut} demonstrations do not fit the context of {task.prompts.context} tokens"] if cut else []
@@ -159,9 +160,9 @@ class Gates:
         return {"planned_gib": plan.needed / GIB, "processes": self.processes, "failures": failures}
 
     def step(self, bench: Bench) -> dict:
-        """A training step on groups of which half earn 1; it compiles all that a run needs."""
+        """Takes a training step on groups in which half of the rollouts earn 1; it compiles all that a run needs."""
         self.trainer.run.start(self.args)
-        told = self.trainer.step()  # raises where loss or gradient are not finite
+        told = self.trainer.step()  # raises if loss or gradient is not finite
         names = ("loss", "grad_norm", "logp_difference", "logp_difference_mean")
         found = {name: told.get(name, math.nan) for name in names} | {"step_s": told["timing"]["seconds"]}
         (name, most), failures = TOLERANCE[self.args.dtype], []
@@ -197,7 +198,7 @@ def half_right(prompts: list, completions: list, completion_ids: list, **columns
 
 
 def pass_gates(gates: Iterable[Fact | Command], journal: Journal, bench: Bench, deadline: float) -> None:
-    """Raises InputError at the first that does not hold; ends the process where a kernel has broken it, or hangs."""
+    """Raises InputError at the first gate that fails; ends the process if a kernel has broken it, or hangs."""
     for gate in gates:
         find_all([gate], journal, bench, deadline, lambda: os._exit(2))
         line = journal.facts[gate.name]
@@ -207,7 +208,7 @@ def pass_gates(gates: Iterable[Fact | Command], journal: Journal, bench: Bench, 
 
 
 def prepare(record: Record, journal: Journal, bench: Bench, deadline: float, cores: int) -> int:
-    """Passes the gates and trains the cold start if there is none; returns how many runs the memory has room for."""
+    """Passes the gates and trains the cold start if there is none; returns how many runs fit the memory."""
     trained = record.cold != record.run(COLD, 0) or record.finished(COLD, 0)
     model = record.cold if trained else parse_train(record.flags(COLD, 0)).model
     raw = Gates(record, model, bench.scratch / "raw", half_right)
@@ -236,9 +237,9 @@ def train_pairs(
     """Runs pairs until the deadline.
 
     Args:
-        begin: starts what is left of a seed's runs.
-        keep: is told the seed, status ("ok", "failed", "incomplete" or "no time") and seconds of each pair.
-        longest: seconds of the longest pair so far; with less time left none begins.
+        begin: starts the unfinished runs of a seed.
+        keep: receives the seed, status ("ok", "failed", "incomplete" or "no time") and seconds of each pair.
+        longest: seconds of the longest pair so far; with less time left no pair starts.
     """
     left, running = list(seeds), {}
     try:
@@ -249,7 +250,7 @@ def train_pairs(
                 whole, failed = all(code == 0 for code in codes), any(codes)
                 if not (whole or failed or time.monotonic() >= deadline):
                     continue
-                for job in jobs:  # where one has failed, its partner alone is no pair
+                for job in jobs:  # if one has failed, its partner alone is not a pair
                     job.end()
                 del running[seed]
                 longest = max(longest, seconds) if whole else longest
@@ -271,7 +272,7 @@ def train_pairs(
 
 
 def train(record: Record, results: Path, journal: Journal, bench: Bench, deadline: float) -> None:
-    """Gates, cold start and pairs, and after each pair the results."""
+    """Runs gates, cold start and pairs, and writes the results after each pair."""
     cores = len(os.sched_getaffinity(0))
     room = min(prepare(record, journal, bench, deadline, cores), cores // CORES)
     at_once = max(1, min(record.at_once, room // len(ARMS)))
@@ -306,13 +307,13 @@ def train(record: Record, results: Path, journal: Journal, bench: Bench, deadlin
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the runs, and of the results where OUT names no other")
+    parser.add_argument("folder", type=Path, help="folder of the runs, and of the results unless OUT names another")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--bundle", type=Path, help="rows and, perhaps, a cold start")
+    size.add_argument("--bundle", type=Path, help="folder of rows and, optionally, a cold start")
     size.add_argument("--toy", action="store_true", help="the tiny model and a built-in task: no figure means anything")
-    parser.add_argument("--minutes", type=float, default=8, help="of the whole call (8)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(8), help="of pairs, in their order (0 to 7)")
-    parser.add_argument("--at-once", type=int, default=2, help="pairs at a time at most (2)")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of the whole call (default: 8)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(8), help="of pairs, in order (default: 0 to 7)")
+    parser.add_argument("--at-once", type=int, default=2, help="most pairs at a time (default: 2)")
     parser.add_argument("--device", default="cuda", help="cpu is for --toy")
     own, more = parser.parse_known_args(argv)
     deadline = time.monotonic() + 60 * own.minutes - LAST_SECONDS

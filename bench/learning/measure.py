@@ -1,18 +1,18 @@
-"""Measures a model on a record's rows: what its training rows still ask of it, and how it does on held-out ones.
+"""Measurement of a model on a record's rows: hard training rows, and accuracy on held-out rows.
 
     python -m bench.learning.measure runs/coder/grpo-seed0.json --model runs/coder/grpo-seed0 \\
         --config bench/learning/configs/coder-arm.yaml \\
         --dataset runs/coder/data/rl.jsonl --eval_dataset runs/coder/data/bfcl.jsonl
 
-The flags are those of ``toolx train``. Each training row's raw prompt has ``--rollouts`` rollouts at the training
+Takes the flags of ``toolx train``. Each training row's raw prompt has ``--rollouts`` rollouts at the training
 temperature, each row of ``--eval_dataset`` one greedy answer. An answer is
 
-solved       if it earns the default reward: the right calls, in the form that was asked for, and nothing else
-right        if the calls in it are right, in the form that was asked for, as ``toolx eval`` counts
+solved       if it earns the default reward: the right calls, in the requested format, and nothing else
+right        if the calls in it are right, in the requested format, as ``toolx eval`` counts
 format_free  if they are right as JSON or in tags, in a code fence or not, whatever else it says
 
-A training row is *hard* if none of its rollouts is solved. All answers stand beside the result, in ``.answers.jsonl``.
-They are written as they come: the same command goes on where it was stopped, and does nothing once all is measured.
+A training row is *hard* if none of its rollouts is solved. All answers are next to the result, in ``.answers.jsonl``,
+and are written as they are sampled: the same command continues where it stopped, and does nothing if all is measured.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from toolx_kernels.train.rows import digest, load_rows
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 COUNTED = ("solved", "right", "format_free")
-AT_ONCE = 16  # answers that are lost at most
+AT_ONCE = 16  # answers that an interruption loses at most
 SETTINGS = ("seed", "dtype", "tool_format", "temperature", "top_k", "top_p", "min_p", "max_completion_length")
 
 
 def is_right_in_any_form(text: str, row: Row) -> bool:
-    """Whether the calls in ``text`` are right for ``row``, however they are wrapped. JSON's reader finds objects in
-    fences, in prose and in tags, closed or not; Hermes' knows which of several objects stand in tags."""
+    """Whether the calls in ``text`` are right for ``row``, however they are wrapped. The JSON format finds objects in
+    fences, in prose and in tags, closed or not; Hermes tells which of several objects are in tags."""
     return any(is_correct(text, row, form) for form in (JSON, HERMES))
 
 
@@ -53,7 +53,7 @@ class Answers:
     """The file of a measurement's answers: the measurement in its first line, then a list of answers for each row."""
 
     def __init__(self, path: Path, measurement: dict):
-        """Raises InputError when the file holds the answers of another measurement."""
+        """Raises InputError if the file holds the answers of another measurement."""
         self.path, self.measurement = path, measurement
         self.of_rows: list[list[dict]] = []
         if path.exists():
@@ -72,7 +72,7 @@ class Answers:
 
 
 def answer(trainer: ToolExpanderTrainer, answers: Answers, rollouts: int) -> None:
-    """Adds the answers that are missing: the training rows' first, then those of the rows to evaluate on."""
+    """Adds the missing answers: first to training rows, then to evaluation rows."""
     task = trainer.task
     train, everything = len(task.rows), [*task.rows, *task.eval_rows]
     while (start := len(answers.of_rows)) < len(everything):
@@ -101,7 +101,7 @@ def answer(trainer: ToolExpanderTrainer, answers: Answers, rollouts: int) -> Non
 
 
 def on_training_rows(of_rows: Sequence[list[dict]]) -> dict:
-    """Counts with the rollouts of each row; ``pass_at_1`` is the mean share of rollouts."""
+    """Counts over the rollouts of each row; ``pass_at_1`` is the mean share of rollouts."""
     counts = {name: [sum(each[name] for each in of_row) for of_row in of_rows] for name in COUNTED}
     rollouts = len(of_rows[0])
     return {
@@ -136,7 +136,7 @@ def rounded(number: float | None) -> float | None:
 
 
 def measurement_of(args: ToolExpanderConfig, rollouts: int, rows: Sequence[Row], eval_rows: Sequence[Row]) -> dict:
-    """What is measured; no path of the machine is in it."""
+    """Identifies a measurement, without paths of the machine."""
     source = resolve(args.model or "tiny")
     named = "/".join(Path(source.place).parts[-2:]) if source.kind in ("folder", "adapter") else Path(source.place).name
     return {
@@ -151,7 +151,7 @@ def measurement_of(args: ToolExpanderConfig, rollouts: int, rows: Sequence[Row],
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--rollouts", type=int, default=10, help="of each training row")
+    parser.add_argument("--rollouts", type=int, default=10, help="rollouts of each training row (default: 10)")
     own, flags = parser.parse_known_args(argv)
     own.output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as nowhere:

@@ -1,4 +1,4 @@
-"""Whether demonstrations can help a cold start, measured on it before any arm is run.
+"""Precondition of a record: whether demonstrations can help a cold start, measured on it before any arm runs.
 
     python -m bench.learning.precondition out.json --budget 3000000 --model runs/cold-seed0 --config builtin-facts retry
 
@@ -8,25 +8,25 @@ trained on) that an arm may spend. It writes, for all rows and for each tier:
 hard    rows for which none of ``probe_rollouts`` rollouts is right: the paper's first table. ``raw`` prompts; with
         demonstrations drawn once (``random``); with those that training would choose (``better``: drawn until they make
         the model answer correctly within ``verify_rollouts`` rollouts, at most ``demonstration_tries`` times; a row
-        that gets none is probed raw). Each count has rollouts of its own.
+        that gets none is probed raw). Each count uses separate rollouts.
 right   the share of right rollouts on raw prompts and with random demonstrations
-inside  rows with random demonstrations that are right in some rollouts and not in all: a group of these has a gradient
+inside  rows that, with random demonstrations, are right in some rollouts but not in all: their group has a gradient
 
-and for each fact (what no request tells, ``builtin_facts.fact_of``):
+and for each fact (a value that no request states, ``builtin_facts.fact_of``):
 
-p         the probability of the required value on the raw prompt, after all of the answer that stands before it: the
-          mean over the fact's rows, teacher-forced
-rollouts  that the budget pays for on raw prompts of these rows: rows x G x passes, a pass being all training rows once
-          at what they cost now. A raw group costs its prompt and completions, and where it is trained on (live, or
-          there is a KL) 3 x both for each of ``num_iterations`` updates and once more for the reference (the
-          first G of the rollouts above decide). Passes get dearer as groups come to life, so these are at most as many.
-lambda    p x rollouts: how often plain GRPO is expected to stumble on the value
-verified  right rollouts with random demonstrations that the budget pays for, where each dead group of a pass is sampled
-          once more with them and learned, as long as all stays as it is now: passes x G x the share that is right, over
-          the fact's rows whose raw group is dead
+p         the probability of the required value on the raw prompt, given the part of the answer before it: the mean over
+          the fact's rows, teacher-forced
+rollouts  that the budget pays for on raw prompts of these rows: rows x G x passes, where a pass is all training rows
+          once at their present cost. A raw group costs its prompt and completions and, if it is trained on (it is live,
+          or there is a KL), 3 x both for each of ``num_iterations`` updates and once more for the reference (the first
+          G of the rollouts above decide). Passes cost more as more groups become live, so this is an upper bound.
+lambda    p x rollouts: how often plain GRPO is expected to find the value by chance
+verified  right rollouts with random demonstrations that the budget pays for, if each dead group of a pass is sampled
+          again with them and learned, and nothing else changes: passes x G x the share that is right, over the fact's
+          rows whose raw group is dead
 
-``passes`` says whether lambda is below 0.1 for each fact but the listed convention, hard(raw) - hard(random) at least
-15 % of the rows, and verified at least 200 for each fact.
+``passes`` is true if lambda is below 0.1 for each fact except the listed convention, hard(raw) - hard(random) is at
+least 15 % of the rows, and verified is at least 200 for each fact.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ MOST_LAMBDA, LEAST_FEWER_HARD, LEAST_VERIFIED = 0.1, 0.15, 200
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the rollouts of a row's prompt were: its tokens, theirs, and which are right."""
+    """The rollouts of a row's prompt: tokens of the prompt, tokens of each rollout, and which are right."""
 
     prompt: int
     written: list[int]
     right: list[bool]
 
     def cost(self, n: int) -> int:
-        """Tokens of a group of the first ``n``: its prompt once, and what they wrote."""
+        """Tokens of a group of the first ``n`` rollouts: the prompt once, and what they wrote."""
         return self.prompt + sum(self.written[:n])
 
     def live(self, n: int) -> bool:
@@ -78,7 +78,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A row: its rollouts with the raw prompt and with random demonstrations, whether it is hard with better ones."""
+    """A row: its rollouts on the raw prompt and with random demonstrations, and whether it is hard with better ones."""
 
     tier: str
     raw: Answers
@@ -106,8 +106,8 @@ def share(answers: Answers) -> float:
 
 
 def passes_over(rows: Sequence[Measured], n: int, budget: int, updates: int = 1, kl: bool = False) -> dict[str, float]:
-    """How often all rows can be gone through within the budget, by plain GRPO with groups of ``n``, and where each dead
-    group is sampled again with random demonstrations and learned on the raw prompt."""
+    """The number of passes over all rows within the budget: by plain GRPO with groups of ``n``, and if each dead group
+    is sampled again with random demonstrations and learned on the raw prompt."""
     training = 3 * updates + kl
     grpo = sum(row.raw.cost(n) * (1 + training if kl or row.raw.live(n) else 1) for row in rows)
     again = [row for row in rows if row.raw.dead(n)]
@@ -145,7 +145,7 @@ def rounded(number: float) -> float:
 
 
 def probability(trainer: ToolExpanderTrainer, row: Row, fact: Fact) -> float:
-    """Of the fact's value on the row's raw prompt, after the part of the answer that stands before it."""
+    """The probability of the fact's value on the row's raw prompt, given the part of the answer before it."""
     prompts = trainer.task.prompts
     prompt = prompts.ids(row)
     answer = prompts.chat.completion_ids(row.answer, prompt)
@@ -158,7 +158,7 @@ def probability(trainer: ToolExpanderTrainer, row: Row, fact: Fact) -> float:
 
 
 def measured(trainer: ToolExpanderTrainer, more: Sequence[Row]) -> tuple[list[Measured], dict[str, int]]:
-    """All training rows, and how many of them got no demonstrations."""
+    """Measures all training rows; also returns how many of them got no demonstrations."""
     args, rows, collector, everything = (
         trainer.args,
         trainer.task.rows,

@@ -1,16 +1,16 @@
-"""The data of the records of real models, from rows in files and BFCL's: JSONL files in a folder.
+"""Rows for the records of real models, from files and BFCL, as JSONL files in a folder.
 
     python -m bench.learning.real_rows smollm2 runs/smollm2/data seal-tools-train.jsonl
     python -m bench.learning.real_rows coder runs/coder/data xlam-star.jsonl seal-tools-train.jsonl
 
-rl.jsonl             what RL trains on: all usable rows for smollm2, 96 of them for coder
-cold.jsonl           the other one-call rows: what the cold start of smollm2 imitates
-demonstrations.jsonl all other rows: what demonstrations are taken from, besides those of rl.jsonl
-bfcl.jsonl           all 600 rows of BFCL's simple_python and multiple: what is measured on, and no run trains on
+rl.jsonl             training rows of RL: all usable rows for smollm2, 96 of them for coder
+cold.jsonl           the other one-call rows, which the cold start of smollm2 imitates
+demonstrations.jsonl all other rows, from which demonstrations are taken, in addition to rl.jsonl
+bfcl.jsonl           all 600 rows of BFCL's simple_python and multiple, for measurement; no run trains on them
 
-A row is *usable* if its answer is one call and another row demonstrates the tool of it, without telling the answer:
-another row calls it, with other arguments and for another user text (``DemonstrationIndex``). The rows are any that
-``toolx train --dataset`` reads, with ids of their own; the draw is fixed.
+A row is *usable* if its answer is one call and another row demonstrates its tool without revealing the answer: that row
+calls the tool with other arguments and for another user text (``DemonstrationIndex``). Sources are any datasets that
+``toolx train --dataset`` reads, with distinct ids; the draw is fixed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def demonstrated(row: Row, index: DemonstrationIndex) -> bool:
 
 
 def chosen(rows: Sequence[Row], most: int | None) -> list[Row]:
-    """The usable rows, or so many of them, in their order; prints how many there are by which criterion."""
+    """The usable rows, or ``most`` of them, in order; prints how many rows meet each criterion."""
     index = DemonstrationIndex(rows)
     calling = Counter(name for row in rows for name in {call["name"] for call in row.answer})
     one_call = [row for row in rows if len(row.answer) == 1]

@@ -1,4 +1,4 @@
-"""The learning records: every arm from the same cold start, at an equal budget.
+"""Runs of the learning records: every arm from the same cold start, at an equal budget.
 
     python -m bench.learning.run builtin-facts runs/facts
     python -m bench.learning.run builtin-facts runs/facts --arms dapo routed
@@ -8,13 +8,13 @@
     python -m bench.learning.real_rows coder runs/coder/data xlam-star.jsonl seal-tools-train.jsonl
     python -m bench.learning.run coder runs/coder --model coder.gguf --workers 1 --turn 2
 
-Each run is a process of its own. One that was stopped goes on from its last checkpoint and one that is finished is left
-alone, so the same command goes on with an interrupted record. ``toolx compare`` puts the results side by side;
-``bench.learning.measure`` measures the models of smollm2 and coder before and after.
+Each run is a separate process. A stopped run resumes from its last checkpoint and a finished run is left alone, so the
+same command resumes an interrupted record. ``toolx compare`` compares the results; ``bench.learning.measure`` measures
+the models of smollm2 and coder before and after.
 
-On builtin-facts ``bench.learning.precondition`` looks at each cold start before any arm is run: the arms get the first
-seeds that pass it. Seeds and budgets were fixed before the first arm ran. Of seed 0, on whose runs they were sized, the
-record has the random weights, with which all its cold starts begin.
+On builtin-facts ``bench.learning.precondition`` checks each cold start before any arm runs: the arms get the first
+seeds that pass it. Seeds and budgets were fixed before the first arm ran. They were sized on runs of seed 0, from which
+the record takes only the random weights with which all its cold starts begin.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ NAMED = ("grpo", "retry", "replace", "sft-retry", "sft-grpo", "retry-successes",
 
 @dataclass(frozen=True)
 class Record:
-    """base          recipes that come before the arm's
-    seeds         of the arms; where there is a precondition, the first that pass it, from ``seeds[0]`` on
-    own_cold      each seed has a cold start of its own; otherwise seed 0's serves all
+    """The settings of a record.
+
+    base          recipes that come before the arm's
+    seeds         of the arms; with a precondition, the first that pass it, from ``seeds[0]`` on
+    own_cold      each seed has its own cold start; otherwise all use seed 0's
     arms          recipes in toolx_kernels/configs
     precondition  whether ``bench.learning.precondition`` decides which cold starts arms begin from
-    cold          whether there are cold starts; otherwise arms begin with --model
+    cold          whether there are cold starts; otherwise arms begin from --model
     real          the rows are those of ``bench.learning.real_rows``, in the record's folder
     """
 
@@ -69,7 +71,7 @@ RECORDS = {
 
 
 def train(folder: Path, settings: dict, configs: list[str], threads: int, turn: int | None = None) -> bool:
-    """One run, or ``turn`` steps more of it; whether it is finished. Raises when it fails."""
+    """Runs or resumes one run, for ``turn`` steps if given; returns whether it is finished. Raises if it fails."""
     if (folder / "summary.json").exists():
         return True
     flags = [f"--{name}={value}" for name, value in settings.items()]
@@ -83,7 +85,7 @@ def train(folder: Path, settings: dict, configs: list[str], threads: int, turn: 
         enough, told = saved_steps(folder) + (turn or 0), False
         while run.poll() is None:
             if turn and not told and saved_steps(folder) >= enough:
-                run.terminate()  # it finishes the step that it has begun, and saves it
+                run.terminate()  # it finishes the current step and saves it
                 told = True
             time.sleep(POLL_SECONDS)
     if told and run.returncode == 128 + signal.SIGTERM:
@@ -103,8 +105,8 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def fit(cold: Path, seed: int, base: Sequence[str], arms: Path, threads: int) -> bool:
-    """Whether a cold start passes the precondition, which is measured where it has not been yet, for the budget that
-    the config of all ``arms`` has."""
+    """Whether a cold start passes the precondition, for the budget in the config of all ``arms``; measures it if that
+    was not done yet."""
     output = cold.with_name(f"precondition-seed{seed}.json")
     if not output.exists():
         command = [sys.executable, "-m", "bench.learning.precondition", output]
@@ -124,7 +126,7 @@ def fit(cold: Path, seed: int, base: Sequence[str], arms: Path, threads: int) ->
 
 
 def first_fit(seeds: Sequence[int], cold_start: Callable[[int], bool], pool: ThreadPoolExecutor) -> list[int]:
-    """As many seeds as asked for: these, and for each that does not fit the next one after all of them."""
+    """As many seeds as requested: those that fit, and for each that does not, the next one after all of them."""
     chosen, asked = [], list(seeds)
     while asked:
         fits = list(pool.map(cold_start, asked))
@@ -137,11 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", choices=RECORDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the arms")
-    parser.add_argument("--arms", nargs="+", help="any recipes of toolx train")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--model", help="that arms begin with, where the record has no cold start")
-    parser.add_argument("--turn", type=int, help="saved steps after which a run lets the next one go on")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the arms (default: the record's)")
+    parser.add_argument("--arms", nargs="+", help="any recipes of toolx train (default: the record's)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument("--model", help="the model from which arms begin, for a record without a cold start")
+    parser.add_argument("--turn", type=int, help="saved steps after which a run yields to the next one")
     args = parser.parse_args()
     record, shared = RECORDS[args.record], CONFIGS / f"{args.record}-arm.yaml"
     seeds, threads = args.seeds or record.seeds, max(1, os.cpu_count() // args.workers)
@@ -153,7 +155,7 @@ def main() -> None:
         data["demonstration_dataset"] = args.folder / "data" / "demonstrations.jsonl"
 
     def cold_start(seed: int) -> bool:
-        """Whether arms may begin from it."""
+        """Trains it; returns whether arms may begin from it."""
         settings = {"seed": seed, **data}
         if data:
             settings["dataset"] = args.folder / "data" / "cold.jsonl"

@@ -1,4 +1,4 @@
-"""What the built-in records decide, computed from their committed runs.
+"""Verdict of the built-in records, computed from their committed runs.
 
     python -m bench.learning.verdict bench/results/learning
 
@@ -8,14 +8,14 @@ rules were fixed before the runs:
 - ``retry`` becomes the default if its paired 95 % intervals (Student's t over seeds) in held-out accuracy on
   builtin-facts lie above 0 against ``grpo`` and against ``replace``, and the one against ``grpo`` on builtin excludes
   a loss of more than .03. (That no real model contradicts it is judged by hand.)
-- ``sft-grpo`` or ``sft-retry`` is recommended to whoever has demonstrations if it is ahead of ``retry`` on
-  builtin-facts with its interval clear of 0.
-- Every other arm is reported beside ``grpo`` with intervals that agree with Holm's test of them all (1979, Scand. J.
+- ``sft-grpo`` or ``sft-retry`` is recommended where there are demonstrations if it is ahead of ``retry`` on
+  builtin-facts and its interval excludes 0.
+- Every other arm is compared with ``grpo``, with intervals that agree with Holm's test of all of them (1979, Scand. J.
   Statist. 6, p. 65): of m arms ordered by their p-values the k-th has the confidence 1 - .05 / (m - k + 1), and from
-  the first whose interval contains 0 on, none differs. (They are not simultaneous intervals, but for the first.) The m
-  are all arms that are not named above; where fewer seeds ran, their pairs say so.
+  the first whose interval contains 0 on, none differs. (Only the first is a simultaneous interval.) The m are all arms
+  that are not named above; the number of pairs shows where fewer seeds ran.
 
-A rule whose arms do not have eight seeds in common decides nothing yet.
+A rule decides nothing until its arms have eight seeds in common.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from toolx_kernels.files import write_atomically
 DEFAULT, BASELINE, PAPER = "retry", "grpo", "replace"
 WITH_DEMONSTRATIONS = ("sft-grpo", "sft-retry")
 LARGEST_LOSS = 0.03  # of held-out accuracy on builtin
-PAIRS = 8  # of seeds, before a rule decides
+PAIRS = 8  # of seeds, at least, for a rule to decide
 
 Ends = dict[str, dict[int, float]]  # the last value of a curve, by arm and seed
 
 
 def ends(runs: Iterable[Mapping], event: str, value: str) -> Ends:
-    """Of ``runs.json``: the last ``value`` of an ``event`` in each run."""
+    """The last ``value`` of an ``event`` in each run of ``runs.json``."""
     of_arms: Ends = {}
     for run in runs:
         arm, seed = re.fullmatch(r"(.+)-seed(\d+)", run["run"]).groups()
@@ -50,7 +50,7 @@ def ends(runs: Iterable[Mapping], event: str, value: str) -> Ends:
 
 
 def p_value(differences: Iterable[float]) -> float:
-    """Of the two-sided paired t test; 1 where there are fewer than two pairs."""
+    """The p-value of the two-sided paired t test; 1 for fewer than two pairs."""
     from scipy.stats import ttest_1samp
 
     values = [*differences]
@@ -62,7 +62,7 @@ def p_value(differences: Iterable[float]) -> float:
 
 
 def holm(ours: Mapping[str, Mapping[int, float]], theirs: Mapping[int, float]) -> dict[str, dict]:
-    """Differences of arms to one other, paired by seed, with intervals adjusted for their number."""
+    """Differences of arms from one other arm, paired by seed, with intervals adjusted for the number of arms."""
     differences = {arm: [ends[seed] - theirs[seed] for seed in ends if seed in theirs] for arm, ends in ours.items()}
     order = sorted(differences, key=lambda arm: p_value(differences[arm]))
     result, distinct = {}, True
@@ -80,17 +80,17 @@ def holm(ours: Mapping[str, Mapping[int, float]], theirs: Mapping[int, float]) -
 
 
 def clear(difference: Estimate | None) -> bool:
-    """Whether an interval does not contain 0."""
+    """Whether an interval excludes 0."""
     return difference is not None and difference.low is not None and (difference.low > 0 or difference.high < 0)
 
 
 def holding(difference: Mapping, bound: float) -> bool | None:
-    """Whether the interval of an accuracy lies above ``bound``; None where too few seeds have run."""
+    """Whether the interval of an accuracy lies above ``bound``; None if too few seeds have run."""
     return None if difference["pairs"] < PAIRS else difference["accuracy"].low > bound
 
 
 def verdict(facts: list[dict], builtin: list[dict]) -> dict:
-    """All differences that the rules ask for, and what follows."""
+    """All differences that the rules use, and the decisions that follow."""
     accuracy = {"builtin-facts": ends(facts, "eval", "accuracy"), "builtin": ends(builtin, "eval", "accuracy")}
     hard = {"builtin-facts": ends(facts, "probe", "hard"), "builtin": ends(builtin, "probe", "hard")}
 
