@@ -1,6 +1,6 @@
-"""The work that losses are timed at: one on-policy GRPO update of the LM head.
+"""Cases of the loss benchmark: one on-policy GRPO update of the LM head.
 
-N tokens of B completions of equal length, advantages given.
+N tokens of B completions of equal length, with given advantages.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.common.tables import DTYPES
 
-# Spread of the logits: entropies of a few nats, as in a trained model. On flat logits no probability would reach the
-# threshold below which cut-cross-entropy skips work, and its time would be that of the skipped work.
+# Spread of the logits: entropies of a few nats, as in a trained model. On flat logits all probabilities would be below
+# the threshold at which cut-cross-entropy skips work, so its time would not include that work.
 LOGIT_STD = 4.0
 
 
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One set of tensors that every provider is run on."""
+    """The tensors on which every provider runs."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D); a frozen head does not require grad
@@ -80,7 +80,7 @@ def make_problem(
 ) -> Problem:
     """Random tensors of one shape, the same on every call.
 
-    ``dead`` is the share of completions with advantage 0, rounded to whole ones of 16 or more; they are drawn anywhere.
+    ``dead`` is the share of completions with advantage 0, rounded to whole ones (of at least 16) at random positions.
     """
     hidden, weight, targets = _tensors(n, d, vocab, dtype, torch.device(device))
     b = max(16, n // 1024)

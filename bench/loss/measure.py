@@ -1,8 +1,8 @@
-"""How a case is measured: every provider is checked against float64, then all are timed in turn in one process.
+"""Measurement of a loss case: every provider is checked against float64, then all are timed in turn in one process.
 
-A round calls each provider once, so that a change of clock or a neighbour's load meets all of them; the figure is
-each provider's median over the rounds. Peak memory comes from calls of their own, which also warm up. On
-a CPU a peer that needs several times our time is timed in the first round alone, because some take half a minute.
+A round calls each provider once, so that a change of clock rate or load affects all of them; the figure is each
+provider's median over the rounds. Peak memory comes from separate calls, which also warm up. On a CPU a peer that needs
+several times our time is timed only in the first round, because some take half a minute.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load(kind: type[LossProvider], dtype: torch.dtype, device: torch.device) -> 
     try:
         provider = kind(device)
         return provider, {} if issubclass(kind, Floor) else errors(provider, dtype, device)
-    except Exception as error:  # a peer may fail in any way of its own, and is then named with it
+    except Exception as error:  # a peer may fail in any way, which the report then names
         if kind not in PEERS:
             raise
         return None, why_absent(kind.package, error)
@@ -62,13 +62,13 @@ def load(kind: type[LossProvider], dtype: torch.dtype, device: torch.device) -> 
 def admit(
     kind: type[LossProvider], case: Case, problem: Problem, device: torch.device
 ) -> tuple[LossProvider | None, dict]:
-    """Checks a provider, runs it once and measures its memory. Returns None where it cannot run, and its record."""
+    """Checks a provider, runs it once and measures its memory. Returns it, or None if it cannot run, and its record."""
     dtype = problem.hidden.dtype
     provider, found = load(kind, dtype, device)
     if provider is None:
         return None, {"provider": kind.name, "absent": found}
     try:
-        # On a GPU the first call also tunes, which needs memory of its own.
+        # On a GPU the first call also tunes, which needs additional memory.
         for _ in range(2 if device.type == "cuda" else 1):
             peak = added_peak(provider.stage(case.what, problem), device)
     except Exception as error:  # out of memory, mostly: that is a result, not a fault of the benchmark
@@ -92,7 +92,7 @@ def measure(
     rounds: int = 3,
     benchmark: Any | None = None,
 ) -> dict:
-    """Times ``kinds`` on one case: a record each, which for one that cannot run has ``absent``, the reason, instead.
+    """Times ``kinds`` on one case; returns a record for each, with the reason, ``absent``, instead if it cannot run.
 
     ``benchmark``, pytest-benchmark's fixture, times our call too.
     """

@@ -1,6 +1,6 @@
-"""Who is timed: ours, plain torch, the bare GEMMs, and other projects' fused losses, all on the same tensors.
+"""Providers of the loss: ours, plain torch, the bare GEMMs, and other projects' fused losses, on the same tensors.
 
-A peer that stops at log-probs or cross-entropy gets the objective from :func:`grpo`, so its upstream gradient is the
+A peer that only computes log-probs or cross-entropy gets the objective from ``grpo``, so its upstream gradient is the
 same vector that the fused losses compute. Peers run with their defaults unless a comment says why not.
 """
 
@@ -43,7 +43,7 @@ class LossProvider:
         return grpo(self.logprobs(p), p)
 
     def stage(self, what: str, p: Problem) -> Callable[[], object]:
-        """Prepares one call of a pass; what it returns is what gets timed."""
+        """Prepares one call of a pass; the returned function is timed."""
         p.forget_gradients()
         if what == "forward":
             inputs = replace(p, hidden=p.hidden.detach(), weight=p.weight.detach())
@@ -73,7 +73,7 @@ class PlainTorch(LossProvider):
 
 
 class Floor(LossProvider):
-    """The GEMMs that no exact method can do without, into memory that is already there."""
+    """The GEMMs that every exact method needs, into memory that is already allocated."""
 
     name = "floor"
 
@@ -112,7 +112,7 @@ class LiveFloor(Floor):
 
 
 class CutCrossEntropy(LossProvider):
-    """On a CPU its Triton kernels cannot run; its own torch.compile version, which keeps the logits, stands in."""
+    """On a CPU its Triton kernels cannot run; its torch.compile version, which keeps the logits, runs instead."""
 
     name = "cut-cross-entropy"
     package = "cut-cross-entropy"
@@ -137,7 +137,7 @@ class LigerGRPO(LossProvider):
     def __init__(self, device):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-        # What it compiles is elementwise on (B, T), so on a CPU compiling changes nothing but the need of a compiler.
+        # It compiles elementwise code on (B, T), so on a CPU compiling only adds the need for a compiler.
         compiled = device.type == "cuda"
         self.make = partial(
             LigerFusedLinearGRPOLoss, beta=0.0, use_ref_model=False, loss_type="grpo", compiled=compiled
@@ -170,7 +170,7 @@ class LigerCrossEntropy(LossProvider):
 class TRL(LossProvider):
     name = "TRL chunked"
     package = "trl"
-    vocab_chunk = 32_768  # the trainers' own setting
+    vocab_chunk = 32_768  # as in TRL's trainers
 
     def __init__(self, device):
         from trl.kernels import ChunkedLogProbFunction

@@ -1,7 +1,7 @@
-"""The fused GRPO loss beside plain torch, the bare GEMMs and other projects' fused losses.
+"""Benchmark of the fused GRPO loss, plain torch, the bare GEMMs and other projects' fused losses.
 
 ``make bench`` runs this and ``bench/loss/report.py`` after it, which takes minutes even on a CPU.
-Names say what a case is for: ``measure`` (the shapes that claims are made of), ``pass`` (forward, backward and dead
+Names say what a case is for: ``measure`` (the shapes that claims are based on), ``pass`` (forward, backward and dead
 rows), ``length`` (memory against N), ``shape``. ``-k measure`` runs one kind; TOOLX_BENCH=full runs the whole grid.
 """
 

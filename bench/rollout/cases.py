@@ -1,7 +1,7 @@
-"""The work that rollout engines are timed at, and the floor of one decode step of it.
+"""Cases of the rollout benchmark, and the floor of one decode step.
 
-The work is n samples of each prompt at temperature 1 from one model, with no stop token, so that all make equally many
-tokens.
+A case is n samples of each prompt at temperature 1 from one model, without stop tokens, so that all engines make the
+same number of tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHAPES = {  # Qwen2.5 with random weights: speed does not depend on their values
 class Case:
     """``n`` completions of ``new`` tokens for each of ``prompts`` prompts of about ``length`` tokens."""
 
-    model: str  # a key of SHAPES, or what load_model knows
+    model: str  # a key of SHAPES, or a name that load_model knows
     prompts: int
     length: int
     n: int
@@ -82,10 +82,10 @@ def token_bytes(model: PreTrainedModel) -> int:
 
 
 class Floor:
-    """The least that one decode step of all rows needs: every linear layer once, and the cache's bytes read once.
+    """The least work of one decode step of all rows: every linear layer once, and one read of the cache's bytes.
 
     The cache counts each shared prompt once and each row's own tokens, at the middle of the completion. Its bytes are
-    charged at the bandwidth at which a matrix-vector product reads 1 GiB in the same process and round.
+    charged at the bandwidth of a matrix-vector product that reads 1 GiB in the same process and round.
     """
 
     def __init__(self, model: PreTrainedModel, case: Case):
@@ -115,7 +115,7 @@ class Floor:
 
 
 def _captured(call: Callable[[], None]) -> Callable[[], None]:
-    """``call`` as a CUDA graph: a floor does not pay for launches."""
+    """``call`` as a CUDA graph, because a floor excludes launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

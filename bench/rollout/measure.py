@@ -1,9 +1,10 @@
-"""How a rollout case is measured: whole calls and calls for one token, all providers in turn in one process.
+"""Measurement of a rollout case: whole calls and calls for one token, all providers in turn in one process.
 
-A round samples the whole work, and then one token of each row, which is the prefill. The difference over the tokens in
-between is the decode step: the time in which every row gets one more token. Each round has prompts of its own, the same
-for all, so that no provider finds the last round's prefixes in its cache. Peak memory comes from the first call. A peer
-that needs several times our time makes its calls for one token in the first round alone; on a GPU the whole calls too.
+A round samples all tokens, and then one token of each row, which is the prefill. The difference, divided by the number
+of tokens in between, is the decode step: the time in which every row gets one more token. Each round has new prompts,
+the same for all, so that no provider finds the last round's prefixes in its cache. Peak memory comes from the first
+call. A peer that needs several times our time makes its one-token calls only in the first round; on a GPU also its
+whole calls.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from bench.common.timing import MIB, SLOW, added_peak, seconds, take_rounds
 from bench.rollout.cases import Case, Floor, make_prompts, model_of, token_bytes
 from bench.rollout.providers import PEERS, RolloutProvider, Toolx
 
-FLOOR_STEPS = 5  # of each round
+FLOOR_STEPS = 5  # per round
 
 
 def check_amount(completions: Sequence[Sequence[int]], case: Case, new: int) -> None:
-    """Raises Absent where a provider did not do all of the work."""
+    """Raises ``Absent`` if a provider did not do all of the work."""
     lengths = [len(completion) for completion in completions]
     if len(lengths) < case.rows or any(length < new for length in lengths):
         raise Absent(f"{sum(lengths)} of {case.rows * new} tokens after {case.limit_s:.0f} s")
@@ -41,7 +42,7 @@ def measure(
     rounds: int = 3,
     benchmark: Any | None = None,
 ) -> dict:
-    """Times ours and ``peers``: a record each, which for one that cannot run has ``absent``, the reason, instead.
+    """Times ours and ``peers``; returns a record for each, with the reason, ``absent``, instead if it cannot run.
 
     ``benchmark``, pytest-benchmark's fixture, times our whole call too.
     """
@@ -64,7 +65,7 @@ def measure(
     for kind in (Toolx, *peers):
         try:
             provider, record = admit(kind, model, case, first, device)
-        except Exception as error:  # a peer may fail in any way of its own, and is then named with it
+        except Exception as error:  # a peer may fail in any way, which the report then names
             fail(kind.name, kind, error)
             continue
         runners[kind.name], records[kind.name] = provider, record
@@ -145,7 +146,7 @@ def figures(case: Case, times: dict[str, list[float]]) -> dict:
 
 
 def floor_figures(floor: Floor, times: dict[str, list[float]]) -> dict:
-    """``ms`` is the floor; ``bytes_ms`` counts the weights by their bytes too, as if GEMMs cost nothing else."""
+    """``ms`` is the floor; ``bytes_ms`` counts the weights, too, by their bytes, as if GEMMs cost nothing else."""
     gemms, bandwidth = median(times["gemms"]), floor.bytes_per_second(median(times["read"]))
     kv = floor.kv_bytes / bandwidth
     return {

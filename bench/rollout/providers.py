@@ -1,7 +1,7 @@
-"""Who is timed at sampling completions: ours, transformers' two ways, vLLM, nano-vllm.
+"""Providers of rollouts: ours, transformers' two ways, vLLM, nano-vllm.
 
-Peers run with their defaults unless a comment says why not. They return tokens alone; ours also returns each token's
-log-prob and entropy, which is not taken off its time.
+Peers run with their defaults unless a comment says why not. They return only tokens; ours also returns each token's
+log-prob and entropy, and its time includes that.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
 
 class RolloutProvider:
-    """One way of sampling. ``kv_bytes`` is the most KV memory in use at once, where the provider lets one see it."""
+    """One way of sampling. ``kv_bytes`` is the peak of KV memory in use, if the provider reports it."""
 
     name: str
     package: str | None = None  # what to install
-    own_pool = False  # takes a share of the memory up front, so its peak says nothing about the work
+    own_pool = False  # whether it reserves memory up front, so that its peak says nothing about the work
     kv_bytes: int | None = None
     note = ""
 
@@ -40,11 +40,11 @@ class RolloutProvider:
         self.model, self.case = model, case
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-        """``case.n`` completions of each prompt, ``new`` tokens each; fewer or shorter ones where time ran out."""
+        """``case.n`` completions of each prompt, ``new`` tokens each; fewer or shorter ones if time ran out."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Gives back the memory that is held between calls."""
+        """Frees the memory that is held between calls."""
 
 
 class Toolx(RolloutProvider):
@@ -72,7 +72,7 @@ class ToolxCompiled(Toolx):
 
 
 class HFGenerate(RolloutProvider):
-    """Every sample is a row of its own from the start: it prefills each prompt n times."""
+    """Every sample is a separate row from the start, so each prompt is prefilled n times."""
 
     name = "HF generate"
     package = "transformers"
@@ -126,12 +126,12 @@ class TransformersBatching(RolloutProvider):
 
     def __init__(self, model, case):
         super().__init__(model, case)
-        # What it logs as an error reaches the report as the reason why it is absent.
+        # Its errors are not logged, because the report names them as the reason why it is absent.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
 
     def settings(self) -> dict:
         block = ContinuousBatchingConfig().block_size
-        # Its own choice is nine tenths of the memory. This much is enough for every row even when nothing is shared.
+        # By default it takes nine tenths of the memory. This much is enough for every row even if nothing is shared.
         blocks = self.case.rows * math.ceil((1.04 * self.case.length + self.case.new) / block)
         # Without flash-attn it builds masks of (batch tokens, pool tokens): gigabytes at its default of 8,192.
         tokens = 8192 if self.flash else 2048
@@ -149,7 +149,7 @@ class TransformersBatching(RolloutProvider):
         )
 
     def generate(self, prompts, new):
-        # generate_batch is the same, but keeps the forks' tokens to itself.
+        # generate_batch does the same, but does not return the forks' tokens.
         started = time.perf_counter()
         completions: list[tuple[int, list[int]]] = []
         with self.model.continuous_batching_context_manager(persistent_manager=True, **self.settings()) as manager:
@@ -158,7 +158,7 @@ class TransformersBatching(RolloutProvider):
             while len(completions) < len(prompts) * self.case.n:
                 result = manager.get_result(timeout=1)
                 if time.perf_counter() - started > self.case.limit_s:
-                    manager.stop(hard_stop=True)  # to leave the block would wait for the rest
+                    manager.stop(hard_stop=True)  # otherwise the end of the block waits for the rest
                     break
                 if result is None and not manager.is_running():
                     raise RuntimeError(f"its thread ended: {manager.background_thread_status.fatal_error}")
@@ -174,7 +174,7 @@ class TransformersBatching(RolloutProvider):
 
 
 class FromFolder(RolloutProvider):
-    """An engine that loads the model from a folder and keeps weights and a pool of its own on the GPU."""
+    """An engine that loads the model from a folder and keeps its own weights and pool on the GPU."""
 
     own_pool = True
     engine: Any
@@ -190,11 +190,11 @@ class FromFolder(RolloutProvider):
         context = math.ceil(1.04 * self.case.length) + self.case.new + 1
         with TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)  # nothing here is text, but a tokenizer must be there
+            tiny_tokenizer().save_pretrained(folder)  # required, although no text is used
             return engine(folder, max_model_len=context, max_num_seqs=self.case.rows, **options)
 
     def needed_bytes(self) -> int:
-        """The weights, each row's cache unshared, and 4 GiB to work with."""
+        """Bytes of the weights, each row's cache without sharing, and 4 GiB of working memory."""
         kv = self.case.rows * (self.case.length + self.case.new) * token_bytes(self.model)
         return sum(p.nbytes for p in self.model.parameters()) + round(1.2 * kv) + 4 * 2**30
 
@@ -210,7 +210,7 @@ class VLLM(FromFolder):
         from vllm import LLM, SamplingParams
 
         options: dict[str, object] = {}
-        if self.model.device.type == "cuda":  # else it would take nine tenths of the memory from the others
+        if self.model.device.type == "cuda":  # by default it would take nine tenths of the memory from the others
             options["gpu_memory_utilization"] = min(0.9, self.needed_bytes() / torch.cuda.mem_get_info()[1])
         options |= {"dtype": self.case.dtype, "enable_prefix_caching": True, "skip_tokenizer_init": True}
         self.engine = self.start(LLM, **options)
@@ -228,7 +228,7 @@ class NanoVLLM(FromFolder):
     package = "nano-vllm"
 
     def load(self):
-        if find_spec("nanovllm") is None:  # it is in no package index under this name
+        if find_spec("nanovllm") is None:  # no package index has it under this name
             raise Absent("it is not installed: github.com/GeeeekExplorer/nano-vllm says how")
         from nanovllm import LLM, SamplingParams
 
@@ -242,7 +242,7 @@ class NanoVLLM(FromFolder):
         self.params = SamplingParams
 
     def generate(self, prompts, new):
-        # It has no n: equal prompts share the full pages of the one that came first.
+        # It has no n: equal prompts share the full pages of the first one.
         requests = [list(ids) for ids in prompts for _ in range(self.case.n)]
         params = self.params(temperature=1.0, max_tokens=new, ignore_eos=True)
         return [output["token_ids"] for output in self.engine.generate(requests, params, use_tqdm=False)]

@@ -1,4 +1,4 @@
-"""One layer of paged attention at SmolLM2-135M's shape: what the dispatcher runs beside plain torch."""
+"""Benchmark of one layer of paged attention at SmolLM2-135M's shape: the dispatcher's kernel and plain torch."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def batch(groups, queries_of, shared):
         bounds.append(bounds[-1] + queries_of(length))
     g = torch.Generator().manual_seed(0)
     caches = torch.randn(2, next(fresh), PAGE, KV_HEADS, DIM, generator=g).bfloat16()
-    query = torch.randn(HEADS, bounds[-1], DIM, generator=g).bfloat16().transpose(0, 1)  # as transformers hands it on
+    query = torch.randn(HEADS, bounds[-1], DIM, generator=g).bfloat16().transpose(0, 1)  # as transformers passes it
     siblings = [0, *torch.tensor([len(own) for _, own in groups]).cumsum(0).tolist()]
     prefixes = [prefix for prefix, own in groups for _ in own]
     options = {"cu_groups": siblings, "prefix_lens": prefixes} if shared else {}

@@ -1,4 +1,4 @@
-"""The paged KV write of one decode step: what the dispatcher runs (compiled where it is built) beside plain torch."""
+"""Benchmark of one decode step's paged KV write: the dispatcher's kernel (compiled if it is built) and plain torch."""
 
 import pytest
 import torch

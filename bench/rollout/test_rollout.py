@@ -1,7 +1,7 @@
-"""Rollouts beside transformers' own ways, vLLM and nano-vllm, and the floor of a decode step.
+"""Benchmark of rollouts: ours, transformers' two ways, vLLM and nano-vllm, and the floor of a decode step.
 
 ``make bench`` runs this and ``bench/rollout/report.py`` after it. Names say what a case is for: ``measure`` (the shapes
-that claims are made of), ``dtype`` (the same in fp32), ``small`` (every peer that runs here, in seconds). ``-k small``
+that claims are based on), ``dtype`` (the same in fp32), ``small`` (every peer that runs here, in seconds). ``-k small``
 runs one kind.
 """
 

@@ -1,7 +1,7 @@
-"""Sampling the next token of R rows: ours beside plain torch with materialised logits, as SmolLM2-135M has them.
+"""Benchmark of sampling the next token of R rows: ours and plain torch with materialized logits, as in SmolLM2-135M.
 
-``generate`` does what transformers' own loop does: logits in the weights' dtype, fp32 softmax, torch.multinomial; plus
-the log-prob of what was drawn, which a trainer needs. ``reference`` is the definition, noise in int64 torch.
+``generate`` does the same as transformers' own loop: logits in the weights' dtype, fp32 softmax, ``torch.multinomial``;
+plus the log-prob of the drawn token, which a trainer needs. ``reference`` is the definition, with noise in int64 torch.
 """
 
 import pytest

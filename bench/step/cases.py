@@ -1,8 +1,8 @@
-"""The work of one optimizer step, the same for every trainer: prompts, rewards, and a count of what was done.
+"""Cases of the step benchmark, the same for every trainer: prompts, rewards, and a count of the work.
 
-Each step has prompts of its own, so that nobody finds the last step's prefixes in a cache. A reward depends on a
-completion's place in its group alone, so that all trainers learn from the same rewards whatever they sample: every
-second one is right, and every group has a gradient, except for the dead ones that a case asks for.
+Each step has new prompts, so that no trainer finds the last step's prefixes in a cache. A reward depends only on a
+completion's place in its group, so that all trainers learn from the same rewards whatever they sample: every second
+completion is right, and every group has a gradient, except for the dead ones of a case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REQUEST = "Here are requests that came in today. Answer the last one.\n"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every trainer is told about the update: GRPO as TRL has it, on the policy that sampled, with AdamW."""
+    """The settings of every trainer's update: GRPO as in TRL, on the policy that sampled, with AdamW."""
 
     learning_rate: float = 1e-6
     adam_beta1: float = 0.9
@@ -49,7 +49,7 @@ SETTINGS = Settings()
 class Case:
     """One update from ``n`` completions of up to ``new`` tokens for each of ``prompts`` prompts of about ``length``."""
 
-    model: str  # what load_model knows
+    model: str  # a name that load_model knows
     prompts: int = 2
     length: int = 500
     n: int = 10
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def group_tokens(self) -> int:
-        """Tokens of the largest group whose prompt is there once."""
+        """Tokens of the largest group, with its prompt once."""
         return math.ceil(1.04 * self.length) + self.n * self.new
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ def make_rows(case: Case, chat: Chat) -> list[Row]:
 
 
 def _row(name: str, words: Sequence[str], length: int, chat: Chat) -> Row:
-    """As many of the words as make a prompt of at most ``length`` tokens."""
+    """A row with as many of the words as fit a prompt of ``length`` tokens."""
 
     def made(count: int) -> Row:
         return Row(name, [{"role": "user", "content": REQUEST + " ".join(words[:count])}], [], [])
@@ -111,7 +111,7 @@ def _row(name: str, words: Sequence[str], length: int, chat: Chat) -> Row:
 
 @dataclass(slots=True)
 class Count:
-    """What one trainer did, step by step: ``begin`` and ``end`` bound a step, the rest is counted in between."""
+    """The work of one trainer, step by step, counted between ``begin`` and ``end`` of each step."""
 
     case: Case
     prompt_lengths: list[int]  # of all steps
@@ -123,7 +123,7 @@ class Count:
     _rewarded: float = 0.0
 
     def watch(self, model: PreTrainedModel) -> None:
-        """Counts the tokens, padding too, of each pass through the model that a gradient flows back through."""
+        """Counts the tokens, padding included, of each forward pass with gradients."""
 
         def hook(_module, _inputs, output):
             self._processed += output.last_hidden_state[..., 0].numel() * torch.is_grad_enabled()
@@ -163,7 +163,7 @@ class Count:
             "lengths": lengths,
             "rewards": self._rewards,
             "trained_tokens": self._processed,
-            # if each completion brings its own prompt; if each live group brings its prompt once
+            # if each completion has its own prompt; if each live group has its prompt once
             "unshared_tokens": sum(prompt * len(group) + sum(group) for prompt, group in pairs),
             "shared_tokens": sum(prompt + sum(group) for prompt, group in pairs[case.dead_groups :]),
         }

@@ -1,9 +1,8 @@
-"""How a case of whole steps is measured: each trainer in a process of its own, all of them taking turns.
+"""Measurement of a case of whole steps: each trainer in a separate process, all of them taking turns.
 
-A process loads the model, builds its trainer and waits; then it takes one step when it is told to, measures it, and
-waits again. So a round meets every trainer alike, and the peak of a process is that of one trainer alone. The first
-step warms up: optimizer states and caches come into being in it. A case in which the trainers did not do the same work
-is no measurement but an error.
+A process loads the model, builds its trainer and waits; on request it takes one step, measures it, and waits again. So
+all trainers have the same conditions in a round, and the peak of a process is that of one trainer alone. The first step
+warms up: it creates optimizer states and caches. A case in which the trainers did not do the same work is an error.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ START_S = 300.0  # to import, to load the model and to build the trainer
 
 
 def work(pipe: Connection, kind: type[StepProvider], case: Case, settings: Settings, device: str) -> None:
-    """What a trainer's process does. Sends ("ready", None) before each step, which begins when something comes back,
-    ("step", its record) after it, ("done", updates) at the end, or ("failed", (why, the traceback))."""
+    """The main function of a trainer's process. Sends ("ready", None) before each step, which begins when a message
+    arrives, ("step", its record) after it, ("done", updates) at the end, or ("failed", (why, the traceback))."""
     try:
         model, tokenizer = load_model(case.model, case.dtype, device)
         rows = make_rows(case, chat := Chat(tokenizer))
@@ -57,12 +56,12 @@ def work(pipe: Connection, kind: type[StepProvider], case: Case, settings: Setti
 
             trainer.run(begin, end)
             pipe.send(("done", trainer.updates()))
-    except Exception as error:  # a peer may fail in any way of its own, and is then named with it
+    except Exception as error:  # a peer may fail in any way, which the report then names
         pipe.send(("failed", (why_absent(kind.package, error), traceback.format_exc())))
 
 
 class Worker:
-    """A trainer's process, seen from outside."""
+    """A handle on a trainer's process."""
 
     def __init__(self, kind: type[StepProvider], case: Case, settings: Settings, device: str):
         self.kind, self.case = kind, case
@@ -75,7 +74,8 @@ class Worker:
         other.close()
 
     def expect(self, wanted: Sequence[str], limit_s: float):
-        """The next message, if it is one of these. Raises Absent for a peer's failure, RuntimeError for ours."""
+        """Returns the next message, one of ``wanted``. Raises ``Absent`` for a peer's failure, ``RuntimeError`` for
+        ours."""
         try:
             if not self.pipe.poll(limit_s):
                 raise Absent(f"no answer within {limit_s:.0f} s")
@@ -110,8 +110,8 @@ def measure(
     settings: Settings = SETTINGS,
     benchmark: Any | None = None,
 ) -> dict:
-    """Times ``kinds``, of which ours comes first: a record each, which for one that cannot run has ``absent``, the
-    reason, instead.
+    """Times ``kinds``, of which ours comes first; returns a record for each, with the reason, ``absent``, instead if it
+    cannot run.
 
     ``benchmark``, pytest-benchmark's fixture, times our steps too.
     """
@@ -154,7 +154,7 @@ def measure(
 
 
 def check_work(worker: Worker, case: Case, settings: Settings) -> None:
-    """Raises RuntimeError where a trainer did not do the case's work."""
+    """Raises ``RuntimeError`` if a trainer did not do the case's work."""
     rewards = [float(place % 2 * (place // case.n >= case.dead_groups)) for place in range(case.rows)]
     for record in worker.records:
         lengths = record["lengths"]
@@ -172,7 +172,7 @@ def check_work(worker: Worker, case: Case, settings: Settings) -> None:
 
 
 def figures(records: Sequence[dict]) -> dict:
-    """Medians of the timed steps; the peak over all steps but the first, and over all."""
+    """Medians of the timed steps, which are all but the first; the peak of memory over all steps."""
     timed = records[1:]
     middle = {name: median(record[name] for record in timed) for name in ("step_s", "rollout_s")}
     trained, unshared, shared, written = (

@@ -1,7 +1,7 @@
-"""Who is timed at whole optimizer steps: ours, and TRL's GRPOTrainer with its two ways of sampling without vLLM.
+"""Providers of whole optimizer steps: ours, and TRL's GRPOTrainer with its two ways of sampling without vLLM.
 
-Both sides keep the weights in the case's dtype, hold every activation unless their name says otherwise, and take their
-micro-batches small: TRL two completions, as much as 24 GB allow it at 500 tokens; ours one group.
+Both keep the weights in the case's dtype, keep all activations unless their name says otherwise, and use small
+micro-batches: TRL two completions, the most that fits 24 GB at 500 tokens; ours one group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from toolx_kernels.train.hard_sampling import HardSamples
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 TRL_ROWS = 2  # completions in one forward and backward pass
-NO_TOKEN = -1  # the end of turn where completions are not to end
+NO_TOKEN = -1  # the end of turn if completions must not end
 
 
 class StepProvider:
@@ -57,7 +57,7 @@ class StepProvider:
         raise NotImplementedError
 
     def own_peak(self) -> int:
-        """Bytes that it saw in use at most since the last call, where it resets the system's own record of them."""
+        """Peak bytes that it recorded since the last call, if it resets the system's record of the peak."""
         return 0
 
 
@@ -81,7 +81,7 @@ class InOrder:
 
 class Toolx(StepProvider):
     name = "toolx"
-    options: Mapping[str, object] = {}  # of ToolExpanderConfig, besides what all trainers are told
+    options: Mapping[str, object] = {}  # of ToolExpanderConfig, besides the settings of all trainers
 
     def __init__(self, model, tokenizer, case, settings, rows, reward, folder):
         args = ToolExpanderConfig(
@@ -130,7 +130,7 @@ class ToolxCheckpointing(Toolx):
 
 
 class TRL(StepProvider):
-    """GRPOTrainer as it comes, sampling with ``generate``, without logs and checkpoints."""
+    """GRPOTrainer with TRL's defaults, sampling with ``generate``, without logs and checkpoints."""
 
     name = "TRL"
     package = "trl"
@@ -173,7 +173,7 @@ class TRL(StepProvider):
 
     @staticmethod
     def pool(case: Case) -> dict:
-        """Enough for every row: rows share nothing, because TRL asks for each completion as a prompt of its own."""
+        """A pool for every row without sharing, because TRL requests each completion as a separate prompt."""
         block = ContinuousBatchingConfig().block_size
         blocks = case.rows * math.ceil((1.04 * case.length + case.new) / block)
         # without flash-attn it builds masks of (batch tokens, pool tokens): gigabytes at its default of 8,192
@@ -192,7 +192,7 @@ class TRL(StepProvider):
 
 
 class Turns(TrainerCallback):
-    """A step begins before its prompts are sampled and ends when the gradients are gone."""
+    """A callback for which a step begins before its prompts are sampled and ends when the gradients are freed."""
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]):
         self.begin, self.end = begin, end
@@ -205,7 +205,7 @@ class Turns(TrainerCallback):
 
 
 class TRLCheckpointing(TRL):
-    """With the activations computed again in the backward pass, which is TRL's default."""
+    """With gradient checkpointing, which is TRL's default."""
 
     name = "TRL, gradient checkpointing"
     gradient_checkpointing = True

@@ -1,9 +1,9 @@
-"""Whole optimizer steps (rollout, reward, forward, backward, update) beside TRL's GRPOTrainer.
+"""Benchmark of whole optimizer steps (rollout, reward, forward, backward, update): ours and TRL's GRPOTrainer.
 
-``bench/step/report.py`` makes the tables. Names say what a case is for: ``measure`` (the shape that claims are made
-of; every trainer with and without computing its activations again), ``batching`` (the same beside TRL's continuous
-batching), ``dtype`` (in bf16), ``stop`` (completions end where the model ends them), ``dead`` (half of the groups have
-nothing to teach), ``length``, ``group`` and ``new`` (one number of a smaller case varies), ``small`` (every trainer, in
+``bench/step/report.py`` makes the tables. Names say what a case is for: ``measure`` (the shape that claims are based
+on; every trainer with and without gradient checkpointing), ``batching`` (the same with TRL's continuous batching),
+``dtype`` (in bf16), ``stop`` (completions end where the model ends them), ``dead`` (half of the groups have no
+gradient), ``length``, ``group`` and ``new`` (one number of a smaller case varies), ``small`` (every trainer, in
 seconds). ``-k measure`` runs one kind.
 """
 
@@ -16,7 +16,7 @@ from bench.step.providers import TRL, Toolx, ToolxCheckpointing, TRLCheckpointin
 from toolx_kernels.models.load import SMOLLM2
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = {  # beside ours, which is always there
+KINDS = {  # in addition to ours, which always runs
     "small": (ToolxCheckpointing, TRL, TRLCheckpointing, TRLContinuousBatching),
     "measure": (ToolxCheckpointing, TRL, TRLCheckpointing),
     "batching": (TRLContinuousBatching,),
@@ -24,7 +24,7 @@ KINDS = {  # beside ours, which is always there
 
 
 def scaled(**changed) -> Case:
-    """A case a fifth of ``measure``'s size, in which one number is another one."""
+    """A case a fifth of ``measure``'s size, with one number changed."""
     return Case(SMOLLM2, **{"length": 250, "n": 4, "new": 48} | changed)
 
 
