@@ -1,4 +1,4 @@
-"""Advantage shapers: from rewards to advantages."""
+"""Advantage shapers: rewards to advantages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from toolx_kernels.train.method_settings import RewardSettings
 
 class AdvantageShaper(Protocol):
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
-        """One advantage per rollout (B), or one per completion token, end to end (N); group after group."""
+        """Returns one advantage per rollout (B) or one per completion token (N), concatenated group by group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class GroupRelative:
 
 @dataclass(frozen=True, slots=True)
 class DifficultyWeighted:
-    """Observe-R1's (arXiv 2505.12432): advantages times ``4 sigma d (1 - d)`` with d the share of solved rollouts, so
-    that prompts of middling difficulty count most and groups that are all right or all wrong not at all."""
+    """Observe-R1 (arXiv 2505.12432): multiplies advantages by ``4 sigma d (1 - d)``, where d is the share of solved
+    rollouts. Prompts of medium difficulty count most; groups that are all right or all wrong count nothing."""
 
     of: AdvantageShaper
     sigma: float = 1.8
@@ -51,8 +51,8 @@ class DifficultyWeighted:
 
 @dataclass(frozen=True, slots=True)
 class SuccessesOnly:
-    """As ``of``, but failures count 0 in groups of which some rollouts were sampled on another prompt than the one they
-    are learned on; also the failures that were sampled on that one."""
+    """Like ``of``, but in groups where some rollouts were sampled on a different prompt than the one they are learned
+    on, all failures get advantage 0, including those sampled on the learned prompt."""
 
     of: AdvantageShaper
 
@@ -64,12 +64,12 @@ class SuccessesOnly:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """As ``of``, but groups whose first draws are all failures learn by imitation of the retries that are solved: each
-    of their tokens gets ``1 - H / H_max``, H being the sampler's entropy at it, and the group's other rollouts 0.
-    Groups without solved retries are left to ``of``.
+    """Like ``of``, but a group whose first draws all failed imitates its solved retries: each of their tokens gets
+    ``1 - H / H_max``, where H is the sampler's entropy at that token, and the group's other rollouts get 0. Groups
+    without solved retries are left to ``of``.
 
-    After SRPO (arXiv 2604.02288), which sends failures to distillation, without its teacher. ``H_max`` is the largest
-    entropy among all tokens that get a weight in the step, or 1 where they have none.
+    Follows SRPO (arXiv 2604.02288), which sends failures to distillation, but without its teacher. ``H_max`` is the
+    largest entropy among all tokens that get a weight in the step, or 1 if that is 0.
     """
 
     of: AdvantageShaper
@@ -92,9 +92,9 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class ZeroVariance:
-    """As ``of``, but groups of equal reward learn by the sampler's entropy H at each token the model wrote: ``alpha H``
-    where all rollouts are solved, ``-alpha (max H - H)`` where none is, with the largest H of the completion. This is
-    RL-ZVP (arXiv 2509.21880, equation 5)."""
+    """Like ``of``, but groups of equal reward learn from the sampler's entropy H at each token that the model wrote:
+    ``alpha H`` for solved rollouts, ``-alpha (max H - H)`` for the others, where the maximum is over the completion.
+    Source: RL-ZVP (arXiv 2509.21880, equation 5)."""
 
     of: AdvantageShaper
     alpha: float = 0.1
@@ -112,9 +112,9 @@ class ZeroVariance:
 
 
 def give_advantages(groups: Sequence[ScoredGroup], shaper: AdvantageShaper) -> None:
-    """Puts the advantages of its rollouts into each group: a number for each, or a list with one for each token.
+    """Stores each group's advantages in it: one number per rollout, or one list per rollout with a number per token.
 
-    Raises InputError: they are neither one per rollout nor one per token.
+    Raises InputError: the shaper returned neither one advantage per rollout nor one per token.
     """
     if not groups:
         return
@@ -152,37 +152,37 @@ def _lengths(groups: Sequence[ScoredGroup]) -> list[int]:
 
 
 def _is_per_token(advantages: Tensor, groups: Sequence[ScoredGroup]) -> bool:
-    """Whether they have the shape (N) and not (B), which are the same where each completion is one token."""
+    """Whether the shape is (N) and not (B); if every completion is one token, both are the same and count as (B)."""
     lengths = _lengths(groups)
     if not isinstance(advantages, Tensor):
-        raise InputError(f"The advantage shaper gave a {type(advantages).__name__}: give a tensor of advantages.")
+        raise InputError(f"The advantage shaper returned a {type(advantages).__name__}: return a tensor of advantages.")
     if advantages.shape not in ((len(lengths),), (sum(lengths),)):
         raise InputError(
-            f"The advantage shaper gave advantages of shape {tuple(advantages.shape)}: give one for each of the "
+            f"The advantage shaper returned advantages of shape {tuple(advantages.shape)}: return one for each of the "
             f"{len(lengths)} rollouts or one for each of their {sum(lengths)} tokens."
         )
     return len(advantages) != len(lengths)
 
 
 def _per_token(advantages: Tensor, groups: Sequence[ScoredGroup]) -> Tensor:
-    """A copy of shape (N)."""
+    """Returns a copy of shape (N)."""
     if _is_per_token(advantages, groups):
         return advantages.clone()
     return advantages.repeat_interleave(torch.tensor(_lengths(groups)))
 
 
 def _like(advantages: Tensor, values: Tensor, groups: Sequence[ScoredGroup]) -> Tensor:
-    """``values`` (B) in the shape of ``advantages``."""
+    """Expands ``values`` (B) to the shape of ``advantages``."""
     return _per_token(values, groups) if _is_per_token(advantages, groups) else values
 
 
 def _by_group(advantages: Tensor, groups: Sequence[ScoredGroup]) -> Iterator[tuple[ScoredGroup, list[Tensor]]]:
-    """Each group with the views of its rollouts in ``advantages`` (N)."""
+    """Yields each group with its rollouts' views into ``advantages`` (N)."""
     parts = iter(advantages.split(_lengths(groups)))
     for group in groups:
         yield group, [next(parts) for _ in group.rollouts]
 
 
 def _written(rollout: Rollout) -> Tensor:
-    """Which tokens the model wrote."""
+    """(tokens) bool: True for tokens that the model wrote."""
     return torch.ones(len(rollout.ids), dtype=torch.bool) if rollout.mask is None else torch.tensor(rollout.mask)

@@ -1,4 +1,4 @@
-"""Demonstrators: which demonstrations a row is shown with."""
+"""Demonstrators: the choice of demonstrations for hard rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from toolx_kernels.train.hard_sampling import Attempt, Demonstrations, HardSampl
 
 class Demonstrator(Protocol):
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        """Enters demonstrations for the hard rows into the table; those that get none stay raw."""
+        """Enters demonstrations for the hard rows into the table; rows that get none stay raw."""
 
 
 @dataclass(slots=True)
 class RandomDemonstrations:
-    """Drawn anew for each round; never verified.
+    """Random demonstrations, redrawn each round and never verified.
 
-    ``fitting`` cuts the demonstrations of a row down to what the model's context holds.
+    ``fitting`` trims a row's demonstrations to what the model's context holds.
     """
 
     index: DemonstrationIndex
@@ -35,7 +35,7 @@ class RandomDemonstrations:
 
     @classmethod
     def of(cls, args: ToolExpanderConfig, index: DemonstrationIndex, prompts: Prompts) -> RandomDemonstrations:
-        """As the settings choose them, with room for an answer of ``max_completion_length`` tokens behind them."""
+        """Builds the demonstrator from the settings; leaves room for an answer of ``max_completion_length`` tokens."""
         fitting = partial(prompts.fitting, room=args.max_completion_length)
         return cls(index, args.seed, args.few_shots_per_tool, args.max_few_shots, fitting)
 
@@ -44,7 +44,7 @@ class RandomDemonstrations:
             table.show(row, *self.draw(table.rows[row], round_index, 0), None, 1)
 
     def draw(self, row: Row, round_index: int, attempt: int) -> tuple[Demonstrations, int]:
-        """Demonstrations for a row, and how many more there would be if the context held them."""
+        """Returns demonstrations for a row, and how many more were drawn that the context cannot hold."""
         rng = random.Random(f"{self.seed} {round_index} {row.id} {attempt}")
         chosen = self.index.choose(row, rng, per_tool=self.per_tool, limit=self.limit)
         shown = tuple(self.fitting(row, chosen))
@@ -53,16 +53,16 @@ class RandomDemonstrations:
 
 @dataclass(slots=True)
 class VerifiedDemonstrations:
-    """ "Better" demonstrations: drawn again until they make a model answer correctly, at most ``tries`` times.
+    """ "Better" demonstrations: redrawn until they make a model answer correctly, at most ``tries`` times.
 
-    A row for which none does stays raw. Verified demonstrations are kept as long as the row stays hard. Whose answers
-    count is up to ``attempt``: the model before RL (cautious) or the present one (bold).
+    Rows without a successful draw stay raw. Verified demonstrations are kept as long as the row stays hard.
+    ``attempt`` decides which model verifies: the model before RL (cautious) or the current one (bold).
     """
 
     random: RandomDemonstrations
     tries: int
     rollouts: int
-    attempt: Callable[[int], Attempt]  # of a draw's number, which gives it random streams of its own
+    attempt: Callable[[int], Attempt]  # takes the draw's number, which selects separate random streams
 
     def choose(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
         left = [row for row in hard if not table.states[row].demonstrations]

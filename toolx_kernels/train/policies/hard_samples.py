@@ -1,4 +1,4 @@
-"""Hard-sample policies: what is sampled for rows without a solved rollout."""
+"""Hard-sample policies: sampling of rows without a solved rollout."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from toolx_kernels.train.policies.retry import PlainGRPO, Retry, ShowDemonstrati
 
 
 class HardSamplePolicy(Protocol):
-    """What happens to rows without a solved rollout."""
+    """Decides how rows without a solved rollout are sampled."""
 
     @property
     def needs_probe(self) -> bool:
-        """Whether it acts on what a probe finds; otherwise a probe only measures."""
+        """Whether the policy acts on probe results; otherwise a probe only measures."""
 
     def start_round(self, table: HardSamples, hard: Sequence[int], round_index: int) -> None:
-        """Prepares the rows that a probe has just found hard."""
+        """Prepares the rows that were hard in the probe just made."""
 
     def groups(self, table: HardSamples, row: int) -> list[GroupPlan]:
-        """The groups that a step samples for the row."""
+        """Returns the groups that a step samples for the row."""
 
     def retry(self, table: HardSamples, groups: Sequence[ScoredGroup]) -> list[tuple[ScoredGroup, GroupPlan]]:
-        """Those of a step's groups that it samples again at once, each with what is sampled.
+        """Returns the step's groups to sample again at once, each with the plan of its retry.
 
-        It is asked again after that, until it names none; a group's ``tries`` tell how often it was named, and
-        ``revived`` whether any of these rollouts was solved. Then they join the group, where both are scored on the
-        same prompt, and are a further group otherwise; a retry without a solved rollout is left out.
+        It is called repeatedly until it returns none. A group's ``tries`` counts its retries, and ``revived`` says
+        whether one of their rollouts was solved. A retry with a solved rollout joins its group if both are scored on
+        the same prompt, and otherwise becomes a separate group; a retry without one is dropped.
         """
 
 
 @dataclass(slots=True)
 class FewShot(PlainGRPO):
-    """Hard rows are sampled with demonstrations in their prompt.
+    """Samples hard rows with demonstrations in their prompt.
 
     replace  instead of the raw prompt
-    add      besides the raw prompt, as a group of its own
-    distill  besides the raw prompt, in one group with it, and the loss scores all of it on the raw prompt: the
-             demonstrations' help goes into the weights instead of into the use of demonstrations. Beyond the paper.
+    add      in addition to the raw prompt, as a separate group
+    distill  in addition to the raw prompt, in one group with it, and the loss scores the whole group on the raw
+             prompt: the model learns the answers, not the use of demonstrations. Not in the paper.
     """
 
     form: str

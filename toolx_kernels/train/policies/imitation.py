@@ -1,4 +1,4 @@
-"""Imitation of demonstrations: supervised steps before RL, and a supervised part of the steps of RL."""
+"""Imitation of demonstrations: supervised steps before RL, and a supervised part of RL steps."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from toolx_kernels.train.task import Task
 from toolx_kernels.train.update.batch import PackedGroup, tokens_of
 from toolx_kernels.train.update.learner import Learner
 
-HELD_OUT = 10  # one of so many demonstrations is not imitated and tells when to stop
+HELD_OUT = 10  # one in this many demonstrations is held out to decide when to stop
 STATE = ("drawn", "best", "passes", "looked", "ended")
 
 
 class Imitation:
-    """Which demonstrations a step imitates, and how much that counts.
+    """Chooses the demonstrations that a step imitates, and the weight of their loss.
 
-    Each demonstration is imitated once a pass, on its raw prompt, in an order of the pass's own. With ``sft_patience``
-    a tenth of them never is: it tells when the supervised steps end.
+    Each pass imitates every demonstration once, on its raw prompt, in a new order. With ``sft_patience`` a tenth of
+    them is held out: its loss decides when the supervised steps end.
 
     drawn   demonstrations imitated so far
-    best    lowest mean negative log-prob of those held out; ``passes`` how often it was looked at since
-    ended   whether the supervised steps have
+    best    lowest mean negative log-prob of the held-out ones
+    passes  checks of the held-out ones since then
+    ended   whether the supervised steps have ended
 
-    Raises InputError: imitation is asked for and there is nothing to imitate.
+    Raises InputError: imitation is switched on and there is nothing to imitate.
     """
 
     def __init__(self, args: ToolExpanderConfig, task: Task):
@@ -61,17 +62,17 @@ class Imitation:
 
     @property
     def over(self) -> bool:
-        """Whether supervised steps alone were asked for and have ended."""
+        """Whether the run consists of supervised steps only and they have ended."""
         return self.ended and self.args.sft_fraction == 1
 
     def end(self, progress: float) -> None:
-        """Ends them for good once this share of the run, or their patience, is through; a larger budget later on does
-        not bring them back."""
+        """Ends the supervised steps for good once their share of the run, or their patience, is used up; a larger
+        budget later does not bring them back."""
         self.ended |= progress >= self.args.sft_fraction or 0 < self.args.sft_patience <= self.passes
 
     def step(self, learner: Learner, number: int) -> dict[str, Any]:
-        """Supervised step ``number``, an update on as many demonstrations as a step of RL has prompts; what
-        ``Learner.improve`` tells, and ``held_out_loss`` once a pass."""
+        """Runs supervised step ``number``: one update on as many demonstrations as an RL step has prompts. Returns the
+        metrics of ``Learner.improve``, plus ``held_out_loss`` once a pass."""
         learner.schedule.hold(self.args.sft_learning_rate or self.args.learning_rate)
         told = learner.improve([], number, self._draw(self.args.prompts_per_step), 1.0)
         if self.held_out and self.drawn // len(self.rows) > self.looked:
@@ -83,10 +84,10 @@ class Imitation:
             told |= {"held_out_loss": loss, "trained_fe": told["trained_fe"] + tokens_of(examples)}
         return told
 
-    # ---- beside RL
+    # ---- in RL steps
 
     def beside(self, groups: Sequence[ScoredGroup], progress: float) -> tuple[list[PackedGroup], float]:
-        """As many demonstrations as there are groups, and the weight of their loss, with this share of the run done."""
+        """Returns one demonstration per group, and the weight of their loss at this ``progress`` (share) of the run."""
         weight = self.args.sft_coef
         if self.args.sft_decay:
             weight *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

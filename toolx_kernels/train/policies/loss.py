@@ -1,4 +1,4 @@
-"""Policy losses: the objective of an update."""
+"""Policy losses: objectives of an update."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from toolx_kernels.reference import GRPOOutput
 
 class PolicyLoss(Protocol):
     def denominator(self, lengths: Sequence[int]) -> float:
-        """What the whole batch's loss is divided by, given the written tokens of all its completions, so that the
-        gradient does not depend on how the batch is cut."""
+        """Returns the divisor of the whole batch's loss, given the number of written tokens of each completion. It is
+        the same for all micro-batches, so the gradient does not depend on how the batch is cut."""
 
     def __call__(self, hidden: Tensor, *, denominator: float, ref_logprobs: Tensor | None, **batch) -> GRPOOutput:
-        """The loss of a micro-batch; ``batch`` is what ``linear_grpo_loss`` takes, the head included; its
-        ``old_logprobs`` are None in the first of several updates, and where there is only one."""
+        """Returns the loss of a micro-batch. ``batch`` holds the arguments of ``linear_grpo_loss``, the head included;
+        its ``old_logprobs`` are None in the first or only update of a batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Prompt orders: which training rows come next, and which of their groups a step learns from."""
+"""Prompt orders: the next training rows, and the filter of their groups."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from toolx_kernels.train.hard_sampling import HardSamples
 
 
 class PromptOrder(Protocol):
-    """Which training rows come next, and which of the groups sampled for a step it learns from."""
+    """Chooses the training rows of each batch, and the sampled groups that a step learns from."""
 
     @property
     def max_batches(self) -> int:
-        """Batches of rows that one step may sample."""
+        """How many batches of rows one step may sample."""
 
     def rows(self, batch: int, table: HardSamples) -> list[int]:
-        """Indices of batch number ``batch`` of the run, given what is known of the rows; a pure function, so that a
-        resumed run draws the same."""
+        """Returns the row indices of batch number ``batch`` of the run, given the state of all rows. Must be a pure
+        function, so that a resumed run draws the same."""
 
     def candidates(self, batches: Iterable[int]) -> list[int]:
-        """The rows that these batches may use, in dataset order; a round's are probed before it."""
+        """Returns the rows that these batches may use, in dataset order; those of a round are probed before it."""
 
     def keeps(self, group: ScoredGroup) -> bool:
-        """Whether a step learns from the group; what it keeps too few of is sampled anew, up to ``max_batches``."""
+        """Whether a step learns from the group. A step that keeps too few samples further batches, up to
+        ``max_batches`` in all."""
 
 
 @lru_cache(maxsize=2)
@@ -40,7 +41,7 @@ def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
-    """Each epoch is a permutation of the rows, cut into equal batches; a step is a batch."""
+    """Permutes the rows each epoch and cuts them into equal batches; a step is a batch."""
 
     count: int  # training rows
     size: int  # rows in a batch
@@ -63,8 +64,8 @@ class EpochOrder:
 
 @dataclass(frozen=True, slots=True)
 class DynamicSampling(EpochOrder):
-    """DAPO's (arXiv 2503.14476, 3.2): groups of equal reward are dropped and the step is filled up with the next rows,
-    for at most ten batches."""
+    """DAPO's dynamic sampling (arXiv 2503.14476, 3.2): drops groups of equal reward and fills the step with the next
+    rows, for at most ten batches."""
 
     max_batches: int = 10
 
@@ -74,12 +75,12 @@ class DynamicSampling(EpochOrder):
 
 @dataclass(frozen=True, slots=True)
 class SolveRateOrder:
-    """Batches of rows that are worth rollouts: neither nearly always nor nearly never solved (arXiv 2606.00135).
+    """Draws rows that are worth rollouts: neither almost always nor almost never solved (arXiv 2606.00135).
 
-    A row is when ``(1 + solved) / (2 + rollouts)``, the mean of its solve rate's posterior from Beta(1, 1) and its raw
-    prompt's rollouts so far, lies in [.05, .95]. A tenth of all that is drawn comes from the others (of small batches
-    not each has one), so that they can come back; where either kind has too few, the rest is of the other kind. Each
-    draw is uniform.
+    A row is worth it if ``(1 + solved) / (2 + rollouts)`` lies in [.05, .95]: the posterior mean of its solve rate,
+    from a prior Beta(1, 1) and all earlier rollouts of its raw prompt. A tenth of all draws comes from the other rows
+    (a small batch may have none), so that they can return. If either kind has too few rows, the other fills the batch.
+    Each draw is uniform.
     """
 
     count: int  # training rows

@@ -1,4 +1,4 @@
-"""Hard-sample policies that need no probe: plain GRPO, and groups sampled again with help in the same step."""
+"""Retry and plain GRPO: the hard-sample policies that need no probe."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from toolx_kernels.train.policies.demonstrators import RandomDemonstrations
 
 
 class Helper(Protocol):
-    """What a retry shows."""
+    """Chooses what a retry's prompt shows."""
 
     @property
     def tries(self) -> int:
-        """How often a group is retried, at most."""
+        """The maximum number of retries of a group."""
 
     def __call__(self, row: Row, visit: int, number: int) -> Help:
-        """The help for retry ``number`` (from 0 on) of a row whose raw prompt has had ``visit`` rollouts, those of the
-        present step included; ``RAW`` where there is none."""
+        """Returns the help for retry ``number`` (from 0) of a row whose raw prompt has had ``visit`` rollouts, this
+        step's included; ``RAW`` if there is no help."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShowDemonstrations:
-    """Demonstrations, drawn anew each time."""
+    """Shows demonstrations, redrawn each time."""
 
     drawer: RandomDemonstrations
     tries: ClassVar[int] = 1
@@ -37,10 +37,11 @@ class ShowDemonstrations:
 
 @dataclass(frozen=True, slots=True)
 class ShowHint:
-    """How the answer begins: its first quarter, half or three quarters, the next only where the last has not helped
-    (the order of Scaf-GRPO, arXiv 2510.19807, and GHPO, 2507.10628; a beginning to go on from as in POPE, 2601.18779).
+    """Shows the beginning of the answer: a quarter, half, then three quarters, each only if the one before did not help
+    (the order of Scaf-GRPO, arXiv 2510.19807, and GHPO, 2507.10628; an answer prefix to continue as in POPE,
+    2601.18779).
 
-    ``hint`` makes it of a row and a share of its answer; "" where there is none or the context does not hold it.
+    ``hint`` makes the hint from a row and a share of its answer; "" if there is none or the context cannot hold it.
     """
 
     hint: Callable[[Row, float], str]
@@ -52,7 +53,7 @@ class ShowHint:
 
 
 class PlainGRPO:
-    """Every row stays as it is."""
+    """Samples every row with its raw prompt only."""
 
     needs_probe: ClassVar[bool] = False
 
@@ -68,11 +69,11 @@ class PlainGRPO:
 
 @dataclass(frozen=True, slots=True)
 class Retry(PlainGRPO):
-    """Rows are sampled raw; a group that turns out dead is sampled again with help.
+    """Samples rows raw, and samples a dead group again with help.
 
-    The retried rollouts join the group of failures and are learned on the raw prompt, with advantages over both; or, as
-    ``shown``, they are a group of their own on the prompt that they were sampled on. No probe is needed. Live groups
-    stay as they are. Beyond the paper.
+    With ``learns="raw"`` the retried rollouts join the failed group: all are learned on the raw prompt, with advantages
+    over both halves. With "shown" they form a separate group on the prompt that they were sampled on. Live groups stay
+    as they are. Needs no probe. Not in the paper.
     """
 
     helper: Helper

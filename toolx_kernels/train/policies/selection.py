@@ -1,4 +1,4 @@
-"""Group selectors: which rollouts of a group a step learns from."""
+"""Group selection: the rollouts of each group that a step learns from."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from toolx_kernels.train.groups import ScoredGroup
 
 
 class GroupSelector(Protocol):
-    """What is learned of the groups that were sampled and rewarded."""
+    """Selects what a step learns from, among its sampled and rewarded groups."""
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """The groups, or parts of them (``ScoredGroup.part``), in their order."""
+        """Returns the groups, or parts of them (``ScoredGroup.part``), in the same order."""
 
 
 class AllRollouts:
-    """Everything."""
+    """Selects everything."""
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         return list(groups)
@@ -28,10 +28,10 @@ class AllRollouts:
 
 @dataclass(frozen=True, slots=True)
 class MaxVariance:
-    """Of a group that was drawn with G rollouts the ``m = max(2, floor(share G))`` whose rewards have the largest
-    variance, retries among them, in their order; where all rewards are equal, the first m (arXiv 2606.00135).
+    """Selects ``m = max(2, floor(share G))`` rollouts, retries included, so that their rewards have the largest
+    variance; G counts the group's first draws. If all rewards are equal, selects the first m (arXiv 2606.00135).
 
-    These are the k of lowest and the m - k of highest reward, for the best k; the smallest of several.
+    These are the k lowest and the m - k highest rewards, for the best k; the smallest k of several.
 
     >>> MaxVariance().places([0.0, 0.0, 1.0, 0.0, 0.0, 0.5], 3)
     [0, 1, 2]
@@ -44,7 +44,7 @@ class MaxVariance:
         return [group.part(self.places(group.rewards, size)) for group, size in zip(groups, sizes, strict=True)]
 
     def places(self, rewards: Sequence[float], m: int) -> list[int]:
-        """Where the m stand; all, where there are no more."""
+        """Returns the indices of the m selected rollouts in ascending order; all if there are fewer than m."""
         kept = min(len(rewards), m)
         if min(rewards) == max(rewards):
             return list(range(kept))
