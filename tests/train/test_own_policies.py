@@ -128,5 +128,5 @@ def test_advantages_of_another_shape_are_refused_in_a_sentence(tmp_path):
         lambda row, help, index: index == 0,
         policies={"advantage_shaper": lambda groups: torch.ones(3)},
     )
-    with pytest.raises(InputError, match=r"The advantage shaper returned advantages of shape \(3,\): return one for each of"):
+    with pytest.raises(InputError, match=r"shaper returned advantages of shape \(3,\): return one for each of"):
         trainer.train()

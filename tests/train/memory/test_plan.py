@@ -299,7 +299,7 @@ def test_the_command_counts_given_demonstrations(tmp_path, capsys):
 def test_what_a_run_would_be_refused_for_is_not_planned():
     config = small_model("llama").config
     for change in ({"dtype": "float32"}, {"dtype": "bfloat16", "use_peft": True}):
-        with pytest.raises(InputError, match="adamw_stochastic' rounds bfloat16 weights"):
+        with pytest.raises(InputError, match="adamw_stochastic' trains bfloat16 weights only"):
             plan_of(config, settings(optim="adamw_stochastic", **change), **ON_CARD, workload=prompts(16))
     with pytest.raises(InputError, match="prompt_length=128 fills the model's context of 128 tokens"):
         plan_of(config, settings(), **ON_CARD, workload=prompts(128))

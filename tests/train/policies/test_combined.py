@@ -195,7 +195,7 @@ class Elsewhere(Retry):
         ({"hard_sample_policy": Nothing()}, "Batch 0 has nothing to sample: .*Nothing.groups no group"),
         ({"prompt_order": Beyond(12, 2, 0)}, r"Beyond.rows gives \[0, 12\], and there are 12 rows"),
         ({"advantage_shaper": lambda groups: [0.0]}, "The advantage shaper returned a list: return a tensor"),
-        ({"advantage_shaper": lambda groups: torch.ones(5)}, "give one for each of the"),
+        ({"advantage_shaper": lambda groups: torch.ones(5)}, "return one for each of the"),
         ({"group_selector": 7}, "group_selector is the number 7, which has no __call__"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

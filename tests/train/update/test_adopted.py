@@ -95,6 +95,6 @@ def test_a_good_checkpoint_is_not_called_damaged(whole, given):
 
 
 def test_use_peft_on_top_is_refused(tmp_path):
-    with pytest.raises(InputError, match="has an adapter already: leave use_peft=True out to train that one"):
+    with pytest.raises(InputError, match="already has an adapter: leave out use_peft=True to train that one"):
         trainer(tmp_path / "run", *adapted(), use_peft=True)
     assert not (tmp_path / "run").exists()

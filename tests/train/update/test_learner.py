@@ -241,7 +241,7 @@ def test_what_rollouts_keep_goes_before_micro_batches_shrink():
     groups, whole = some_groups(learner.model), learner._backward
     learner.make_room = make_room
     fail_above(learner, 15)
-    with pytest.warns(UserWarning, match="the KV pool of the rollouts is given back before each update from here on"):
+    with pytest.warns(UserWarning, match="from here on each update first frees the KV pool of the rollouts"):
         told = learner.improve(groups, 0)
     assert told["grad_norm"] == expected["grad_norm"] and learner.token_budget == 1000 and len(released) == 1
     with warnings.catch_warnings():
@@ -481,7 +481,7 @@ def test_the_run_folder_of_an_adapter_is_evaluated_and_planned_for_and_not_train
         args = ToolExpanderConfig(
             output_dir=str(tmp_path / "more"), model=str(tmp_path / "run"), use_peft=use_peft, **SMALL
         )
-        with pytest.raises(InputError, match="is an adapter on its base: name the base with use_peft"):
+        with pytest.raises(InputError, match="is an adapter: name its base model with use_peft"):
             ToolExpanderTrainer(args.model, even_is_good, args, training_rows(), training_rows())
     path = tmp_path / "run" / "checkpoint-1" / "adapter_config.json"
     for damage, named in (("{", "no readable adapter_config.json"), ('{"peft_type": "LORA"}', "names no base model")):

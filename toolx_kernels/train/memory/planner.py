@@ -234,7 +234,7 @@ def check(args: ToolExpanderConfig, workload: Workload, config: PreTrainedConfig
     """Raises InputError for what a run would be refused for."""
     if args.optim == "adamw_stochastic" and (args.dtype != "bfloat16" or args.use_peft):
         raise InputError(
-            "optim='adamw_stochastic' rounds bfloat16 weights, and float32 ones are trained here: use --optim adamw, "
+            "optim='adamw_stochastic' trains bfloat16 weights only, and this run trains float32: use --optim adamw, "
             "or --dtype bfloat16 without an adapter."
         )
     context = context_of(config)

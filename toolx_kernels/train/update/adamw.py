@@ -1,18 +1,18 @@
-"""AdamW in its forms, as the setting ``optim`` names them.
+"""AdamW variants, chosen by the setting ``optim``.
 
-Bytes per trained parameter, weight + gradient + the rest:
+Bytes per trained parameter: weight + gradient + optimizer state:
 
-    adamw             float32: 4 + 4 + 8; bfloat16: 2 + 4 + 12 (fp32 masters, gradients added up in fp32)
+    adamw             float32: 4 + 4 + 8; bfloat16: 2 + 4 + 12 (fp32 masters, gradients accumulated in fp32)
     adamw_8bit        float32: 4 + 4 + 2; bfloat16: 2 + 2 + 2
     adamw_stochastic  bfloat16: 2 + 2 + 8
-    adamw_offload     on the card 2 or 4 and one parameter's gradient; in the CPU's memory 4 + 12
+    adamw_offload     on the GPU 2 or 4 and one parameter's gradient; in CPU memory 4 + 12
 
-Gradients of bfloat16 weights that are added up in bfloat16 err by 0.4 % after 8 micro-batches, 0.7 % after 32 and 1.4 %
-after 128 (relative to their norm, of random ones), in fp32 by no more than the 0.17 % that each was rounded by: adamw
-and adamw_offload, which have room for it, add up in fp32.
+Accumulating gradients of bfloat16 weights in bfloat16 gives an error of 0.4 % after 8 micro-batches, 0.7 % after 32 and
+1.4 % after 128 (relative to the norm, random gradients); in fp32 the error stays within the 0.17 % from rounding each
+gradient. adamw and adamw_offload, which have room for it, accumulate in fp32.
 
-A bfloat16 weight has 8 bits: an update at a rate near 1e-6 is lost in it unless a master keeps what rounding drops, or
-rounding is by chance, up as often as the part that is dropped is large.
+A bfloat16 weight has 8 bits of precision: an update at a rate near 1e-6 is lost unless an fp32 master keeps what
+rounding drops, or rounding is stochastic: up with a probability equal to the dropped fraction.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from toolx_kernels.train.config import UpdateSettings
 from toolx_kernels.train.update.offload import OffloadedAdamW
 from toolx_kernels.train.update.optimizer import Optimizer, moments, seeded
 
-CHUNK = 1 << 22  # weights that are in fp32 at a time while they are rounded
+CHUNK = 1 << 22  # weights converted to fp32 at a time for rounding
 
 
 def make_optimizer(model: PreTrainedModel, args: UpdateSettings, learning_rate: float) -> Optimizer:
-    """The optimizer that ``args.optim`` names, of the parameters of ``model`` that need a gradient.
+    """Builds the optimizer ``args.optim`` for the parameters of ``model`` that need a gradient.
 
     Raises:
-        InputError: the optimizer needs a package that is not installed, or another dtype of the weights.
+        InputError: the optimizer needs a package that is not installed, or weights of another dtype.
     """
     kinds = {
         "adamw": AdamW,
@@ -49,7 +49,7 @@ def make_optimizer(model: PreTrainedModel, args: UpdateSettings, learning_rate: 
 
 
 class AdamW(Optimizer):
-    """torch's fused AdamW; weights below fp32 have fp32 masters, and gradients that are added up in fp32."""
+    """torch's fused AdamW; weights below fp32 have fp32 masters and fp32 gradient accumulation."""
 
     def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
         super().__init__(model, args, learning_rate)
@@ -82,7 +82,7 @@ class AdamW(Optimizer):
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW with fp32 moments on bfloat16 weights that are rounded stochastically: right on average, without masters.
+    """AdamW with fp32 moments and stochastic rounding of bfloat16 weights: right on average, without masters.
 
     Raises:
         InputError: the trained weights are not bfloat16.
@@ -94,7 +94,7 @@ class StochasticAdamW(Optimizer):
         if others:
             dtype = str(others.pop()).removeprefix("torch.")
             raise InputError(
-                f"optim='adamw_stochastic' rounds bfloat16 weights, and {dtype} ones are trained here: use "
+                f"optim='adamw_stochastic' trains bfloat16 weights only, and this run trains {dtype}: use "
                 "--optim adamw, or --dtype bfloat16 without an adapter."
             )
 
@@ -119,10 +119,10 @@ class StochasticAdamW(Optimizer):
 
 
 def round_stochastically(exact: Tensor) -> Tensor:
-    """fp32 to bfloat16, away from zero with the probability that makes the mean of many roundings ``exact``.
+    """Rounds fp32 to bfloat16 at random, so that the mean of many roundings is ``exact``.
 
-    A finite fp32 number lies between two bfloat16 ones that its upper 16 bits name; its lower 16 bits are how far it
-    has gone from the one to the other.
+    The upper 16 bits of a finite fp32 number are the nearest bfloat16 number toward zero; its lower 16 bits are the
+    fraction of the way to the next one, and become the probability of rounding away from zero.
     """
     noise = torch.randint(1 << 16, exact.shape, dtype=torch.int32, device=exact.device)
     return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
@@ -131,9 +131,9 @@ def round_stochastically(exact: Tensor) -> Tensor:
 class AdamW8bit(Optimizer):
     """torchao's AdamW with 8-bit moments; bfloat16 weights are rounded stochastically.
 
-    Moments of parameters with fewer than 4096 elements, or whose number 256 does not divide, stay in the dtype of the
-    weight. On a GPU torchao compiles its step once for each shape of a parameter; without, intermediate fp32 copies of
-    the whole parameter would be made. On a CPU it runs as it is written, without a compiler.
+    Parameters with fewer than 4096 elements, or with a number of elements that 256 does not divide, keep their moments
+    in the dtype of the weight. On a GPU torchao compiles its step once per parameter shape; uncompiled, it would make
+    fp32 copies of the whole parameter. On a CPU it runs uncompiled.
 
     Raises:
         InputError: torchao is not installed.
@@ -145,7 +145,7 @@ class AdamW8bit(Optimizer):
         from torchao.optim import AdamW8bit as EightBit
 
         optimizer = EightBit(parameters, bf16_stochastic_round=True, **settings)
-        optimizer.param_groups[0]["lr"] = settings["lr"]  # torchao's own is a tensor, a schedule's a number
+        optimizer.param_groups[0]["lr"] = settings["lr"]  # torchao makes it a tensor, a schedule sets numbers
         return optimizer
 
     @contextmanager
@@ -157,7 +157,7 @@ class AdamW8bit(Optimizer):
             yield
 
     def _prepare(self, name: str) -> None:
-        # torchao makes the states in its step: one of rate 0 with a gradient of zeros leaves the weight as it is
+        # torchao makes the states in its step: a step at rate 0 with a zero gradient leaves the weight unchanged
         parameter = self.parameters[name]
         if not self.base.state[parameter]:
             self._step(parameter, torch.zeros_like(parameter), 0.0)

@@ -1,4 +1,4 @@
-"""Packing groups of completions into one sequence, each prompt once, and running the model over it."""
+"""Batches packed from groups: one sequence with each prompt once, cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from toolx_kernels.ops.picks import Picks, take_rows
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """A prompt with the completions that follow it, as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``.
+    """A prompt and its completions as token ids, e.g. ``PackedGroup((1, 7), ((5, 2), (9, 2)))``.
 
-    All other fields have one entry per completion, or none at all.
+    All other fields have one entry per completion, or are empty.
 
-    masks        True for each token that counts, or None where all of them do; the others, of tool outputs, are context
-                 for what comes after them and not targets
-    advantages   a number, or one per token
+    masks        True for each target token, or None if all are targets; the others (tool outputs) are only context for
+                 later tokens
+    advantages   one number, or one per token
     *_logprobs   one number per token: of the policy that ratios start from, of the reference model, of the sampler
     """
 
@@ -35,12 +35,12 @@ class PackedGroup:
     sampler_logprobs: Sequence[Sequence[float]] = ()
 
     def part(self, completions: slice) -> PackedGroup:
-        """The prompt with some of its completions."""
+        """Returns the prompt with some of its completions."""
         return PackedGroup(self.prompt, *(getattr(self, field.name)[completions] for field in fields(self)[1:]))
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that pass through the model: the last one of a completion predicts nothing that is trained."""
+        """Number of tokens that pass through the model; a completion's last token does not, as it predicts nothing."""
         return len(self.prompt) + sum(len(ids) - 1 for ids in self.completions)
 
 
@@ -49,13 +49,13 @@ class PackedBatch:
     """Groups laid end to end. Two groups ``([1, 7], [[5, 2]])`` and ``([3], [[4, 6, 2], [8]])`` pack to
 
     input_ids    1 7 5 | 3 4 6        the prompt once, then each completion without its last token
-    positions    0 1 2 | 0 1 2        restarting behind the prompt for every completion
-    source       1 2   | 3 4 5  3     whose hidden state predicts the N completion tokens
+    positions    0 1 2 | 0 1 2        every completion continues from the prompt's last position
+    source       1 2   | 3 4 5  3     index of the packed token whose hidden state predicts each of the N targets
     targets      5 2   | 4 6 2  8
     cu_seqlens   0 2 5 6
     mask         None: all targets count
 
-    Advantages and log-probs are None unless all completions have them.
+    Advantages and log-probs are None unless every completion has them.
     """
 
     input_ids: Tensor  # (packed) int64
@@ -63,14 +63,14 @@ class PackedBatch:
     source: Tensor  # (N) int64, indexes the packed tokens
     targets: Tensor  # (N) int64
     cu_seqlens: Tensor  # (B + 1) int32
-    mask: Tensor | None = None  # (N) bool: the targets that the loss takes in
-    advantages: Tensor | None = None  # (B), or (N) where some completion has one per token
+    mask: Tensor | None = None  # (N) bool: the targets that enter the loss
+    advantages: Tensor | None = None  # (B), or (N) if some completion has one per token
     old_logprobs: Tensor | None = None  # (N)
     ref_logprobs: Tensor | None = None  # (N)
     sampler_logprobs: Tensor | None = None  # (N)
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
-        """(N, D): the hidden states that predict ``targets``, inside ``toolx_attention(model)``."""
+        """Returns (N, D), the hidden states that predict ``targets``. Call it inside ``toolx_attention(model)``."""
         packed = run_body(model, self.input_ids, self.context.tokens.position, self.context)
         return take_rows(packed, Picks(self.source))
 
@@ -78,8 +78,8 @@ class PackedBatch:
 def pack(
     groups: Sequence[PackedGroup], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PackedBatch:
-    """One batch of all groups, with advantages and log-probs in ``dtype``; completions keep their order, group by
-    group."""
+    """Packs all groups into one batch, with advantages and log-probs in ``dtype``; completions keep their order, group
+    by group."""
 
     def end_to_end(tensors: Sequence[Tensor | None]) -> Tensor | None:
         given = [tensor for tensor in tensors if tensor is not None]
@@ -120,7 +120,8 @@ def pack(
 
 
 def _advantages(groups: Sequence[PackedGroup]) -> list[float]:
-    """One per completion, or one per token where some completion has them so: a number is that of all its tokens."""
+    """Returns one advantage per completion, or one per token if some completion has one per token; then a single
+    number applies to all tokens of its completion."""
     given = [advantage for group in groups for advantage in group.advantages]
     numbers = [advantage for advantage in given if not isinstance(advantage, Sequence)]
     if len(numbers) == len(given):
@@ -136,9 +137,9 @@ def _advantages(groups: Sequence[PackedGroup]) -> list[float]:
 def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[PackedGroup]]:
     """Cuts the groups, in their order, into micro-batches of at most ``token_budget`` tokens.
 
-    A group that fits into one micro-batch is never cut. A larger one is cut into as few runs of completions as can be,
-    each behind a copy of the prompt; other groups may share the micro-batches of its first and its last run. A
-    completion that exceeds the budget together with its prompt goes alone.
+    A group that fits into one micro-batch is never cut. A larger one is cut into as few runs of completions as
+    possible, each after a copy of the prompt; other groups may share the micro-batches of its first and last run. A
+    completion that exceeds the budget together with its prompt gets its own micro-batch.
     """
     batches: list[list[PackedGroup]] = []
     room = 0
@@ -164,5 +165,5 @@ def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list
 
 
 def tokens_of(groups: Sequence[PackedGroup]) -> int:
-    """Those that pass through the model once; each prompt counts once."""
+    """Number of tokens that pass through the model; each prompt counts once."""
     return sum(group.n_tokens for group in groups)

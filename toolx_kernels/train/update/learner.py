@@ -29,21 +29,21 @@ from toolx_kernels.train.update.schedule import ExponentialDecay
 
 # from the hidden states of a micro-batch to its loss
 LossOf = Callable[[Tensor, PackedBatch], tuple[Tensor, MicroBatchResult]]
-Work = tuple[Sequence[PackedGroup], LossOf]  # what adds to a gradient
+Work = tuple[Sequence[PackedGroup], LossOf]  # groups and their loss: one term of a gradient
 
 
 class Learner:
-    """Changes the model's weights; nobody else does.
+    """The only part of a run that changes the model's weights.
 
-    The model stays in evaluation mode: the policy that is trained is exactly the one that sampled, without dropout.
+    The model stays in evaluation mode, without dropout: the policy that is trained is exactly the one that sampled.
 
-    optimizer      of the present kind of update; ``begin`` makes another
+    optimizer      for the current kind of update; ``begin`` makes a new one
     schedule       of the learning rate
-    token_budget   tokens in one forward and backward: ``args.micro_batch_tokens``, or less once memory ran out
-    reference      the model before RL, where the run needs it
+    token_budget   tokens per forward and backward: ``args.micro_batch_tokens``, or less after memory ran out
+    reference      the model before RL, if the run needs it
 
-    ``make_room`` frees memory that an update does not need, and returns whether there was any; it is called when
-    memory runs out, and before every update from then on.
+    ``make_room`` frees memory that an update does not need, and returns whether it freed any; it is called when memory
+    runs out, and before every update from then on.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Learner:
         self._new_optimizer(args.learning_rate)
 
     def begin(self, learning_rate: float) -> None:
-        """From here on updates have a new optimizer, without any state yet."""
+        """Switches to a new optimizer without state."""
         self.optimizer.close()
         self._new_optimizer(learning_rate)
 
@@ -70,7 +70,7 @@ class Learner:
         self.schedule = ExponentialDecay(self.optimizer.base, self.args.lr_decay, self.args.min_lr_rate)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs besides the weights and the optimizer's tensors."""
+        """Returns what a resumed run needs besides the weights and the optimizer's tensors."""
         shrunk = self.token_budget < self.args.micro_batch_tokens
         return {"token_budget": self.token_budget if shrunk else None, "schedule": self.schedule.state_dict()}
 
@@ -82,12 +82,12 @@ class Learner:
     # ---- supervised updates
 
     def imitate(self, groups: Sequence[PackedGroup], number: int) -> dict[str, float]:
-        """Supervised step ``number``: mean negative log-prob of the completion tokens that the model is to write."""
+        """Runs supervised step ``number``; the loss is the mean negative log-prob of the target tokens."""
         (result,) = self._accumulate([self._supervised(groups)])
         return {"loss": result.loss, "grad_norm": self._apply([result], number)}
 
     def supervised_loss(self, groups: Sequence[PackedGroup]) -> float:
-        """The loss of such a step, without its gradient."""
+        """Returns the loss of such a step, without an update."""
         groups, loss_of = self._supervised(groups)
         with torch.no_grad(), toolx_attention(self.model):
             packs = [pack(part, self.model.device) for part in self._cut(groups)]
@@ -117,17 +117,21 @@ class Learner:
         imitated: Sequence[PackedGroup] = (),
         coefficient: float = 0.0,
     ) -> dict[str, Any]:
-        """Policy-gradient step ``number``: ``args.num_iterations`` updates, without the groups that have no gradient.
+        """Runs policy-gradient step ``number``: ``args.num_iterations`` updates, skipping groups without a gradient.
 
-        To the loss ``coefficient`` times that of ``imitate`` on the ``imitated`` examples is added.
+        Adds ``coefficient`` times the loss of ``imitate`` on the ``imitated`` examples.
 
-        The first update is of the policy as it is, so its ratio is exactly 1, and its forward pass gives the log-probs
-        that the ratio of later ones starts from; with ``args.old_logprobs`` "sampler" all start from the sampler's.
-        Metrics are the first update's; where there are several, ``ratio``, ``clip_low`` and ``clip_high`` the last's.
+        In the first update the ratio is exactly 1, and its forward pass gives the log-probs that later updates' ratios
+        start from; with ``args.old_logprobs`` "sampler" all ratios start from the sampler's. Returns the metrics of the
+        first update; with several updates, ``ratio``, ``clip_low`` and ``clip_high`` are the last one's.
 
-        ``trained_tokens`` counts each group's prompt and completions once an update, however it is cut into
-        micro-batches; ``trained_fe`` (forward-equivalents) three times that, four with gradient checkpointing, and once
-        more what passed through the reference model, which is asked in the first update.
+        ``trained_tokens`` counts each group's prompt and completions once per update, however it is cut into
+        micro-batches; ``trained_fe`` (forward-equivalents) counts them three times, four with gradient checkpointing,
+        plus once what passes through the reference model, which runs in the first update only.
+
+        Raises:
+            InputError: log-probs of different prompts would be compared, or memory runs out for good.
+            DivergedError: a log-prob, the loss or the gradient norm is not finite.
         """
         needed = self.needed(groups)
         share = len(needed) / max(1, len(groups))
@@ -144,7 +148,7 @@ class Learner:
         if (from_sampler or corrected) and not all(here for group in needed for here in group.on_policy_prompt):
             raise InputError(
                 "old_logprobs=sampler and importance_sampling_mode compare log-probs on one prompt, and the "
-                "hard_sample_policy samples on another one than it learns on: leave them at their defaults."
+                "hard_sample_policy samples on another prompt than it learns on: leave them at their defaults."
             )
         for rollout in rollouts:
             rollout.old_logprobs = torch.tensor(rollout.logprobs, dtype=torch.float64) if from_sampler else None
@@ -173,13 +177,13 @@ class Learner:
         return metrics
 
     def needed(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """The groups that have a gradient."""
+        """Returns the groups that have a gradient."""
         return [group for group in groups if self.args.beta or group.has_gradient]
 
     def _lengths(self, groups: Sequence[ScoredGroup]) -> list[int]:
-        """Written tokens of the completions that the loss is divided by: as they were first drawn, so that retries
-        leave the gradient of the other groups as it is; of ``live`` groups alone, unless there is none and the KL is
-        all that is learned."""
+        """Written tokens of each completion that divides the loss: of first draws only, so that retries do not change
+        the gradient of other groups. With ``args.denominator`` "live", of groups with a gradient only, unless there is
+        none and only the KL is learned."""
         live = [n for group in groups if group.has_gradient for n in group.lengths]
         if live and self.args.denominator == "live":
             return live
@@ -217,12 +221,12 @@ class Learner:
             hidden, head = batch.hidden(reference), head_of(reference)
             return linear_logprob(hidden, targets=batch.targets, temperature=self.args.temperature, **head).logprobs
 
-    # ---- gradients over micro-batches, and what is done with them
+    # ---- gradients over micro-batches, and their update
 
     def _accumulate(self, work: Sequence[Work]) -> list[MicroBatchResult]:
-        """Adds up the gradients of all work over micro-batches.
+        """Accumulates the gradients of all work over micro-batches.
 
-        When memory runs out, all of it is done again without what rollouts keep, or in smaller micro-batches.
+        When memory runs out, it first frees what rollouts keep, then halves the micro-batches, and starts over.
         """
         if self.makes_room:
             self.make_room()
@@ -244,7 +248,7 @@ class Learner:
         return micro_batches(groups, self.token_budget)
 
     def _backward(self, groups: Sequence[PackedGroup], loss_of: LossOf) -> MicroBatchResult:
-        """Forward and backward of one micro-batch."""
+        """Runs forward and backward of one micro-batch."""
         args, dtype = self.args, compute_dtype(self.model.get_output_embeddings().weight)
         with toolx_attention(self.model), checkpointed(self.model) if args.gradient_checkpointing else nullcontext():
             with self.phases.phase("forward"):
@@ -275,16 +279,16 @@ class Learner:
             raise DivergedError(f"the loss is {losses} and the gradient norm {norm}")
         return norm
 
-    # ---- when memory runs out
+    # ---- out of memory
 
     def _made_room(self, reason: str) -> bool:
-        """Whether more memory is free than there was; warns the first time."""
+        """Frees memory that rollouts keep; returns whether there was any. Warns the first time."""
         if not self.make_room():
             return False
         if not self.makes_room:
             warnings.warn(
-                f"Memory ran out in training; the KV pool of the rollouts is given back before each update from here "
-                f"on. ({reason})",
+                f"Memory ran out in training; from here on each update first frees the KV pool of the rollouts. "
+                f"({reason})",
                 stacklevel=2,
             )
         self.makes_room = True
@@ -292,17 +296,17 @@ class Learner:
         return True
 
     def _halved(self, failed: Sequence[Sequence[PackedGroup]], reason: str) -> bool:
-        """From here on micro-batches have half the tokens of the largest one that ``failed``; warns the first time."""
+        """Limits micro-batches to half the tokens of the largest one that ``failed``; warns the first time."""
         largest = max(failed, key=tokens_of)
         if sum(len(group.completions) for group in largest) == 1:
             raise InputError(
                 f"memory ran out with one completion at a time ({reason}): shorten max_completion_length or the "
-                "prompts, or pass --gradient_checkpointing true; toolx plan tells what a run needs."
+                "prompts, or pass --gradient_checkpointing true; toolx plan says what a run needs."
             )
         tokens = tokens_of(largest)
         if self.token_budget == self.args.micro_batch_tokens:
             warnings.warn(
-                f"Memory ran out with {tokens} tokens in a micro-batch; going on with half of them at a time, which "
+                f"Memory ran out with {tokens} tokens in a micro-batch; continuing with half as many, which "
                 f"changes no gradient: pass --micro_batch_tokens {tokens // 2} next time. ({reason})",
                 stacklevel=2,
             )
@@ -315,12 +319,12 @@ def no_memory_for_update(reason: str) -> NoReturn:
     raise InputError(
         f"memory ran out in the optimizer's update ({reason}): choose --optim adamw_8bit or adamw_offload, or "
         "--use_peft true, in a new run, or find more memory and --resume this one from its last checkpoint; toolx plan "
-        "tells what a run needs."
+        "says what a run needs."
     )
 
 
 def packed(group: ScoredGroup, corrected: bool = False) -> PackedGroup:
-    """A group's prompt and rollouts with all that the loss needs of them, the sampler's log-probs if ``corrected``."""
+    """Packs a group's prompt and rollouts with all that the loss needs; the sampler's log-probs if ``corrected``."""
     return PackedGroup(
         group.prompt,
         [rollout.ids for rollout in group.rollouts],

@@ -1,4 +1,4 @@
-"""AdamW offloaded to the CPU's memory: the card holds the weights, and a gradient only until it has been copied."""
+"""Offloaded AdamW: optimizer state and gradient sums in CPU memory; the GPU holds weights and gradients in transit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STAGING_BYTES = BUFFERS * BUFFER_BYTES  # page-locked
 
 
 class OffloadedAdamW(Optimizer):
-    """torch's fused AdamW on the CPU, with masters, moments and sums of gradients there, all in fp32.
+    """torch's fused AdamW on the CPU, which also holds masters, moments and gradient sums, all in fp32.
 
-    A gradient leaves the card as soon as backward has completed it, while backward goes on; the input embedding's
-    leaves in ``collect``, because its rows are written when autograd has already done its part of a tied one. An
-    updated weight goes back while the next one is computed. Where the model is on the CPU, the same is done there.
+    A gradient leaves the GPU as soon as backward has completed it, while backward continues. The input embedding's
+    leaves in ``collect``, because its rows are written after autograd has finished its share of a tied weight. An
+    updated weight returns while the next one is computed. If the model is on the CPU, the same happens there.
     """
 
     def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
@@ -90,11 +90,11 @@ class OffloadedAdamW(Optimizer):
 
 
 class Transfer:
-    """Moves tensors between ``device`` and the CPU's memory by a few page-locked buffers and, on a card, a side stream.
+    """Moves tensors between ``device`` and CPU memory through a few page-locked buffers and, on a GPU, a side stream.
 
-    Only the buffers are page-locked: what passes through them is cast or added up on its way anyhow, and locking the
-    states of a large model would take up to twice their memory. One thread takes out of the buffers what has arrived,
-    in the order of the calls, so a sum does not depend on threads.
+    Only the buffers are page-locked: their contents are cast or added up on the CPU anyway, and locking the states of a
+    large model would take up to twice their memory. A single thread empties the buffers in the order of the calls, so
+    sums do not depend on thread timing.
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES):
@@ -108,7 +108,7 @@ class Transfer:
         self._pending: deque[Future] = deque()
 
     def fetch(self, source: Tensor, target: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """``combine(target, source)`` for a source on the device and a target on the CPU, done after ``wait``."""
+        """Runs ``combine(target, source)`` for a source on the device and a target on the CPU; done after ``wait``."""
         self._follow()
         for piece, place in self._pieces(source, target, source.itemsize):
             buffer = self._free.get()
@@ -121,7 +121,7 @@ class Transfer:
 
     @contextmanager
     def delivering(self) -> Iterator[None]:
-        """What is delivered inside is written after all earlier work on the device and before all later work."""
+        """Context for ``deliver``: writes happen after all earlier and before all later work on the device."""
         self._follow()
         try:
             yield
@@ -131,7 +131,7 @@ class Transfer:
                 torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def deliver(self, source: Tensor, target: Tensor) -> None:
-        """``target.copy_(source)`` for a source on the CPU and a target on the device, inside ``delivering``."""
+        """Runs ``target.copy_(source)`` for a source on the CPU and a target on the device, inside ``delivering``."""
         for piece, place in self._pieces(source, target, target.itemsize):
             buffer = self._free.get()
             leaving = buffer[: place.nbytes].view(place.dtype).copy_(piece)
@@ -140,7 +140,7 @@ class Transfer:
             self._then(buffer)
 
     def wait(self) -> None:
-        """Until all that was begun is done; raises what went wrong in it."""
+        """Waits for all pending transfers; raises their errors."""
         while self._pending:
             self._pending.popleft().result()
 
@@ -156,7 +156,7 @@ class Transfer:
         return zip(source.reshape(-1).split(size), target.view(-1).split(size), strict=True)
 
     def _then(self, buffer: Tensor, work: Callable[[], object] = lambda: None) -> None:
-        """As soon as the copy that was just begun is complete: ``work()``, after which the buffer is free again."""
+        """Schedules ``work()`` for when the copy just started is complete, then frees the buffer."""
         copied = self._stream.record_event() if self._stream is not None else None
 
         def finish():

@@ -1,4 +1,4 @@
-"""Base of all optimizers: clips, applies and frees gradients one parameter at a time."""
+"""Base class of all optimizers: clips, applies and frees gradients one parameter at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from toolx_kernels.train.config import UpdateSettings
 
 
 class Optimizer:
-    """Changes the weights of those parameters of ``model`` that need a gradient, tied ones once.
+    """Updates the parameters of ``model`` that need a gradient, tied ones once.
 
     Args:
-        model: its gradients are added up in ``parameter.grad`` by ``backward()``, whose dtype the optimizer chooses.
+        model: ``backward()`` adds its gradients up in ``parameter.grad``, whose dtype the optimizer chooses.
         args: betas, epsilon and weight decay.
 
     ``base`` is torch's or torchao's optimizer: its ``state`` is the state, and its ``param_groups[*]["lr"]`` are the
     rates, numbers that a schedule may set at any time.
 
-    What a parameter needs besides its weight is made in the first ``apply``, from the weight that it has then. A model
-    has one optimizer at a time: ``close`` it before the next one is made.
+    The first ``apply`` makes each parameter's state, from its weight at that time. A model has one optimizer at a time:
+    ``close`` it before making the next.
     """
 
     def __init__(self, model: PreTrainedModel, args: UpdateSettings, learning_rate: float):
@@ -44,45 +44,46 @@ class Optimizer:
         )
 
     def collect(self) -> None:
-        """To be called after each micro-batch's ``backward()``."""
+        """Must be called after each micro-batch's ``backward()``."""
 
     def drop_gradients(self) -> None:
-        """Forgets what has been added up so far, as where an update is begun again."""
+        """Discards the gradients accumulated so far, e.g. to restart an update."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def close(self) -> None:
-        """Leaves the model's parameters as they were before this optimizer, except for their weights."""
+        """Restores the model's parameters to how they were before this optimizer, except for their values."""
         self.drop_gradients()
 
     def apply(
         self, max_grad_norm: float, seed: tuple[int, int], make_room: Callable[[str], bool] = lambda reason: False
     ) -> float:
-        """One update with the gradients added up so far, each of which is freed as soon as it is used.
+        """Makes one update with the accumulated gradients and frees each as soon as it is used.
 
         Args:
             max_grad_norm: gradients are scaled by ``min(1, max_grad_norm / (norm + 1e-6))``, as by
                 ``torch.nn.utils.clip_grad_norm_``; norm is the 2-norm of all of them together.
-            seed: (run seed, step), which stochastic rounding is a function of. Global random states are left alone.
-            make_room: called with the reason where there is no memory for the first update's states; returns whether
-                to try again.
+            seed: (run seed, step); stochastic rounding is a function of it. Global random states stay untouched.
+            make_room: called with the reason if memory for the first update's states runs out; returns whether to try
+                again.
 
         Returns:
-            The norm before clipping. Where it is not finite, the gradients are dropped and nothing has been changed.
+            The norm before clipping. If it is not finite, the gradients are dropped and no weight changes.
         """
         gradients = self._take()
         norm = global_norm(gradients.values())
-        known = float(norm)  # the one time that the device is waited for
+        known = float(norm)  # the only wait for the device
         if math.isfinite(known):
             clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            self._prepare_all(gradients, make_room)  # out of memory here, nothing has been changed yet
+            self._prepare_all(gradients, make_room)  # if memory runs out here, no weight has changed yet
             with torch.no_grad(), self._updating(seed):
                 for name in list(gradients):
                     self._update(name, gradients.pop(name), clip)
         return known
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live states as plain tensors, ``"<parameter name>|<state key>"``; those of a subclass in their parts."""
+        """Returns the live states as plain tensors under ``"<parameter name>|<state key>"``; a tensor subclass is split
+        into its parts."""
         return {
             f"{name}|{part}": tensor
             for name, parameter in self.parameters.items()
@@ -92,16 +93,16 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Copies the states that ``state_dict`` returned, to the bit.
+        """Copies the states that ``state_dict`` returned, bit for bit.
 
         Raises:
-            InputError: a tensor is not one of this model's and optimizer's, or one is missing.
+            InputError: a tensor does not belong to this model and optimizer, or one is missing.
         """
         names = dict.fromkeys(key.split("|")[0] for key in tensors)
         for name in names:
             if name not in self.parameters:
                 raise InputError(
-                    f"The optimizer's state is of a parameter {name} that is not trained here: resume with the model "
+                    f"The optimizer's state has a parameter {name} that is not trained here: resume with the model "
                     "and settings that the run was started with."
                 )
         self.base.state.clear()
@@ -123,17 +124,17 @@ class Optimizer:
             self.base.state.pop(self.parameters[name], None)
             return make_room(reason)
 
-        with self._updating((0, 0)):  # not the step's noise, which is for rounding
+        with self._updating((0, 0)):  # not the step's seed: its noise is for rounding
             for name in names:
                 retry_with_less(partial(self._prepare, name), partial(give_back, name))
 
-    # ---- what optimizers differ in
+    # ---- differences between optimizers
 
     def _make_base(self, parameters: list[Tensor], **settings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, fused=True, **settings)
 
     def _take(self) -> dict[str, Tensor]:
-        """The gradients by name in the order of the parameters, which lose them."""
+        """Takes the gradients off the parameters; returns them by name in parameter order."""
         taken = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
@@ -141,21 +142,21 @@ class Optimizer:
         return taken
 
     def _updating(self, seed: tuple[int, int]):
-        """A context around all of an update's steps."""
+        """Returns a context around all parameter updates of one step."""
         raise NotImplementedError
 
     def _prepare(self, name: str) -> None:
-        """Makes the parameter's states where it has none."""
+        """Makes the parameter's states if it has none."""
         raise NotImplementedError
 
     def _update(self, name: str, gradient: Tensor, clip: Tensor) -> None:
         """Updates one parameter with ``clip * gradient``, which it may overwrite."""
         raise NotImplementedError
 
-    # ---- AdamW, for those that compute it here
+    # ---- AdamW, shared by subclasses
 
     def _fused_adamw(self, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor) -> None:
-        """torch's AdamW on one weight and its moments, in place; ``step`` counts up."""
+        """Runs torch's AdamW on one weight and its moments in place, and increments ``step``."""
         group = self.base.param_groups[0]
         beta1, beta2 = group["betas"]
         options = dict(beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
@@ -163,7 +164,7 @@ class Optimizer:
 
 
 def moments(like: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """AdamW's states before its first step, under torch's names."""
+    """Returns AdamW's initial states under torch's names."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=device),
         "exp_avg": torch.zeros_like(like, dtype=dtype, device=device, requires_grad=False),
@@ -172,14 +173,14 @@ def moments(like: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 def global_norm(tensors) -> Tensor:
-    """() fp32 or above: the 2-norm of all tensors together; 0 of none."""
+    """Returns a scalar, fp32 or wider: the 2-norm of all tensors together; 0 if there are none."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 @contextmanager
 def seeded(seed: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """torch's random numbers on the CPU and on ``device`` are a function of ``seed`` inside; as they were after."""
+    """Context that seeds torch's random numbers on the CPU and ``device`` with ``seed``, and restores them after."""
     number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
     on_card = device.type == "cuda"
     with torch.random.fork_rng([device] if on_card else []):

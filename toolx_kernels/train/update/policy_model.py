@@ -1,4 +1,4 @@
-"""The policy model: what is trained, loaded and with its adapter."""
+"""The policy model: the model to train, loaded, with its adapter and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from toolx_kernels.train.config import ToolExpanderConfig
 def policy_model(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, args: ToolExpanderConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, loaded if it is a name, with a new adapter if that is to be trained, and its tokenizer.
+    """Returns the model to train (loaded if ``model`` is a name, with a new adapter if ``args.use_peft``) and its
+    tokenizer.
 
     Args:
         model: a name, a transformers model, or one with a LoRA adapter (see ``adopt_adapter``).
-        tokenizer: of the model; None: the one that is loaded with it.
+        tokenizer: the model's; None: the one loaded with it.
 
     Raises:
-        InputError: model and tokenizer do not fit, nothing of the model is to be trained, or it has an adapter that
-            cannot be trained here.
+        InputError: model and tokenizer do not fit together, no parameter needs a gradient, or the model has an adapter
+            that cannot be trained here.
     """
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
@@ -33,17 +34,17 @@ def policy_model(
         tokenizer = loaded if tokenizer is None else tokenizer
         if has_adapter(model):
             raise InputError(
-                f"The model {name} is an adapter on its base: name the base with use_peft, or merge the adapter into "
-                "it first (peft's merge_and_unload)."
+                f"The model {name} is an adapter: name its base model with use_peft, or merge the adapter into the "
+                "base first (peft's merge_and_unload)."
             )
     elif hasattr(model, "peft_config"):
         if args.use_peft:
             raise InputError(
-                f"The {type(model).__name__} given as model has an adapter already: leave use_peft=True out to train "
+                f"The {type(model).__name__} given as model already has an adapter: leave out use_peft=True to train "
                 "that one."
             )
         model = adopt_adapter(model, args.model)
-    assert tokenizer is not None  # check_arguments
+    assert tokenizer is not None  # see check_arguments
     check_tokenizer(model, tokenizer)
     if args.use_peft:
         add_adapter(

@@ -1,4 +1,4 @@
-"""The reference model: the model before RL, for the KL term and for cautious verification of demonstrations."""
+"""The reference model: the model before RL, used by the KL term and by cautious verification of demonstrations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from toolx_kernels.train.run.checkpoint import load_weights
 
 
 class ReferenceModel:
-    """The model of ``checkpoint``: a copy of ``model`` or, where an adapter is trained, a second one on its weights.
+    """The model of ``checkpoint``: a copy of ``model`` or, if an adapter is trained, a second adapter on its weights.
 
     Raises:
-        InputError: the checkpoint cannot be read, or is of another model.
+        InputError: the checkpoint cannot be read, or belongs to another model.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path):
@@ -34,7 +34,7 @@ class ReferenceModel:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """Gives the model before RL, for as long as the context lasts."""
+        """Context that yields the model before RL."""
         if self._is_adapter:
             with reference_adapter(self.model):
                 yield self.model
@@ -42,7 +42,7 @@ class ReferenceModel:
             yield self.model
 
     def close(self) -> None:
-        """Leaves the model of a trained adapter as it was before."""
+        """Removes the second adapter again, if there is one."""
         if self._is_adapter:
             drop_frozen_adapter(self.model)
 

@@ -1,4 +1,4 @@
-"""Results of micro-batches, and what is told of them or kept for later updates."""
+"""Results of micro-batches: loss, statistics, and log-probs kept for later updates."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from toolx_kernels.train.groups import ScoredGroup
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchResult:
-    """Loss and statistics of one micro-batch, or of several together."""
+    """Loss and statistics of one micro-batch, or of several combined."""
 
     loss: float
-    logprobs: Tensor  # of the targets, on the CPU; NaN where nothing was computed
+    logprobs: Tensor  # (N) of the targets, on the CPU; NaN where not computed
     ref_logprobs: Tensor | None = None
     live: float = 0.0  # tokens in the loss
-    nonfinite: float = 0.0  # of them, those without a finite log-prob
+    nonfinite: float = 0.0  # live tokens without a finite log-prob
     means: dict[str, float] = field(default_factory=dict)  # over the live tokens
 
     @classmethod
@@ -43,8 +43,8 @@ class MicroBatchResult:
 
 
 def keep_logprobs(rollouts: Sequence[Rollout], result: MicroBatchResult, *, old: bool) -> None:
-    """Gives rollouts the log-probs that a first update has found: the reference model's and, if ``old``, its own, from
-    which the ratios of later ones start."""
+    """Stores the log-probs of a batch's first update in its rollouts: the reference model's and, if ``old``, the
+    policy's, which the ratios of later updates start from."""
     lengths = [len(rollout.ids) for rollout in rollouts]
     for rollout, logprobs in zip(rollouts, result.logprobs.split(lengths), strict=True):
         rollout.old_logprobs = logprobs if old else rollout.old_logprobs
@@ -54,14 +54,14 @@ def keep_logprobs(rollouts: Sequence[Rollout], result: MicroBatchResult, *, old:
 
 
 def sampler_differences(groups: Sequence[ScoredGroup], logprobs: Tensor) -> dict[str, float]:
-    """How much the trainer's log-probs of the groups' rollouts differ from the sampler's: on the prompt that a rollout
-    was sampled on, where it is rounding (largest and mean), and on another one (``distill``; largest)."""
+    """Differences between the trainer's and the sampler's log-probs: largest and mean for rollouts learned on the
+    prompt that they were sampled on (rounding errors); largest for those learned on another prompt (``distill``)."""
     differences: dict[bool, list[float]] = {True: [], False: []}
     rollouts = [(r, here) for group in groups for r, here in zip(group.rollouts, group.on_policy_prompt, strict=True)]
     of_rollout = logprobs.split([len(rollout.ids) for rollout, _ in rollouts])
     for (rollout, on_policy), own_logprobs in zip(rollouts, of_rollout, strict=True):
         pairs = zip(own_logprobs.tolist(), rollout.logprobs, strict=True)
-        # the loss leaves NaN where it computed nothing
+        # NaN: the loss did not compute this token
         differences[on_policy] += [abs(own - sampler) for own, sampler in pairs if not math.isnan(own)]
     metrics = {}
     if rounding := differences[True]:

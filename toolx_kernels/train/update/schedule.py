@@ -1,4 +1,4 @@
-"""The learning rate's exponential decay."""
+"""The learning-rate schedule: exponential decay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from toolx_kernels.errors import InputError
 class ExponentialDecay:
     """``lr_k = lr_0 * max(factor**k, floor)`` with k the number of ``step()`` calls.
 
-    ToolExpander decays by 0.8 (arXiv 2510.07737); when a step is taken (per round, epoch or update) is the caller's
-    choice. Has the methods of torch's schedulers that a training loop calls. The rate is computed from k and not
-    from the rate before, so a resumed run has the same one to the last bit.
+    ToolExpander decays by 0.8 (arXiv 2510.07737); the caller decides when to step (per round, epoch or update). Has the
+    methods of torch's schedulers that a training loop calls. The rate is computed from k, not from the previous rate,
+    so a resumed run gets the same rate to the last bit.
 
     Args:
-        optimizer: its present rates are lr_0, one per parameter group.
+        optimizer: its current rates are lr_0, one per parameter group.
         factor: in (0, 1].
-        floor: share of lr_0 below which the rate does not fall, in [0, 1].
+        floor: minimum rate as a share of lr_0, in [0, 1].
     """
 
     def __init__(self, optimizer: Optimizer, factor: float, floor: float = 0.0):
@@ -32,13 +32,13 @@ class ExponentialDecay:
         self._set()
 
     def advance_to(self, count: int) -> None:
-        """As many ``step()`` calls as are missing; the rate never goes back up."""
+        """Calls ``step()`` until ``count`` is reached; never goes back."""
         while self.count < count:
             self.step()
         self._set()
 
     def hold(self, rate: float) -> None:
-        """This rate, until the schedule goes on."""
+        """Sets this rate until the next ``step()`` or ``advance_to()``."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -52,7 +52,7 @@ class ExponentialDecay:
     def load_state_dict(self, state: dict) -> None:
         count, base_lrs = state["count"], state["base_lrs"]
         if count < 0 or len(base_lrs) != len(self.base_lrs) or not all(map(math.isfinite, base_lrs)):
-            raise InputError(f"{state} is no state of this learning-rate schedule: resume from another checkpoint.")
+            raise InputError(f"{state} does not fit this learning-rate schedule: resume from another checkpoint.")
         self.count, self.base_lrs = count, list(base_lrs)
         self._set()
 
