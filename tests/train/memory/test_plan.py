@@ -320,7 +320,7 @@ def test_probes_and_evaluations_compute_more_prompts_than_a_step():
 
 def test_a_model_whose_code_looks_at_numbers_cannot_be_planned_for():
     config = AutoConfig.for_model("phimoe", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=99)
-    with pytest.raises(InputError, match="A phimoe model cannot be planned for"):
+    with pytest.raises(InputError, match="The memory of a phimoe model cannot be planned"):
         plan_of(config, settings(), **ON_CARD, workload=prompts(16))
 
 

@@ -1,9 +1,9 @@
-"""Activations of a decoder in forward and backward, in bytes, from a run on torch's meta device.
+"""Activations of a decoder in forward and backward, in bytes, traced on torch's meta device.
 
-Tensors of the meta device have shapes and storages but no memory, so a pass through a model of any size costs the
-time of its Python. What autograd saves is then what transformers' layers really save, RMSNorm's copies in fp32 and an
-architecture's extra norms included; no formula has to follow them. Only attention is replaced by a stand-in: the meta
-device has no attention kernels.
+Meta tensors have shapes and storages but no memory, so a pass through a model of any size costs only the time of its
+Python code. The trace shows what transformers' layers really save for autograd, including RMSNorm's fp32 copies and an
+architecture's extra norms, so no formula has to mirror them. Only attention is replaced by a stand-in: the meta device
+has no attention kernels.
 
 Layers are alike, so two depths are traced and the rest is extrapolated.
 """
@@ -32,7 +32,7 @@ from toolx_kernels.train.update.batch import PackedGroup, pack
 
 
 class Adapted(nn.Module):
-    """A linear layer with a LoRA adapter in fp32, as peft computes it; only its shapes matter here."""
+    """A linear layer with an fp32 LoRA adapter, computed as peft does; only its shapes matter here."""
 
     def __init__(self, base: nn.Module, rank: int):
         super().__init__()
@@ -47,10 +47,10 @@ class Adapted(nn.Module):
 
 
 def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
-    """Freezes ``model`` and gives each linear layer but the head, or those that ``targets`` name, an adapter.
+    """Freezes ``model`` and adds an adapter to each linear layer except the head, or only to those in ``targets``.
 
     Raises:
-        InputError: a target is the head, is no linear layer or is none of the model's modules.
+        InputError: a target is the head, is not a linear layer, or is not in the model.
     """
     check_targets(model, targets)
     head = model.get_output_embeddings()
@@ -70,17 +70,17 @@ def adapt(model: PreTrainedModel, rank: int, targets: list[str] | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes that one pass holds besides weights and their gradients.
+    """Bytes that one pass holds in addition to weights and their gradients.
 
-    saved     after the forward: what the backward needs
-    training  the most at once in forward and backward, ``saved`` included
+    saved     after the forward, for the backward
+    training  peak over forward and backward, ``saved`` included
     """
 
     saved: int
     training: int
 
     def per_layer(self, deeper: Activations, n_more: int) -> Activations:
-        """With ``n_more`` more layers, of which ``deeper`` has one."""
+        """Extrapolates to ``n_more`` additional layers; ``deeper`` has one additional layer."""
         return Activations(
             self.saved + n_more * (deeper.saved - self.saved),
             self.training + n_more * (deeper.training - self.training),
@@ -90,11 +90,14 @@ class Activations:
 def training_activations(
     model: PreTrainedModel, groups: Sequence[PackedGroup], *, flex: bool, checkpointing: bool
 ) -> Activations:
-    """Of a forward and backward over ``groups`` in the decoder of ``model``, which is on the meta device.
+    """Traces a forward and backward over ``groups`` in the decoder of ``model``, which is on the meta device.
 
     Args:
-        flex: attention is block-sparse over the whole pack (a GPU's), not dense over blocks of it (a CPU's).
-        checkpointing: each layer is computed again in the backward.
+        flex: attention is block-sparse over the whole pack (on GPUs), not dense over blocks of it (on CPUs).
+        checkpointing: each layer is recomputed in the backward.
+
+    Raises:
+        InputError: the model cannot be traced on the meta device.
     """
     embeds = any(p.requires_grad for p in model.get_input_embeddings().parameters())
 
@@ -120,7 +123,11 @@ def training_activations(
 
 
 def inference_activations(model: PreTrainedModel, n_tokens: int) -> int:
-    """The most bytes at once in a forward over ``n_tokens`` without a backward, such as a prefill."""
+    """Returns the peak bytes of a forward over ``n_tokens`` without a backward, such as a prefill.
+
+    Raises:
+        InputError: the model cannot be traced on the meta device.
+    """
 
     def pass_over() -> Activations:
         with LiveBytes(model) as live, toolx_attention(model), torch.no_grad():
@@ -152,10 +159,10 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
     def traced() -> Activations:
         try:
             return pass_over()
-        except Exception as error:  # the model's code may look at numbers, and the meta device has none
+        except Exception as error:  # the model's code may read values, and meta tensors have none
             raise InputError(
-                f"A {config.model_type} model cannot be planned for ({first_line(error)}): a run with it tells in its "
-                "summary.json what it took."
+                f"The memory of a {config.model_type} model cannot be planned ({first_line(error)}): run it, its "
+                "summary.json says what it took."
             ) from error
 
     if len(others) <= 2:
@@ -176,7 +183,7 @@ def _extrapolated(model: PreTrainedModel, pass_over: Callable[[], Activations]) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """``now``: bytes of the storages that were created inside and are still alive; ``peak``: the most of them.
+    """Counts live bytes. ``now``: storages created inside and still alive; ``peak``: the maximum of ``now``.
 
     Gradients of ``model``'s parameters are freed as soon as they are complete: they are counted elsewhere.
     """
@@ -184,7 +191,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, object] = {}  # by address: a weak reference, or a storage from before
+        self._known: dict[int, object] = {}  # by address: a weak reference, or a storage from outside
         self._hooks = [
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in model.parameters()
@@ -218,7 +225,7 @@ def _storages(tree) -> list[torch.UntypedStorage]:
 
 
 class Kernel(torch.autograd.Function):
-    """The memory of a fused attention kernel: it saves its arguments, its result and one fp32 number per query."""
+    """A stand-in with the memory of a fused attention kernel: saves arguments, result and one fp32 number per query."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -234,7 +241,7 @@ class Kernel(torch.autograd.Function):
 
 
 class KernelOnly(TorchFunctionMode):
-    """torch's attention on a CPU as a kernel: a boolean mask becomes numbers, once for every call."""
+    """Replaces torch's CPU attention with ``Kernel``; like torch, converts a boolean mask to numbers in each call."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
@@ -244,14 +251,14 @@ class KernelOnly(TorchFunctionMode):
 
 
 class Paged:
-    """The attention context of a kernel that needs no mask as large as the scores."""
+    """An attention context whose kernel needs no mask as large as the scores."""
 
     def attend(self, layer, query, key, value, scale, softcap, window):
         return Kernel.apply(query, key, value, None)
 
 
 class Flex:
-    """As ``PackedContext.flex``, which pads the pack."""
+    """An attention context like ``PackedContext.flex``, which pads the pack."""
 
     def attend(self, layer, query, key, value, scale, softcap, window):
         more = padded_length(len(query)) - len(query)
@@ -260,7 +267,7 @@ class Flex:
 
 
 class Dense:
-    """Another context's attention with ``Kernel`` for torch's; switched on for each call, as backward calls again."""
+    """Another context's attention with ``Kernel`` in place of torch's; replaced per call, as backward calls again."""
 
     def __init__(self, context: AttentionContext):
         self.context = context

@@ -1,4 +1,4 @@
-"""FLOPs of a step, and what a plain GEMM reaches per second."""
+"""FLOPs of a step, and the speed of a plain GEMM to compare them with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from toolx_kernels.models.adapters import LINEAR
 from toolx_kernels.models.shape import cache_shape
 from toolx_kernels.train.groups import ScoredGroup
 
-SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
+SIDE = {"cpu": 1024, "cuda": 4096}  # of the square matrices in the GEMM
 
 
 class Flops:
-    """Counts necessary multiplications, without what is computed again: 2 per weight and token in a forward pass and 4
-    per visible pair of tokens and element of a query; twice of both in a backward pass, but once per frozen weight; one
-    more forward pass for a reference model."""
+    """Counts the FLOPs that a step needs, without recomputation. A forward pass takes 2 per weight and token, and 4 per
+    visible token pair and query element. A backward pass takes twice as many, but only once per frozen weight. A
+    reference model adds one forward pass."""
 
     def __init__(self, model: PreTrainedModel):
         decoder = model.get_decoder()
@@ -32,14 +32,14 @@ class Flops:
         self._pair = 4 * layers * decoder.config.num_attention_heads * head_dim
 
     def sampled(self, groups: Sequence[ScoredGroup]) -> int:
-        """Sampling the groups' rollouts: one forward pass."""
+        """FLOPs of sampling the groups' rollouts: one forward pass."""
         return sum(
             2 * self._linear * count.tokens + 2 * self._head * count.targets + self._pair * count.pairs
             for count in map(_counts, groups)
         )
 
     def trained(self, groups: Sequence[ScoredGroup], updates: int, *, reference: bool) -> int:
-        """``updates`` forwards and backwards of packed groups, and one forward of a reference model."""
+        """FLOPs of ``updates`` forwards and backwards of packed groups, and one forward of a reference model."""
         update = sum(
             2 * (2 * self._linear + self._trained_linear) * count.tokens
             + 2 * (2 * self._head + self._trained_head) * count.targets
@@ -50,16 +50,16 @@ class Flops:
 
 
 def _elements(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Elements of all weights, and of those that are trained."""
+    """Returns the number of elements of all weights and of the trained ones."""
     return sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
 
 
 class Counts(NamedTuple):
-    """Of a group, whose prompt counts once."""
+    """Token counts of a group; its prompt counts once."""
 
     tokens: int  # that pass through the decoder
     targets: int
-    pairs: int  # of tokens of which one sees the other
+    pairs: int  # of tokens where one sees the other
 
 
 def _counts(group: ScoredGroup) -> Counts:
@@ -70,8 +70,8 @@ def _counts(group: ScoredGroup) -> Counts:
 
 @torch.no_grad()
 def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a square GEMM, the best of three; 0 without memory for its matrices. Takes some hundredths of
-    a second."""
+    """Measures the FLOPs per second of a square GEMM, best of three; 0 if its matrices do not fit in memory. Takes some
+    hundredths of a second."""
     side, seconds = SIDE[device.type], []
     try:
         left, right, product = torch.ones(3, side, side, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Memory of each optimizer: gradients, states, and what an update takes for a moment."""
+"""Memory of optimizers: gradients, states, and temporary memory of an update."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class OptimizerMemory(NamedTuple):
 
 
 def _adamw(trained: list[Tensor], device: str) -> OptimizerMemory:
-    """Gradients are added up in fp32, and what is narrower than that has an fp32 master."""
+    """Gradients are accumulated in fp32, and narrower weights have an fp32 master."""
     gradients = sum(4 * p.numel() for p in trained)
     states = sum((8 if p.itemsize == 4 else 12) * p.numel() + 4 for p in trained)
     return OptimizerMemory(Bytes(gradients), Bytes(states))
 
 
 def _adamw_8bit(trained: list[Tensor], device: str) -> OptimizerMemory:
-    """torchao: per moment a byte an element, an fp32 scale for 256 of them, and a table of 256 fp32 values; parameters
-    that are small or odd have moments in the weight's dtype.
+    """torchao: each moment takes one byte per element, an fp32 scale per 256 elements and a table of 256 fp32 values;
+    parameters with few elements, or a number that 256 does not divide, have moments in the weight's dtype.
 
     An update makes fp32 copies of a parameter and its moments: on a GPU torch.compile fuses all but the two moments
-    (not measured), on a CPU about seven are alive.
+    (not measured); on a CPU about seven are alive at once.
     """
 
     def moments(p: Tensor) -> int:
@@ -50,14 +50,14 @@ def _adamw_stochastic(trained: list[Tensor], device: str) -> OptimizerMemory:
 
 
 def _adamw_offload(trained: list[Tensor], device: str) -> OptimizerMemory:
-    """On the device only gradients in transfer: the input embedding's and those of two other weights."""
+    """Only gradients in transfer are on the device: the input embedding's and those of two other weights."""
     largest = sorted((p.nbytes for p in trained), reverse=True)[:3]
     n_elements = sum(p.numel() for p in trained)
     states = Bytes(0, 12 * n_elements + 4 * len(trained) + STAGING_BYTES)
     return OptimizerMemory(Bytes(sum(largest), 4 * n_elements), states)
 
 
-# of the trained parameters on a device, by the setting ``optim``
+# memory for the given trained parameters on a device, by the setting ``optim``
 OPTIMIZERS: dict[str, Callable[[list[Tensor], str], OptimizerMemory]] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,

@@ -1,4 +1,4 @@
-"""Planned and measured memory of a run."""
+"""The memory plan of a run, and its comparison with the measured memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 from toolx_kernels.evaluate.tables import NOTHING, aligned
 
 GIB = 1 << 30
-# What no tensor accounts for. Of a GPU: CUDA's context, cuBLAS' workspaces and what the allocator cannot hand out
-# again; a guess, as no such measurement has been made. Of a CPU: what torch and transformers take when imported.
+# Memory outside tensors. On a GPU: CUDA's context, cuBLAS workspaces and fragmentation of the allocator; a guess, not
+# measured. On a CPU: what importing torch and transformers takes.
 OVERHEAD = {"cuda": 1 << 30, "cpu": 500 << 20}
 
 
 class Bytes(NamedTuple):
-    """Bytes on the device that the model is on, and in the CPU's memory next to it."""
+    """Bytes on the model's device, and in the CPU's memory if that is separate."""
 
     device: int
     host: int = 0
@@ -28,10 +28,10 @@ class Bytes(NamedTuple):
 class MemoryPlan:
     """The memory of a run, in bytes.
 
-    parts     by name; ``gradients`` only from the first backward of a step to its update
+    parts     by name; ``gradients`` exist only from the first backward of a step to its update
     phases    the peak of each phase of a step, with all parts that exist then
-    memory    of the device, to which ``needed`` is compared
-    kv        bytes of a token's keys and values, and of a step's rows when they share prompts and when they do not
+    memory    of the device; compared with ``needed``
+    kv        bytes of one token's keys and values, and of a step's rows with and without shared prompts
     """
 
     device: str  # "cuda" or "cpu"
@@ -45,12 +45,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> Bytes:
-        """Of all tensors: on a GPU what ``torch.cuda.max_memory_allocated`` should give."""
+        """Peak bytes of all tensors: on a GPU what ``torch.cuda.max_memory_allocated`` should return."""
         return Bytes(max(p.device for p in self.phases.values()), max(p.host for p in self.phases.values()))
 
     @property
     def needed(self) -> int:
-        """Bytes of the device's memory, what surrounds the tensors included; a CPU's is all the memory there is."""
+        """Bytes of the device's memory, overhead included; for a CPU, device and host memory together."""
         return max(self._measurable(phase) for phase in self.phases.values()) + (
             OVERHEAD["cuda"] if self.device == "cuda" else 0
         )
@@ -60,11 +60,11 @@ class MemoryPlan:
         return self.needed <= self.memory
 
     def _measurable(self, phase: Bytes) -> int:
-        """The bytes that ``Phases`` would measure of a phase."""
+        """Returns the bytes that ``Phases`` would measure for a phase."""
         return phase.device if self.device == "cuda" else phase.device + phase.host + OVERHEAD["cpu"]
 
     def compared(self, measured: Mapping[str, int]) -> dict[str, dict[str, float]]:
-        """Planned and measured bytes, and their ratio, by phase and in all; ``measured`` as ``Phases.peaks``."""
+        """Planned and measured bytes and their ratio, by phase and for the peak; ``measured`` as ``Phases.peaks``."""
         both = {
             name: (self._measurable(phase), measured[name]) for name, phase in self.phases.items() if name in measured
         }
@@ -76,7 +76,7 @@ class MemoryPlan:
         }
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
+        """Returns plain values for JSON."""
         columns = {
             name: {key: part._asdict() for key, part in getattr(self, name).items()} for name in ("parts", "phases")
         }
@@ -84,14 +84,14 @@ class MemoryPlan:
         return {name: getattr(self, name) for name in plain} | columns
 
     def sentence(self) -> str:
-        """For the beginning of a run."""
+        """One-line verdict, printed when a run starts."""
         needed, there = (f"{value / GIB:.1f} GiB" for value in (self.needed, self.memory))
         where = "GPU" if self.device == "cuda" else "machine"
-        verdict = "" if self.fits else ", too much: toolx plan tells what to change"
+        verdict = "" if self.fits else ", too much: toolx plan says what to change"
         return f"planned to need up to {needed} of the {there} of this {where}{verdict}"
 
     def table(self) -> str:
-        """For a screen, in GiB."""
+        """Table of parts and phases for a terminal, in GiB."""
 
         def row(name: str, part: Bytes) -> list[str]:
             columns = part if self.device == "cuda" else (part.device + part.host,)

@@ -1,8 +1,8 @@
 """The planner: estimates a run's memory from configs alone, and suggests settings that fit.
 
-The model is made on torch's meta device, so weights, gradients and optimizer states are counted to the byte, and
-activations are those of a traced pass (see ``activations``). The phases of a step do not peak together: a plan is the
-largest of them. The KV pool counts in all of them, because the engine keeps it.
+The model is built on torch's meta device, so weights, gradients and optimizer states are counted to the byte, and
+activations come from a traced pass (see ``activations``). The phases of a step do not peak at the same time: a plan is
+the largest of them. The KV pool counts in every phase, because the engine keeps it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from toolx_kernels.train.memory.plan import Bytes, MemoryPlan
 from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.update.batch import PackedGroup, micro_batches, tokens_of
 
-LEAST_MICRO_BATCH = 512  # tokens; below it a step is slow and little is won
+LEAST_MICRO_BATCH = 512  # tokens; smaller ones make a step slow and save little
 
 
 class ModelShape(NamedTuple):
-    """The settings that decide a model's tensors; ``rank`` and ``targets`` are those of its adapter, if it has one."""
+    """The settings that determine a model's tensors; ``rank`` and ``targets`` are those of its adapter, if any."""
 
     dtype: str
     rank: int = 0
@@ -49,41 +49,41 @@ class ModelShape(NamedTuple):
 
 
 class GroupSize(NamedTuple):
-    """Of a group that a step learns from."""
+    """Size of a group that a step learns from."""
 
     prompt: int  # tokens
     completions: int
 
     def packed(self, limit: int) -> PackedGroup:
-        """Such a group, with completions of ``limit`` tokens."""
+        """Returns such a group with completions of ``limit`` tokens."""
         return PackedGroup([0] * self.prompt, [[0] * limit] * self.completions)
 
 
 def plan_of(
     config: PreTrainedConfig, args: ToolExpanderConfig, *, device: str, memory: int, workload: Workload
 ) -> MemoryPlan:
-    """The plan of a run of ``args`` with a model of ``config``, of which no weight is read.
+    """Plans the memory of a run of ``args`` with a model of ``config``, without reading weights.
 
     Args:
         device: "cuda" or "cpu".
         memory: bytes of that device.
-        workload: of the rows; all prompts of a step are taken to be the longest and, where the method shows
-            demonstrations, to have them, and all completions to run to their limit.
+        workload: of the rows. The plan assumes the worst: every prompt of a step is the longest and, if the method
+            shows demonstrations, has them; every completion reaches its limit.
 
     Raises:
-        InputError: no causal LM can be made of the config, the adapter's targets are not in it, the optimizer does not
-            take its dtype, or the prompts fill its context.
+        InputError: the config makes no causal LM, lacks the adapter's targets, has a dtype that the optimizer does not
+            take, or a context that the prompts fill; or the model cannot be traced.
     """
     return Planner(config, device=device, memory=memory, workload=workload).plan(args)
 
 
 def flags_of(settings: dict) -> str:
-    """Settings as flags of ``toolx train``: ``--dtype bfloat16 --use_peft true``."""
+    """Returns settings as flags of ``toolx train``: ``--dtype bfloat16 --use_peft true``."""
     return " ".join(f"--{name} {str(value).lower() if value is True else value}" for name, value in settings.items())
 
 
 class Planner:
-    """``plan_of`` for several settings; models and traces are cached, since settings share them."""
+    """``plan_of`` for several settings; caches models and traces, which settings share."""
 
     def __init__(self, config: PreTrainedConfig, *, device: str, memory: int, workload: Workload):
         self.config, self.device, self.memory, self.workload = config, device, memory, workload
@@ -92,10 +92,10 @@ class Planner:
         self.inference = cache(self._inference)
 
     def advice(self, args: ToolExpanderConfig) -> tuple[dict, MemoryPlan] | None:
-        """The first change of settings with which the run fits, and the plan with it; None if none does.
+        """Returns the first change of settings that makes the run fit, and its plan; None if none does.
 
-        In this order: activation checkpointing, then smaller micro-batches too, with the given optimizer;
-        the same with 8-bit states, with states in the CPU's memory (on a GPU), and with an adapter instead of weights.
+        Tries activation checkpointing, then smaller micro-batches as well: first with the given optimizer, then with
+        8-bit states, with states in CPU memory (on a GPU), and with an adapter instead of the weights.
         """
         optimizers: list[dict] = [{}, {"dtype": "bfloat16", "optim": "adamw_8bit"}]
         if self.device == "cuda":
@@ -130,7 +130,7 @@ class Planner:
         limit = min(args.max_completion_length, context_of(decoder) - workload.prompt_length)
         groups, n_tokens = micro_batch(learned, limit, args.micro_batch_tokens)
         activations = self.training(shape, groups, limit, args.gradient_checkpointing)
-        prefills = {  # tokens of the prompts that are computed together
+        prefills = {  # tokens of the prompts computed together
             "rollout": sum(sampled),
             "probe": workload.prompt_length * workload.train_rows,
             "evaluation": workload.prompt_length * workload.eval_rows,
@@ -140,15 +140,15 @@ class Planner:
             for name, tokens in prefills.items()
             if tokens
         }
-        on = torch.device(self.device), tiles.Card(self.memory, processors=1)  # which decide no sizes here
+        on = torch.device(self.device), tiles.Card(self.memory, processors=1)  # processors change no size here
         loss = loss_bytes(sum(group.completions for group in groups) * limit, head, *on)
-        filtered = args.top_k or args.top_p < 1 or args.min_p  # by whole rows of logits, as many as fit the workspace
+        filtered = args.top_k or args.top_p < 1 or args.min_p  # in whole rows of logits, as many as fit the workspace
         sweep = tiles.default_workspace_bytes(*on) if filtered else 0
         sampling = {name: max(computed, sweep) for name, computed in inference.items()}
         pool, kv = self._pool(args, sampled, decoder, head.dtype)
         optimizer = OPTIMIZERS[args.optim](trained, self.device)
         reference = 0
-        if args.needs_reference:  # of an adapted model a second adapter is enough
+        if args.needs_reference:  # for an adapted model a second adapter is enough
             reference = sum(p.nbytes for p in trained) if args.use_peft else weights
         parts = {
             "weights": Bytes(weights),
@@ -159,7 +159,7 @@ class Planner:
         }
         learning = reduce(Bytes.plus, parts.values())
         always = reduce(Bytes.plus, (part for name, part in parts.items() if name != "gradients"))
-        # while the loss is computed, activations are alive, and besides them the reference's pass or the sweep
+        # while the loss is computed, activations are alive, plus the reference's pass or the sweep
         forward = activations.saved + max(loss, inference["rollout"] if args.beta else 0)
         phases = {
             **{name: always.plus(Bytes(computed)) for name, computed in sampling.items()},
@@ -203,7 +203,7 @@ class Planner:
     def _pool(
         self, args: ToolExpanderConfig, sampled: Sequence[int], config: PreTrainedConfig, dtype: torch.dtype
     ) -> tuple[int, dict[str, int]]:
-        """Bytes of the KV pool, and ``MemoryPlan.kv``."""
+        """Returns the bytes of the KV pool, and ``MemoryPlan.kv``."""
         n_layers, n_kv_heads, head_dim = cache_shape(config)
         token = 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
         context, workload = context_of(config), self.workload
@@ -227,11 +227,11 @@ class Planner:
             "step_shared": in_step * PAGE_SIZE * token,
             "step_duplicated": len(sampled) * args.num_generations * row * PAGE_SIZE * token,
         }
-        return pages * PAGE_SIZE * token * (2 if cautious else 1), kv  # the model before RL samples with its own
+        return pages * PAGE_SIZE * token * (2 if cautious else 1), kv  # the model before RL has its own pool
 
 
 def check(args: ToolExpanderConfig, workload: Workload, config: PreTrainedConfig) -> None:
-    """Raises InputError for what a run would be refused for."""
+    """Raises InputError if a run with these arguments would be refused."""
     if args.optim == "adamw_stochastic" and (args.dtype != "bfloat16" or args.use_peft):
         raise InputError(
             "optim='adamw_stochastic' trains bfloat16 weights only, and this run trains float32: use --optim adamw, "
@@ -246,11 +246,11 @@ def check(args: ToolExpanderConfig, workload: Workload, config: PreTrainedConfig
 
 
 def step_prompts(args: ToolExpanderConfig, workload: Workload) -> tuple[list[int], list[GroupSize]]:
-    """The prompts of a step whose rows are all hard: tokens of each that is sampled, and the groups that are learned
+    """Returns the prompts of a step whose rows are all hard: tokens of each sampled prompt, and the groups learned
     from."""
     raw, shown, n = workload.prompt_length, workload.shown_length, args.num_generations
     both, alone = [GroupSize(raw, 2 * n)], [GroupSize(raw, n)]
-    # a retry is sampled when the raw prompts have been, so what is sampled together are the longer prompts
+    # a retry is sampled after the raw prompts, so only the longer prompts of the retry count
     sampled, groups = {
         "none": ([raw], alone),
         "replace": ([shown], [GroupSize(shown, n)]),
@@ -262,8 +262,8 @@ def step_prompts(args: ToolExpanderConfig, workload: Workload) -> tuple[list[int
 
 
 def micro_batch(learned: Sequence[GroupSize], limit: int, token_budget: int) -> tuple[tuple[GroupSize, ...], int]:
-    """The micro-batch with the most tokens of a step: its groups or parts of groups, and its tokens; completions have
-    ``limit`` tokens."""
+    """Returns the step's largest micro-batch: its groups or parts of groups, and its tokens. Completions have ``limit``
+    tokens."""
     batches = micro_batches([group.packed(limit) for group in learned], token_budget)
     sizes = [tokens_of(batch) for batch in batches]
     most = max(sizes)
@@ -272,13 +272,13 @@ def micro_batch(learned: Sequence[GroupSize], limit: int, token_budget: int) -> 
 
 
 def loss_bytes(n_rows: int, weight: Tensor, device: torch.device, card: tiles.Card) -> int:
-    """The most that the fused loss with this head holds at once, with its N rows of hidden states and its results."""
+    """Returns the peak bytes of the fused loss with this head, its N rows of hidden states and results included."""
     (vocab_size, dim), dtype = weight.shape, weight.dtype
     space = tiles.workspace_bytes(device, n_rows, vocab_size, card=card)
     elements = n_rows * dim + (weight.numel() if weight.requires_grad else 0)
     results = elements * dtype.itemsize
     if tiles.single_sweep_size(n_rows, vocab_size, dim, device, dtype, card=card) is None:
         most = space + n_rows * dim * 4 + results
-    else:  # gradients are added up in fp32, and rounded when the workspace has gone; all rows at once take no more
+    else:  # gradients are accumulated in fp32 and rounded once the workspace is free; all rows at once take no more
         most = elements * 4 + max(space, results if dtype.itemsize < 4 else 0)
     return most + n_rows * dim * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Workload of a run: prompt lengths, and rows sampled together."""
+"""Workload of a run: prompt lengths, and number of rows sampled together."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from toolx_kernels.train.rows import (
 )
 from toolx_kernels.train.task import prompts_of
 
-MOST_SHOWN = 256  # rows whose prompts with demonstrations are measured
-LARGEST_DATASET = 16 << 20  # bytes of a file whose prompts are measured
+MOST_SHOWN = 256  # rows whose prompts are measured with demonstrations
+LARGEST_DATASET = 16 << 20  # bytes; prompts of larger files are not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Workload:
     """Rows and prompts of one run.
 
     prompt_length    tokens of the longest prompt
-    shown_length     tokens of the longest prompt with the demonstrations that a hard row gets
+    shown_length     tokens of the longest prompt with the help that a hard row gets
     train_rows       rows that a probe samples
     eval_rows        rows that an evaluation samples
     """
@@ -61,7 +61,7 @@ class Workload:
         rows: Sequence[Row],
         eval_rows: Sequence[Row],
     ) -> Workload:
-        """The workload of these rows."""
+        """Measures the workload of these rows."""
         longest = max(len(prompts.ids(row)) for row in rows)
         shown = longest
         if args.hints:
@@ -75,14 +75,14 @@ class Workload:
 
     @classmethod
     def assumed(cls, args: ToolExpanderConfig, prompt_length: int) -> Workload:
-        """The workload of unknown rows: prompts of ``prompt_length`` tokens, demonstrations included, and as many as
-        the config says, else as many as are ever sampled together."""
+        """Assumes a workload for unknown rows: prompts of ``prompt_length`` tokens, demonstrations included, and as
+        many rows as the config says, else the most that are ever sampled together."""
         train, held_out = (BUILT_IN_TRAIN_ROWS, BUILT_IN_EVAL_ROWS) if args.dataset in BUILT_IN else [MAX_ROLLOUTS] * 2
         return cls(prompt_length, prompt_length, args.train_rows or train, args.eval_rows or held_out)
 
     @classmethod
     def local(cls, args: ToolExpanderConfig, config: PreTrainedConfig) -> Workload | None:
-        """The workload of the run's rows if they and the tokenizer are on this machine, else None; loads no weights."""
+        """Measures the run's rows, without loading weights; None unless rows and tokenizer are on this machine."""
         named = (args.dataset, args.eval_dataset, args.demonstration_dataset)
         if not all(map(_is_local, named)):
             return None
@@ -111,4 +111,4 @@ def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source.place)
     except LOADING_ERRORS:
-        return None  # a folder with a config alone can be planned for
+        return None  # a folder with only a config can still be planned
