@@ -144,16 +144,16 @@ def test_a_damaged_file_is_refused_and_the_checkpoint_that_would_serve_is_named(
     for name in files:
         whole = (run / "checkpoint-4" / name).read_bytes()
         damage(run / "checkpoint-4" / name)
-        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.*: remove it, .*goes on from checkpoint-2") as e:
+        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.*: remove it, .*continues from checkpoint-2") as e:
             resumable_checkpoint(run, model)
         assert str(e.value).count(". ") == 0 and "\n" not in str(e.value)
-        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.* needs it as the model before RL"):
+        with pytest.raises(InputError, match=f"checkpoint-4 .*{name}.* but it is the model before RL"):
             load_weights(run / "checkpoint-4", model)
         (run / "checkpoint-4" / name).write_bytes(whole)
     assert same(bits(model, moments), before)
     damage(run / "checkpoint-4" / files[0])
     damage(run / "checkpoint-2" / files[-1])
-    with pytest.raises(InputError, match="checkpoint-4 .*no older one is whole: start anew"):
+    with pytest.raises(InputError, match="checkpoint-4 .*: start a new run, no older one is whole"):
         resumable_checkpoint(run, model)
 
 
@@ -170,15 +170,15 @@ def test_another_format_names_both(run, monkeypatch):
 
 def test_another_model_is_refused(run):
     for other, said in [
-        (small_model("qwen2"), "its model_type is llama, this model's is qwen2"),
-        (small_model("llama", tied=False), "its tie_word_embeddings is True, this model's is False"),
+        (small_model("qwen2"), "model_type is llama, and this model's is qwen2"),
+        (small_model("llama", tied=False), "tie_word_embeddings is True, and this model's is False"),
     ]:
         before = bits(other, Moments())
-        with pytest.raises(InputError, match=f"checkpoint-4 is a checkpoint of another model: {said}"):
+        with pytest.raises(InputError, match=f"checkpoint-4 belongs to another model, whose {said}"):
             resumable_checkpoint(run, other)
         assert same(bits(other, Moments()), before)
     torch.nn.Module.register_parameter(model := small_model("llama"), "extra", torch.nn.Parameter(torch.ones(2)))
-    with pytest.raises(InputError, match=r"another model: extra, here \(2,\), is missing there"):
+    with pytest.raises(InputError, match=r"another model, whose extra, here \(2,\), is missing: resume"):
         resumable_checkpoint(run, model)
 
 
@@ -239,7 +239,7 @@ def test_settings_of_other_versions_count_as_their_defaults(tmp_path):
     with pytest.raises(InputError, match="optim='adamw', not 'adamw_8bit'"):
         run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True, optim="adamw_8bit"))
     (run.path / "config.yaml").write_text(yaml.safe_dump(settings | {"momentum": 0.5}))
-    with pytest.raises(InputError, match="momentum=0.5, which is no setting here"):
+    with pytest.raises(InputError, match="momentum=0.5, which is not a setting now"):
         run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True))
 
 
@@ -257,7 +257,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(run, monkeypa
 
     free(needed - 1)
     said = rf"run/checkpoint-6, which needs {needed:,} bytes, could not be written \({needed - 1:,} bytes are free\)"
-    with pytest.raises(InputError, match=said + ".*--resume goes on from checkpoint-4"):
+    with pytest.raises(InputError, match=said + ".*--resume continues from checkpoint-4"):
         save(run, 6, model, moments)
     assert contents(run) == before
     free(needed)
@@ -330,7 +330,7 @@ def test_a_disk_that_fills_up_at_any_sync_leaves_nothing(run, monkeypatch):
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     run = RunFolder(tmp_path)
     run.log("data", 0, {})
-    with largest_file(30), pytest.raises(InputError, match="metrics.jsonl could not be written .File too large.: mend"):
+    with largest_file(30), pytest.raises(InputError, match="metrics.jsonl could not be written .File too large.: fix"):
         run.log("step", 1, {})
     with largest_file(30), pytest.raises(InputError, match="hard_samples.jsonl could not be written"):
         run.write_hard_samples([{"id": "x" * 100}])
@@ -352,7 +352,7 @@ def test_a_folder_that_must_not_be_written_to(run):
                 os.setuid(65534)
             else:
                 (folder / "run").chmod(0o555)
-            with pytest.raises(InputError, match=r"output_dir=.*run: .*run must not be written to"):
+            with pytest.raises(InputError, match=r"output_dir=.*run: .*run is not writable"):
                 RunFolder(folder / "run").check(ToolExpanderConfig())
             with pytest.raises(InputError, match="checkpoint-1, .* could not be written .Permission denied"):
                 save(folder / "run", 1, small_model("llama"))
@@ -369,7 +369,7 @@ def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
         lambda: save(gone.path, 2), lambda: gone.log("step", 1, {}), lambda: gone.write_hard_samples([]),
         lambda: gone.write_summary({}), lambda: gone.log_rollout(step=1),
     ):  # fmt: skip
-        with pytest.raises(InputError, match="run is gone, deleted or moved while the run wrote to it: put it back"):
+        with pytest.raises(InputError, match="run was deleted or moved while the run wrote to it: put it back"):
             write()
     assert not gone.path.exists()
     (tmp_path / "file").write_text("x")
@@ -383,7 +383,7 @@ def test_a_run_whose_folder_is_deleted_says_so(tmp_path):
             shutil.rmtree(tmp_path / "run")
         return [1.0] * len(completions)
 
-    with pytest.raises(InputError, match="run is gone"):
+    with pytest.raises(InputError, match="run was deleted or moved"):
         make_trainer(tmp_path / "run", deletes, cold_start_steps=0, eval_on_start=False).train()
     assert not (tmp_path / "run").exists()
 
@@ -430,7 +430,7 @@ def test_a_log_with_fewer_lines_than_the_checkpoint_counts_is_refused(tmp_path):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-cut])
         before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
-        with pytest.raises(InputError, match=f"{name} has 2 whole lines, and the checkpoint counts 3: put back"):
+        with pytest.raises(InputError, match=f"{name} has 2 whole lines, and the checkpoint counts 3: restore"):
             run.forget_after({"metrics.jsonl": 3, "rollouts.jsonl": 3 if name == "rollouts.jsonl" else 2})
         assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
     run.forget_after({"metrics.jsonl": 2, "rollouts.jsonl": 1})
@@ -447,7 +447,7 @@ def test_an_adapter_goes_on_with_its_own_base_alone(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings)
     with torch.no_grad():
         next(iter(trainer.model.parameters())).view(-1)[7] += 1e-3
-    with pytest.raises(InputError, match="checkpoint of another model: its sum of its base's weights is"):
+    with pytest.raises(InputError, match="belongs to another model, whose sum of its base's weights is"):
         trainer.train()
     make_trainer(tmp_path / "run", max_steps=2, resume=True, **settings).train()
 

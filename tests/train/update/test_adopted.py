@@ -87,7 +87,7 @@ def test_the_plan_is_that_of_the_adapter(whole):
 @pytest.mark.parametrize("given", ["a whole model", "another scale"])
 def test_a_good_checkpoint_is_not_called_damaged(whole, given):
     model, tokenizer = adapted(alpha=16) if given == "another scale" else load_model("tiny", seed=3, device="cpu")
-    words = "its lora_alpha is 8, but this model's is 16" if given == "another scale" else "is of an adapter, and this "
+    words = "its lora_alpha is 8, but this model's is 16" if given == "another scale" else "holds an adapter, and this "
     again = trainer(whole[0], model, tokenizer, max_steps=3, resume=True)
     with pytest.raises(InputError, match=words) as raised:
         again.train()

@@ -1,12 +1,12 @@
-"""Checkpoints: a folder ``checkpoint-<step>`` that ``from_pretrained`` opens and from which a run goes on exactly.
+"""Checkpoints: folders ``checkpoint-<step>`` that ``from_pretrained`` opens and from which a run resumes exactly.
 
-model.safetensors, config.json, tokenizer files    as transformers writes them (of an adapter: as peft does)
+model.safetensors, config.json, tokenizer files    as transformers writes them (for an adapter: as peft does)
 optimizer.safetensors                              the optimizer's state, by parameter name
 state.json                                         format version, size and CRC of every other file, the model's shape
-                                                   and where the run stands; its own CRC
+                                                   and the state of the run; its own CRC
 
-A checkpoint is written beside its place, synced to disk and renamed, so that it is whole or not there. What is read
-is checked to the last byte before anything takes it up. The sums find accidents, not forgeries.
+A checkpoint is written to a temporary folder, synced to disk and renamed, so it is either whole or absent. All files
+are checked to the last byte before any is used. The checksums detect accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
-FORMAT = 4  # of checkpoints; raised when what state.json holds, or how it is to be read, changes
+FORMAT = 4  # of checkpoints; raised when the content of state.json or its meaning changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
 
 class DamagedError(InputError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint is not as it was written."""
 
 
 class OptimizerState(Protocol):
-    """What a checkpoint needs of an ``Optimizer``.
+    """The part of an ``Optimizer`` that checkpoints use.
 
-    ``load_state_dict`` copies what it is given: that may be backed by the checkpoint's file.
+    ``load_state_dict`` must copy its tensors: they may be backed by the checkpoint's file.
     """
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -51,11 +51,11 @@ class OptimizerState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole; reading it has changed nothing.
+    """A checkpoint that was read and is whole; reading it changes nothing.
 
-    state        of each part of the run by name, as it was given to ``save_checkpoint``
+    state        of each part of the run by name, as passed to ``save_checkpoint``
     weights      by the names of ``weights_of``
-    optimizer    as ``OptimizerState.state_dict`` gave it
+    optimizer    as returned by ``OptimizerState.state_dict``
     """
 
     path: Path
@@ -68,18 +68,18 @@ class Checkpoint:
         optimizer.load_state_dict(self.optimizer)
 
 
-# ---- which there are
+# ---- removing
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes it as if at once: what is left of an interrupted removal is not taken for a checkpoint."""
+    """Removes the checkpoint; what an interrupted removal leaves is not taken for a checkpoint."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving)
 
 
 def sweep(run: Path) -> None:
-    """Removes what a killed process left half-written or half-removed."""
+    """Removes checkpoints that a killed process left half-written or half-removed."""
     for path in run.glob(".checkpoint-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in run.glob(f"checkpoint-*/{STATE_FILE}.part"):
@@ -102,12 +102,12 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``run/checkpoint-<step>`` and removes older ones beyond ``keep`` (but not the first if ``keep_first``).
 
-    Weights and optimizer change with the step alone, so they are written once a step; a checkpoint that is there
-    already gets the new ``state`` and stays as it is otherwise.
+    Weights and optimizer change only with the step, so they are written once per step; if the checkpoint already
+    exists, only its ``state`` is replaced.
 
     Raises:
-        InputError: the run folder is gone, or the checkpoint cannot be written (no space, no permission); the older
-            checkpoints are all there then, and nothing of the new one.
+        InputError: the run folder is gone, or the checkpoint cannot be written (no space, no permission); then all
+            older checkpoints remain, and nothing of the new one.
     """
     if not run.is_dir():
         raise gone(run)
@@ -126,7 +126,7 @@ def save_checkpoint(
                 raise OSError(f"{free:,} bytes are free")
             _write(final, model, tokenizer, tensors, state)
     except Exception as error:
-        # safetensors and tokenizers name the operating system's errors in the text alone; the latter in an Exception
+        # safetensors and tokenizers report the operating system's errors only as text, tokenizers in an Exception
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
         if not run.is_dir():
@@ -134,8 +134,8 @@ def save_checkpoint(
         why = getattr(error, "strerror", None) or first_line(error)
         older = latest_checkpoint(run)
         raise InputError(
-            f"{final}, which needs {needed:,} bytes, could not be written ({why}); what was saved before is untouched: "
-            f"mend that, and --resume goes on from {older.name if older else 'the start'}."
+            f"{final}, which needs {needed:,} bytes, could not be written ({why}); older checkpoints are untouched: "
+            f"fix that, and --resume continues from {older.name if older else 'the start'}."
         ) from None
     for path in checkpoints(run)[1 if keep_first else 0 : -keep]:
         remove(path)
@@ -150,7 +150,7 @@ def _write(
     state: dict,
 ) -> None:
     beside = final.with_name(f".{final.name}.part")
-    beside.mkdir()  # without its parents: a run folder that is gone is not made again
+    beside.mkdir()  # without parents: a run folder that is gone must not be made again
     try:
         _write_weights(beside, model)
         tokenizer.save_pretrained(beside)
@@ -169,7 +169,7 @@ def _write(
 
 def gone(run: Path) -> InputError:
     return InputError(
-        f"{run} is gone, deleted or moved while the run wrote to it: put it back and pass --resume, or start anew."
+        f"{run} was deleted or moved while the run wrote to it: put it back and pass --resume, or start a new run."
     )
 
 
@@ -177,10 +177,11 @@ def gone(run: Path) -> InputError:
 
 
 def resumable_checkpoint(run: Path, model: PreTrainedModel) -> Checkpoint | None:
-    """The run's last checkpoint, read; None when there is none yet.
+    """Reads the run's last checkpoint; returns None if there is none yet.
 
     Raises:
-        InputError: it is damaged, of another format or of another model; names the older one that would serve.
+        InputError: it is damaged, has another format or belongs to another model; if damaged, the message names an
+            older checkpoint that is whole.
     """
     found = checkpoints(run)
     if not found:
@@ -189,29 +190,33 @@ def resumable_checkpoint(run: Path, model: PreTrainedModel) -> Checkpoint | None
         return _read(found[-1], model)
     except DamagedError as error:
         whole = next((path for path in reversed(found[:-1]) if _is_whole(path)), None)
-        remedy = f"remove it, and --resume goes on from {whole.name}" if whole else "no older one is whole: start anew"
+        remedy = (
+            f"remove it, and --resume continues from {whole.name}"
+            if whole
+            else "start a new run, no older one is whole"
+        )
         raise InputError(f"{error}: {remedy}.") from None
 
 
 def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Puts the weights of the model before RL into ``model``, in place.
+    """Copies the weights of ``checkpoint``, the model before RL, into ``model``.
 
     Raises:
-        InputError: the checkpoint is damaged, of another format or of another model.
+        InputError: the checkpoint is damaged, has another format or belongs to another model.
     """
     try:
         weights = _read(checkpoint, model).weights
     except DamagedError as error:
-        raise InputError(f"{error}: this run needs it as the model before RL, so put it back or start anew.") from None
+        raise InputError(f"{error}, but it is the model before RL: put it back, or start a new run.") from None
     _copy(weights, model)
 
 
 def check_whole(checkpoint: Path) -> dict:
-    """The content of ``state.json``, when every file of the checkpoint is what was written.
+    """Checks every file of the checkpoint; returns the content of ``state.json``.
 
     Raises:
-        DamagedError: one is not, and which.
-        InputError: the checkpoint is of another format.
+        DamagedError: a file is not as it was written; names it.
+        InputError: the checkpoint has another format.
     """
     record = _record(checkpoint)
     for name, (size, crc) in record["files"].items():
@@ -222,20 +227,19 @@ def check_whole(checkpoint: Path) -> dict:
         except OSError as error:
             raise DamagedError(f"{checkpoint} lacks a readable {name} ({error.strerror})") from None
         if not same:
-            how = f"has {found:,} bytes instead of {size:,}" if found != size else "is not what was written"
+            how = f"has {found:,} bytes instead of {size:,}" if found != size else "has changed since it was written"
             raise DamagedError(f"{checkpoint} is damaged, its {name} {how}")
     return record
 
 
 def check_reference(checkpoint: Path, why: str) -> None:
-    """Raises InputError when ``checkpoint``, the model before RL, which a resumed run needs for ``why``, cannot be
-    read."""
+    """Raises InputError if ``checkpoint``, the model before RL, cannot be read; a resumed run needs it for ``why``."""
     if not checkpoint.exists():
-        raise InputError(f"{why} needs {checkpoint}, and it is gone: start anew.")
+        raise InputError(f"{why} needs {checkpoint}, which is missing: put it back, or start a new run.")
     try:
         check_whole(checkpoint)
     except InputError as error:
-        raise InputError(f"{error}, and {why} needs it: put it back, or start anew.") from None
+        raise InputError(f"{error}, and {why} needs it: put it back, or start a new run.") from None
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -251,15 +255,15 @@ def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
     if (WEIGHTS_FILE in record["files"]) != has_adapter(model):
         saved, given = ("an adapter", "none") if WEIGHTS_FILE in record["files"] else ("a whole model", "an adapter")
         raise InputError(
-            f"{checkpoint} is of {saved}, and this model has {given}: resume with the model that the run was started "
+            f"{checkpoint} holds {saved}, and this model has {given}: resume with the model that the run was started "
             "with."
         )
     there, here = record["model_shape"], model_shape(model)
     for key, value in here.items():
         if there.get(key) != value:
             raise InputError(
-                f"{checkpoint} is a checkpoint of another model: its {key} is {there.get(key)}, this model's is "
-                f"{value}; resume with the model that the run was started with."
+                f"{checkpoint} belongs to another model, whose {key} is {there.get(key)}, and this model's is "
+                f"{value}: resume with the model that the run was started with."
             )
     if has_adapter(model):
         check_same_adapter(checkpoint, model)
@@ -272,31 +276,31 @@ def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
         if name not in weights or weights[name].shape != tensor.shape:
             found = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
             raise InputError(
-                f"{checkpoint} is a checkpoint of another model: {name}, here {tuple(tensor.shape)}, {found} there; "
+                f"{checkpoint} belongs to another model, whose {name}, here {tuple(tensor.shape)}, {found}: "
                 "resume with the model that the run was started with."
             )
     return Checkpoint(checkpoint, record["state"], weights, optimizer)
 
 
 def _record(checkpoint: Path) -> dict:
-    """What state.json holds, unharmed."""
+    """Reads state.json and checks its format and CRC."""
     try:
         record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         version = record.get("format", 0)
     except (OSError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{checkpoint} holds no readable {STATE_FILE} ({first_line(error)})") from None
+        raise DamagedError(f"{checkpoint} has no readable {STATE_FILE} ({first_line(error)})") from None
     if version != FORMAT:
         raise InputError(
             f"{checkpoint} has format {version}, and this version of toolx_kernels reads format {FORMAT}: resume with "
             "the version that wrote it, or start another run folder."
         )
     if record.pop("crc", None) != _crc_of(record):
-        raise DamagedError(f"{checkpoint} is damaged, its {STATE_FILE} is not what was written")
+        raise DamagedError(f"{checkpoint} is damaged, its {STATE_FILE} has changed since it was written")
     return record
 
 
 def _signed(record: dict) -> str:
-    """A record as JSON, with its own CRC."""
+    """Returns the record as JSON, with its own CRC."""
     return json.dumps(record | {"crc": _crc_of(record)}, allow_nan=False)
 
 
@@ -308,7 +312,7 @@ def _crc_of(record: dict) -> int:
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds, by name: all of them, or the adapter's of a model that has one."""
+    """Returns the tensors that a checkpoint holds, by name: the adapter's if the model has one, else all."""
     return adapter_tensors(model) if has_adapter(model) else model.state_dict()
 
 
@@ -338,7 +342,7 @@ def model_shape(model: PreTrainedModel) -> dict:
         "num_key_value_heads", "head_dim", "tie_word_embeddings",
     )  # fmt: skip
     shape = {name: getattr(config, name, None) for name in names}
-    if has_adapter(model):  # which is one of these very weights
+    if has_adapter(model):  # it fits these exact base weights only
         frozen = [bit_sum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name]
         shape["sum of its base's weights"] = int(torch.stack(frozen).sum())
     return shape

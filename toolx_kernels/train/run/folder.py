@@ -1,4 +1,4 @@
-"""The folder of one run: config.yaml, metrics.jsonl, rollouts.jsonl, hard_samples.jsonl, curves.png, summary.json,
+"""The run folder: config.yaml, metrics.jsonl, rollouts.jsonl, hard_samples.jsonl, curves.png, summary.json and
 checkpoints."""
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from toolx_kernels.train.run.checkpoint import gone, remove, sweep
 CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",
 )  # fmt: skip
-LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; written anew each time
+LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; replaced as a whole
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "max_fe", "num_train_epochs", "device", "output_dir",
     "log_completions", "save_steps", "save_total_limit", "profile_step",
     "date",  # the run keeps its own, and its prompts are compared
-    # these change the last bits of a gradient, and may be what lets a run that was out of memory go on
+    # these change only the last bits of a gradient, and may let a run continue that was out of memory
     "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 
 
 def binding_settings(config: ToolExpanderConfig) -> dict:
-    """The settings that a resumed run must share with the one before."""
+    """Returns the settings that a resumed run must share with the original run."""
     return {name: value for name, value in config.to_dict().items() if name not in MAY_DIFFER}
 
 
 def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) -> None:
-    """Raises InputError, naming each setting that differs from those ``before``, of a run or checkpoint at ``path``.
+    """Raises InputError naming each setting that differs from ``before``, the settings of the run or checkpoint at
+    ``path``.
 
-    A setting that did not exist then had the effect of its present default; one that is gone had better have none.
+    A setting added since counts as its default; a setting that no longer exists is reported.
     """
     defaults = ToolExpanderConfig().to_dict()
     differing = [
@@ -48,7 +49,7 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
         for name, value in binding_settings(config).items()
         if before.get(name, defaults[name]) != value
     ]
-    differing += [f"{name}={before[name]!r}, which is no setting here" for name in before if name not in defaults]
+    differing += [f"{name}={before[name]!r}, which is not a setting now" for name in before if name not in defaults]
     if differing:
         raise InputError(
             f"{path} was run with {', and '.join(differing)}: resume with the same settings, or start another run "
@@ -57,35 +58,37 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
 
 
 class RunFolder:
-    """Where a run writes. Lines are appended and flushed whole; files are replaced atomically.
+    """The files of one run. Lines are appended and flushed whole; files are replaced atomically.
 
     Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step", "sft" or "eval") and
-    the ``step`` it belongs to; what depends on the machine stands under ``timing``, so that runs compare without it.
+    the ``step`` it belongs to. Machine-dependent values are under ``timing``, so that the rest is equal in equal runs.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     def check(self, config: ToolExpanderConfig) -> None:
-        """Raises InputError when the folder's content and the flags do not go together; touches nothing."""
+        """Raises InputError if the folder's content and the settings do not fit together; changes nothing."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not there.is_dir():
             raise InputError(f"output_dir={self.path}: {there} is a file, so choose a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise InputError(f"output_dir={self.path}: {there} must not be written to, so choose another folder.")
+            raise InputError(f"output_dir={self.path}: {there} is not writable, so choose another folder.")
         holds_run = (self.path / CONFIG).exists()
         leftovers = (path for path in self.path.iterdir() if path.suffix != ".part") if self.path.is_dir() else ()
         if not holds_run and any(leftovers):
-            raise InputError(f"output_dir={self.path} holds other files and no run: choose an empty or new folder.")
+            raise InputError(f"output_dir={self.path} holds other files but no run: choose an empty or new folder.")
         if holds_run and not (config.resume or config.overwrite):
-            raise InputError(f"{self.path} already holds a run: pass --resume to go on, or --overwrite to delete it.")
+            raise InputError(
+                f"{self.path} already holds a run: pass --resume to continue it, or --overwrite to delete it."
+            )
         if config.resume:
             if not holds_run:
                 raise InputError(f"{self.path} holds no run to resume: start one without --resume.")
             check_same_settings(self.path, self.config(), config)
 
     def config(self) -> dict:
-        """The settings that the run was started with."""
+        """Returns the settings that the run was started with."""
         path = self.path / CONFIG
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,20 +99,20 @@ class RunFolder:
         return settings
 
     def date(self, resume: bool) -> str:
-        """The day on which the run began, as YYYY-MM-DD; of a new one, today."""
+        """Returns the day on which the run began, as YYYY-MM-DD; today for a new run."""
         began = self.config().get("date") if resume else None
         return str(began or date.today())
 
     def start(self, config: ToolExpanderConfig) -> None:
-        """An empty folder with the run's config, or the one to resume as it is."""
+        """Prepares the folder: a new run gets an empty one with its config, a resumed run keeps its files."""
         if config.overwrite and (self.path / CONFIG).exists():
             for checkpoint in checkpoints(self.path):
                 remove(checkpoint)
-            # last what says that there is a run
+            # the config last, because it marks the folder as a run
             for name in (METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before it is resumed
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before this resumption
         sweep(self.path)
         for name in REPLACED:
             (self.path / f"{name}.part").unlink(missing_ok=True)
@@ -138,7 +141,7 @@ class RunFolder:
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Says in one sentence why a file cannot be written."""
+        """Context that turns an OSError into an InputError saying why the file cannot be written."""
         try:
             yield
         except OSError as error:
@@ -146,7 +149,7 @@ class RunFolder:
                 raise gone(self.path) from None
             why = error.strerror or first_line(error)
             raise InputError(
-                f"{self.path / name} could not be written ({why}): mend that, and --resume goes on from the last "
+                f"{self.path / name} could not be written ({why}): fix that, and --resume continues from the last "
                 "checkpoint."
             ) from None
 
@@ -155,21 +158,21 @@ class RunFolder:
         return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def forget_after(self, lines: dict[str, int]) -> None:
-        """Drops what was logged after the checkpoint that is resumed, given the lines each file had then.
+        """Truncates each log to the number of lines that it had at the resumed checkpoint.
 
         Raises:
-            InputError: a file has fewer whole lines; none has been changed then.
+            InputError: a file has fewer whole lines; then no file is changed.
         """
         ends = {}
         for name in LOGS:
             path, start = self.path / name, 0
             with open(path, "rb") if path.exists() else BytesIO() as file:
-                for number in range(lines[name]):  # as bytes, because text has more ends of line than \n
+                for number in range(lines[name]):  # as bytes, because text mode splits at more than \n
                     line = file.readline()
                     if not line.endswith(b"\n"):
                         raise InputError(
-                            f"{path} has {number} whole lines, and the checkpoint counts {lines[name]}: put back what "
-                            "was there, or start another run folder."
+                            f"{path} has {number} whole lines, and the checkpoint counts {lines[name]}: restore the "
+                            "file, or start another run folder."
                         )
                     start += len(line)
             ends[path] = start
@@ -178,7 +181,7 @@ class RunFolder:
                 os.truncate(path, end)
 
     def lines(self) -> dict[str, int]:
-        """How many lines each log holds, all of them on disk."""
+        """Returns the number of lines in each log, after syncing them to disk."""
         counts = dict.fromkeys(LOGS, 0)
         for name in LOGS:
             if (path := self.path / name).exists():
@@ -188,7 +191,7 @@ class RunFolder:
         return counts
 
     def write_hard_samples(self, lines: list[dict]) -> None:
-        """The table of every probed row's state, replaced as a whole."""
+        """Replaces the table of row states, one line per row."""
         self._replace(HARD_SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def write_summary(self, summary: dict) -> None:

@@ -1,8 +1,8 @@
-"""How ``toolx train`` ends when it is told to: SIGTERM, or Ctrl-C.
+"""Stopping ``toolx train`` by SIGTERM or Ctrl-C.
 
-A step that has begun is finished and saved, because it costs little to wait for. A probe, an evaluation or the cold
-start may take long and keep nothing half-done, so they are left at once: what they did since the last checkpoint is
-done again, exactly, when the run is resumed. A Ctrl-C after another signal ends the run at once, wherever it is.
+A step in progress is finished and saved, because that is quick. A probe, an evaluation or the cold start may take long
+and keeps nothing half-done, so it ends at once: a resumed run repeats exactly what it did since the last checkpoint.
+Ctrl-C after another signal ends the run at once, wherever it is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 
 class Stopped(BaseException):
-    """The run ends because it was told to.
+    """The run ends because a signal asked it to.
 
-    No ``Exception``: like KeyboardInterrupt it must pass through a reward function or a tool that catches these.
+    Not an ``Exception``: like KeyboardInterrupt it must pass through reward functions and tools that catch those.
     """
 
     def __init__(self, signal_number: int):
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether the run was told to stop, and by which signal; one that nobody tells never is."""
+    """The pending stop request of a run: the signal that asked for it, or None."""
 
     def __init__(self):
         self.requested: int | None = None
@@ -34,7 +34,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What runs within is finished first; ``Stopped`` is raised behind it. Blocks may be nested."""
+        """Context that finishes its block before ``Stopped`` is raised. Blocks may be nested."""
         self._deferred += 1
         try:
             yield
@@ -43,7 +43,7 @@ class Stop:
         self.now()
 
     def now(self) -> None:
-        """Raises ``Stopped`` if the run was told to stop and nothing is to be finished first."""
+        """Raises ``Stopped`` if a stop is requested and no ``deferred`` block is open."""
         if self.requested and not self._deferred:
             raise Stopped(self.requested)
 
@@ -53,16 +53,16 @@ class Stop:
             raise KeyboardInterrupt
         self.requested = self.requested or signal_number
         if self._deferred and signal_number == signal.SIGINT:  # print() must not be called from a handler
-            os.write(2, b"\ntoolx train: finishes the step and saves it; Ctrl-C again ends at once.\n")
+            os.write(2, b"\ntoolx train: finishing and saving this step; press Ctrl-C again to end at once.\n")
         self.now()
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """A ``Stop`` that SIGTERM and SIGINT tell; the handlers before are put back.
+    """Context with a ``Stop`` that SIGTERM and SIGINT request; restores the previous handlers after.
 
-    Only the main thread may have handlers: in another one nothing is installed. A signal that is ignored, as in a job
-    that nohup or a script started in the background, stays ignored.
+    Only the main thread may have handlers: in other threads nothing is installed. An ignored signal, e.g. in a job that
+    nohup or a script started in the background, stays ignored.
     """
     stop = Stop()
     before = {}
