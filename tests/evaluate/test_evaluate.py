@@ -17,6 +17,7 @@ from toolx_kernels.evaluate.scores import Answer, Scores, describe, notes, pass_
 from toolx_kernels.evaluate.tables import markdown
 from toolx_kernels.files import check_new, new_folder
 from toolx_kernels.models.load import load_model
+from toolx_kernels.progress import ProgressBar
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.toolcall import read_bfcl
@@ -199,7 +200,9 @@ def test_a_prompt_beyond_the_context_is_wrong_and_leaves_the_others_as_they_are(
     whole = evaluate(rollouter, prompts, rows, params, n=2, judge=lambda *_: True)
     long = Row("too long", "find the hotel " * 2000, rows[1].tools, [], {"tier": "long"})
     given = [rows[0], long, *rows[2:]]
-    scores = evaluate(rollouter, prompts, given, params, n=2, ks=(2,), judge=lambda *_: True, progress="x")
+    scores = evaluate(
+        rollouter, prompts, given, params, n=2, ks=(2,), judge=lambda *_: True, bar=ProgressBar(), title="x"
+    )
     assert [of_row.id for of_row in scores.too_long] == ["too long"] and scores.accuracy == 0.75
     assert scores.answers[1] == [Answer("", False, 0, "context")] * 2
     assert scores.parts["long"].pass_at[2].value == 0.0

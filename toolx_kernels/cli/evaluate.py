@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.files import check_new, new_folder
     from toolx_kernels.models.load import check_tokenizer, load_model, processors_of, stop_token_ids
     from toolx_kernels.models.shape import context_of
+    from toolx_kernels.progress import ProgressBar
     from toolx_kernels.rollout.rollout import Rollouter
     from toolx_kernels.rollout.single_turn import SingleTurn
     from toolx_kernels.rollout.tool_loop import ToolLoop
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     def rollouter_of(dataset: str) -> Rollouter:
         return in_turns(tool_timeout=10.0) if dataset == "builtin-turns" else SingleTurn(engine, chat)
 
+    bar = ProgressBar()
     with new_folder(Path(args.output)) if args.output else nullcontext() as folder:
         scores = {
             dataset: evaluate(
@@ -135,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
                 n=args.num_generations,
                 ks=args.k,
                 judge=judge_of(chat, own_examples),
-                progress=dataset,
+                bar=bar,
+                title=dataset,
             )
             for dataset, of_dataset in rows.items()
         }

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from toolx_kernels.engine import SamplingParams
 from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores, check_sampling
+from toolx_kernels.progress import ProgressBar
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import Rollouter
 from toolx_kernels.toolcall.rewards import is_correct
@@ -26,13 +25,14 @@ def evaluate(
     n: int = 1,
     ks: Sequence[int] = (),
     judge: Judge = is_correct,
-    progress: str | None = None,
+    bar: ProgressBar | None = None,
+    title: str = "evaluation",
 ) -> Scores:
     """``n`` completions of every row's prompt, judged; with pass@k for each k of ``ks``.
 
     A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
-    gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``progress`` is the
-    title of a bar, drawn on a terminal when it takes more than a moment.
+    gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``bar`` shows the
+    completions that are done, under ``title``.
 
     Raises InputError for what ``check_sampling`` and ``Chat.check`` refuse; before anything runs.
     """
@@ -40,11 +40,11 @@ def evaluate(
     prompts.chat.check(rows)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]
-    total, off = n * len(fitting), progress is None
-    with tqdm(total=total, desc=progress, unit="answer", delay=2, disable=off or None, dynamic_ncols=True) as bar:
+    bar = bar or ProgressBar(shown=False)
+    with bar.stretch(title, n * len(fitting)):
 
         def count(*_: object) -> bool:
-            bar.update()
+            bar.advance()
             return False
 
         fitting_rows, fitting_ids = [rows[place] for place in fitting], [ids[place] for place in fitting]

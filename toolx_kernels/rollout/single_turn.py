@@ -35,9 +35,12 @@ class SingleTurn:
     ) -> list[list[Rollout]]:
         """See ``Rollouter``."""
 
+        made: dict[int, Rollout] = {}  # by the identity of its completion, so that no text is decoded twice
+
         def ended(place: int, index: int, completion: Completion) -> bool:
             assert on_rollout is not None
-            return on_rollout(place, index, self._rollout(completion, prompts[place]))
+            made[id(completion)] = self._rollout(completion, prompts[place])
+            return on_rollout(place, index, made[id(completion)])
 
         groups = self.engine.generate(
             prompts,
@@ -48,7 +51,10 @@ class SingleTurn:
             first_rollout=first_rollout,
             on_completion=ended if on_rollout else None,
         )
-        return [[self._rollout(completion, group.prompt_ids) for completion in group.completions] for group in groups]
+        return [
+            [made.get(id(each)) or self._rollout(each, group.prompt_ids) for each in group.completions]
+            for group in groups
+        ]
 
     def _rollout(self, completion: Completion, prompt: Sequence[int]) -> Rollout:
         text = self.chat.written_text(written_ids(completion), prompt)

@@ -38,15 +38,16 @@ def imitate(
     ``naming`` is a context that says of a diverged update where it happened.
     """
     learner.begin(args.cold_start_learning_rate)
-    for step in range(1, args.cold_start_steps + 1):
-        started, progress = time.perf_counter(), step / args.cold_start_steps
-        for parameters in learner.optimizer.base.param_groups:
-            parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
-        taken = islice(examples, args.cold_start_batch_size)
-        batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)
-        with naming(f"cold-start step {step}"):
-            metrics = learner.imitate(batch, step)
-        report.cold_start(step, time.perf_counter() - started, metrics | {"demonstrations_cut": sum(cuts)})
+    with report.bar.stretch("cold start", args.cold_start_steps):
+        for step in range(1, args.cold_start_steps + 1):
+            started, progress = time.perf_counter(), step / args.cold_start_steps
+            for parameters in learner.optimizer.base.param_groups:
+                parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
+            taken = islice(examples, args.cold_start_batch_size)
+            batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)
+            with naming(f"cold-start step {step}"):
+                metrics = learner.imitate(batch, step)
+            report.cold_start(step, time.perf_counter() - started, metrics | {"demonstrations_cut": sum(cuts)})
     learner.begin(args.learning_rate)
 
 

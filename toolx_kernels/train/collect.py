@@ -7,21 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
-from toolx_kernels.train.config import RolloutSettings, ToolExpanderConfig
+from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, Help, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.task import Task, solved_by_default
 
 Prompt = tuple[int, Help]  # the index of a row, and what its prompt shows
+NAMES = {"verify": "verification", "measure": "probe"}  # on the bar, where they differ from the purpose
 MAX_ROLLOUTS = 2048  # of a probe that are sampled together
 
 
@@ -37,7 +36,7 @@ class Collector:
         self,
         task: Task,
         rollouter: Rollouter,
-        args: RolloutSettings,
+        args: ToolExpanderConfig,
         stop_token_ids: tuple[int, ...],
         phases: Phases,
     ):
@@ -65,7 +64,15 @@ class Collector:
         for row, _ in prompts:
             row_ids.append(row + prompts_of_row[row] * len(self.task.rows))
             prompts_of_row[row] += 1
-        sampled = iter(self._roll_out(prompts, self.args.num_generations, self.rollouter, purpose, row_ids, stream))
+        bar, n = self.phases.bar, self.args.num_generations
+        bar.part("rollout" if purpose == "step" else purpose, n * len(prompts))
+
+        def count(*_: object) -> bool:
+            bar.advance_part()
+            return False
+
+        rolled_out = self._roll_out(prompts, n, self.rollouter, purpose, row_ids, stream, on_rollout=count)
+        sampled = iter(rolled_out)
         groups = []
         for plan in plans:
             group = ScoredGroup(plan, self.task.prompts.ids(self.task.rows[plan.row], *plan.scored_with))
@@ -82,37 +89,44 @@ class Collector:
     def attempt(self, stream: int, purpose: str, rollouter: Rollouter | None = None) -> Attempt:
         """A function for ``probe`` that rolls prompts out, each until it has a solved rollout, with the random numbers
         of ``stream``."""
+        most = self.args.verify_rollouts if purpose == "verify" else self.args.probe_rollouts
+        total = 0  # rows, of all waves
 
         def solved_by(asked: list[tuple[int, Demonstrations]], n: int, first: int) -> list[bool]:
+            nonlocal total
+            total = total if first else len(asked)
             prompts = [(row, Help(shown)) for row, shown in asked]
             solved: list[bool] = []
             size = max(1, MAX_ROLLOUTS // n)
-            with tqdm(total=len(prompts), desc=purpose, unit="row", leave=False, delay=5, dynamic_ncols=True) as bar:
+            # a row is done when it is solved, or by the share of its rollouts that are
+            with self.phases.bar.stretch(NAMES.get(purpose, purpose), total, total - len(asked) * (1 - first / most)):
                 # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
                 for start in range(0, len(prompts), size):
                     part = prompts[start : start + size]
-                    solved += self._solved(part, n, rollouter or self.rollouter, purpose, stream, first)
-                    bar.update(len(part))
+                    solved += self._solved(part, n, rollouter or self.rollouter, purpose, stream, first, most)
             return solved
 
         return solved_by
 
     def _solved(
-        self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first_rollout: int
+        self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first: int, most: int
     ) -> list[bool]:
-        """Of each prompt: whether one of its ``n`` rollouts is solved. By the default reward, a matter of microseconds,
-        that cancels those that are still going on; a user's functions get as many as in a step, when all are written.
+        """Of each prompt: whether one of its ``n`` rollouts, of the at most ``most`` from ``first`` on, is solved. By
+        the default reward, a matter of microseconds, that cancels those that are still going on; a user's functions get
+        as many as in a step, when all are written.
         """
-        solved = [False] * len(prompts)
+        solved, done = [False] * len(prompts), [first] * len(prompts)
+        at_once = self.task.solved is solved_by_default
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
-            solved[place] |= self.task.solves([self.task.rows[prompts[place][0]]], [rollout])[0]
+            if at_once and not solved[place]:
+                solved[place] = self.task.solves([self.task.rows[prompts[place][0]]], [rollout])[0]
+            before, done[place] = done[place], most if solved[place] else done[place] + 1
+            self.phases.bar.advance((done[place] - before) / most)
             return solved[place]
 
         row_ids = [row for row, _ in prompts]
-        at_once = self.task.solved is solved_by_default
-        on_rollout = ends_its_group if at_once else None
-        groups = self._roll_out(prompts, n, rollouter, purpose, row_ids, stream, first_rollout, on_rollout)
+        groups = self._roll_out(prompts, n, rollouter, purpose, row_ids, stream, first, ends_its_group)
         if at_once:
             return solved
         rows = [self.task.rows[row] for row, _ in prompts for _ in range(n)]
@@ -160,6 +174,7 @@ class Collector:
     def _score(self, groups: Sequence[ScoredGroup]) -> None:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rows = [self.task.rows[group.plan.row] for group in groups for _ in group.rollouts]
+        self.phases.bar.part("reward")
         with self.phases.phase("reward"):
             scores = self.task.rewards(rows, rollouts)
         self.unrewarded += scores.unrewarded

@@ -1,4 +1,4 @@
-"""Phases of a run: seconds and peak memory of each."""
+"""Phases of a run: seconds and peak memory of each, and the bar that shows them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from toolx_kernels.progress import ProgressBar
 
 
 class Phases:
@@ -21,10 +23,11 @@ class Phases:
     seconds   by phase
     peaks     bytes by phase: on a GPU of torch's tensors; on a CPU the resident memory of the process, or, where the
               kernel does not let its high-water mark be lowered, the largest since the process began
+    bar       of the run; by default one that is not shown
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, bar: ProgressBar | None = None):
+        self.device, self.bar = device, bar or ProgressBar(shown=False)
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._running: list[str] = []

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from toolx_kernels.engine.pool_size import device_memory
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.adopt import adapter_settings
 from toolx_kernels.models.shape import EXPERTS_NOTE, has_experts
+from toolx_kernels.progress import ProgressBar
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets.report import dataset_report
 from toolx_kernels.toolcall.parse import split_thought
@@ -43,13 +44,15 @@ BETWEEN = ("probe", "evaluation")  # phases that belong to no step
 class Reporter:
     """Keeps the accounts of one run of ``model``; ``phases`` is what its parts book their time and memory with.
 
+    bar                        shows how far the run is
     eval_before, hard_before   accuracy and hard rows before RL; None until they are known
     evaluated                  the last step that was evaluated
     """
 
     def __init__(self, run: RunFolder, model: PreTrainedModel, args: ToolExpanderConfig, task: Task):
         self.run, self.model, self.args, self.task = run, model, args, task
-        self.phases = Phases(model.device)
+        self.bar = ProgressBar()
+        self.phases = Phases(model.device, self.bar)
         self.eval_before: float | None = None
         self.hard_before: int | None = None
         self.evaluated = 0
@@ -59,7 +62,6 @@ class Reporter:
         self._reported = self.phases.seconds.copy()  # by the steps so far
         self._earlier = 0.0  # seconds, before the run was resumed
         self._started = time.perf_counter()
-        self._bar = tqdm(disable=True)
 
     def state_dict(self) -> dict:
         return {
@@ -85,20 +87,24 @@ class Reporter:
     # ---- the run
 
     @contextmanager
-    def running(self, steps: int, done: int) -> Iterator[None]:
-        """Shows a progress bar of ``steps`` steps, of which ``done`` are done.
+    def running(self, rounds: Rounds) -> Iterator[None]:
+        """Shows the run's steps on the bar, which is the only one until the run ends.
 
         Raises InputError when the step that is to be profiled never comes.
         """
-        if self.args.profile_step > steps:
-            raise InputError(f"profile_step={self.args.profile_step} is beyond the {steps} steps of this run.")
+        args, steps = self.args, rounds.planned_steps
+        if args.profile_step > steps:
+            raise InputError(f"profile_step={args.profile_step} is beyond the {steps} steps of this run.")
         self._started = time.perf_counter() - self._earlier
-        with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) as self._bar:
-            yield
-
-    def doing(self, what: str) -> None:
-        """Says on the bar what is going on."""
-        self._bar.set_description(what)
+        budget = args.max_tokens > 0 or args.max_fe > 0  # may end the run before its last step
+        others = logging.is_progress_bar_enabled()  # transformers' own, when a checkpoint is saved
+        logging.disable_progress_bar()
+        try:
+            with self.bar.stretch("step", None if budget else steps, rounds.step, rounds.progress):
+                yield
+        finally:
+            if others:
+                logging.enable_progress_bar()
 
     def plan(self, workload: Workload) -> None:
         """Plans the run's memory from its settings, unless the model cannot be planned for."""
@@ -115,25 +121,26 @@ class Reporter:
         """Reports dataset statistics, warnings and planned memory, before anything is spent on the run."""
         task, report = self.task, dataset_report(self.task.rows, self.task.demonstrations)
         if has_experts(self.model.get_decoder().config):
-            self._bar.write(f"model: {EXPERTS_NOTE}")
+            self.bar.write(f"model: {EXPERTS_NOTE}")
         for line in report.lines():
-            self._bar.write(line)
-        self._bar.write(f"calls: {task.prompts.chat.describe()}")
+            self.bar.write(line)
+        self.bar.write(f"calls: {task.prompts.chat.describe()}")
         if task.left_out:
-            self._bar.write(f"rows left out, as they do not fit the context: {task.left_out}")
+            self.bar.write(f"rows left out, as they do not fit the context: {task.left_out}")
         if task.eval_rows_seen:
-            self._bar.write(
+            self.bar.write(
                 f"rows to evaluate on that training or demonstrations show too: {task.eval_rows_seen} of "
                 f"{len(task.eval_rows)}"
             )
         self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen, left_out=task.left_out)
         if self._plan:
-            self._bar.write(self._plan.sentence())
+            self.bar.write(self._plan.sentence())
             self.run.log("plan", 0, self._plan.to_dict())
 
     def cold_start(self, step: int, seconds: float, metrics: dict) -> None:
         self.run.log("cold_start", step, {"seconds": seconds}, **metrics)
-        self.doing(f"cold start {step}/{self.args.cold_start_steps}, loss {metrics['loss']:.3f}")
+        self.bar.results(f"loss {metrics['loss']:.3f}")
+        self.bar.advance()
 
     def evaluation(self, rounds: Rounds, evaluate: Callable[[], Scores]) -> float:
         """Runs ``evaluate`` and logs its scores; returns the accuracy."""
@@ -148,7 +155,7 @@ class Reporter:
 
     def before(self, accuracy: float) -> None:
         self.eval_before = accuracy
-        self._bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
+        self.bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
 
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs what a probe found, and the table of all rows."""
@@ -214,14 +221,18 @@ class Reporter:
             self.run.log_rollout(step=step, **line)
         return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
 
-    def progress(self, record: dict, hard: int) -> None:
+    def progress(self, record: dict, rounds: Rounds) -> None:
         """Moves the bar on by a step."""
         if record["event"] == "sft":
-            self._bar.set_postfix_str(f"loss {record['loss']:.3f}")
+            self.bar.results(f"loss {record['loss']:.3f}")
         else:
-            reward, accuracy, timing = record["reward"], record["accuracy"], describe_timing(record["timing"])
-            self._bar.set_postfix_str(f"reward {reward:.2f}, accuracy {accuracy:.2f}, hard {hard}, {timing}")
-        self._bar.update()
+            self.bar.results(
+                f"reward {record['reward']:.2f}",
+                f"acc {record['accuracy']:.2f}",
+                f"hard {rounds.table.hard}",
+                f"{record['timing']['tokens_per_second']:.0f} tok/s",
+            )
+        self.bar.advance(share=rounds.progress)
 
     # ---- the end
 
@@ -316,15 +327,3 @@ def rollout_lines(
             "reward": group.rewards[place],
             "advantage": advantages.get(id(group.rollouts[place])),
         }
-
-
-def describe_timing(timing: dict) -> str:
-    """For the progress bar, e.g. ``812 tok/s, 31% of a GEMM, rollout 61%, backward 22%, forward 11%``."""
-    largest = sorted(timing["phases"].items(), key=lambda of_phase: -of_phase[1])
-    whole = sum(timing["phases"].values())
-    parts = ((name, spent / whole) for name, spent in largest)
-    shares = [f"{name} {share:.0%}" for name, share in parts if share >= 0.05]
-    speed = [f"{timing['tokens_per_second']:.0f} tok/s"]
-    if timing["flop_share"] is not None:
-        speed.append(f"{timing['flop_share']:.0%} of a GEMM")
-    return ", ".join([*speed, *shares])

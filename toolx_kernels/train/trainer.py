@@ -174,7 +174,7 @@ class ToolExpanderTrainer:
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
         resumed = self._resume()
         report.plan(Workload.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
-        with ExitStack() as after, report.running(rounds.planned_steps, rounds.step):
+        with ExitStack() as after, report.running(rounds):
             if not resumed:
                 report.beginning()
                 self._cold_start()
@@ -191,7 +191,7 @@ class ToolExpanderTrainer:
                     self._probe()  # which raw prompts get no solved rollout?
                 else:
                     with self.stop.deferred():
-                        report.progress(self.step(), rounds.table.hard)
+                        report.progress(self.step(), rounds)
                         if self.stop.requested or (rounds.step % args.save_steps == 0 and not self.finished):
                             self._save()
             checkpoint = self._save()
@@ -252,8 +252,8 @@ class ToolExpanderTrainer:
 
     def evaluate(self) -> Scores:
         """Greedy answers to the held-out rows, judged."""
-        task = self.task
-        return evaluate(self.rollouter, task.prompts, task.eval_rows, self.greedy, judge=task.judge)
+        task, bar = self.task, self.reporter.bar
+        return evaluate(self.rollouter, task.prompts, task.eval_rows, self.greedy, judge=task.judge, bar=bar)
 
     # ---- its parts
 
@@ -262,13 +262,11 @@ class ToolExpanderTrainer:
             imitate(self.learner, self.task.prompts, self.cold_start, self.args, self.reporter, self._naming)
 
     def _evaluate(self) -> float:
-        self.reporter.doing("evaluating")
         return self.reporter.evaluation(self.rounds, self.evaluate)
 
     def _probe(self) -> None:
         """Probes the next round's rows; saves, because that may have taken long."""
-        rounds, report, index = self.rounds, self.reporter, self.rounds.next_round
-        report.doing(f"round {index + 1}: probing")
+        rounds, report = self.rounds, self.reporter
         with self._naming(f"probe before step {rounds.step + 1}"):
             found = rounds.begin_round()
         if found:
@@ -278,12 +276,10 @@ class ToolExpanderTrainer:
             if probed == 0:
                 report.hard_before = counters["hard"]
             self._save()
-        report.doing(f"round {index + 1}")
 
     def _measure(self) -> dict[str, int | None]:
         """Probes the rows of the first round once more; counts them."""
         rounds, after = self.rounds, self.rounds.probed_round + 1
-        self.reporter.doing("probing")
         with self._naming("the last probe"):
             found = rounds.measure()
         counters = rounds.table.counters(after) | {"replaced": None, "without_demonstrations": None}

@@ -232,9 +232,10 @@ class Learner:
             self.make_room()
 
         def all_of_it() -> list[MicroBatchResult]:
+            cut = [(self._cut(groups), loss_of) for groups, loss_of in work]
+            self.phases.bar.part("update", sum(len(parts) for parts, _ in cut))
             return [
-                MicroBatchResult.together([self._backward(part, loss_of) for part in self._cut(groups)])
-                for groups, loss_of in work
+                MicroBatchResult.together([self._backward(part, loss_of) for part in parts]) for parts, loss_of in cut
             ]
 
         def give_back(reason: str) -> bool:
@@ -257,6 +258,7 @@ class Learner:
             with self.phases.phase("backward"):
                 loss.backward()
                 self.optimizer.collect()
+        self.phases.bar.advance_part()
         return result
 
     def _apply(self, results: Sequence[MicroBatchResult], number: int) -> float:
