@@ -1,6 +1,7 @@
 """InputError ("the user can fix this"), and helpers that classify and survive other libraries' errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -54,3 +55,14 @@ def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
+    """The end of a sentence about an unknown ``word``: the ``known`` one that is spelled most like it, or
+    ``otherwise``.
+
+    >>> did_you_mean("trian", ["train", "eval"], "use train or eval.")
+    'did you mean train?'
+    """
+    close = get_close_matches(str(word), list(known), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise

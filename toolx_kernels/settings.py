@@ -1,4 +1,4 @@
-"""Settings: dataclass fields with their help and bounds, and the check of values against types and bounds."""
+"""Settings: dataclass fields with help and bounds, whose values are checked against their types and bounds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, did_you_mean
 
 
 class Bounds(NamedTuple):
-    """The numbers that a setting may be, and the end of the sentence "name=value must" for those that it may not."""
+    """The numbers that are allowed, and the end of the sentence "name=value must" for those that are not."""
 
     words: str
     allow: Callable[[float], bool]
@@ -27,7 +27,8 @@ NO_LIMIT_OR_POSITIVE = Bounds("be -1 (no limit) or at least 1", lambda value: va
 def setting(
     default: Any, help: str, *, least: int | None = None, bounds: Bounds | None = None, unbounded: str = ""
 ) -> Any:
-    """A field of ``Settings``. A numeric one has bounds, as ``least`` or as ``bounds``, or says why it has none."""
+    """A field of ``Settings``. A numeric field has bounds, ``least`` or ``bounds``, or says why it has none. The help
+    of a field with choices names each of them; a default of None is explained in the help, any other is added to it."""
     if least is not None:
         bounds = Bounds(f"be at least {least}" if least else "not be negative", lambda value: value >= least)
     return field(default=default, metadata={"help": help, "bounds": bounds, "unbounded": unbounded})
@@ -35,13 +36,13 @@ def setting(
 
 @dataclass
 class Settings:
-    """Base of dataclasses of settings: their values have the fields' types and lie within the fields' bounds.
+    """Base of dataclasses of settings: checks that each value has its field's type and is within its bounds.
 
-    Raises InputError, naming the setting and its value.
+    Raises InputError, which names the setting and its value as ``name=value``.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dataclass_fields__:  # slots would refuse it too, but cannot be added up
+        if name not in self.__dataclass_fields__:  # slots would refuse it too, but several bases cannot have them
             raise AttributeError(f"{name!r} is not a setting of {type(self).__name__}")
         super().__setattr__(name, value)
 
@@ -56,10 +57,12 @@ class Settings:
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the field's type, or InputError; YAML reads 5e-4 as text, so numbers may be text."""
+    """``value`` as the field's type, or InputError. Numbers may be text, because YAML reads 5e-4 as text."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(get_args(kind))}.")
+            choices = get_args(kind)
+            remedy = did_you_mean(value, choices, f"choose one of {', '.join(choices)}.")
+            raise InputError(f"{name}={value!r} is unknown: {remedy}")
         return value
     if value is None and NoneType in get_args(kind):
         return None
@@ -68,7 +71,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list) or not value:
             raise InputError(f"{name}={value!r} must be a list, one item after the other.")
         return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
-    if wanted is dict and isinstance(value, str):  # on the command line
+    if wanted is dict and isinstance(value, str):  # from the command line
         try:
             value = json.loads(value)
         except ValueError:
@@ -85,7 +88,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives ``value`` back as it is, so that files of a run can hold it."""
+    """Whether ``value`` survives a round trip through JSON, so that a run's files can hold it."""
     try:
         return json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError):
@@ -93,5 +96,5 @@ def _is_json(value: Any) -> bool:
 
 
 def without_none(kind: Any) -> Any:
-    """``X`` of ``X | None``; another type as it is."""
+    """``X`` for ``X | None``; any other type unchanged."""
     return next(one for one in get_args(kind) if one is not NoneType) if NoneType in get_args(kind) else kind

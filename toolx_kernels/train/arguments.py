@@ -13,6 +13,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.adopt import unwrapped
 from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.named_rewards import named_rewards
 
 # what the trainer calls of its other arguments
 PARTS = {
@@ -37,7 +38,7 @@ def check_arguments(
     """Raises InputError for the first argument of ``ToolExpanderTrainer`` that is no such object, with the remedy;
     ``others`` are ``demonstrations`` and those of ``PARTS``."""
     _check_args(args)
-    _check_rewards(reward_funcs)
+    _check_rewards(reward_funcs, args)
     _check_model(model)
     _check_tokenizer(processing_class, named=isinstance(model, str | os.PathLike))
     _check_rows("train_dataset", train_dataset)
@@ -62,8 +63,12 @@ def _check_args(args: Any) -> None:
     raise InputError(f"args is {_described(args)}: {remedy}.")
 
 
-def _check_rewards(reward_funcs: Any) -> None:
-    """What RewardFunctions would call, or not name well."""
+def _check_rewards(reward_funcs: Any, args: ToolExpanderConfig | None) -> None:
+    """What RewardFunctions would call, or not name well; and functions that ``args`` names."""
+    if args and args.reward_funcs:
+        if reward_funcs is not None:
+            raise InputError(f"args.reward_funcs={args.reward_funcs} names reward functions too: choose one.")
+        named_rewards(args.reward_funcs)
     remedy = "pass a function of prompts, completions and completion_ids, or a list of such"
     for func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(func, ToolExpanderConfig):

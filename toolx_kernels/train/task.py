@@ -20,6 +20,7 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, instructions, is_answer_correct
 from toolx_kernels.train.config import ChatSettings
 from toolx_kernels.train.method_settings import RewardSettings
+from toolx_kernels.train.named_rewards import named_rewards
 from toolx_kernels.train.rows import demonstration_rows, digest, shared_rows
 
 Solved = Callable[[Rewards], list[bool]]
@@ -42,6 +43,8 @@ def judge_and_rewards(
     """What is right, what is rewarded and what counts as solved; by default in the form that ``args`` choose and
     ``chat`` writes calls in."""
     form = chat.tool_format
+    if args.reward_funcs:
+        reward_funcs = named_rewards(args.reward_funcs)
     if args.self_exemplify and chat.conventions.opens_thought:
         raise InputError(
             "self_exemplify=True wants the examples before the thought, and the chat template opens a thought first: "

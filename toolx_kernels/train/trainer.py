@@ -70,8 +70,8 @@ class ToolExpanderTrainer:
             ``get_peft_model`` or transformers' ``add_adapter``, trains that one (see ``adopt_adapter``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
             signature, plain or async; their rewards times ``args.reward_weights`` add up, None adds nothing. Default:
-            1 for the right calls and nothing else in the completion, else 0; with ``args.self_exemplify``
-            ``SelfExemplifyingReward``.
+            those that ``args.reward_funcs`` names, else 1 for the right calls and nothing else in the completion and 0
+            otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
         processing_class: the tokenizer; by default, when ``model`` is a name, the one that is loaded with it.
