@@ -41,8 +41,9 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	@$(PY) -c "from toolx_kernels.ops import library as l; print('Compiled part:', 'absent, because ' + l.compiled_error if l.compiled_error else 'built')"
 	@touch $@
 
-# Starts a new run each time, unless ARGS contains --resume.
-train: setup  ## teaches a small model to call tools, in minutes
+# Starts a new run each time, unless ARGS contains --resume. Without ARGS it is runs/builtin; a recipe or dataset in ARGS
+# has a run folder of its own.
+train: setup  ## teaches a small model to call tools, in minutes: runs/builtin
 	$(VENV)/bin/toolx train $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 # A process for each core, each with neighboring tests, so that few fixtures are set up twice. ARGS="-n 0": only one.

@@ -1,6 +1,7 @@
 """Supported versions of Python and of the dependencies: the one table for installation, checks and docs."""
 
 import re
+from importlib import metadata
 from typing import NamedTuple
 
 
@@ -34,6 +35,14 @@ def standing(name: str, installed: str) -> str:
     if series > _series(tested[-1]):
         return f"newer than tested ({tested[-1]})"
     return "tested" if series in map(_series, tested) else f"supported (tested: {', '.join(tested)})"
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, without importing it; ``absent`` if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _series(version: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Probe cost in tokens: the probe's waves compared with an ideal sequential probe, on the same rollouts.
 
-    python -m bench.learning.probe_cost --model runs/train --dataset builtin
+    python -m bench.learning.probe_cost --model runs/builtin --dataset builtin
 
 An ideal sequential probe samples one rollout of a prompt at a time and stops at the first correct one. The probe
 samples waves of 1, 3 and 6 together and cancels the unfinished ones when one is correct. Takes the settings of ``toolx

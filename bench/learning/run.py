@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolx_kernels.cli.train import read_config
+from toolx_kernels.cli.recipes import read_recipe
 
 CONFIGS = Path(__file__).parent / "configs"
 POLL_SECONDS = 1.0
@@ -110,7 +110,7 @@ def fit(cold: Path, seed: int, base: Sequence[str], arms: Path, threads: int) ->
     output = cold.with_name(f"precondition-seed{seed}.json")
     if not output.exists():
         command = [sys.executable, "-m", "bench.learning.precondition", output]
-        settings = ["--budget", read_config(str(arms))["max_fe"], "--model", cold, "--seed", seed]
+        settings = ["--budget", read_recipe(str(arms)).settings["max_fe"], "--model", cold, "--seed", seed]
         settings += ["--config", *base, "retry"]
         with open(output.with_suffix(".log"), "w") as log:
             subprocess.run(

@@ -8,7 +8,8 @@ import pytest
 
 from tests.train.scripted import PLACES, scripted_trainer
 from tests.train.test_trainer import even_is_good, metrics
-from toolx_kernels.cli.train import parse_train, read_config
+from toolx_kernels.cli.recipes import read_recipe
+from toolx_kernels.cli.train import parse_train
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.train.policies.advantages import (
     GroupRelative,
@@ -86,7 +87,7 @@ def test_a_recipe_chooses_what_it_is_named_for(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_recipe_that_names_a_clip_takes_the_updates_in_which_it_acts(name):
-    settings = read_config(name)
+    settings = read_recipe(name).settings
     if {"epsilon", "epsilon_high", "delta"} & settings.keys():
         assert settings["num_iterations"] == 2
 
@@ -101,7 +102,7 @@ def right(row, help, index):
 
 
 def made(folder, name, engine, **settings):
-    own = read_config(name) | dict(
+    own = read_recipe(name).settings | dict(
         num_generations=4 if name == "max-variance" else 2,
         prompts_per_step=2,
         num_train_epochs=20,
@@ -161,4 +162,4 @@ def test_ten_steps_are_five_and_five(tmp_path, name, engine):
     probe = next(line for line in whole[0] if line["event"] == "probe")
     assert engine or 0 < probe["hard"] < probe["rows"]
     assert sum(line["grad_norm"] > 0 for line in steps) > 5
-    assert read_config(name)["hard_sampling"] != "retry" or sum(line.get("revived", 0) for line in steps) > 0
+    assert read_recipe(name).settings["hard_sampling"] != "retry" or sum(line.get("revived", 0) for line in steps) > 0

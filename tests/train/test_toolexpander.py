@@ -12,7 +12,8 @@ import torch
 
 from tests.train.test_trainer import SMALL, even_is_good, make_trainer, metrics, training_rows, weights
 from toolx_kernels.cli import commands
-from toolx_kernels.cli.train import parse_train, read_config
+from toolx_kernels.cli.recipes import read_recipe
+from toolx_kernels.cli.train import parse_train
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate import evaluate as cli_evaluate
 from toolx_kernels.toolcall import distinct_examples, is_answer_correct, parse_sections, render_self_exemplified
@@ -428,7 +429,7 @@ def test_the_recipes_are_the_papers_rows_and_run(name, tmp_path):
     ) == RECIPES[name]  # fmt: skip
     own = {"hard_sampling", "self_exemplify", "beta", "epsilon", "epsilon_high", "lr_decay", "num_iterations"}
     own |= {"max_completion_length", "cold_start_self_exemplify"} if args.self_exemplify else set()
-    assert set(read_config(name)) == own, "all other settings are equal"
+    assert set(read_recipe(name).settings) == own, "all other settings are equal"
     flags = [
         "--cold_start_steps", "2", "--max_steps", "1", "--train_rows", "8", "--eval_rows", "4", "--probe_rollouts", "1",
         "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "16",

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from argparse import HelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toolx_kernels.cli.parser import Parser
 from toolx_kernels.errors import MEMORY_ERRORS, InputError, first_line, out_of_memory
+from toolx_kernels.versions import version_of
 
-# Two OpenMP pools that spin while waiting slow each other down many times; this must be set before torch is loaded.
+# OpenMP threads that spin while they wait slow each other down many times; this must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# transformers loads torchao, where it is installed, and that complains of parts for other machines and of torch.
+# transformers loads torchao if it is installed, which then warns about its parts for other machines and about torch.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Command(NamedTuple):
-    """The module of a command in ``toolx_kernels.cli``, with ``add_flags(parser)`` and ``run(args)``; its help."""
+    """A command's module in ``toolx_kernels.cli``, with ``add_flags(parser)`` and ``run(args)``, and its help."""
 
     module: str
     help: str
@@ -29,12 +31,25 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "train a model to call tools; without flags: the built-in task, in minutes on a laptop"),
     "eval": Command("evaluate", "score a model or checkpoint on datasets"),
-    "compare": Command("compare", "put learning curves and final figures of several runs side by side"),
-    "plan": Command(
-        "plan", "the memory that a run would take, before anything is loaded, and what to change if it does not fit"
-    ),
-    "doctor": Command("doctor", "what is installed here, and which backend each op uses"),
+    "compare": Command("compare", "compare runs: learning curves in one picture, final scores in tables"),
+    "plan": Command("plan", "estimate the memory of a run before it starts, and suggest settings that fit"),
+    "doctor": Command("doctor", "show what is installed, and which backend each op uses"),
 }
+
+
+class CommandParser(Parser):
+    """The parser of one command. It imports the command's module only when that command is called, because each module
+    loads what it needs."""
+
+    def __init__(self, module: str, **options: Any):
+        super().__init__(**options)
+        self.module = module
+
+    def parse_known_args(self, args, namespace=None):  # type: ignore[override]
+        command = import_module(f"toolx_kernels.cli.{self.module}")
+        command.add_flags(self)
+        self.set_defaults(run=command.run)
+        return super().parse_known_args(args, namespace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except InputError as error:
         message = str(error)
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except OSError as error:  # a folder that is not writable, a full disk
         message = f"{error.filename or 'file'}: {error.strerror or error}."
     except MEMORY_ERRORS as error:
         if not out_of_memory(error):
             raise
         message = (
-            f"memory ran out ({first_line(error)}): toolx plan tells what a run needs and what to change; a run goes "
-            "on from its last checkpoint with --resume."
+            f"memory ran out ({first_line(error)}): toolx plan says what a run needs and what to change; --resume "
+            "continues a run from its last checkpoint."
         )
     except KeyboardInterrupt:
-        remedy = "; the same command with --resume goes on from the last checkpoint" if argv[0] == "train" else ""
+        remedy = "; the same command with --resume continues from the last checkpoint" if argv[0] == "train" else ""
         print(f"{prog}: interrupted{remedy}.", file=sys.stderr)
         return 130
     print(f"{prog}: {message}", file=sys.stderr)
@@ -63,17 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = Parser(prog="toolx", epilog="toolx <command> --help lists its flags.")
-    commands = parser.add_subparsers(metavar="<command>", required=True)
-    parsers = {name: commands.add_parser(name, help=command.help) for name, command in COMMANDS.items()}
-    if not argv or argv[0] in ("-h", "--help"):
+    parser = Parser(prog="toolx", epilog="toolx <command> --help shows its flags.", formatter_class=HelpFormatter)
+    package, torch, transformers = map(version_of, ("toolx_kernels", "torch", "transformers"))
+    parser.flag(
+        "version",
+        help="versions of toolx_kernels, torch and transformers",
+        action="version",
+        version=f"toolx_kernels {package}, torch {torch}, transformers {transformers}",
+    )
+    commands = parser.add_subparsers(metavar="<command>", parser_class=CommandParser)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, module=command.module)
+    args = parser.parse_args(argv)
+    run = vars(args).pop("run", None)
+    if run is None:
         parser.print_help()
-        return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        raise InputError(f"unknown command {argv[0]!r}: use one of {', '.join(COMMANDS)}.")
-    command = import_module(f"toolx_kernels.cli.{COMMANDS[argv[0]].module}")  # alone, since it loads what it needs
-    command.add_flags(parsers[argv[0]])
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parsers[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return command.run(args)
+        return 2
+    return run(args)

@@ -8,23 +8,31 @@ from pathlib import Path
 from toolx_kernels.cli.parser import Parser
 from toolx_kernels.errors import InputError
 
+DESCRIPTION = """\
+Compares runs: accuracy, hard rows and accuracy per tier over the cost of
+training, in one picture; final scores with 95 % intervals, in tables. Runs
+whose settings differ only in the seed form one arm. Differences are to the
+first arm, paired by seed.
+
+  toolx compare runs/grpo runs/replace
+"""
+
 
 def add_flags(parser: Parser) -> None:
-    parser.description = (
-        "Runs side by side: accuracy, hard rows and the accuracy on each tier over what was spent, in one picture; "
-        "final figures with 95 % intervals, in tables. Runs whose settings differ only in the seed are one arm; "
-        "differences are to the first arm, paired by seed."
-    )
-    parser.add_argument("runs", nargs="+", help="run folders of toolx train")
+    parser.usage = f"{parser.prog} RUN [RUN ...] [--names NAME ...] [--output FOLDER]"
+    parser.description = DESCRIPTION
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of toolx train")
     parser.flag(
         "names",
         nargs="+",
-        help="one for each arm in order, or one for each run, where runs of the same name are one arm",
+        metavar="NAME",
+        help="names of the arms, in order; or of the runs, where runs of the same name form one arm",
     )
     parser.flag(
         "output",
         default="runs/comparison",
-        help="the folder for comparison.png, .md and .json, which are replaced there (default: runs/comparison)",
+        metavar="FOLDER",
+        help="folder for comparison.png, comparison.md and comparison.json, which are replaced",
     )
 
 

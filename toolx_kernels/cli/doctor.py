@@ -1,9 +1,8 @@
-"""``toolx doctor``: what this machine has, what each op runs on it, and what to install to get a faster one."""
+"""``toolx doctor``: versions, processor, GPU, the backend of each op, and optional packages."""
 
 import argparse
 import importlib.util
 import platform
-from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from toolx_kernels.cli.parser import Parser
 from toolx_kernels.models.peft_library import peft_fault
 from toolx_kernels.ops import library, processor
 from toolx_kernels.ops.lm_head import tiles
-from toolx_kernels.versions import OPTIONAL, SUPPORTED, standing
+from toolx_kernels.versions import OPTIONAL, SUPPORTED, standing, version_of
 
 BUILD_COMMAND = "TOOLX_BUILD_EXT=1 pip install --no-build-isolation -e ."
 
@@ -49,7 +48,7 @@ EXTRAS = (
 
 
 def add_flags(parser: Parser) -> None:
-    parser.description = "What is installed here."
+    parser.description = "Shows what is installed, which backend each op uses, and what else to install."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +62,7 @@ def report() -> str:
 
 
 def _machine() -> list[str]:
-    lines = [f"toolx_kernels {_version('toolx_kernels')} runs with:", *_versions(), _processor()]
+    lines = [f"toolx_kernels {version_of('toolx_kernels')} runs with:", *_versions(), _processor()]
     if not torch.cuda.is_available():
         why = "sees none" if torch.version.cuda else "is a CPU build"
         return [*lines, f"GPU: none (this torch {why}); everything runs on the CPU, {torch.get_num_threads()} threads"]
@@ -78,7 +77,7 @@ def _machine() -> list[str]:
 
 def _versions() -> list[str]:
     own_words = {"Python": platform.python_version(), "torch": torch.__version__}  # torch's metadata hides its build
-    installed = {name: own_words.get(name) or _version(name) for name in SUPPORTED}
+    installed = {name: own_words.get(name) or version_of(name) for name in SUPPORTED}
     return [f"  {name:<13} {version:<13} {standing(name, version)}" for name, version in installed.items()]
 
 
@@ -123,16 +122,9 @@ def _optional_packages() -> list[str]:
         elif package == "peft" and (fault := peft_fault()):
             state = f"of no use: {gain} need {fault}"
         elif package in OPTIONAL:
-            version = _version(package)
+            version = version_of(package)
             state = f"present: {gain} ({version}, {standing(package, version)})"
         else:
             state = f"present: {gain}"
         lines.append(f"  {package:<18} {state}")
     return lines
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"

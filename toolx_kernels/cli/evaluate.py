@@ -14,49 +14,83 @@ from toolx_kernels.cli.parser import Parser
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import check_sampling
 
-DEFAULT_MODEL = "runs/train"
+DEFAULT_MODEL = "runs/builtin"  # of toolx train without flags
 MAX_COMPLETION_LENGTH = 256
 CHAT_FLAGS = ("tool_format", "chat_template_kwargs", "date")
 
 
+DESCRIPTION = """\
+Scores a model or checkpoint on datasets: accuracy per category with 95 %
+intervals, and pass@k if there are several completions per row.
+
+  toolx eval --model runs/builtin
+  toolx eval --model runs/rows --dataset rows.jsonl --split held-out
+  toolx eval --model runs/rows --num_generations 8 --temperature 0.7 --k 1 8
+"""
+
+
 def add_flags(parser: Parser) -> None:
-    parser.description = "Accuracy per category with 95 % intervals; of several samples a row also pass@k."
-    parser.flag("model", default=DEFAULT_MODEL, help=f"as for toolx train, or a run folder (default: {DEFAULT_MODEL})")
+    parser.usage = f"{parser.prog} [--flag value ...]"
+    parser.description = DESCRIPTION
+    parser.flag("model", default=DEFAULT_MODEL, metavar="NAME", help="a run folder, or a model as for toolx train")
     parser.flag(
         "dataset",
         nargs="+",
         default=["builtin"],
-        help="one or several of: builtin, builtin-facts, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight "
-        "categories, 2,351 rows, that the paper averages over), seal-tools:<path>, a .jsonl path, a hub name",
+        metavar="NAME",
+        help="builtin, builtin-facts, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, 2,351 "
+        "rows, that the paper averages over), seal-tools:<path>, a .jsonl file, or a dataset on the Hugging Face hub",
     )
-    parser.flag("eval_rows", type=int, help="at most N rows per dataset, drawn with a fixed seed")
+    parser.flag("eval_rows", type=int, metavar="N", help="rows per dataset, drawn with a fixed seed (default: all)")
     parser.flag(
         "split",
         choices=("all", "held-out"),
         default="all",
-        help="held-out: only the part that toolx train --dataset of the same name does not train on",
+        metavar="NAME",
+        help="all: every row; held-out: the rows that toolx train --dataset with the same name does not train on",
     )
-    parser.flag("eval_fraction", type=float, default=0.2, help="as in toolx train")
-    parser.flag("temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.flag("num_generations", type=int, default=1, help="completions per row")
-    parser.flag("k", type=int, nargs="+", default=[], help="report pass@k for these k")
+    parser.flag("eval_fraction", type=float, default=0.2, metavar="X", help="share of held-out rows, as in toolx train")
+    parser.flag("temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0: greedy")
+    parser.flag("num_generations", type=int, default=1, metavar="N", help="completions per row")
+    parser.flag("k", type=int, nargs="+", default=[], metavar="K", help="report pass@k for these k")
     parser.flag(
         "max_completion_length",
         type=int,
-        help=f"tokens (default: {MAX_COMPLETION_LENGTH}, or what the model's run had, if that is more)",
+        metavar="N",
+        help=f"tokens per completion (default: {MAX_COMPLETION_LENGTH}, or more if the model was trained with more)",
     )
-    parser.flag("seed", type=int, default=0, help="of sampling")
-    parser.flag("dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.flag("device", default="auto")
+    parser.flag("seed", type=int, default=0, metavar="N", help="seed of sampling")
+    parser.flag(
+        "dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        metavar="NAME",
+        help="data type of the weights: float32 or bfloat16",
+    )
+    parser.flag("device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
     parser.flag(
         "self_exemplify",
         action="store_true",
-        help="the model writes examples and thinks first; a run that was trained so is known by its folder",
+        help="let the model write examples and think first (a run folder says whether it was trained to)",
     )
-    parser.flag("tool_format", help="the form of calls, as in toolx train (default: what the model's run had, or auto)")
-    parser.flag("chat_template_kwargs", help="JSON for the chat template, as in toolx train (default: likewise)")
-    parser.flag("date", help="the day that templates with a date show (default: that of the model's run, or today)")
-    parser.flag("output", help="a new folder for scores.json, scores.md and answers.jsonl")
+    parser.flag(
+        "tool_format",
+        metavar="NAME",
+        help="how the model writes tool calls, as in toolx train (default: as in the model's run, otherwise auto)",
+    )
+    parser.flag(
+        "chat_template_kwargs",
+        metavar="JSON",
+        help="arguments of the chat template, as in toolx train (default: as in the model's run)",
+    )
+    parser.flag(
+        "date",
+        metavar="DATE",
+        help="date shown by chat templates that have one, YYYY-MM-DD (default: as in the model's run, otherwise today)",
+    )
+    parser.flag(
+        "output", metavar="FOLDER", help="new folder for scores.json, scores.md and answers.jsonl (default: none)"
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -117,8 +151,8 @@ def run(args: argparse.Namespace) -> int:
     chat, form = prompts.chat, prompts.chat.tool_format
     if unlike := processors_of(model.generation_config):
         print(
-            f"The model's generation_config names {unlike}, which transformers' generate applies and no rollout here "
-            "does: answers may differ from generate's, greedy ones too."
+            f"The model's generation_config names {unlike}, which transformers' generate applies and rollouts here do "
+            "not: answers may differ from generate's, greedy ones too."
         )
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model, chat))
     in_turns = partial(ToolLoop, engine, prompts, environment_factory=Registry, max_turns=MAX_TURNS)
@@ -157,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of_run(model: str) -> dict[str, Any]:
-    """The settings of the run whose folder, or a checkpoint of which, ``model`` is; empty when it is none."""
+    """The settings of the run, if ``model`` is a run folder or a checkpoint in one; otherwise empty."""
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
     path = Path(os.path.expanduser(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -15,26 +16,36 @@ if TYPE_CHECKING:
     from toolx_kernels.train.memory.plan import MemoryPlan
 
 
+DESCRIPTION = """\
+Estimates the memory that toolx train takes with the same settings, before
+anything is loaded, and suggests settings that fit. Exits with 1 if it does not
+fit.
+
+  toolx plan --model Qwen/Qwen2.5-1.5B-Instruct --memory 24
+  toolx plan --config replace --optim adamw_8bit --dtype bfloat16
+"""
+
+
 def add_flags(parser: Parser) -> None:
-    parser.description = (
-        "The memory that toolx train would take with the same flags, told before anything is loaded, and what to "
-        "change if it does not fit. The exit code is 1 if it does not."
-    )
+    parser.usage = f"{parser.prog} [--memory GIB] [--config NAME ...] [--setting value ...]"
+    parser.description = DESCRIPTION
     parser.flag(
         "memory",
         type=float,
-        help="GiB of the GPU to plan for (default: 24), or of the machine with --device cpu. Left out, where torch "
-        "sees no GPU and --device names none, the plan is for the CPU and the memory of this machine",
+        metavar="GIB",
+        help="memory of the GPU, or with --device cpu of the machine (default: 24 for a GPU; without a GPU here, and "
+        "with neither this nor --device, the plan is for this machine's CPU and memory)",
     )
     parser.flag(
         "prompt_length",
         type=int,
-        help="tokens of the longest prompt, its demonstrations included (default: found where the dataset is on this "
-        "machine, else 1000)",
+        metavar="N",
+        help="tokens of the longest prompt, demonstrations included (default: measured if the dataset is on this "
+        "machine, otherwise 1000)",
     )
     parser.flag("json", action="store_true", help="print the plan as JSON")
-    parser.epilog = "All other flags are those of toolx train."
-    train.add_flags(parser, in_help=False)
+    train.add_settings(parser)
+    parser.epilog = textwrap.fill(f"Settings of toolx train are flags too, in groups: {', '.join(parser.groups)}.", 78)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,6 +110,6 @@ def verdict(planned: MemoryPlan, better: tuple[dict, MemoryPlan] | None) -> str:
             f"{plan.needed / GIB:.1f} GiB."
         )
     return (
-        f"{needs}: does not fit {device}, nor with any optimizer, an adapter and the smallest micro-batches: take "
-        "shorter completions, fewer prompts a step, a smaller model, or more memory."
+        f"{needs}: does not fit {device}, nor with any optimizer, an adapter and the smallest micro-batches: choose "
+        "shorter completions, fewer prompts per step, a smaller model, or more memory."
     )

@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from toolx_kernels.cli.parser import Parser
-from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.cli.recipes import naming, read_recipe, recipe_names
 from toolx_kernels.train.config import ToolExpanderConfig
 
+DEFAULT_MODEL, DEFAULT_DATASET = "tiny", "builtin"
+DESCRIPTION = """\
+Trains a model to call tools, by reinforcement learning. Without flags: a tiny
+model on the built-in task, in minutes on a laptop, into runs/builtin.
 
-def add_flags(parser: Parser, in_help: bool = True) -> None:
-    parser.settings_flags(ToolExpanderConfig, in_help)
-    help = (
-        "YAML files, or names of those in toolx_kernels/configs; later files override earlier ones, flags override "
-        "both; the tiny model starts from builtin"
+  toolx train
+  toolx train --model Qwen/Qwen2.5-0.5B-Instruct --dataset rows.jsonl
+  toolx train --config replace --seed 1 --output_dir runs/replace-seed1
+"""
+LEGEND = """\
+Settings by group, with their defaults; one without a default is off or not set.
+toolx train --help GROUP explains those of a group. The tiny model starts from
+the recipe of its task, which changes some defaults. A switch takes true or
+false; --resume alone is true."""
+
+
+def add_flags(parser: Parser) -> None:
+    add_settings(parser)
+    parser.usage = f"{parser.prog} [--config NAME ...] [--setting value ...]"
+    parser.description = DESCRIPTION
+    parser.epilog = f"{LEGEND}\n{parser.overview()}"
+
+
+def add_settings(parser: Parser) -> None:
+    """The flags of all settings, and ``--config``."""
+    defaults = {"model": DEFAULT_MODEL, "dataset": DEFAULT_DATASET, "output_dir": "runs/<recipe or dataset>"}
+    parser.settings_flags(ToolExpanderConfig, defaults)
+    parser.flag(
+        "config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="YAML files of settings, or recipes; later ones override earlier ones, flags override both. Recipes: "
+        + ", ".join(recipe_names()),
     )
-    parser.flag("config", nargs="+", action="extend", default=[], help=help if in_help else argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from(vars(args))
+    flags = vars(args)
+    config = config_from(flags)
     from transformers.utils import logging
 
     from toolx_kernels.toolcall.datasets import builtin_turns
     from toolx_kernels.train.cold_start import built_in_cold_start
+    from toolx_kernels.train.named_rewards import named_rewards
     from toolx_kernels.train.rows import load_demonstrations, load_rows
     from toolx_kernels.train.run.folder import RunFolder
     from toolx_kernels.train.run.stopping import Stopped, stop_on_signals
@@ -35,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()  # ours is enough
     RunFolder(config.output_dir).check(config)
+    named_rewards(config.reward_funcs or ())  # the trainer loads them too, but after the rows
+    print(announcement(config, flags["config"]))
     try:
         with stop_on_signals() as stop:
             rows, eval_rows = load_rows(config)
@@ -49,11 +82,23 @@ def run(args: argparse.Namespace) -> int:
             ).train(stop)
     except Stopped as stopped:
         saved = RunFolder(config.output_dir).latest_checkpoint()
-        how = f"--resume goes on from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
+        how = f"--resume continues from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
         print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
         return 128 + stopped.signal
     print(describe(config, summary))
     return 0
+
+
+def announcement(config: ToolExpanderConfig, recipes: Sequence[str]) -> str:
+    """The first line of a run."""
+    what = f"{config.model} on {config.dataset}"
+    if config.reward_funcs:
+        what += f", rewarded by {', '.join(config.reward_funcs)}"
+    if config.resume:
+        return f"Resuming {config.output_dir}: {what}."
+    names = [*base_recipe(config.model, config.dataset), *recipes]
+    settings = f"settings of {', then '.join(names)}" if names else "default settings"
+    return f"Training {what}, {settings}, into {config.output_dir}."
 
 
 def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
@@ -79,47 +124,56 @@ def parse_train(argv: list[str]) -> ToolExpanderConfig:
 def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
     """The run's config: defaults, then the recipe of the tiny model, then ``--config``'s YAML, then flags.
 
-    With ``--resume`` the settings that the run was started with stand in for recipe and YAML.
+    With ``--resume`` the settings that the run was started with take the place of the tiny model's recipe.
+
+    Raises InputError, which names the file and line of a setting that comes from one.
     """
-    from toolx_kernels.models.tiny import is_tiny
-    from toolx_kernels.train.rows import BUILT_IN
     from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
     settings: dict[str, Any] = {}
-    for name in flags["config"]:
-        settings |= read_config(name)
+    places: dict[str, str] = {}
+    for recipe in map(read_recipe, flags["config"]):
+        settings |= recipe.settings
+        places |= recipe.places
     settings |= {name: value for name, value in flags.items() if name != "config"}
-    names = list(ToolExpanderConfig.__dataclass_fields__)
-    if unknown := [name for name in settings if name not in names]:
-        raise InputError(f"--config: {unknown[0]!r} is not a setting: see toolx train --help.")
-    folder = Path(str(settings.get("output_dir") or ToolExpanderConfig.output_dir))
+    if settings.get("output_dir") is None:
+        settings["output_dir"] = default_folder(flags["config"], str(settings.get("dataset") or DEFAULT_DATASET))
+    folder = Path(str(settings["output_dir"]))
     if settings.get("resume") and (folder / CONFIG).exists():
-        started = RunFolder(folder).config()
-        settings = {**{name: started[name] for name in names if name in started}, **settings, "output_dir": str(folder)}
-    settings = {"model": "tiny", "dataset": "builtin"} | {
-        k: v for k, v in settings.items() if v is not None or k not in ("model", "dataset")
+        started, names = RunFolder(folder).config(), ToolExpanderConfig.__dataclass_fields__
+        settings = {name: value for name, value in started.items() if name in names} | settings
+    settings |= {
+        name: default
+        for name, default in (("model", DEFAULT_MODEL), ("dataset", DEFAULT_DATASET))
+        if settings.get(name) is None
     }
-    if is_tiny(settings["model"]):
-        recipe = settings["dataset"] if settings["dataset"] in BUILT_IN else "builtin"
-        settings = read_config(recipe) | settings
-    return ToolExpanderConfig(**settings)
+    for recipe in map(read_recipe, base_recipe(str(settings["model"]), str(settings["dataset"]))):
+        places = {name: place for name, place in recipe.places.items() if name not in settings} | places
+        settings = recipe.settings | settings
+    with naming({name: place for name, place in places.items() if name not in flags}):
+        return ToolExpanderConfig(**settings)
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The settings of a YAML file, or of the recipe of that name in ``toolx_kernels/configs``."""
-    import yaml
+def base_recipe(model: str | None, dataset: str | None) -> list[str]:
+    """The recipe that the tiny model starts from; of other models none."""
+    from toolx_kernels.models.tiny import is_tiny
+    from toolx_kernels.train.rows import BUILT_IN
 
-    recipes = files("toolx_kernels") / "configs"
-    path = Path(name) if Path(name).is_file() else recipes / f"{name}.yaml"
-    if not path.is_file():
-        shipped = sorted(
-            recipe.name.removesuffix(".yaml") for recipe in recipes.iterdir() if recipe.name.endswith(".yaml")
-        )
-        raise InputError(f"--config {name}: there is no such file, and the recipes are {', '.join(shipped)}.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--config {name} is not YAML: {first_line(error)}.") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"--config {name} must hold one setting per line, as 'learning_rate: 0.0005'.")
-    return settings
+    return [str(dataset) if dataset in BUILT_IN else "builtin"] if is_tiny(str(model)) else []
+
+
+def default_folder(recipes: Sequence[str], dataset: str) -> str:
+    """The run folder where none is named: ``runs/<recipe>``, several joined by ``-``, and without a recipe
+    ``runs/<dataset>``.
+
+    >>> default_folder(["grpo", "mine.yaml"], "builtin"), default_folder([], "data/rows.jsonl")
+    ('runs/grpo-mine', 'runs/rows')
+    >>> default_folder([], "bfcl:simple_python")
+    'runs/bfcl-simple_python'
+    """
+    parts = []
+    for name in recipes or dataset.split(","):
+        kind, _, place = name.strip().rpartition(":")
+        parts += [kind, re.sub(r"\.(jsonl?|ya?ml)$", "", Path(place).name)]
+    safe = [re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts]
+    return f"runs/{'-'.join(filter(None, safe)) or 'run'}"

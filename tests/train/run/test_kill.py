@@ -111,9 +111,9 @@ def test_a_run_that_is_told_to_stop(tmp_path, monkeypatch, capsys, undisturbed, 
     last = latest_checkpoint(tmp_path / "run")
     assert last == (None if step is None else tmp_path / "run" / f"checkpoint-{step}")
     if len(signals) == 2 and signals[1] == INT:
-        assert said == "toolx train: interrupted; the same command with --resume goes on from the last checkpoint."
+        assert said == "toolx train: interrupted; the same command with --resume continues from the last checkpoint."
     elif last:
-        assert said == f"toolx train: stopped by {signals[0].name}: --resume goes on from {last}."
+        assert said == f"toolx train: stopped by {signals[0].name}: --resume continues from {last}."
     else:
         assert said.endswith(f"stopped by {signals[0].name}: nothing was saved yet, so --overwrite starts it again.")
     assert not (tmp_path / "run" / "summary.json").exists()

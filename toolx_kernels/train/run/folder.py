@@ -80,7 +80,8 @@ class RunFolder:
             raise InputError(f"output_dir={self.path} holds other files but no run: choose an empty or new folder.")
         if holds_run and not (config.resume or config.overwrite):
             raise InputError(
-                f"{self.path} already holds a run: pass --resume to continue it, or --overwrite to delete it."
+                f"{self.path} already holds a run: pass --resume to continue it, or --overwrite to delete it, or "
+                "choose another --output_dir."
             )
         if config.resume:
             if not holds_run:
