@@ -147,8 +147,8 @@ def experts() -> str:
         for kind in ("qwen3_moe", "qwen3")
     )
     return (
-        f"Random Qwen3-MoE models (4 layers of width 256, 4 of 16 experts): {of_mixture}; dense Qwen3 models beside "
-        f"them: {of_dense}.\n"
+        f"Random Qwen3-MoE models (4 layers of width 256, 4 of 16 experts): {of_mixture}; dense Qwen3 models, for "
+        f"comparison: {of_dense}.\n"
     )
 
 

@@ -178,7 +178,7 @@ class Gates:
         groups = self.trainer.rollouter.roll_out(rows, prompts, 1, self.trainer.greedy, row_ids=range(len(rows)))
         readings = [read(rollout.text, task.prompts.chat.tool_format) for (rollout,) in groups]
         calls = sum(bool(reading.calls) and reading.bare for reading in readings)
-        failures = [f"none of {len(rows)} greedy answers is calls alone"] if self.demands and not calls else []
+        failures = [f"none of {len(rows)} greedy answers has only calls"] if self.demands and not calls else []
         return {"answers": len(rows), "calls": calls, "failures": failures}
 
     def precondition(self, bench: Bench) -> dict:

@@ -78,9 +78,9 @@ class Chat:
     def prompt_text(self, row: Row, demonstrations: Sequence[Row] = (), instructions: str = "") -> str:
         """Renders the prompt of ``row``, including the header of the assistant's turn and the marks of ``Protector``.
 
-        Instructions on the reply, and then the demonstrations (user query and correct calls), follow the row's system
-        text in the system message; if the template takes no system message, they precede the user's first text. (The
-        default system text of a template then does not appear.)
+        Instructions on the reply, and then the demonstrations (user query and correct calls), go into the system
+        message, after the row's system text; if the template takes no system message, they go before the user's first
+        text. (The default system text of a template then does not appear.)
 
         Raises InputError if the template refuses the messages, or silently leaves one out.
         """
