@@ -28,13 +28,13 @@ def evaluate(
     bar: ProgressBar | None = None,
     title: str = "evaluation",
 ) -> Scores:
-    """``n`` completions of every row's prompt, judged; with pass@k for each k of ``ks``.
+    """Samples and judges ``n`` completions of each row's prompt; with pass@k for each k of ``ks``.
 
-    A row whose prompt leaves no room in the context is answered wrongly, with ``finish_reason`` "context". What a row
-    gets depends on the engine's seed, row and its place in ``rows`` alone, not on the other rows. ``bar`` shows the
-    completions that are done, under ``title``.
+    A row whose prompt leaves no room in the context counts as wrong, with ``finish_reason`` "context". A row's answers
+    depend only on the engine's seed, the row and its place in ``rows``, not on other rows. ``bar`` shows the finished
+    completions, under ``title``.
 
-    Raises InputError for what ``check_sampling`` and ``Chat.check`` refuse; before anything runs.
+    Raises InputError for what ``check_sampling`` and ``Chat.check`` refuse, before anything runs.
     """
     check_sampling(params.temperature, n, ks)
     prompts.chat.check(rows)
