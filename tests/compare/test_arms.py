@@ -53,7 +53,7 @@ def test_the_same_run_twice_is_refused(tmp_path):
     with pytest.raises(InputError, match="one and .*two are both runs of .* with seed 0"):
         arms_of([first, second])
     assert len(arms_of([first, second], ["a", "b"])) == 2
-    with pytest.raises(InputError, match="A run is named twice"):
+    with pytest.raises(InputError, match="A run is given twice"):
         arms_of([first, read_run(tmp_path / "two" / ".." / "one")])
 
 

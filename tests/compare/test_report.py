@@ -99,7 +99,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     "argv, named",
     [
         (["nowhere"], "There is no run in nowhere"),
-        (["run", "run"], "A run is named twice"),
+        (["run", "run"], "A run is given twice"),
         (["run", "--names", "a", "b"], "--names gives 2 names for 1 runs"),
         (["run", "--output", "file"], "--output file is a file"),
         ([], "runs"),

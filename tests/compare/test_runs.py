@@ -232,5 +232,5 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(InputError, match=r"config\.yaml is damaged"):
         read_run(folder)
     (folder / "config.yaml").write_text("seed: red")
-    with pytest.raises(InputError, match=r"config\.yaml names the seed 'red'"):
+    with pytest.raises(InputError, match=r"config\.yaml has the seed 'red'"):
         read_run(folder)

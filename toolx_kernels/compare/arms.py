@@ -15,7 +15,7 @@ from toolx_kernels.compare.runs import Curve, Run
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, mean_of
 
-# settings that tell two runs of one arm apart, besides the seed: when and where they ran, and what they kept
+# settings in which runs of one arm may differ: the seed, when and where they ran, and what they kept
 INCIDENTAL = (
     "seed",
     "date",
@@ -31,7 +31,7 @@ INCIDENTAL = (
 
 @dataclass(slots=True)
 class Arm:
-    """Runs of one kind, by seed."""
+    """Runs that differ only in the seed, sorted by it."""
 
     name: str
     runs: list[Run]
@@ -41,24 +41,24 @@ class Arm:
         return [run for run in self.runs if run.finished]
 
     def starts(self, curve: Curve) -> list[float]:
-        """The value before the first step in each finished run that measured it."""
+        """Values before the first step, one for each finished run that measured it."""
         firsts = [run.points(curve)[0] for run in self.finished if run.points(curve)]
         return [point.value for point in firsts if point.step == 0]
 
     def ends(self, curve: Curve) -> dict[int, float]:
-        """The last value of a curve in each finished run that has one, by seed."""
+        """Last values of a curve by seed, for finished runs that have one."""
         return {run.seed: run.points(curve)[-1].value for run in self.finished if run.points(curve)}
 
     def relapse_rates(self) -> dict[int, float]:
-        """The share of solved rows that turned hard again in each finished run that tells, by seed."""
+        """Shares of solved rows that turned hard again by seed, for finished runs that have one."""
         return {run.seed: run.relapse_rate for run in self.finished if run.relapse_rate is not None}
 
     def mean_curve(self, curve: Curve, along: str) -> list[tuple[float, float]]:
-        """The mean over finished runs, or over all where none has finished, from where all have begun to where the
-        first ends.
+        """Returns the mean curve over finished runs (over all if none has finished), from where all have begun to where
+        the first ends.
 
-        ``along`` names what of a point is the first of each pair. Between its points a run's values lie on a line, so
-        that runs are averaged at equal cost wherever they were measured.
+        ``along`` names the field of ``Point`` that is the first of each pair. Values are interpolated linearly between
+        a run's points, so runs are averaged at equal cost wherever they were measured.
         """
         of_runs = [run.points(curve) for run in self.finished or self.runs if run.points(curve)]
         if not of_runs:
@@ -71,36 +71,36 @@ class Arm:
 
 
 class Difference(NamedTuple):
-    """The mean of one arm's values minus another's, over the ``pairs`` seeds that both have; None of no pairs."""
+    """The mean of one arm's values minus another's, over the ``pairs`` seeds that both have; None if there are none."""
 
     pairs: int
     mean: Estimate | None
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Of values by seed."""
+    """Returns the paired difference of two arms' values by seed."""
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return Difference(len(differences), mean_of(differences))
 
 
 def tiers_of(arms: Sequence[Arm]) -> list[str]:
-    """The tiers of the held-out rows, as they are first met; none where there is but one, which is all rows."""
+    """Returns the tiers of the held-out rows in order of appearance; none if a single tier holds all rows."""
     curves = (curve for arm in arms for run in arm.runs for curve in run.curves if curve.tier is not None)
     tiers = list(dict.fromkeys(str(curve.tier) for curve in curves))
     return tiers if len(tiers) > 1 else []
 
 
 def arms_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Arm]:
-    """The runs in arms, in the order of their first runs.
+    """Groups runs into arms, in the order of their first runs.
 
-    Runs whose settings are the same but for the seed (also where ``seed<number>`` stands in a path) are one arm, which
-    is called after their folders. ``names`` name the arms, or each run: then runs of one name are one arm.
+    Runs whose settings differ only in the seed (also as ``seed<number>`` in a path) form one arm, named after their
+    folders. ``names`` names either the arms or each run; then runs with the same name form one arm.
 
-    Raises InputError: a run is given twice, two runs of an arm have the same seed, or the names are neither as many as
-    the arms nor as many as the runs.
+    Raises InputError: a run is given twice, two runs of an arm have the same seed, or the number of names is neither
+    that of the arms nor that of the runs.
     """
     if len({run.path.resolve() for run in runs}) < len(runs):
-        raise InputError("A run is named twice: name each once.")
+        raise InputError("A run is given twice: give each one once.")
     kinds = [_kind(run) for run in runs]
     order = list(dict.fromkeys(kinds))
     if names is None:
@@ -118,7 +118,7 @@ def arms_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Arm
             if one.seed == other.seed:
                 raise InputError(
                     f"{one.path} and {other.path} are both runs of {arm.name!r} with seed {one.seed}: leave one "
-                    "out, or tell them apart with --names."
+                    "out, or give them different --names."
                 )
     return arms
 
@@ -128,13 +128,13 @@ def _members(runs: Sequence[Run], labels: Sequence[str], label: str) -> list[Run
 
 
 def _kind(run: Run) -> str:
-    """A text that runs share exactly when their settings differ in nothing that matters but the seed."""
+    """Returns a text that is equal for two runs exactly if their settings differ only in ``INCIDENTAL`` ones."""
     settings = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
     return re.sub(r"(?i)seed[-_]?\d+", "seed", json.dumps(settings, sort_keys=True, default=str))
 
 
 def _default_names(arms: Sequence[Sequence[Run]]) -> list[str]:
-    """The folder that an arm's runs share when the seed is taken off the end of their paths, else the first path."""
+    """Returns the folder that an arm's runs share once the seed is cut from their paths, else the first path."""
     stems = [{re.sub(rf"[-_./]*(seed)?[-_]?{run.seed}$", "", str(run.path)) for run in arm} for arm in arms]
     names = [Path(next(iter(stem))).name if len(stem) == 1 else "" for stem in stems]
     return [

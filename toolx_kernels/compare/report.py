@@ -1,4 +1,4 @@
-"""What ``toolx compare`` writes and says: a page of tables, the figures as JSON, a picture."""
+"""Report of ``toolx compare``: tables on a page and on the screen, figures as JSON, a picture."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ PICTURE, PAGE, FIGURES = "comparison.png", "comparison.md", "comparison.json"
 DEFINITIONS = (
     "Means over finished runs, with 95 % intervals (Student's t over seeds); differences are paired by seed. Hard: "
     "training rows without a solved rollout of their raw prompt. Turned hard again: rows that a probe solved and the "
-    "next one did not, added up over the later probes, those after the first that steps led to; their share is of all "
-    "that the probes before had solved, and a row that is seldom solved turns by chance too. Collapsed: runs whose "
-    "accuracy fell, after supervised steps if there are any, by more than two standard errors from a best of at least "
-    ".05 and stayed there for a round. FE (forward-equivalents): prompt tokens prefilled + tokens written + 3 x tokens "
-    "trained on, + 1 x with a reference, "
-    "+ 1 x with activations computed again, the cold start excluded. Tokens: written or trained on. Seconds: of the "
-    "whole run."
+    "next probe did not, summed over the later probes (each probe after the first with steps since the one before); "
+    "the share is of all rows solved by the previous probes. A row that is seldom solved also turns by chance. "
+    "Collapsed: runs whose accuracy fell, after supervised steps if any, by more than two standard errors from a best "
+    "of at least .05 and stayed there for a round. FE (forward-equivalents): prompt tokens prefilled + tokens written "
+    "+ 3 x tokens trained on, + 1 x with a reference model, + 1 x with activation checkpointing; without the cold "
+    "start. Tokens: written or trained on. Seconds: of the whole run."
 )
 
 
 def describe(arms: Sequence[Arm]) -> str:
-    """The tables for a screen; runs stand on the page alone."""
+    """Returns the tables for a terminal; the table of runs is only on the page."""
     return "\n\n".join([*map(aligned, _tables(arms)), DEFINITIONS])
 
 

@@ -1,4 +1,4 @@
-"""Runs read from their folders: accuracy, hard rows and what was spent, over steps."""
+"""Runs read from their folders: accuracy, hard rows and costs over steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.run.folder import CONFIG, METRICS, SUMMARY, RunFolder
 
-LEAST_BEST = 0.05  # the accuracy that a run must have reached to collapse
+LEAST_BEST = 0.05  # the accuracy that a run must have reached before it can collapse
 
 
 class Curve(NamedTuple):
-    """What is followed over a run; of an accuracy perhaps that of one tier, ``Curve("accuracy", "parallel")``."""
+    """A quantity followed over a run; an accuracy may be that of one tier, e.g. ``Curve("accuracy", "parallel")``."""
 
     name: str
     tier: str | None = None
@@ -27,8 +27,8 @@ ACCURACY, HARD = Curve("accuracy"), Curve("hard")
 
 
 class Look(NamedTuple):
-    """A probe: the step it was made at, the rows it looked at, those that it found hard, and those of them that the
-    probe before had solved; None where it does not tell."""
+    """A probe: its step, the rows probed, the hard ones, and those of the hard ones that the previous probe had solved;
+    None if not recorded."""
 
     step: int
     rows: int | None
@@ -39,7 +39,7 @@ class Look(NamedTuple):
 class Point(NamedTuple):
     """A value of a curve, e.g. ``Point(step=40, tokens=181_000, fe=402_000, value=0.51)``.
 
-    Tokens and forward-equivalents are all that the method spent until then; fe is None where the run does not tell.
+    Tokens and forward-equivalents are all that the method spent until then; fe is None if not recorded.
     """
 
     step: int
@@ -52,11 +52,11 @@ class Point(NamedTuple):
 class Run:
     """Contents of a run folder: accuracy on ``eval_rows`` held-out rows and their tiers, and hard rows, over the run.
 
-    seconds      from start to end; None of an unfinished run, or where the summary does not tell
-    fe           forward-equivalents spent; None where not every line of the metrics tells
+    seconds      from start to end; None for an unfinished run, or if not in the summary
+    fe           forward-equivalents spent; None unless every line of the metrics has them
     rounds       optimizer steps of each round, without those of supervised training before RL
-    supervised   the last step of supervised training before RL; 0 where there was none
-    looks        the probes, by their round
+    supervised   the last step of supervised training before RL; 0 if there was none
+    looks        the probes by round
     """
 
     path: Path
@@ -78,8 +78,8 @@ class Run:
 
     @property
     def collapsed(self) -> bool | None:
-        """See ``collapse``, of the evaluations since RL began; None also where the folder does not tell the steps of a
-        round or the rows evaluated."""
+        """``collapse`` of the evaluations since RL began; None also if the steps of a round or the evaluated rows are
+        unknown."""
         if 0 not in self.rounds or len(self.rounds) < 2 or not self.eval_rows:  # the last round may be cut short
             return None
         since = [point for point in self.points(ACCURACY) if point.step >= self.supervised]
@@ -87,21 +87,20 @@ class Run:
 
     @property
     def later_looks(self) -> list[tuple[Look, Look]]:
-        """Each probe that steps led to, with the one before it."""
+        """Each probe with steps since the previous one, as a pair (previous, this)."""
         looks = [*self.looks.values()]
         return [(one, other) for one, other in pairwise(looks) if other.step > one.step]
 
     @property
     def relapsed(self) -> int | None:
-        """Rows that turned hard again, added up over ``later_looks``; None where one does not tell, or where there is
-        none."""
+        """Rows that turned hard again, summed over ``later_looks``; None if there are none, or one lacks the number."""
         counts = [other.relapsed for _, other in self.later_looks if other.relapsed is not None]
         return sum(counts) if counts and len(counts) == len(self.later_looks) else None
 
     @property
     def relapse_rate(self) -> float | None:
-        """The share of the rows solved at one look that were hard at the next, over ``later_looks``; None where
-        ``relapsed`` is, where a look does not tell its rows, or where nothing was solved."""
+        """The share of rows solved by one probe that were hard in the next, over ``later_looks``; None if ``relapsed``
+        is, if a probe lacks its number of rows, or if nothing was solved."""
         solved, relapsed = 0, self.relapsed
         for look, _ in self.later_looks:
             if look.rows is None:
@@ -118,10 +117,10 @@ def collapse(curve: Sequence[Point], round_steps: int, rows: int) -> bool | None
 
     ``curve`` holds the evaluations in order, each on ``rows`` rows. The run collapsed if, from some step s on, every
     evaluation up to the first at or beyond s + ``round_steps`` is that far below the best before s. That last one must
-    exist: a fall within the last round has not stayed for one. The standard error is that of the difference of two
+    exist: a fall within the last round has not yet lasted a round. The standard error is that of the difference of two
     accuracies p and q of independent samples: sqrt(p (1 - p) / rows + q (1 - q) / rows).
 
-    Returns None where no evaluation but the first has another one a round after it, so that nobody could tell.
+    Returns None if it cannot be decided: no evaluation except the first has another one a round later.
     """
     best = 0.0
     for i, point in enumerate(curve):
@@ -138,57 +137,57 @@ def _fell(before: float, after: float, rows: int) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """The run in a folder that ``toolx train`` writes, or is still writing.
+    """Reads the run in a folder that ``toolx train`` wrote or is still writing.
 
-    Raises InputError: there is no run, it has no evaluation or probe yet, or a line of its metrics is damaged (which
-    is named).
+    Raises InputError: there is no run, it has no evaluation or probe yet, or a line of its metrics is damaged (the
+    message names it).
     """
     if not (path / CONFIG).is_file():
         raise InputError(f"There is no run in {path}: name a folder that toolx train wrote.")
     config, finished = RunFolder(path).config(), (path / SUMMARY).is_file()
-    # an unfinished run knows no more of its rows than its config asks for
+    # without a summary, the number of evaluated rows is only known from the config
     eval_rows, seconds = _summary(path / SUMMARY) if finished else (config.get("eval_rows"), None)
     run = Run(path, config, finished, eval_rows, seconds)
     if type(run.config.get("seed")) is not int:
-        raise InputError(f"{path / CONFIG} names the seed {run.config.get('seed')!r}: give the number the run had.")
+        raise InputError(f"{path / CONFIG} has the seed {run.config.get('seed')!r}: write the number that the run had.")
     metrics = path / METRICS
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
     if lines and not run.finished and not lines[-1].endswith(b"\n"):
-        del lines[-1]  # it is being written
+        del lines[-1]  # still being written
     for number, line in enumerate(lines, 1):
         try:
             _take(run, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise InputError(f"{metrics}, line {number}, is damaged: mend it, or leave this run out.") from None
+            raise InputError(f"{metrics}, line {number}, is damaged: repair it, or leave this run out.") from None
     if not run.curves:
         raise InputError(f"{path} has no evaluation or probe to show yet: leave it out, or wait.")
     return run
 
 
 def _summary(path: Path) -> tuple[int | None, float | None]:
-    """The rows that a finished run was evaluated on, and its seconds."""
+    """Returns a finished run's number of evaluated rows, and its seconds."""
     try:
         summary = json.loads(path.read_bytes())
         seconds = summary.get("wall_seconds")
         return summary.get("eval_rows"), None if seconds is None else float(seconds)
     except (ValueError, AttributeError, TypeError):
-        raise InputError(f"{path} is damaged: mend it, or leave this run out.") from None
+        raise InputError(f"{path} is damaged: repair it, or leave this run out.") from None
 
 
 def _take(run: Run, record: dict[str, Any]) -> None:
-    """Adds a line of the metrics to the run; ValueError, KeyError, TypeError, AttributeError or OverflowError where it
-    is none."""
+    """Adds a line of the metrics to the run; raises ValueError, KeyError, TypeError, AttributeError or OverflowError if
+    the line is invalid."""
     event = record["event"]
     if event not in ("sft", "step", "eval", "probe"):
         return
-    if record["step"] < run.step:  # two processes wrote here
+    if record["step"] < run.step:  # two processes wrote to this file
         raise ValueError(record["step"])
     run.step = int(record["step"])
-    # runs of older versions count sampled tokens alone, and only in their steps
+    # runs of older versions count only sampled tokens, and only in steps
     fallback = record.get("tokens", run.tokens) if event == "step" else run.tokens
     tokens = int(record.get("spent_tokens", fallback))
     fe = int(record["spent_fe"]) if "spent_fe" in record and run.fe is not None else None
-    if event != "probe":  # the last one measures, and may have been counted
+    if event != "probe":  # the last probe only measures, but its line may count it
         run.tokens = tokens
     if event != "probe" or fe is None:
         run.fe = fe
@@ -201,9 +200,9 @@ def _take(run: Run, record: dict[str, Any]) -> None:
     elif event == "eval":
         values[ACCURACY] = record["accuracy"]
         values |= {Curve("accuracy", name): value for name, value in record.get("parts", {}).items()}
-    elif event == "probe" and record.get("rows") != 0:  # a run without steps has none to probe
+    elif event == "probe" and record.get("rows") != 0:  # a run without steps probes no rows
         values[HARD] = record["hard"]
-        # one that a resumed run made for more rows counts all of its round's
+        # a probe that a resumed run made for more rows of a round counts all of the round's rows
         told = [None if record.get(name) is None else int(record[name]) for name in ("rows", "relapsed")]
         look = Look(run.step, told[0], int(record["hard"]), told[1])
         run.looks[record.get("round", len(run.looks))] = look

@@ -1,4 +1,4 @@
-"""Tables of what ``toolx compare`` found, as cells: arms, differences, forgetting, tiers, runs."""
+"""Tables of ``toolx compare`` as cells: arms, differences, forgetting, tiers, runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Cells = list[list[str]]
 
 
 def arm_table(of_arms: Mapping[str, Figures]) -> Cells:
-    """A row for each arm."""
+    """Returns a row for each arm."""
     head = ["arm", "runs", "accuracy before", "accuracy after", "hard before", "hard after", "collapsed"]
     cells = [[*head, "FE", "tokens", "seconds"]]
     for name, arm in of_arms.items():
@@ -34,7 +34,7 @@ def arm_table(of_arms: Mapping[str, Figures]) -> Cells:
 
 
 def difference_table(of_arms: Mapping[str, Figures]) -> Cells:
-    """A row for each arm but the first, with its paired differences to the first."""
+    """Returns a row for each arm except the first, with its paired differences to the first."""
     first, *others = of_arms
     cells = [[f"minus {first}", "accuracy", "hard rows", "share that turned hard again"]]
     for name in others:
@@ -45,7 +45,7 @@ def difference_table(of_arms: Mapping[str, Figures]) -> Cells:
 
 
 def forgetting_table(of_arms: Mapping[str, Figures]) -> Cells:
-    """A row for each arm: the rows that turned hard again."""
+    """Returns a row for each arm, with its training rows that turned hard again."""
     cells = [["forgetting", "later probes", "turned hard again", "share of the solved ones"]]
     for name, arm in of_arms.items():
         cells.append([name, _bare(arm.looks, 1), _bare(arm.relapsed, 1), estimate(arm.relapse_rate, 3)])
@@ -53,7 +53,7 @@ def forgetting_table(of_arms: Mapping[str, Figures]) -> Cells:
 
 
 def tier_table(of_arms: Mapping[str, Figures]) -> Cells:
-    """For each tier a row for each arm: accuracy before and after, and the paired difference to the first arm's."""
+    """Returns a row for each tier and arm: accuracy before and after, and the paired difference to the first arm."""
     first = next(iter(of_arms))
     cells = [["accuracy on a tier", "before", "after", *([f"minus {first}"] if len(of_arms) > 1 else [])]]
     for tier in of_arms[first].tiers:
@@ -66,7 +66,7 @@ def tier_table(of_arms: Mapping[str, Figures]) -> Cells:
 
 
 def run_table(arms: Sequence[Arm]) -> Cells:
-    """A row for each run, finished or not."""
+    """Returns a row for each run, finished or not."""
     head = ["run", "arm", "seed", "steps", "FE", "tokens", "seconds", "accuracy", "hard rows", "turned hard again"]
     cells = [[*head, "collapsed"]]
     for arm in arms:
@@ -100,5 +100,5 @@ def _from_to(run: Run, curve: Curve, digits: int) -> str:
     points = run.points(curve)
     if not points:
         return NOTHING
-    first = "" if points[0].step else f"{points[0].value:.{digits}f} "  # at step 0, or there was nothing before
+    first = "" if points[0].step else f"{points[0].value:.{digits}f} "  # else there was none before the run
     return f"{first}→ {points[-1].value:.{digits}f}"
