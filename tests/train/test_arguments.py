@@ -61,11 +61,11 @@ def on_meta():
         (torch.compile(tiny_model(TOKENIZER, 0)), r"model is .*OptimizedModule: pass the .*, its \._orig_mod"),
         (
             LlamaModel(CONFIG),
-            "model is an object of LlamaModel, which writes no text: load it with AutoModelForCausalL",
+            "model is an object of LlamaModel, which generates no text: load it with AutoModelForCausalL",
         ),
-        (LlamaForSequenceClassification(CONFIG), "LlamaForSequenceClassification, which writes no text: load it with"),
-        (t5(), "model is an object of T5ForConditionalGeneration, an encoder with a decoder: pass a causal LM"),
-        (on_meta(), r"model is an object of LlamaForCausalLM without weights \(on the meta device\): load them"),
+        (LlamaForSequenceClassification(CONFIG), "LlamaForSequenceClassification, which generates no text: load it"),
+        (t5(), "model is an object of T5ForConditionalGeneration, an encoder-decoder: pass a causal LM"),
+        (on_meta(), r"model is an object of LlamaForCausalLM without weights \(on the meta device\): load its"),
         (
             tiny_model(TOKENIZER, 0).requires_grad_(False),
             r"No parameter of the .* needs a gradient: call its requires_",

@@ -56,9 +56,9 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
     assert first_prompt(resumed) == first_prompt(trainer)
     assert resumed.train()["steps"] == 2
     for changed in (lambda template: DATED + "Today. " + template, lambda template: template):
-        with pytest.raises(InputError, match=r"was run on other prompts \(chat template, .* resume with the same"):
+        with pytest.raises(InputError, match=r"was run with other prompts \(chat template, .* resume with the same"):
             make(tmp_path / "run", changed, max_steps=3, resume=True).train()
-    with pytest.raises(InputError, match="was run on other prompts"):
+    with pytest.raises(InputError, match="was run with other prompts"):
         make(tmp_path / "run", dated, max_steps=3, resume=True, date="2026-03-01").train()
     assert "01 Mar 2026." in first_prompt(make(tmp_path / "new", dated))
 
@@ -71,7 +71,7 @@ def opening(template):
     "settings, said",
     [
         ({"thoughts": "forbidden"}, "thoughts='forbidden' leaves nothing to earn"),
-        ({"self_exemplify": True}, "self_exemplify=True wants the examples before the thought"),
+        ({"self_exemplify": True}, "self_exemplify=True needs the examples before the thought"),
     ],
 )
 def test_what_a_template_that_opens_a_thought_cannot_earn_is_refused(settings, said, tmp_path):

@@ -112,9 +112,9 @@ def test_overlong_rows_are_counted_or_left_out(rows):
 
 @pytest.mark.parametrize("dataset", ["builtin,x.jsonl", "x.jsonl, builtin-turns"])
 def test_built_in_tasks_stand_alone(dataset):
-    with pytest.raises(InputError, match="builtin.* is made up for each run: name it alone"):
+    with pytest.raises(InputError, match="builtin.* is generated for each run: name it alone"):
         load_eval_rows(dataset)
-    with pytest.raises(InputError, match="demonstration_dataset=builtin has the rows that builtin evaluates on"):
+    with pytest.raises(InputError, match="demonstration_dataset=builtin holds the evaluation rows of builtin"):
         load_demonstrations(ToolExpanderConfig(demonstration_dataset="builtin"))
 
 

@@ -397,7 +397,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
         ("rows to evaluate on", (training_rows(), held_out[:4]), ()),
         ("demonstrations", (training_rows(), held_out), more),
     ):
-        with pytest.raises(InputError, match=f"was run on other {which}"):
+        with pytest.raises(InputError, match=f"was run with other {which}"):
             ToolExpanderTrainer("tiny", even_is_good, args, *others, demonstrations=demonstrations).train()
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 

@@ -100,5 +100,5 @@ def _from_to(run: Run, curve: Curve, digits: int) -> str:
     points = run.points(curve)
     if not points:
         return NOTHING
-    first = "" if points[0].step else f"{points[0].value:.{digits}f} "  # else there was none before the run
+    first = "" if points[0].step else f"{points[0].value:.{digits}f} "  # step 0: measured before the run
     return f"{first}→ {points[-1].value:.{digits}f}"

@@ -1,1 +1,1 @@
-"""Training: the loop, what it samples and learns from, and how a run is kept and reported."""
+"""Training: the loop, sampling, learning, and the storage and report of a run."""

@@ -1,4 +1,4 @@
-"""The check that the objects given to the trainer are of the kinds that it takes, before anything is done with them."""
+"""Arguments of the trainer: a check of their types before any work is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.named_rewards import named_rewards
 
-# what the trainer calls of its other arguments
+# attributes that the trainer uses of its other arguments
 PARTS = {
     "cold_start": ("__next__",),
     "hard_sample_policy": ("start_round", "groups", "retry", "needs_probe"),
@@ -35,7 +35,7 @@ def check_arguments(
     processing_class: Any,
     **others: Any,
 ) -> None:
-    """Raises InputError for the first argument of ``ToolExpanderTrainer`` that is no such object, with the remedy;
+    """Raises InputError for the first argument of ``ToolExpanderTrainer`` that has the wrong type, with the remedy;
     ``others`` are ``demonstrations`` and those of ``PARTS``."""
     _check_args(args)
     _check_rewards(reward_funcs, args)
@@ -64,7 +64,8 @@ def _check_args(args: Any) -> None:
 
 
 def _check_rewards(reward_funcs: Any, args: ToolExpanderConfig | None) -> None:
-    """What RewardFunctions would call, or not name well; and functions that ``args`` names."""
+    """Refuses objects that RewardFunctions would call although they are no reward functions, or could not name; checks
+    the functions that ``args`` names."""
     if args and args.reward_funcs:
         if reward_funcs is not None:
             raise InputError(f"args.reward_funcs={args.reward_funcs} names reward functions too: choose one.")
@@ -83,21 +84,21 @@ def _check_model(model: Any) -> None:
         return
     inner = unwrapped(model)
     if hasattr(inner, "module") and isinstance(inner, torch.nn.Module) and not isinstance(inner, PreTrainedModel):
-        remedy = "pass the model in it, its .module"
+        remedy = "pass the wrapped model, its .module"
     elif hasattr(inner, "_orig_mod"):
-        remedy = "pass the model that was compiled, its ._orig_mod, and torch_compile=True"
+        remedy = "pass the uncompiled model, its ._orig_mod, and torch_compile=True"
     if isinstance(inner, type) and hasattr(inner, "from_pretrained"):
         remedy = f"pass a model that {inner.__name__}.from_pretrained gives, or the name of one"
     if not isinstance(inner, PreTrainedModel):
         raise InputError(f"model is {_described(model)}: {remedy}.")
     if inner.config.is_encoder_decoder:
-        raise InputError(f"model is {_described(model)}, an encoder with a decoder: pass a causal LM.")
+        raise InputError(f"model is {_described(model)}, an encoder-decoder: pass a causal LM.")
     if not inner.can_generate() or inner.get_output_embeddings() is None:
         raise InputError(
-            f"model is {_described(model)}, which writes no text: load it with AutoModelForCausalLM instead."
+            f"model is {_described(model)}, which generates no text: load it with AutoModelForCausalLM instead."
         )
     if any(parameter.is_meta for parameter in inner.parameters()):
-        raise InputError(f"model is {_described(model)} without weights (on the meta device): load them.")
+        raise InputError(f"model is {_described(model)} without weights (on the meta device): load its weights.")
 
 
 def _check_tokenizer(tokenizer: Any, named: bool) -> None:
@@ -127,7 +128,7 @@ def _check_rows(name: str, rows: Any) -> None:
 
 
 def _described(value: Any) -> str:
-    """As in "model is the number 3", or "is the class LlamaForCausalLM"."""
+    """Describes a value for a message: "model is the number 3", "is the class LlamaForCausalLM"."""
     if value is None:
         return "None"
     if isinstance(value, type):

@@ -1,4 +1,4 @@
-"""The cold start: supervised steps that a run may begin with, their examples and tokens."""
+"""The cold start: optional supervised steps at the start of a run, their examples and tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from toolx_kernels.train.reporter import Reporter
 from toolx_kernels.train.update.batch import PackedGroup
 from toolx_kernels.train.update.learner import Learner
 
-OWN_EXAMPLES = 4  # more than three are rewarded
-BEFORE_TURNS = 9600  # examples in one turn, from which the tiny model learns to copy before it meets episodes
+OWN_EXAMPLES = 4  # the reward asks for more than three
+BEFORE_TURNS = 9600  # single-turn examples that teach the tiny model to copy before it sees episodes
 
 
 def imitate(
@@ -33,9 +33,9 @@ def imitate(
     report: Reporter,
     naming: Callable[[str], AbstractContextManager],
 ) -> None:
-    """Supervised steps on (partly demonstrated) prompts and their answers; linear warm-up and decay.
+    """Runs supervised steps on prompts (some with demonstrations) and their answers; linear warm-up and decay.
 
-    ``naming`` is a context that says of a diverged update where it happened.
+    ``naming`` is a context that adds the place to the error of a diverged update.
     """
     learner.begin(args.cold_start_learning_rate)
     with report.bar.stretch("cold start", args.cold_start_steps):
@@ -52,7 +52,7 @@ def imitate(
 
 
 def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episode] | None:
-    """The examples that a built-in task brings; None for any other dataset."""
+    """Returns the examples that come with a built-in task; None for any other dataset."""
     if config.dataset == "builtin":
         return builtin.cold_start_examples(config.seed, config.cold_start_self_exemplify)
     if config.dataset == "builtin-turns":
@@ -66,10 +66,10 @@ def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episod
 def cold_start_examples(
     config: ToolExpanderConfig, rows: Sequence[Row], demonstrations: DemonstrationIndex
 ) -> Iterator[Example]:
-    """An endless stream of supervised examples from the rows' answers.
+    """Yields supervised examples from the rows' answers, endlessly.
 
-    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one. Another share writes
-    four other rows as examples of its own first (``config.cold_start_self_exemplify``).
+    A share of them shows demonstrations: a model that never saw a few-shot prompt cannot use one. Another share first
+    writes four other rows as its own examples (``config.cold_start_self_exemplify``).
     """
     rng = random.Random(f"cold start {config.seed}")
     while True:
@@ -88,10 +88,9 @@ def cold_start_examples(
 
 
 def supervised(prompts: Prompts, example: Example | Episode) -> tuple[PackedGroup, int]:
-    """What the model is to imitate, as tokens, with as many of the example's demonstrations as fit; and how many did
-    not.
+    """Returns the tokens of an example, with as many of its demonstrations as fit, and the number that did not fit.
 
-    Only examples of the self-exemplifying form show its instructions, whatever form the run has.
+    Only examples of the self-exemplifying form show its instructions, whatever the form of the run.
     """
     chat, row = prompts.chat, example.row
     if isinstance(example, Episode):

@@ -1,9 +1,10 @@
-"""Dynamic multi-round hard sampling (arXiv 2510.07737): what happens to prompts that the model never gets right.
+"""Hard sampling in rounds (arXiv 2510.07737): probes, and the table of rows that the model never solves.
 
-A training row is *hard* when none of ``probe_rollouts`` rollouts of its raw prompt is solved (``Task.solved``). Before
-each round its rows are probed; a hard row gets demonstrations for that round, and is raw again once a probe solves it.
+A training row is *hard* when none of ``probe_rollouts`` rollouts of its raw prompt is solved (``Task.solved``). Each
+round begins with a probe of its rows; a hard row gets demonstrations for that round, and is raw again once a probe
+solves it.
 
-    probe -> HardSamples (the table) -> Demonstrator (which demonstrations) -> policy (what is rolled out with them)
+    probe -> HardSamples (the table) -> Demonstrator (chooses demonstrations) -> policy (samples with them)
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.groups import RAW, ScoredGroup
 
 Demonstrations = tuple[Row, ...]
-# Asks for n more rollouts of each (row, demonstrations), from a rollout index on: was any of them solved?
+# Samples n more rollouts of each (row, demonstrations), from a rollout index on; returns whether any was solved
 Attempt = Callable[[list[tuple[int, Demonstrations]], int, int], list[bool]]
 
 
 @dataclass(slots=True)
 class Probe:
-    """What a probe found.
+    """Result of a probe.
 
-    tried     per probed row, the rollouts begun when it left: after the first wave with a solved one, or after all
-    hard      the rows without any solved rollout, in the order asked
+    tried     rollouts started per probed row: up to the first wave with a solved one, or all
+    hard      the rows without any solved rollout, in the order given
     """
 
     tried: dict[int, int]
@@ -39,7 +40,7 @@ class Probe:
 
 
 def waves(rollouts: int) -> list[int]:
-    """Sizes of the waves in which a prompt is probed: it leaves after the first wave that holds a solved rollout.
+    """Returns the sizes of the waves in which a prompt is probed; it leaves after the first wave with a solved rollout.
 
     >>> waves(10)
     [1, 3, 6]
@@ -73,17 +74,17 @@ def probe(asked: Iterable[tuple[int, Demonstrations]], rollouts: int, attempt: A
 
 @dataclass(slots=True)
 class RowState:
-    """What is known of one training row; a line of ``hard_samples.jsonl``.
+    """State of one training row; a line of ``hard_samples.jsonl``.
 
-    probes          [round, solved (0 or 1: it leaves at the first), rollouts begun] of each probe
-    draws           [rollouts, how many were solved] of its raw prompt in steps, retries aside
-    demonstrations  ids of the rows that its prompt shows in the present round; none: it is raw
-    cut             demonstrations that were left out of these because the model's context would not hold them
-    verified        whether these made a model answer correctly; null when nobody asked
-    tries           choices of demonstrations that were tried for the present ones
-    retired         rounds whose probe solved the row after one that had not
-    relapsed        rounds whose probe failed on the row after one that had solved it
-    only_shown      rounds in which all rollouts with demonstrations were solved, so that nothing was learned
+    probes          [round, solved (0 or 1: the first solved one ends it), rollouts started] of each probe
+    draws           [rollouts, solved ones] of its raw prompt in steps, without retries
+    demonstrations  ids of the rows that its prompt shows in the current round; empty: it is raw
+    cut             demonstrations left out because the model's context cannot hold them
+    verified        whether these made a model answer correctly; null if not verified
+    tries           draws of demonstrations up to the current ones
+    retired         rounds whose probe solved the row after a probe that had not
+    relapsed        rounds whose probe failed on the row after a probe that had solved it
+    only_shown      rounds in which all rollouts with demonstrations were solved, so nothing was learned
     """
 
     probes: list[list[int]] = field(default_factory=list)
@@ -105,10 +106,10 @@ class HardSamples:
     """The state of every training row; part of each checkpoint."""
 
     def __init__(self, rows: Sequence[Row], demonstrations: Sequence[Row] = ()):
-        """``demonstrations`` are more rows whose ids the table may name.
+        """``demonstrations`` are additional rows whose ids the table may contain.
 
         Raises:
-            InputError: one of them has the id of a training row and is another row.
+            InputError: one of them has the id of a training row but differs from it.
         """
         own = {row.id: row for row in rows}
         for row in demonstrations:
@@ -116,12 +117,12 @@ class HardSamples:
                 raise InputError(f"The demonstrations hold another row with the id {row.id!r}: make ids unique.")
         self.rows = rows
         self.states = [RowState() for _ in rows]
-        self.hard = 0  # rows that are hard at present
+        self.hard = 0  # number of rows that are hard now
         self._place = {row.id: place for place, row in enumerate(rows)}
         self._by_id = {row.id: row for row in (*demonstrations, *rows)}
 
     def record(self, found: Probe, round_index: int) -> None:
-        """Enters a probe of raw prompts. Rows that it solved lose their demonstrations."""
+        """Records a probe of raw prompts. Solved rows lose their demonstrations."""
         hard = set(found.hard)
         before = sum(self.states[row].hard for row in found.tried)
         for row, rollouts in found.tried.items():
@@ -134,10 +135,10 @@ class HardSamples:
         self.hard += len(hard) - before
 
     def draw(self, groups: Iterable[ScoredGroup], round_index: int) -> None:
-        """Enters what a step has sampled for rows, before anything is retried.
+        """Records the groups that a step sampled, before retries.
 
-        Where a group is scored with demonstrations and all of it is solved, it has no gradient, and would have none the
-        next time: the row's prompt shows one demonstration less from here on, and none once the last one is gone.
+        A group that is scored with demonstrations and all solved has no gradient, and would have none next time: from
+        now on the row's prompt shows one demonstration fewer, down to none.
         """
         for group in groups:
             state, help = self.states[group.plan.row], group.plan.scored_with
@@ -157,10 +158,9 @@ class HardSamples:
         return tuple(self._by_id[name] for name in self.states[row].demonstrations)
 
     def counters(self, round_index: int) -> dict[str, int]:
-        """Of the rows that were probed for the round: how many are hard, how many of these are shown with
-        demonstrations and how many found none, how many demonstrations the context cut from these, how many rows are
-        solved or hard unlike the last time, and of how many hard rows demonstrations solved all rollouts since the
-        last time."""
+        """Counts the rows probed for the round: all, the hard ones, hard ones with and without demonstrations,
+        demonstrations that the context cut, rows newly solved, rows newly hard again, and hard rows whose rollouts with
+        demonstrations were all solved since the last probe."""
         probed = [state for state in self.states if state.probes and state.probes[-1][0] == round_index]
         hard = [state for state in probed if state.hard]
         shown = sum(bool(state.demonstrations) for state in hard)
@@ -176,7 +176,7 @@ class HardSamples:
         }
 
     def lines(self) -> list[dict]:
-        """The table for people: one object per row that was ever probed or sampled."""
+        """Human-readable table: one object per row that was ever probed or sampled."""
         names = tuple(RowState.__dataclass_fields__)
         return [
             {"id": row.id, "hard": state.hard} | {name: getattr(state, name) for name in names}
@@ -185,7 +185,7 @@ class HardSamples:
         ]
 
     def load(self, lines: Iterable[dict]) -> None:
-        """Takes up the table of a checkpoint, written by ``lines``."""
+        """Loads the table of a checkpoint, written by ``lines``."""
         for line in lines:
             values = {name: line[name] for name in RowState.__dataclass_fields__}
             self.states[self._place[line["id"]]] = RowState(**values)

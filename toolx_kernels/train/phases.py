@@ -1,4 +1,4 @@
-"""Phases of a run: seconds and peak memory of each, and the bar that shows them."""
+"""Phases of a run: their seconds and peak memory, and the bar that shows them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from toolx_kernels.progress import ProgressBar
 
 
 class Phases:
-    """Seconds and peak memory of a run under the name of what is going on: "rollout", "forward", ...
+    """Measures seconds and peak memory of a run by phase: "rollout", "forward", ...
 
-    A phase inside another one is no part of it: its seconds are taken from it, and its peak is not its own. So the
-    seconds of all phases add up to the time spent in any. On a GPU a phase ends when its kernels have, which costs one
+    A nested phase is not part of the outer one: its seconds and its peak count only for itself. So the seconds of all
+    phases add up to the total time in phases. On a GPU a phase ends when its kernels have finished, which costs one
     wait for the device at each change.
 
     seconds   by phase
-    peaks     bytes by phase: on a GPU of torch's tensors; on a CPU the resident memory of the process, or, where the
-              kernel does not let its high-water mark be lowered, the largest since the process began
-    bar       of the run; by default one that is not shown
+    peaks     bytes by phase: on a GPU of torch's tensors; on a CPU the resident memory of the process, or, if its
+              high-water mark cannot be reset, the maximum since the process began
+    bar       the progress bar of the run; by default a hidden one
     """
 
     def __init__(self, device: torch.device, bar: ProgressBar | None = None):
@@ -44,11 +44,11 @@ class Phases:
             self._running.pop()
 
     def since(self, before: Mapping[str, float]) -> dict[str, float]:
-        """The seconds that came since ``seconds`` was ``before``."""
+        """Returns the seconds added since ``seconds`` was ``before``."""
         return {n: spent - before.get(n, 0.0) for n, spent in self.seconds.items() if spent > before.get(n, 0.0)}
 
     def _switch(self) -> None:
-        """Books time and peak so far for the phase that ends or is interrupted, and begins anew."""
+        """Records time and peak of the phase that ends or is interrupted, and resets both."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

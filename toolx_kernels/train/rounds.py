@@ -1,4 +1,4 @@
-"""Rounds of a run: a probe before each, then its batches of prompts, hard ones sampled as the policy says."""
+"""Rounds of a run: each begins with a probe, then samples batches of prompts, hard ones by the policy."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from toolx_kernels.train.hard_sampling import HardSamples, Probe, probe
 from toolx_kernels.train.policies.hard_samples import HardSamplePolicy
 from toolx_kernels.train.policies.prompt_order import PromptOrder
 
-# Retries and probes draw from other random streams than the first draws of steps, and verifications from yet others.
+# Retries, probes and verifications each use other random streams than the first draws of steps.
 RETRY_STREAM = 1 << 30
 PROBE_STREAM = 1 << 31
-MOST_TRIES = 16  # of one step, each with a stream of its own
+MOST_TRIES = 16  # per step, each with a separate stream
 
-COUNTS = ("step", "batch", "supervised", "probed_round", "trained_tokens", "trained_fe")  # kept by a checkpoint
+COUNTS = ("step", "batch", "supervised", "probed_round", "trained_tokens", "trained_fe")  # saved in a checkpoint
 
 
 class Rounds:
     """A run as batches of prompts: ``per_epoch`` of them are an epoch, ``per_round`` a round, ``total`` the run.
 
     step            optimizer steps done
-    batch           batches drawn: one a step, unless groups are dropped and the step filled up
-    probed_round    the one whose probe was done last
-    trained_tokens  that passed through the training forward
+    batch           batches drawn: one per step, unless groups are dropped and the step filled up
+    probed_round    the round of the last probe
+    trained_tokens  tokens that passed through the training forward
     trained_fe      forward-equivalents of all updates, see ``Learner.improve``
-    supervised      steps of these that sampled nothing
+    supervised      those steps that sampled nothing
     table           the state of every training row
     """
 
@@ -43,7 +43,7 @@ class Rounds:
         self.table, self.policy, self.order, self.collector, self.args = table, policy, order, collector, args
         self.step = self.batch = self.supervised = self.trained_tokens = self.trained_fe = 0
         self.probed_round = -1
-        self._begun = -1  # by this process; a resumed run begins its round once more
+        self._begun = -1  # round begun by this process; a resumed run begins its round again
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
         self.per_round = self.per_epoch * args.epochs_per_round
         self.total = args.num_train_epochs * self.per_epoch
@@ -59,18 +59,18 @@ class Rounds:
         self.table.load(state["table"])
         self._begun = -1
 
-    # ---- where the run stands
+    # ---- progress of the run
 
     @property
     def planned_steps(self) -> int:
-        """Steps that the run takes if no group is dropped and no budget of tokens ends it sooner."""
+        """Steps that the run takes if no group is dropped and no token budget ends it earlier."""
         return min(self.total, self.args.max_steps) if self.args.max_steps > 0 else self.total
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, by the limit that ends it first; 1 or more: all of it.
+        """The share of the run that is done, by the limit that ends it first; 1 or more when it is finished.
 
-        Without a budget of steps or tokens a run is its batches; supervised steps, which draw none, count as one each.
+        Without a budget of steps or tokens the batches are the limit; supervised steps draw none and count as one each.
         """
         args = self.args
         spent = [(self.step, args.max_steps), (self.spent_tokens, args.max_tokens), (self.spent_fe, args.max_fe)]
@@ -83,35 +83,35 @@ class Rounds:
 
     @property
     def next_round(self) -> int:
-        """The round of the next batch."""
+        """Round index of the next batch."""
         return self.batch // self.per_round
 
     @property
     def at_round_start(self) -> bool:
-        """Whether the next batch begins a round."""
+        """Whether the next batch starts a round."""
         return self._begun != self.next_round
 
     def passed(self, unit: str) -> int:
-        """Rounds or epochs before that of the batch drawn last, or steps of RL done."""
+        """Returns the rounds or epochs completed before the last drawn batch, or the RL steps done."""
         if unit == "step":
             return self.step - self.supervised
         return max(0, self.batch - 1) // {"round": self.per_round, "epoch": self.per_epoch}[unit]
 
     @property
     def spent_tokens(self) -> int:
-        """Tokens that the method cost so far: written in steps and verifications, trained on, and written in probes
-        if the hard-sample policy needs them; evaluations and the last probe are measurements."""
+        """Tokens that the method spent so far: written in steps and verifications, trained on, and written in probes
+        if the hard-sample policy needs them. Evaluations and the last probe only measure and do not count."""
         return self.trained_tokens + sum(self.collector.tokens[purpose] for purpose in self._of_method())
 
     @property
     def spent_fe(self) -> int:
-        """The same in forward-equivalents: what was prefilled counts too, and training three times or more."""
+        """The same in forward-equivalents: prefilled tokens count too, and trained ones three times or more."""
         read, written = self.collector.prefilled, self.collector.tokens
         return self.trained_fe + sum(read[purpose] + written[purpose] for purpose in self._of_method())
 
     @property
     def spent(self) -> dict[str, int]:
-        """Both, as metrics name them."""
+        """Both, under their names in the metrics."""
         return {"spent_tokens": self.spent_tokens, "spent_fe": self.spent_fe}
 
     def _of_method(self) -> list[str]:
@@ -125,16 +125,16 @@ class Rounds:
         return self.args.probe_every or int(self.policy.needs_probe)
 
     def members(self, round_index: int, rounds: int = 1) -> list[int]:
-        """The training rows that so many rounds may use, in dataset order."""
+        """Returns the training rows that ``rounds`` rounds from ``round_index`` on may use, in dataset order."""
         first = round_index * self.per_round
         return self.order.candidates(range(first, min(first + rounds * self.per_round, self.total)))
 
     def begin_round(self) -> Probe | None:
-        """Probes the raw prompts of the next batch's round, and of those up to the next probe, then lets the policy
-        choose what it shows with hard ones.
+        """Probes the raw prompts of the next batch's round and of the rounds up to the next probe, then lets the policy
+        prepare the hard ones.
 
-        Rows that were probed already are left out: between two probes all of them, and when a run is resumed those that
-        an earlier, smaller ``max_steps`` did not skip. Returns None if there are no others.
+        Skips rows that were already probed for these rounds. When a resumed run re-enters a round, only rows that an
+        earlier, smaller ``max_steps`` skipped are probed. Returns None if there are none.
         """
         self._begun, every = self.next_round, self._probe_every
         due = self.next_round // every * every if every else 0
@@ -150,11 +150,11 @@ class Rounds:
         return found
 
     def measure(self) -> Probe:
-        """Probes the rows of the first probe once more, after the run."""
+        """Probes the rows of the first probe again, after the run."""
         return self.probe(self.members(0, self._probe_every or 1), self.probed_round + 1, "measure")
 
     def probe(self, members: list[int], round_index: int, purpose: str = "probe") -> Probe:
-        """Finds the rows among ``members`` whose raw prompts get no solved rollout, and enters them in the table."""
+        """Probes the raw prompts of ``members`` and records the result in the table."""
         attempt = self.collector.attempt(PROBE_STREAM + round_index, purpose)
         found = probe([(row, ()) for row in members], self.args.probe_rollouts, attempt)
         self.table.record(found, round_index)
@@ -163,11 +163,12 @@ class Rounds:
     # ---- steps
 
     def next_groups(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """The groups that the next step learns from, and all that were sampled for it.
+        """Returns the groups that the next step learns from, and all that were sampled for it.
 
-        What the prompt order does not keep is replaced by groups of the round's next batches, as long as it allows.
+        Groups that the prompt order does not keep are replaced from the round's next batches, up to its limit.
 
-        Raises InputError: the order or the policy names nothing to sample, or a row that is not there.
+        Raises InputError: the order or the policy returns nothing to sample, or a row index out of range; or the policy
+        never stops retrying.
         """
         kept: list[ScoredGroup] = []
         sampled: list[ScoredGroup] = []
@@ -177,12 +178,14 @@ class Rounds:
         for batch in batches:
             rows = self.order.rows(batch, self.table)
             if any(not 0 <= row < len(self.table.rows) for row in rows):
-                raise InputError(f"{_name(self.order)}.rows gives {rows}, and there are {len(self.table.rows)} rows.")
+                raise InputError(
+                    f"{_name(self.order)}.rows returned {rows}: return indices of the {len(self.table.rows)} rows."
+                )
             plans = [plan for row in rows for plan in self.policy.groups(self.table, row)]
             if not plans:
                 raise InputError(
-                    f"Batch {batch} has nothing to sample: {_name(self.order)}.rows gave {rows}, and "
-                    f"{_name(self.policy)}.groups no group for these."
+                    f"Batch {batch} has nothing to sample, as {_name(self.order)}.rows returned {rows} and "
+                    f"{_name(self.policy)}.groups no group for these: return at least one row and group."
                 )
             groups = self.collector.groups(plans, batch)
             self.table.draw(groups, self.next_round)
@@ -190,23 +193,23 @@ class Rounds:
             self.batch = batch + 1
             sampled += groups
             kept += [group for group in groups if self.order.keeps(group)]
-            # further groups of retries are no more than there are dead ones, which an order that drops groups drops
+            # separate groups of retries are at most as many as dead groups, which an order that drops groups drops
             wanted = wanted or max(len(plans), len(kept))
             if len(kept) >= wanted:
                 break
         kept = kept[:wanted]
-        for group in kept:  # a retry that does not join its group divides the loss in the place of that
+        for group in kept:  # a retry in a separate group counts for the loss only if its dead group is not kept
             group.counted = not any(group.retry_of is other for other in kept)
         return kept, sampled
 
     def _retry(self, groups: Sequence[ScoredGroup], batch: int) -> list[ScoredGroup]:
-        """Samples groups of the batch again, as the policy asks; returns those that do not join the ones there are."""
+        """Samples groups of the batch again, as the policy decides; returns retries that form separate groups."""
         further: list[ScoredGroup] = []
         number = 0
         while again := self.policy.retry(self.table, groups):
             if number == MOST_TRIES:
                 raise InputError(
-                    f"{_name(self.policy)}.retry names groups for more than {MOST_TRIES} tries of one step: let it "
+                    f"{_name(self.policy)}.retry returns groups for more than {MOST_TRIES} tries in one step: let it "
                     "stop by their tries."
                 )
             stream = RETRY_STREAM + batch * MOST_TRIES + number
@@ -225,7 +228,7 @@ class Rounds:
         return further
 
     def finish_step(self, update: dict, *, supervised: bool = False) -> None:
-        """Counts a step with what ``Learner.improve`` told of it."""
+        """Counts a step, given the metrics that ``Learner.improve`` returned."""
         self.step += 1
         self.supervised += supervised
         self.trained_tokens += update["trained_tokens"]

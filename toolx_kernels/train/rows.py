@@ -1,4 +1,4 @@
-"""Rows for training and for evaluation, by the names of datasets."""
+"""Rows for training and evaluation, loaded by dataset name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ BUILT_IN_EVAL_ROWS = 480
 
 
 def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows as the config names them.
+    """Loads the training and held-out rows that the config names.
 
-    A built-in task makes both; of any other dataset ``eval_fraction`` of the rows is held out unless
+    A built-in task generates both; from any other dataset ``eval_fraction`` of the rows is held out unless
     ``eval_dataset`` is given.
+
+    Raises:
+        InputError: a dataset cannot be read, or leaves no rows for training or evaluation.
     """
     dataset = config.dataset or "builtin"
     if built_in := BUILT_IN.get(dataset):
@@ -42,24 +45,24 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
 
 
 def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
-    """All rows of a dataset; of a built-in task ``count`` held-out ones, always the same."""
+    """Loads ``count`` rows of a dataset (default: all), or held-out rows of a built-in task, always the same."""
     if built_in := BUILT_IN.get(dataset):
         return built_in.heldout_rows(count or BUILT_IN_EVAL_ROWS, seed=0)
     return some_rows(_read(dataset), count)
 
 
 def load_demonstrations(config: DataSettings) -> list[Row]:
-    """More rows to demonstrate with: as ``demonstration_dataset`` names them, else those that the task brings."""
+    """Loads additional rows for demonstrations: ``demonstration_dataset``, else those that come with the task."""
     dataset = config.demonstration_dataset
     if dataset in BUILT_IN:
-        raise InputError(f"demonstration_dataset={dataset} has the rows that {dataset} evaluates on: name a file.")
+        raise InputError(f"demonstration_dataset={dataset} holds the evaluation rows of {dataset}: name a file.")
     if dataset is None and config.dataset == "builtin-facts":
         return builtin_facts.documentation()
     return read_dataset(dataset) if dataset else []
 
 
 def demonstration_rows(rows: Sequence[Row], more: Sequence[Row]) -> list[Row]:
-    """``rows``, and those of ``more`` that have the id of none of them."""
+    """Returns ``rows`` plus those of ``more`` whose ids are not among theirs."""
     ids = {row.id for row in rows}
     return [*rows, *(row for row in more if row.id not in ids)]
 
@@ -67,7 +70,7 @@ def demonstration_rows(rows: Sequence[Row], more: Sequence[Row]) -> list[Row]:
 def _read(dataset: str) -> list[Row]:
     for name in dataset.split(","):
         if name.strip() in BUILT_IN:
-            raise InputError(f"{name.strip()} in {dataset!r} is made up for each run: name it alone.")
+            raise InputError(f"{name.strip()} in {dataset!r} is generated for each run: name it alone.")
     return read_dataset(dataset)
 
 
@@ -76,7 +79,7 @@ def _content(row: Row) -> str:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Tells these rows, in this order, from any others."""
+    """Returns a hash of these rows in this order."""
     state = hashlib.sha256()
     for row in rows:
         state.update(f"{row.id}\n{_content(row)}\n".encode())
@@ -84,15 +87,15 @@ def digest(rows: Sequence[Row]) -> str:
 
 
 def shared_rows(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """Those of ``rows`` whose content one of ``others`` has too."""
+    """Returns those of ``rows`` whose content also occurs in ``others``."""
     contents = {_content(row) for row in others}
     return [row for row in rows if _content(row) in contents]
 
 
 def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a row's content alone decides.
+    """Splits rows into (train, held out) by their content alone.
 
-    So the split outlives changes to the rest of the dataset, wherever it lies, and equal rows are on one side.
+    So the split of a row does not depend on the rest of the dataset or its place, and equal rows are on one side.
     """
 
     def place(row: Row) -> float:
@@ -102,14 +105,14 @@ def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Ro
     train = [row for row in rows if place(row) >= fraction]
     if not train or not held_out:
         raise InputError(
-            f"A dataset of {len(rows)} rows leaves {len(train)} to train on and {len(held_out)} to evaluate on at "
+            f"A dataset of {len(rows)} rows leaves {len(train)} for training and {len(held_out)} for evaluation at "
             f"eval_fraction={fraction}: give more rows, another fraction, or an eval_dataset."
         )
     return train, held_out
 
 
 def some_rows(rows: list[Row], count: int | None, seed: int = 0) -> list[Row]:
-    """``count`` of the rows, drawn once, in their order."""
+    """Returns ``count`` random rows in their order (default: all); the same for the same seed."""
     if count is None or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(f"rows {seed}").sample(range(len(rows)), count))]

@@ -1,4 +1,4 @@
-"""The task of a run: rows to train and to evaluate on, their prompts, what is right and what is rewarded."""
+"""The task of a run: rows for training and evaluation, their prompts, the judge and the rewards."""
 
 from __future__ import annotations
 
@@ -27,34 +27,38 @@ Solved = Callable[[Rewards], list[bool]]
 
 
 def solved_by_default(rewards: Rewards) -> list[bool]:
-    """By the default reward, whatever its weight: 1 is for the right calls, a bonus is beyond."""
+    """Solved by the default reward, whatever its weight: right calls earn 1, a bonus comes on top."""
     (values,) = rewards.parts.values()
     return [value is not None and value >= 1 for value in values]
 
 
 def solved_by_total(least: float, rewards: Rewards) -> list[bool]:
-    """By a user's reward functions."""
+    """Solved by a user's reward functions: their total is at least ``least``."""
     return [total >= least for total in rewards.total]
 
 
 def judge_and_rewards(
     args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | None, chat: Chat
 ) -> tuple[Judge, RewardFunctions, Solved]:
-    """What is right, what is rewarded and what counts as solved; by default in the form that ``args`` choose and
-    ``chat`` writes calls in."""
+    """Returns the judge, the rewards and the test for solved rollouts. The default reward depends on ``args`` and on
+    the form in which ``chat`` writes calls.
+
+    Raises:
+        InputError: the form that ``args`` asks for and the chat template's thoughts exclude each other.
+    """
     form = chat.tool_format
     if args.reward_funcs:
         reward_funcs = named_rewards(args.reward_funcs)
     if args.self_exemplify and chat.conventions.opens_thought:
         raise InputError(
-            "self_exemplify=True wants the examples before the thought, and the chat template opens a thought first: "
-            "tell it not to with chat_template_kwargs, or leave self_exemplify out."
+            "self_exemplify=True needs the examples before the thought, and the chat template opens a thought first: "
+            "switch that off with chat_template_kwargs, or leave out self_exemplify."
         )
     solved = solved_by_default if reward_funcs is None else partial(solved_by_total, args.solved_reward)
     if reward_funcs is None:
         if args.thoughts == "forbidden" and chat.conventions.opens_thought:
             raise InputError(
-                "thoughts='forbidden' leaves nothing to earn, as the chat template opens a thought: tell it not to "
+                "thoughts='forbidden' leaves nothing to earn, as the chat template opens a thought: switch that off "
                 "with chat_template_kwargs, or allow thoughts."
             )
         allowed = chat.conventions.thinks if args.thoughts == "auto" else args.thoughts == "allowed"
@@ -67,28 +71,28 @@ def judge_and_rewards(
 
 
 def judge_of(chat: Chat, self_exemplify: bool) -> Judge:
-    """What is right, in the form in which ``chat`` writes calls."""
+    """Returns the judge of answers in the form in which ``chat`` writes calls."""
     return partial(is_answer_correct if self_exemplify else is_correct, tool_format=chat.tool_format)
 
 
 def prompts_of(asked: ChatSettings, tokenizer: PreTrainedTokenizerBase, context: int, self_exemplify: bool) -> Prompts:
-    """Prompts in the form that is ``asked`` for or that the tokenizer's chat template wants."""
+    """Returns prompts in the form that the settings ``asked`` name, or else that of the tokenizer's chat template."""
     chat = Chat(tokenizer, asked.tool_format, asked.chat_template_kwargs, asked.date)
     return Prompts(chat, context, instructions(chat.tool_format) if self_exemplify else "")
 
 
 class Task:
-    """What a run learns.
+    """The task that a run learns.
 
     Args:
-        rows, eval_rows: to train and to evaluate on.
-        demonstrations: more rows that demonstrations are taken from, besides ``rows``.
-        prompts: of all these rows, as token ids.
-        judge: whether the calls of an answer are right, which an evaluation counts.
-        rewards: what rollouts earn.
-        solved: which rollouts are solved, given what they earned, which decides what is hard and what is dead.
+        rows, eval_rows: for training and for evaluation.
+        demonstrations: additional rows to take demonstrations from, besides ``rows``.
+        prompts: makes token ids of all these rows.
+        judge: says whether the calls of an answer are right; an evaluation counts them.
+        rewards: compute the rewards of rollouts.
+        solved: says which rollouts are solved, given their rewards; decides which rows are hard and which groups dead.
         demonstrate_rows: whether ``rows`` may be demonstrations for one another.
-        left_out: how many rows do not fit the model's context, and are not among these.
+        left_out: number of rows dropped because they do not fit the model's context.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class Task:
         return self.solved(self.rewards(rows, rollouts))
 
     def check_same(self, run: Path, digests: dict[str, str]) -> None:
-        """Raises InputError when the run was on other rows than these."""
+        """Raises InputError if the run used other rows or prompts than these."""
         for name, own in self.digests.items():
             if digests[name] != own:
-                raise InputError(f"{run} was run on other {name}: resume with the same, or start another run.")
+                raise InputError(f"{run} was run with other {name}: resume with the same, or start another run.")

@@ -1,17 +1,17 @@
-"""The training run, top to bottom.
+"""The trainer: a training run, top to bottom.
 
     cold start -> evaluate -> for each round: probe, give hard prompts demonstrations ->
         for each step: prompts -> rollouts -> rewards -> retries -> selection -> advantages -> update
     -> evaluate -> probe -> summary
 
-Five parts do it: the task (rows, prompts, what is right, what is rewarded), the collector (rollouts and their rewards),
-the rounds (which prompts are next), the learner (weights) and the reporter (all that is said of it).
+Five parts do the work: the task (rows, prompts, judge, rewards), the collector (rollouts and their rewards), the rounds
+(the next prompts), the learner (weights) and the reporter (all output).
 
-An epoch is a permutation of the training rows, cut into batches of ``prompts_per_step``; what does not fill a batch
-waits for another epoch.
+An epoch is a permutation of the training rows, cut into batches of ``prompts_per_step``; rows that do not fill a batch
+wait for another epoch.
 
-What this is not: it knows one device and no distributed training. Everything random is a function of (seed, step,
-row), so a resumed run goes on bit for bit where the checkpoint stood.
+What this is not: it uses one device, without distributed training. Everything random is a function of (seed, step,
+row), so a resumed run continues bit for bit from its checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.verification import Verification
 
-# what a checkpoint keeps the state of, besides weights and optimizer
+# parts whose state a checkpoint keeps, besides weights and optimizer
 WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")
 
 
@@ -66,26 +66,26 @@ class ToolExpanderTrainer:
     """Trains ``model`` in place with ToolExpander (arXiv 2510.07737).
 
     Args:
-        model: a transformers causal LM or the name of one (see ``load_model``). One that has a LoRA adapter, of peft's
-            ``get_peft_model`` or transformers' ``add_adapter``, trains that one (see ``adopt_adapter``).
+        model: a transformers causal LM or its name (see ``load_model``). If it has a LoRA adapter, from peft's
+            ``get_peft_model`` or transformers' ``add_adapter``, that adapter is trained (see ``adopt_adapter``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
-            signature, plain or async; their rewards times ``args.reward_weights`` add up, None adds nothing. Default:
-            those that ``args.reward_funcs`` names, else 1 for the right calls and nothing else in the completion and 0
-            otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
+            signature, sync or async; the sum of their rewards times ``args.reward_weights`` counts, None adds nothing.
+            Default: those that ``args.reward_funcs`` names, else 1 for the right calls and nothing else in the
+            completion and 0 otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
-        processing_class: the tokenizer; by default, when ``model`` is a name, the one that is loaded with it.
-        cold_start: examples to imitate before RL, endless; default: the training rows' answers, a part of them with
-            demonstrations. Used when ``args.cold_start_steps`` is set.
-        demonstrations: more rows that demonstrations are taken from, besides the training rows.
-        tools, environment_factory: Python functions, or what makes an environment for each rollout, that the model may
-            call in turns; TRL's names and habits, see ``Toolbox``. With either, rollouts have several turns.
-        hard_sample_policy, prompt_order, group_selector, advantage_shaper, policy_loss: instead of what ``args``
-            choose; see the protocols in ``policies`` and docs/remedies.md.
+        processing_class: the tokenizer; default if ``model`` is a name: the one loaded with it.
+        cold_start: endless iterator of examples to imitate before RL; default: the training rows' answers, some with
+            demonstrations. Used if ``args.cold_start_steps`` is set.
+        demonstrations: additional rows to take demonstrations from, besides the training rows.
+        tools, environment_factory: Python functions, or a function that makes an environment for each rollout, that the
+            model may call in several turns; names and behavior as in TRL, see ``Toolbox``.
+        hard_sample_policy, prompt_order, group_selector, advantage_shaper, policy_loss: replace what ``args`` choose;
+            see the protocols in ``policies`` and docs/remedies.md.
 
     Raises:
-        InputError: an argument is no such object, or rows, prompts, run folder or model do not fit; before any work is
-            done.
+        InputError: an argument has the wrong type, or rows, prompts, run folder or model do not fit; raised before any
+            work is done.
     """
 
     def __init__(
@@ -167,8 +167,8 @@ class ToolExpanderTrainer:
         """Runs or resumes the whole job; returns the summary, which is also written to ``summary.json``.
 
         Raises:
-            Stopped: ``stop`` was told to; a step that had begun is finished and saved then, a probe or an evaluation
-                is left at once and repeated by the resumed run. No signal handler is installed here.
+            Stopped: ``stop`` was requested. A step in progress is finished and saved first; a probe or an evaluation
+                ends at once and is repeated by the resumed run. No signal handler is installed here.
         """
         self.stop = stop or self.stop
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
@@ -215,7 +215,7 @@ class ToolExpanderTrainer:
         return self.rounds.finished or self.imitation.over
 
     def step(self) -> dict:
-        """One optimizer step; its line of metrics.jsonl."""
+        """Runs one optimizer step; returns its line of metrics.jsonl."""
         number = self.rounds.step + 1
         with self._naming(f"step {number}"), self.reporter.step(number):
             told = self._improve() if self.imitation.ended else self._imitate()
@@ -223,14 +223,14 @@ class ToolExpanderTrainer:
         return self.reporter.metrics(number, **told | self.rounds.spent)
 
     def _imitate(self) -> dict:
-        """A supervised step on demonstrations."""
+        """Runs a supervised step on demonstrations."""
         index, update = self.rounds.next_round, self.imitation.step(self.learner, self.rounds.step)
         self.rounds.finish_step(update, supervised=True)
         self.imitation.end(self.rounds.progress)
         return {"round_index": index, **update}
 
     def _improve(self) -> dict:
-        """A step of RL."""
+        """Runs an RL step."""
         rounds, learner, index, progress = self.rounds, self.learner, self.rounds.next_round, self.rounds.progress
         groups, sampled = rounds.next_groups()
         groups = self.group_selector(groups)
@@ -251,7 +251,7 @@ class ToolExpanderTrainer:
         }
 
     def evaluate(self) -> Scores:
-        """Greedy answers to the held-out rows, judged."""
+        """Scores greedy answers to the held-out rows."""
         task, bar = self.task, self.reporter.bar
         return evaluate(self.rollouter, task.prompts, task.eval_rows, self.greedy, judge=task.judge, bar=bar)
 
@@ -265,12 +265,12 @@ class ToolExpanderTrainer:
         return self.reporter.evaluation(self.rounds, self.evaluate)
 
     def _probe(self) -> None:
-        """Probes the next round's rows; saves, because that may have taken long."""
+        """Probes the next round's rows, then saves, because a probe may take long."""
         rounds, report = self.rounds, self.reporter
         with self._naming(f"probe before step {rounds.step + 1}"):
             found = rounds.begin_round()
         if found:
-            probed = rounds.probed_round  # an earlier one than the next, where a smaller run skipped some of its rows
+            probed = rounds.probed_round  # an earlier round than the next if a smaller run skipped some of its rows
             counters = rounds.table.counters(probed)
             report.probe(rounds, found, probed, counters)
             if probed == 0:
@@ -278,7 +278,7 @@ class ToolExpanderTrainer:
             self._save()
 
     def _measure(self) -> dict[str, int | None]:
-        """Probes the rows of the first round once more; counts them."""
+        """Probes the rows of the first round again; returns their counters."""
         rounds, after = self.rounds, self.rounds.probed_round + 1
         with self._naming("the last probe"):
             found = rounds.measure()
@@ -288,7 +288,7 @@ class ToolExpanderTrainer:
 
     @contextmanager
     def _naming(self, where: str) -> Iterator[None]:
-        """Says of a diverged update where it happened and what is left."""
+        """Context that adds the place and the last good checkpoint to the error of a diverged update."""
         try:
             yield
         except DivergedError as error:
@@ -319,7 +319,7 @@ class ToolExpanderTrainer:
             )
 
     def _resume(self) -> bool:
-        """Opens the run folder; True when a checkpoint was loaded and the run goes on from there."""
+        """Opens the run folder; returns True if a checkpoint was loaded to continue from."""
         checkpoint = resumable_checkpoint(self.run.path, self.model) if self.args.resume else None
         if checkpoint:
             if self.args.needs_reference:
@@ -331,16 +331,16 @@ class ToolExpanderTrainer:
             for name in WITH_STATE:
                 getattr(self, name).load_state_dict(checkpoint.state[name])
             self.run.write_hard_samples(self.rounds.table.lines())
-        elif self.args.resume:  # it was interrupted before its first checkpoint
+        elif self.args.resume:  # interrupted before its first checkpoint
             self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
         self.run.start(self.args)
         return checkpoint is not None
 
     def _release_pools(self) -> bool:
-        """Gives the memory of the KV pools back, for as long as nothing is sampled; whether there was any."""
+        """Frees the memory of the KV pools until something is sampled again; returns whether there was any."""
         return any([rollouter.engine.release_pool() for rollouter in self.verification.rollouters])
 
     def _forget_prefixes(self) -> None:
-        """A resumed run has none and must go on as this one does; called wherever a run may be resumed."""
+        """Called wherever a run may be resumed: a resumed run has no prefixes and must continue exactly as this one."""
         for rollouter in self.verification.rollouters:
             rollouter.engine.forget_prefixes()

@@ -1,4 +1,4 @@
-"""Verification of demonstrations: rollouts with them, by the model before RL or by the present one."""
+"""Verification of demonstrations: rollouts with them, by the model before RL or the current one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERIFY_STREAM = 3 << 30
 
 
 class Verification:
-    """How each draw of demonstrations in a round is verified; ``round_index`` tells the round."""
+    """Verifies each draw of demonstrations in a round; ``round_index`` returns the round."""
 
     def __init__(
         self, args: ToolExpanderConfig, collector: Collector, learner: Learner, round_index: Callable[[], int]
@@ -27,7 +27,7 @@ class Verification:
         self._cautious: Rollouter | None = None  # of the model before RL
 
     def __call__(self, number: int) -> Attempt:
-        """That of draw ``number`` of the present round."""
+        """Returns the attempt that verifies draw ``number`` of the current round."""
         stream = VERIFY_STREAM + self.round_index() * self.args.demonstration_tries + number
         if self.args.verification == "cautious" and self._cautious is None:
             reference, rollouter = self.learner.reference, copy.copy(self.collector.rollouter)
@@ -38,5 +38,5 @@ class Verification:
 
     @property
     def rollouters(self) -> list[Rollouter]:
-        """All that sample in the run."""
+        """All rollouters of the run."""
         return [self.collector.rollouter, *([self._cautious] if self._cautious else [])]

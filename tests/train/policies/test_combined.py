@@ -191,9 +191,9 @@ class Elsewhere(Retry):
 @pytest.mark.parametrize(
     "policies, sentence",
     [
-        ({"hard_sample_policy": Always(None)}, "Always.retry names groups for more than 16 tries of one step"),
-        ({"hard_sample_policy": Nothing()}, "Batch 0 has nothing to sample: .*Nothing.groups no group"),
-        ({"prompt_order": Beyond(12, 2, 0)}, r"Beyond.rows gives \[0, 12\], and there are 12 rows"),
+        ({"hard_sample_policy": Always(None)}, "Always.retry returns groups for more than 16 tries in one step"),
+        ({"hard_sample_policy": Nothing()}, "Batch 0 has nothing to sample, .*Nothing.groups no group"),
+        ({"prompt_order": Beyond(12, 2, 0)}, r"Beyond.rows returned \[0, 12\]: return indices of the 12 rows"),
         ({"advantage_shaper": lambda groups: [0.0]}, "The advantage shaper returned a list: return a tensor"),
         ({"advantage_shaper": lambda groups: torch.ones(5)}, "return one for each of the"),
         ({"group_selector": 7}, "group_selector is the number 7, which has no __call__"),

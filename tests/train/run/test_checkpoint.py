@@ -545,6 +545,6 @@ def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     trainer = make_trainer(tmp_path / "two", max_steps=2, cold_start_steps=0, learning_rate=0.5, resume=True)
     trainer.task.digests["rows to evaluate on"] = "other"
-    with pytest.raises(InputError, match="two was run on other rows to evaluate on: resume with the same"):
+    with pytest.raises(InputError, match="two was run with other rows to evaluate on: resume with the same"):
         trainer.train()
     assert trainer.rounds.step == 0 and not trainer.learner.optimizer.state_dict()
