@@ -121,8 +121,8 @@ class RolloutEngine:
 
         The noise of a token is a function of (seed, step, row id, rollout index, position); ``row_ids`` default to
         the prompts' indices, and the n rollouts have the indices from ``first_rollout`` on, which is one number or one
-        per prompt. ``limits``, one per prompt, limits its new tokens further than ``params.max_new_tokens``, for
-        prompts that contain earlier turns.
+        per prompt. ``limits``, one per prompt, lowers ``params.max_new_tokens`` for prompts that contain earlier
+        turns.
 
         ``on_completion(index of the prompt, rollout index, completion)`` is called with each completion as soon as
         it ends; if it returns True, the unfinished ones of the prompt are cancelled.
