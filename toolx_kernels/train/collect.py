@@ -1,4 +1,4 @@
-"""Collector: rollouts of training rows, scored into groups or for a probe, and the tokens they took."""
+"""The collector: rollouts of training rows, scored as groups or for a probe, and their token counts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.task import Task, solved_by_default
 
-Prompt = tuple[int, Help]  # the index of a row, and what its prompt shows
+Prompt = tuple[int, Help]  # the index of a row, and the help in its prompt
 NAMES = {"verify": "verification", "measure": "probe"}  # on the bar, where they differ from the purpose
-MAX_ROLLOUTS = 2048  # of a probe that are sampled together
+MAX_ROLLOUTS = 2048  # rollouts of a probe sampled together
 
 
 class Collector:
-    """Rolls out prompts of the training rows and rewards the rollouts.
+    """Samples rollouts of the training rows and rewards them.
 
-    tokens      that the model wrote, by purpose: "step", "retry", "probe", "verify", "measure" (the last probe)
-    prefilled   that it read, likewise: each prompt once for all its rollouts in a call, and what tools answered
-    unrewarded  rollouts to which no reward function applied, which earn 0
+    tokens      written by the model, by purpose: "step", "retry", "probe", "verify", "measure" (the last probe)
+    prefilled   read by the model, likewise: each prompt once for all its rollouts in a call, and outputs of tools
+    unrewarded  rollouts to which no reward function applied; they earn 0
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Collector:
         self.unrewarded = state["unrewarded"]
 
     def groups(self, plans: Sequence[GroupPlan], stream: int, purpose: str = "step") -> list[ScoredGroup]:
-        """Samples and scores the groups of a batch, all their prompts together, with the random numbers of ``stream``;
+        """Samples and scores the groups of a batch, all prompts together, with the random numbers of ``stream``;
         ``purpose`` is "step" or "retry"."""
         prompts = [(plan.row, shown) for plan in plans for shown in plan.shown]
-        # one stream of random numbers for each prompt of a row in a batch
+        # each prompt of a row in the batch has its own random stream
         prompts_of_row: Counter[int] = Counter()
         row_ids = []
         for row, _ in prompts:
@@ -87,8 +87,8 @@ class Collector:
         return groups
 
     def attempt(self, stream: int, purpose: str, rollouter: Rollouter | None = None) -> Attempt:
-        """A function for ``probe`` that rolls prompts out, each until it has a solved rollout, with the random numbers
-        of ``stream``."""
+        """Returns a function for ``probe`` that samples prompts with the random numbers of ``stream``, each until one
+        rollout is solved."""
         most = self.args.verify_rollouts if purpose == "verify" else self.args.probe_rollouts
         total = 0  # rows, of all waves
 
@@ -98,9 +98,9 @@ class Collector:
             prompts = [(row, Help(shown)) for row, shown in asked]
             solved: list[bool] = []
             size = max(1, MAX_ROLLOUTS // n)
-            # a row is done when it is solved, or by the share of its rollouts that are
+            # a row is done when it is solved; until then, the done share of its rollouts counts
             with self.phases.bar.stretch(NAMES.get(purpose, purpose), total, total - len(asked) * (1 - first / most)):
-                # a part at a time: of a large dataset the rollouts of a wave would not fit the memory
+                # in parts: the rollouts of a wave over a large dataset would not fit in memory
                 for start in range(0, len(prompts), size):
                     part = prompts[start : start + size]
                     solved += self._solved(part, n, rollouter or self.rollouter, purpose, stream, first, most)
@@ -111,9 +111,9 @@ class Collector:
     def _solved(
         self, prompts: list[Prompt], n: int, rollouter: Rollouter, purpose: str, stream: int, first: int, most: int
     ) -> list[bool]:
-        """Of each prompt: whether one of its ``n`` rollouts, of the at most ``most`` from ``first`` on, is solved. By
-        the default reward, a matter of microseconds, that cancels those that are still going on; a user's functions get
-        as many as in a step, when all are written.
+        """Returns for each prompt whether one of its ``n`` rollouts (number ``first`` on, of at most ``most``) is
+        solved. The default reward takes microseconds: a solved rollout cancels the rest of its group. A user's reward
+        functions are called after all rollouts, with as many at a time as in a step.
         """
         solved, done = [False] * len(prompts), [first] * len(prompts)
         at_once = self.task.solved is solved_by_default
@@ -196,18 +196,22 @@ def chosen_rollouter(
     tools: Sequence[Callable],
     environment_factory: Callable[[], Any] | None,
 ) -> Rollouter:
-    """Several turns where there are tools or an environment, else one."""
+    """Returns a rollouter with several turns if there are tools or an environment, else with one.
+
+    Raises:
+        InputError: the settings ask for rollouts of one turn, and there are tools or an environment.
+    """
     if not (tools or environment_factory):
         return SingleTurn(engine, prompts.chat)
     if args.imitates or args.hints:
         raise InputError(
-            "sft_fraction, sft_coef and retry_with=hint write all calls in one turn, and tools and environment_factory "
-            "make several: leave out one or the other."
+            "sft_fraction, sft_coef and retry_with=hint put all calls in one turn, and tools and environment_factory "
+            "need several: leave out one or the other."
         )
     if args.self_exemplify:
         raise InputError(
-            "self_exemplify=True has one turn, with examples, thought and answer: leave tools and environment_factory "
-            "out, or self_exemplify."
+            "self_exemplify=True has one turn, with examples, thought and answer: leave out tools and "
+            "environment_factory, or self_exemplify."
         )
     return ToolLoop(
         engine,

@@ -162,7 +162,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, sentence):
     [dict(sft_coef=0.1), dict(sft_fraction=0.2), dict(hard_sampling="retry", retry_with="hint")],
 )
 def test_answers_are_not_shown_in_one_turn_where_there_are_tools(tmp_path, settings):
-    with pytest.raises(InputError, match="write all calls in one turn"):
+    with pytest.raises(InputError, match="put all calls in one turn"):
         scripted_trainer(tmp_path / "run", half, policies={"tools": [even_is_good]}, **settings)
 
 
