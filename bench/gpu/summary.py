@@ -87,7 +87,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        "starts it cold on supervised examples with bad habits, and mends them by reinforcement learning alone",
+        "then removes the mistakes with reinforcement learning alone",
         ("train/tiny",),
         lambda run: (run["eval_after"] > run["eval_before"], f"{run['eval_before']:.3f} -> {run['eval_after']:.3f}"),
     ),
