@@ -1,0 +1,1 @@
+"""README, docs and the other pages: what they show runs, and what they name exists."""
