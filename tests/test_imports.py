@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "toolx_kernels"
 # Each imports only what stands before it, and from its own.
 LAYERS = (
-    "versions", "errors", "files", "progress", "settings", "loss_config", "reference", "toolcall", "ops", "models",
-    "engine", "rollout", "evaluate", "train", "compare", "cli",
+    "versions", "errors", "files", "pictures", "progress", "settings", "loss_config", "reference", "toolcall", "ops",
+    "models", "engine", "rollout", "evaluate", "train", "compare", "cli",
 )  # fmt: skip
 
 # Files above 350 lines: each is one thing.

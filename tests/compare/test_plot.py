@@ -3,40 +3,51 @@
 import itertools
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.text import Text
 
 from tests.compare.cases import runs_of, two_arms
 from toolx_kernels.compare.arms import arms_of
-from toolx_kernels.compare.plot import AXES, COLOURS, MARKERS, comparison_figure
+from toolx_kernels.compare.plot import AXES, MOST_RUNS, comparison_figure
 from toolx_kernels.compare.runs import ACCURACY
+from toolx_kernels.pictures import COLORS, STYLE
 
 
-def panels(figure):
+@pytest.fixture(autouse=True)
+def _style():
+    with rc_context(STYLE):
+        yield
+
+
+def panels(part):
     """The panels that are to be seen, by their titles."""
-    return {panel.get_title().replace("\n", ""): panel for panel in figure.axes if panel.get_visible()}
+    return {panel.get_title("left").replace("\n", ""): panel for panel in part.axes if panel.get_visible()}
 
 
-def names(figure):
-    (legend,) = figure.legends
-    return [text.get_text() for text in legend.get_texts()]
+def labels(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+def means(panel):
+    return [line for line in panel.lines if line.get_linewidth() == 2]
 
 
 def test_the_picture_has_a_panel_for_accuracy_for_hard_rows_and_for_each_tier(tmp_path):
-    figure = comparison_figure(two_arms(tmp_path))
-    assert [*panels(figure)] == ["held-out accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
-    assert names(figure) == ["base", "ours"]
-    assert "unfinished" in figure.legends[0].get_title().get_text()
+    (part,) = comparison_figure(two_arms(tmp_path)).subfigs
+    assert [*panels(part)] == ["held-out accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
+    assert "unfinished" in part.get_suptitle() and "not measured" not in part.get_suptitle()
 
 
 def test_a_tier_that_is_all_rows_has_no_panel(tmp_path):
-    figure = comparison_figure(arms_of(runs_of(tmp_path, ("a", dict(tiers={"all": (0.1, 0.3, 0.5)})))))
-    assert len(panels(figure)) == 2 and figure.legends[0].get_title().get_text() == ""
+    (part,) = comparison_figure(arms_of(runs_of(tmp_path, ("a", dict(tiers={"all": (0.1, 0.3, 0.5)}))))).subfigs
+    assert len(panels(part)) == 2 and part.get_suptitle() == ""
 
 
 def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path):
     base, ours = arms = two_arms(tmp_path)
     panel = panels(comparison_figure(arms))["held-out accuracy"]
-    for arm, colour in ((base, COLOURS[0]), (ours, COLOURS[1])):
-        lines = [line for line in panel.lines if line.get_color() == colour]
+    for arm, color in ((base, COLORS[0]), (ours, COLORS[1])):
+        lines = [line for line in panel.lines if line.get_color() == color]
         (mean,) = (line for line in lines if line.get_linewidth() == 2)
         assert [*map(tuple, mean.get_xydata())] == arm.mean_curve(ACCURACY, "fe")
         runs = [[*map(tuple, line.get_xydata())] for line in lines if line is not mean]
@@ -46,25 +57,39 @@ def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path):
 
 def test_the_axis_is_fe_where_all_runs_tell(tmp_path):
     specs = [("a", dict(arm=0)), ("b", dict(arm=1))]
-    figure = comparison_figure(arms_of(runs_of(tmp_path / "new", *specs)))
-    assert figure.get_supxlabel() == AXES["fe"]
-    assert {line.get_xdata()[-1] for panel in panels(figure).values() for line in panel.lines} == {60_000}
-    specs.append(("old", dict(arm=2, fe=False)))
-    figure = comparison_figure(arms_of(runs_of(tmp_path / "old", *specs)))
-    assert figure.get_supxlabel() == AXES["tokens"]
-    assert {line.get_xdata()[-1] for panel in panels(figure).values() for line in panel.lines} == {20_000}
+    for more, along, last in (((), "fe", 60_000), ((("old", dict(arm=2, fe=False)),), "tokens", 20_000)):
+        (part,) = comparison_figure(arms_of(runs_of(tmp_path / along, *specs, *more))).subfigs
+        assert part.get_supxlabel() == AXES[along]
+        assert {line.get_xdata()[-1] for panel in part.axes for line in panel.lines} == {last}
 
 
-def test_what_was_not_measured_is_said(tmp_path):
+def test_what_was_not_measured_has_no_panel_and_is_named(tmp_path):
     arms = arms_of(runs_of(tmp_path, ("a", dict(probes="none")), ("b", dict(arm=1, probes="none"))))
-    panel = panels(comparison_figure(arms))["hard rows (no solved rollout)"]
-    assert [text.get_text() for text in panel.texts] == ["none measured"]
+    (part,) = comparison_figure(arms).subfigs
+    assert [*panels(part)] == ["held-out accuracy"]
+    assert part.get_suptitle() == "not measured: hard rows (no solved rollout)"
 
 
-def crowd(tmp_path, arms, tiers):
+def test_labels_stand_at_the_ends_of_their_lines(tmp_path):
+    specs = [(f"{end}", dict(arm=i, accuracies=(0.1, 0.2, end))) for i, end in enumerate((0.9, 0.30, 0.31, 0.5))]
+    figure = comparison_figure(arms_of(runs_of(tmp_path, *specs), "abcd"))
+    panel = panels(figure)["held-out accuracy"]
+    assert labels(panel) == ["b", "c", "d", "a"], "from the lowest end to the highest"
+    size, places = Text.get_window_extent(panel.texts[0]).height / panel.bbox.height, {}
+    for text in panel.texts:
+        end = panel.transAxes.inverted().transform(panel.transData.transform(text.xy))[1]
+        places[text.get_text()] = end, text.get_position()[1]
+    for name in "ad":
+        assert places[name][0] == pytest.approx(places[name][1], abs=0.01), "that nothing crowds"
+    middle = (places["b"][0] + places["c"][0]) / 2
+    assert [places["b"][1], places["c"][1]] == pytest.approx([middle - size / 2, middle + size / 2], abs=0.01)
+
+
+def crowd(tmp_path, arms, tiers, seeds=2):
     """Runs of as many arms and tiers as these names."""
     parts = {tier: (0.1, 0.2, 0.3) for tier in tiers}
-    specs = [(f"{i}-seed{seed}", dict(seed=seed, arm=i, tiers=parts)) for i in range(len(arms)) for seed in (0, 1)]
+    settings = itertools.product(range(len(arms)), range(seeds))
+    specs = [(f"{i}-seed{seed}", dict(seed=seed, arm=i, tiers=parts)) for i, seed in settings]
     return arms_of(runs_of(tmp_path, *specs), arms)
 
 
@@ -80,21 +105,21 @@ def crowd(tmp_path, arms, tiers):
 )
 def test_no_text_is_upon_another(tmp_path, of_arms, tiers):
     figure = comparison_figure(crowd(tmp_path, of_arms, tiers))
-    seen = panels(figure)
-    assert [name.replace("\n", "") for name in names(figure)] == of_arms
-    assert [*seen][2:] == [f"tier {tier}" for tier in tiers]
+    above = figure.subfigs[0]
+    assert [*panels(above)][2:] == [f"tier {tier}" for tier in tiers]
+    for panel in panels(above).values():
+        assert [label[-5:] for label in labels(panel)] == [name[-5:] for name in of_arms], "all ends are the same"
     figure.draw_without_rendering()
-    labelled = [panel.xaxis.get_major_ticks()[0].label1.get_visible() for panel in seen.values()]
-    columns = figure.axes[0].get_subplotspec().get_gridspec().ncols
-    assert labelled == [i >= len(seen) - columns for i in range(len(seen))], "the last of each column"
-    texts = [figure.legends[0], *figure.texts]
-    for panel in seen.values():
-        texts.append(panel.title)
+    texts = [text for part in figure.subfigs for text in part.texts]
+    for panel in figure.axes:
+        if not panel.get_visible():
+            continue
+        texts += [panel._left_title, *panel.texts]
         for axis in (panel.xaxis, panel.yaxis):
             low, high = axis.get_view_interval()
             ticks = (tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)
             texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
-    boxes = [text.get_window_extent() for text in texts]
+    boxes = [Text.get_window_extent(text) for text in texts]
     inside = figure.bbox.padded(1)
     for text, box in zip(texts, boxes, strict=True):
         assert inside.contains(*box.min) and inside.contains(*box.max), text
@@ -102,12 +127,18 @@ def test_no_text_is_upon_another(tmp_path, of_arms, tiers):
         assert not a.padded(-0.5).overlaps(b.padded(-0.5)), (one, other)
 
 
-def test_the_looks_of_many_arms_differ(tmp_path):
-    figure = comparison_figure(crowd(tmp_path, [f"arm-{i}" for i in range(9)], ["one", "two"]))
-    (legend,) = figure.legends
-    looks = [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
-    assert len(set(looks)) == 9 and len({colour for colour, _ in looks[:8]}) == 8
-    assert len(COLOURS) != len(MARKERS)
-    for panel in panels(figure).values():
-        means = [line for line in panel.lines if line.get_linewidth() == 2]
-        assert [(line.get_color(), line.get_marker()) for line in means] == looks
+def test_no_two_arms_share_a_color(tmp_path):
+    figure = comparison_figure(crowd(tmp_path, [f"arm-{i}" for i in range(12)], [], seeds=1))
+    looks = [[(line.get_color(), line.get_marker()) for line in means(panel)] for panel in panels(figure).values()]
+    assert looks[0] == looks[1] and len({color for color, _ in looks[0]}) == 12
+
+
+def test_of_many_runs_each_arm_has_a_panel_for_its_seeds(tmp_path):
+    arms = crowd(tmp_path, ["one", "two", "three"], ["easy", "hard"], seeds=4)
+    assert sum(len(arm.runs) for arm in arms) > MOST_RUNS
+    above, below = comparison_figure(arms).subfigs
+    assert all(len(panel.lines) == 3 for panel in panels(above).values()), "the means alone"
+    assert [*panels(below)] == ["one", "two", "three"]
+    for color, panel in zip(COLORS, panels(below).values(), strict=False):
+        own = [line for line in panel.lines if line.get_color() == color]
+        assert len(own) == 4 + 1 and len(panel.lines) == 4 + 1 + 2

@@ -12,6 +12,7 @@ from toolx_kernels import progress
 def test_the_bar_moves_in_every_phase_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "DELAY", 0)
     monkeypatch.setattr(progress, "SCREEN", 0)
+    logging.enable_progress_bar()  # transformers' own, which a run silences
     trainer = scripted_trainer(
         tmp_path / "run",
         lambda row, help, index: help == "demonstrations" and index > 0,

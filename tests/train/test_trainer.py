@@ -201,10 +201,14 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
     generate = RolloutEngine.generate
 
     def spy(self, prompts, n, params, *, row_ids=None, step=0, first_rollout=0, on_completion=None):
+        def seen(place, index, completion):
+            ends_its_group = on_completion(place, index, completion)
+            assert not ends_its_group or step >= 2**31, "only a probe leaves at the first correct one"
+            return ends_its_group
+
         if params.temperature:
             calls.append((step, n, first_rollout))
             assert params.temperature == 0.7
-            assert (on_completion is not None) == (step >= 2**31), "only a probe leaves at the first correct one"
         return generate(
             self,
             prompts,
@@ -213,7 +217,7 @@ def test_streams_of_training_and_probes_never_meet(tmp_path, monkeypatch):
             row_ids=row_ids,
             step=step,
             first_rollout=first_rollout,
-            on_completion=on_completion,
+            on_completion=seen,
         )
 
     monkeypatch.setattr(RolloutEngine, "generate", spy)

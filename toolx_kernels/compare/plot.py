@@ -1,4 +1,4 @@
-"""Picture of several runs: small multiples of accuracy, hard rows and the accuracy on each tier, over the budget."""
+"""Plot of several runs: small multiples of accuracy, hard rows and tiers over the budget, and of each arm's seeds."""
 
 from __future__ import annotations
 
@@ -7,117 +7,176 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolx_kernels.compare.arms import Arm, tiers_of
 from toolx_kernels.compare.runs import ACCURACY, HARD, Curve
+from toolx_kernels.pictures import MARKERS, LineEnd, distinct_colors, label_ends, panel_grid, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, with grey for the yellow that fades on white; markers
-# are one fewer, so that 56 pairs differ
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C8C8C")
-MARKERS = "osD^vPX"
 AXES = {"fe": "forward-equivalents spent (FE)", "tokens": "tokens spent (some run does not tell its FE)"}
-WIDTH, HEIGHT = 3.6, 2.6  # inches of a panel
-CHARACTERS = 12  # of the legend's and titles' text in an inch, capitals among them
-PIECE = 8  # characters that a name's piece of line takes in the legend, with the gaps
+WIDTH, HEIGHT, SMALL = 7.0, 1.9, 1.25  # inches of the picture, of a panel, and of one of an arm's seeds
+LABEL = 22  # characters of a label
+MOST_RUNS = 10  # that are drawn in one panel; of more, each arm has a panel for its seeds
 
-Styles = Mapping[str, tuple[str, str]]  # colour and marker of each arm
+
+class Look(NamedTuple):
+    """How an arm is drawn."""
+
+    label: str
+    color: str
+    marker: str
+
+
+Looks = Mapping[str, Look]
 
 
 def draw_comparison(arms: Sequence[Arm], path: Path) -> bool:
     """Draws the runs of all arms. Without matplotlib one line says so and False comes back."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print(f"{path.name} was not drawn: `pip install matplotlib` brings what draws it.")
-        return False
-    beside = path.with_name(path.name + ".part")
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        comparison_figure(arms).savefig(beside, dpi=120, format="png")
-    beside.replace(path)
-    return True
+    return write_picture(path, lambda: comparison_figure(arms))
 
 
 def comparison_figure(arms: Sequence[Arm]) -> Figure:
-    """A panel for accuracy, one for hard rows and one for each tier, all over the same axis.
+    """A panel for accuracy, one for hard rows and one for each tier, all over the same axis; below them, where there
+    are many runs, a panel for the accuracy of each arm's seeds.
 
-    The axis is FE where all runs tell theirs, else tokens. A thick line is an arm's mean, with its marker at the end; a
-    thin one is a run; dotted ones have not finished.
+    The axis is FE where all runs tell theirs, else tokens. A thick line is an arm's mean, with a marker and its name at
+    the end; a thin one is a run; dotted ones have not finished.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     along = "fe" if all(run.fe is not None for arm in arms for run in arm.runs) else "tokens"
     curves = [ACCURACY, HARD, *(Curve("accuracy", tier) for tier in tiers_of(arms))]
-    columns = math.ceil(math.sqrt(len(curves)))
-    rows = math.ceil(len(curves) / columns)
-    names, legend_columns, legend_rows = _legend_of([arm.name for arm in arms], columns * WIDTH)
-    figure = Figure(figsize=(columns * WIDTH, rows * HEIGHT + 0.2 * legend_rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
-    styles = dict(zip((arm.name for arm in arms), zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
-    for panel, curve in zip(panels, curves, strict=False):
-        _panel(panel, arms, styles, curve, along)
-    for panel in panels[len(curves) :]:
-        panel.set_visible(False)
-    for panel in panels[max(0, len(curves) - columns) : len(curves)]:  # nothing is drawn below them
-        panel.tick_params(labelbottom=True)
-    panels[0].set_xlim(0, None)
-    panels[0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel(AXES[along], fontsize=9)
-    handles = [Line2D([], [], **_line(*styles[arm.name], arm)) for arm in arms]
-    figure.legend(handles, names, loc="outside upper center", ncols=legend_columns, frameon=False, title=_caption(arms))
+    measured = [curve for curve in curves if any(run.points(curve) for arm in arms for run in arm.runs)]
+    labels = short_names([arm.name for arm in arms])
+    every = zip(labels, distinct_colors(len(arms)), cycle(MARKERS), strict=False)
+    looks = {arm.name: Look(*look) for arm, look in zip(arms, every, strict=True)}
+    crowded = sum(len(arm.runs) for arm in arms) > MOST_RUNS
+    heights = [math.ceil(len(measured) / 2) * max(HEIGHT, 0.4 + 0.15 * len(arms)) + 0.6]
+    heights += [math.ceil(len(arms) / _columns(len(arms))) * SMALL + 0.5] if crowded else []
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flatten()
+    ends = _curves(above, arms, looks, measured, along, crowded)
+    above.suptitle(_caption(arms, crowded, [_title(curve) for curve in curves if curve not in measured]), fontsize=9)
+    for part in below:
+        _seeds(part, arms, looks, measured[0], along)
+    label_ends(figure, ends)
     return figure
 
 
-def _legend_of(names: Sequence[str], width: float) -> tuple[list[str], int, int]:
-    """The names, in lines that fit a legend of ``width`` inches; its columns; its rows of text, with the caption's."""
-    room = int(width * CHARACTERS)
-    most = max(1, room // (max(map(len, names)) + PIECE))
-    columns = math.ceil(len(names) / math.ceil(len(names) / most))  # rows of about the same length
-    names = [fill(name, room - PIECE) for name in names]
-    lines = sum(name.count("\n") + 1 for name in names)
-    return names, columns, math.ceil(lines / columns) + 1
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names, long ones by their ends, and all different.
+
+    >>> short_names(["grpo", "records/of-september/retry", "records/of-august/retry"])
+    ['grpo', '…ds/of-september/retry', '…cords/of-august/retry']
+    """
+    short = [name if len(name) <= LABEL else "…" + name[1 - LABEL :] for name in names]
+    return [name if short.count(name) == 1 else f"{at}: {name}" for at, name in enumerate(short, 1)]
 
 
-def _caption(arms: Sequence[Arm]) -> str:
-    parts = ["thick: mean of an arm's seeds, thin: each seed"] if any(len(arm.runs) > 1 for arm in arms) else []
+def _title(curve: Curve) -> str:
+    return {ACCURACY: "held-out accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
+
+
+def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:
+    parts = []
+    if any(len(arm.runs) > 1 for arm in arms):
+        parts.append("lines: means over each arm's seeds" if crowded else "thick: mean of an arm's seeds, thin: each seed")
     if any(not run.finished for arm in arms for run in arm.runs):
         parts.append("dotted: unfinished")
-    return "; ".join(parts)
+    if absent:
+        parts.append(f"not measured: {', '.join(absent)}")
+    return fill("; ".join(parts), 100)
 
 
-def _line(colour: str, marker: str, arm: Arm) -> dict[str, Any]:
-    linestyle = "-" if arm.finished else ":"
-    return {"color": colour, "marker": marker, "linestyle": linestyle, "linewidth": 2, "markersize": 6}
+def _curves(
+    part: SubFigure, arms: Sequence[Arm], looks: Looks, curves: Sequence[Curve], along: str, crowded: bool
+) -> dict[Axes, list[LineEnd]]:
+    """The means of all arms, a panel for each curve, and the runs themselves unless that is too many lines."""
+    ends: dict[Axes, list[LineEnd]] = {}
+    means = {(arm.name, curve): arm.mean_curve(curve, along) for arm in arms for curve in curves}
+    last = max(x for mean in means.values() for x, _ in mean) if crowded else _last(arms, along)
+    for panel, curve in zip(panel_grid(part, len(curves)), curves, strict=True):
+        panel.set_title(fill(_title(curve), 36))
+        _budget_axis(panel, last)
+        ends[panel], values = [], [0.0]
+        for arm in arms:
+            look = looks[arm.name]
+            if not crowded and len(arm.runs) > 1:
+                values += _runs(panel, arm, look, curve, along)
+            if mean := means[arm.name, curve]:
+                _mean(panel, arm, look, mean)
+                values += [value for _, value in mean]
+                ends[panel].append(LineEnd(*mean[-1], look.label, look.color))
+        _set_top(panel, curve, max(values))
+    part.supxlabel(AXES[along], fontsize=9)
+    return ends
 
 
-def _panel(panel: Axes, arms: Sequence[Arm], styles: Styles, curve: Curve, along: str) -> None:
-    title = {ACCURACY: "held-out accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
-    panel.set_title(fill(title, int((WIDTH - 0.5) * CHARACTERS)), fontsize=9)
-    panel.grid(alpha=0.25)
-    values = [point.value for arm in arms for run in arm.runs for point in run.points(curve)]
-    if not values:
-        panel.text(0.5, 0.5, "none measured", ha="center", va="center", transform=panel.transAxes, color="0.5")
-        panel.set_yticks([])
-        return
-    for arm in arms:
-        colour, marker = styles[arm.name]
-        for run in arm.runs if len(arm.runs) > 1 else ():
-            points = run.points(curve)
-            x, y = [getattr(point, along) for point in points], [point.value for point in points]
-            faint = (
-                {"linewidth": 0.7, "alpha": 0.3} if run.finished else {"linewidth": 1, "alpha": 0.8, "linestyle": ":"}
-            )
-            panel.plot(x, y, color=colour, zorder=2, **faint)
-        mean = arm.mean_curve(curve, along)
-        if mean:
-            style = _line(colour, marker, arm) | {"markeredgecolor": "white", "markeredgewidth": 0.5}
-            panel.plot(*zip(*mean, strict=True), markevery=[-1], zorder=3, **style)
-    top = 1.08 * max(values) or 1e-9
+def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, along: str) -> None:
+    """The runs of each arm in a panel of its own, before the means of all others."""
+    part.suptitle(f"{_title(curve)} of each seed; gray: means of the other arms", fontsize=9)
+    columns = _columns(len(arms))
+    panels = part.subplots(math.ceil(len(arms) / columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
+    values = [0.0]
+    for arm, panel in zip(arms, panels, strict=False):
+        panel.set_title(looks[arm.name].label, fontsize=9)
+        panel.tick_params(labelsize=8)
+        _budget_axis(panel, _last(arms, along))
+        for other in arms:
+            if other is not arm and (mean := other.mean_curve(curve, along)):
+                panel.plot(*zip(*mean, strict=True), color="0.85", linewidth=1, zorder=1)
+        values += _runs(panel, arm, looks[arm.name], curve, along)
+        if mean := arm.mean_curve(curve, along):
+            _mean(panel, arm, looks[arm.name], mean)
+    _set_top(panels[0], curve, max(values))
+    for panel in panels[len(arms) :]:
+        panel.set_visible(False)
+    for panel in panels[max(0, len(arms) - columns) : len(arms)]:  # nothing is drawn below them
+        panel.tick_params(labelbottom=True)
+
+
+def _columns(arms: int) -> int:
+    """Four at most, and few empty places."""
+    return min((4, 3), key=lambda columns: -arms % columns) if arms > 4 else arms
+
+
+def _last(arms: Sequence[Arm], along: str) -> float:
+    """Where the longest run ends."""
+    points = [point for arm in arms for run in arm.runs for points in run.curves.values() for point in points]
+    return max(getattr(point, along) for point in points)
+
+
+def _budget_axis(panel: Axes, last: float) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    panel.set_xlim(0, last or 1)
+    panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _runs(panel: Axes, arm: Arm, look: Look, curve: Curve, along: str) -> list[float]:
+    """Draws the runs of an arm; returns their values."""
+    values = []
+    for run in arm.runs:
+        points = run.points(curve)
+        x, y = [getattr(point, along) for point in points], [point.value for point in points]
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4} if run.finished else {"linewidth": 1, "linestyle": ":"}
+        panel.plot(x, y, color=look.color, zorder=2, **style)
+        values += y
+    return values
+
+
+def _mean(panel: Axes, arm: Arm, look: Look, mean: Sequence[tuple[float, float]]) -> None:
+    x, y = zip(*mean, strict=True)
+    style: dict[str, Any] = {"linestyle": "-" if arm.finished else ":", "linewidth": 2, "markersize": 6, "zorder": 3}
+    style |= {"markevery": [-1], "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
+    panel.plot(x, y, color=look.color, marker=look.marker, **style)
+
+
+def _set_top(panel: Axes, curve: Curve, most: float) -> None:
+    top = 1.08 * most or 1e-9
     panel.set_ylim(0, top if curve == HARD else min(1.02, max(top, 0.05)))

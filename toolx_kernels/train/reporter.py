@@ -34,8 +34,8 @@ from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.workload import Workload
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.rounds import Rounds
-from toolx_kernels.train.run.curves import draw_curves
-from toolx_kernels.train.run.folder import CURVES, TRACE, RunFolder
+from toolx_kernels.train.run.curves import write_curves
+from toolx_kernels.train.run.folder import TRACE, RunFolder
 from toolx_kernels.train.task import Task
 
 BETWEEN = ("probe", "evaluation")  # phases that belong to no step
@@ -257,7 +257,7 @@ class Reporter:
         }
         self.run.write_summary(summary)
         names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
-        draw_curves(self.run.metrics(), self.run.path / CURVES, "{} on {}, seed {}".format(*names, self.args.seed))
+        write_curves(self.run.path, title="{} on {}, seed {}".format(*names, self.args.seed))
         return summary
 
 

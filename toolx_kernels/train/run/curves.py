@@ -1,68 +1,151 @@
-"""The picture of a run: four panels over optimizer steps."""
+"""Curves of a run over optimizer steps: accuracy, reward, hard rows, truncation, clipping, KL, entropy, length."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from toolx_kernels.pictures import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    INDIGO,
+    PINK,
+    SKY,
+    VERMILION,
+    WIDTH,
+    WINE,
+    LineEnd,
+    label_ends,
+    panel_grid,
+    write_picture,
+)
+from toolx_kernels.train.run.folder import CURVES, RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTH = 10  # steps of a moving average
+HEIGHT = 1.6  # inches of a panel
 
 
-def draw_curves(records: list[dict], path: Path, title: str) -> None:
-    """Draws accuracy, hard samples, entropy with completion length, and learning rate with gradient norm.
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One panel: its lines by their key in metrics.jsonl, each with a label and a color; a lone one needs no label."""
 
-    Without matplotlib, which a source tree may lack, one line says so: a run must not fail at its last step.
+    title: str
+    event: str
+    lines: dict[str, tuple[str, str]]
+    percent: bool = False
+    top: float | None = None  # of the axis, where it is known
+
+    def text(self, value: float) -> str:
+        return f"{value:.1%}" if self.percent else f"{value:g}"
+
+
+PANELS = (
+    Panel("held-out accuracy", "eval", {"accuracy": ("", BLUE)}, percent=True, top=1.0),
+    Panel("mean reward", "step", {"reward": ("", GREEN)}),
+    Panel("hard rows", "probe", {"hard": ("", VERMILION)}),
+    Panel("truncated completions", "step", {"truncated": ("", PINK)}, percent=True),
+    Panel("clipped tokens", "step", {"clip_high": ("above", BLACK), "clip_low": ("below", GRAY)}, percent=True),
+    Panel("KL to the model before RL", "step", {"kl": ("", SKY)}),
+    Panel("entropy (nats per token)", "step", {"entropy": ("", INDIGO)}),
+    Panel("completion length (tokens)", "step", {"completion_length": ("", WINE)}),
+    Panel("gradient norm", "step", {"grad_norm": ("", AMBER)}),
+)
+
+
+def write_curves(run: Path, picture: Path | None = None, title: str | None = None) -> bool:
+    """Draws the metrics of the run in folder ``run`` into ``picture``, by default its ``curves.png``.
+
+    Returns False without matplotlib, which a source tree may lack: a run must not fail at its last step.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print(f"{path.name} was not drawn: `pip install matplotlib` brings what draws it.")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = [r for r in records if r["event"] == "step"]
-    evals = [r for r in records if r["event"] == "eval"]
-    probes = [r for r in records if r["event"] == "probe"]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    accuracy, hard, text, optimizer = axes.flat
-
-    def line(axis, of: list[dict], key: str, label: str, **style):
-        points = [(r["step"], r[key]) for r in of if r.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
-
-    smooth = _moving_average([r["accuracy"] for r in steps], 10)
-    accuracy.plot([r["step"] for r in steps], [r["accuracy"] for r in steps], color="C0", alpha=0.25, linewidth=0.8)
-    accuracy.plot([r["step"] for r in steps], smooth, color="C0", label="rollouts (mean of 10 steps)")
-    line(accuracy, evals, "accuracy", "held-out, greedy", color="C1", marker="o")
-    accuracy.set(title="accuracy", ylim=(0, 1))
-    line(hard, probes, "hard", "hard rows (0 solved rollouts)", color="C3", marker="o")
-    line(hard, probes, "replaced", "shown with demonstrations", color="C4", marker="s", linestyle="--")
-    hard.set(title="hard samples, of the training rows", ylim=(0, None))
-    line(text, steps, "entropy", "entropy (nats per token)", color="C2")
-    text.set(title="entropy and completion length")
-    length = text.twinx()
-    line(length, steps, "completion_length", "completion length (tokens, right)", color="C5", alpha=0.6)
-    line(optimizer, steps, "grad_norm", "gradient norm, before clipping", color="C6", alpha=0.6)
-    optimizer.set(title="gradient norm and learning rate")
-    rate = optimizer.twinx()
-    line(rate, steps, "learning_rate", "learning rate (right)", color="C7")
-    for axis in (text, length, optimizer, rate):  # room for the legend above the lines
-        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
-    for axis in (accuracy, hard, text, optimizer):
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-    for left, right in ((accuracy, None), (hard, None), (text, length), (optimizer, rate)):
-        handles = [
-            pair for axis in (left, right) if axis for pair in zip(*axis.get_legend_handles_labels(), strict=True)
-        ]
-        if handles:
-            where = "upper right" if right else "best"
-            (right or left).legend(*zip(*handles, strict=True), fontsize=8, loc=where)
-    figure.suptitle(title)
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, dpi=110, format="png")
-    plt.close(figure)
-    beside.replace(path)
+    folder = RunFolder(run)
+    if title is None:
+        settings = folder.config()
+        names = settings.get("model") or "a given model", settings.get("dataset") or "given rows"
+        title = "{} on {}, seed {}".format(*names, settings.get("seed"))
+    return write_picture(picture or run / CURVES, lambda: curves_figure(folder.metrics(), title))
 
 
-def _moving_average(values: list[float], width: int) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+def curves_figure(records: Sequence[dict], title: str) -> Figure:
+    """A panel for each thing that ``records``, lines of metrics.jsonl, tell; the caption names what they do not."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps = [record["step"] for record in records if record["event"] in ("step", "sft")]
+    supervised = [record["step"] for record in records if record["event"] == "sft"]
+    told = {panel.title: _lines(panel, records) for panel in PANELS}
+    shown = [panel for panel in PANELS if told[panel.title]]
+    caption = _caption(steps, supervised, [panel.title.split(" (")[0] for panel in PANELS if panel not in shown])
+    height = HEIGHT * math.ceil(len(shown) / 2) + 0.4 + 0.17 * (caption.count("\n") + 1)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(caption, fontsize=8.5, color="0.3")
+    ends: dict[Axes, list[LineEnd]] = {}
+    for at, (panel, axes) in enumerate(zip(shown, panel_grid(figure, len(shown)), strict=True)):
+        axes.set_title(panel.title)
+        axes.set_xlim(0, max(1, *steps, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        if supervised:
+            axes.axvspan(min(supervised) - 1, max(supervised), color="0.92", zorder=0, linewidth=0)
+        ends[axes] = _draw(axes, panel, told[panel.title])
+        if at >= len(shown) - 2:
+            axes.set_xlabel("optimizer step")
+    if any(ends.values()):
+        label_ends(figure, ends)
+    return figure
+
+
+def _lines(panel: Panel, records: Sequence[dict]) -> dict[str, list[tuple[int, float]]]:
+    """The points of each line of a panel, by its key; those that the run does not tell are left out."""
+    of_event = [record for record in records if record["event"] == panel.event]
+    lines = {key: [(r["step"], r[key]) for r in of_event if r.get(key) is not None] for key in panel.lines}
+    return {key: points for key, points in lines.items() if points}
+
+
+def _draw(axes: Axes, panel: Panel, lines: dict[str, list[tuple[int, float]]]) -> list[LineEnd]:
+    """Draws the lines: of few values with their points, of many values thin below their moving average."""
+    from matplotlib.ticker import PercentFormatter
+
+    ends, values = [], [0.0]
+    style: dict[str, Any] = {"markersize": 4, "clip_on": False, "zorder": 3}  # a line of zeros lies on the axis
+    for key, points in lines.items():
+        label, color = panel.lines[key]
+        x, y = zip(*points, strict=True)
+        values += y
+        if panel.event != "step":
+            axes.plot(x, y, "o-", color=color, **style)
+            axes.set_title(f"{panel.title}: {' to '.join(map(panel.text, y[:: max(1, len(y) - 1)]))}")
+        elif len(y) <= SMOOTH:
+            axes.plot(x, y, "o-", color=color, **style)
+        else:
+            axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
+            y = _moving_average(y)
+            axes.plot(x, y, color=color, **style)
+        if len(lines) > 1:
+            ends.append(LineEnd(x[-1], y[-1], label, color))
+    least, most = min(values), panel.top or 1.08 * max(values)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(1.08 * least, max(most, 0.05 if panel.percent else least + 1e-9))
+    return ends
+
+
+def _moving_average(values: Sequence[float]) -> list[float]:
+    return [sum(values[max(0, i - SMOOTH + 1) : i + 1]) / min(i + 1, SMOOTH) for i in range(len(values))]
+
+
+def _caption(steps: Sequence[int], supervised: Sequence[int], absent: Sequence[str]) -> str:
+    parts = [f"thin: each step, thick: mean of {SMOOTH} steps"] if len(steps) - len(supervised) > SMOOTH else []
+    parts += ["gray: supervised steps"] if supervised else []
+    parts += [f"not measured in this run: {', '.join(absent)}"] if absent else []
+    return fill("; ".join(parts), 85)

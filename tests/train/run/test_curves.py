@@ -1,0 +1,101 @@
+"""The curves of a run: which panels there are, what they hold, and what is said of those that are not."""
+
+import json
+import warnings
+
+import pytest
+import yaml
+from matplotlib import rc_context
+
+from toolx_kernels.pictures import STYLE
+from toolx_kernels.train.run.curves import SMOOTH, curves_figure, write_curves
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    with rc_context(STYLE):
+        yield
+
+
+ALL = [
+    "held-out accuracy: 10.0% to 30.0%", "mean reward", "hard rows: 40 to 20", "truncated completions",
+    "clipped tokens", "KL to the model before RL", "entropy (nats per token)", "completion length (tokens)",
+    "gradient norm",
+]  # fmt: skip
+
+
+def step(number, **values):
+    line = {"event": "step", "step": number, "reward": number / 100, "truncated": 0.0, "entropy": 0.5}
+    return line | {"completion_length": 12.0, "grad_norm": 0.1} | values
+
+
+def records(steps=30, **values):
+    lines = [{"event": "eval", "step": 0, "accuracy": 0.1}, {"event": "probe", "step": 0, "hard": 40, "replaced": 30}]
+    lines += [step(number, **values) for number in range(1, steps + 1)]
+    return [*lines, {"event": "eval", "step": steps, "accuracy": 0.3}, {"event": "probe", "step": steps, "hard": 20}]
+
+
+def titles(figure):
+    return [axes.get_title("left") for axes in figure.axes]
+
+
+def test_a_run_that_tells_everything_has_all_panels():
+    figure = curves_figure(records(kl=0.01, clip_low=0.0, clip_high=0.02), "title")
+    assert titles(figure) == ALL and figure.get_suptitle() == "title"
+    assert figure.get_supxlabel() == f"thin: each step, thick: mean of {SMOOTH} steps"
+    clipped = figure.axes[4]
+    assert [text.get_text() for text in clipped.texts] == ["below", "above"]
+    colors = [line.get_color() for axes in figure.axes for line in axes.lines if line.get_linewidth() > 1]
+    assert len(set(colors)) == len(colors) == 10, "one for one thing"
+
+
+def test_what_a_run_lacks_is_named_and_has_no_panel():
+    figure = curves_figure(records(), "title")
+    assert titles(figure) == [title for title in ALL if not title.startswith(("clipped", "KL"))]
+    assert "not measured in this run: clipped tokens, KL to the model" in figure.get_supxlabel().replace("\n", " ")
+    first, *others = (axes.get_subplotspec() for axes in figure.axes)
+    assert first.colspan.stop - first.colspan.start == 2, "no place of the grid is empty"
+    assert all(place.colspan.stop - place.colspan.start == 1 for place in others)
+    figure = curves_figure([line for line in records(5) if line["event"] == "step"], "title")
+    assert "held-out accuracy, hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
+
+
+def test_many_steps_are_thin_below_their_mean_and_few_are_points():
+    reward = curves_figure(records(), "title").axes[1]
+    thin, thick = reward.lines
+    assert [*thin.get_ydata()] == [number / 100 for number in range(1, 31)]
+    assert thick.get_ydata()[-1] == pytest.approx(0.255) and thick.get_ydata()[1] == pytest.approx(0.015)
+    (points,) = curves_figure(records(4), "title").axes[1].lines
+    assert points.get_marker() == "o" and [*points.get_ydata()] == [0.01, 0.02, 0.03, 0.04]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 1234])
+def test_steps_on_the_axis_are_whole(steps):
+    figure = curves_figure(records(steps), "title")
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert (low, high) == (0, max(1, steps))
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+        assert 2 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 6
+
+
+def test_supervised_steps_are_gray():
+    lines = [{"event": "sft", "step": number, "loss": 1.0, "grad_norm": 1.0} for number in (1, 2, 3)]
+    figure = curves_figure(lines + [step(4), step(5)], "title")
+    assert figure.get_supxlabel().startswith("gray: supervised steps")
+    (span,) = figure.axes[0].patches
+    assert (span.get_x(), span.get_width()) == (0, 3)
+
+
+def test_nothing_to_draw_is_no_error():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "held-out accuracy, mean reward" in curves_figure([], "title").get_supxlabel()
+
+
+def test_an_old_run_folder_is_drawn_in_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "dataset": "builtin", "seed": 3}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(3)))
+    assert write_curves(tmp_path) and write_curves(tmp_path, tmp_path / "other.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
