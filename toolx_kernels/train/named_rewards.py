@@ -1,4 +1,4 @@
-"""Named reward functions: what ``module.function`` and ``path/to/file.py:function`` stand for."""
+"""Named reward functions: imports of ``module.function`` and ``path/to/file.py:function``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FORMS = "write module.function or path/to/file.py:function"
 
 
 def named_rewards(names: Sequence[str]) -> list[Callable]:
-    """The functions of these names. A module or file is run once, however often this is called.
+    """Imports the functions with these names. A module or file runs once, however often this is called.
 
     Modules are also found in the working directory, and a file can import others from its folder. Both are searched
-    after everything else, so that no file there hides an installed package.
+    last, so that no file there hides an installed package.
 
-    Raises InputError for a name in neither form, for a module or file that does not exist or that raises when it is
-    imported, and for a name that is no function in it.
+    Raises InputError: a name has neither form, its module or file does not exist or raises when imported, or it does
+    not name a function there.
     """
     return [_function(name) for name in names]
 
@@ -61,7 +61,7 @@ def _from_file(file: str, asked: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"{asked}: there is no Python file {file}: {FORMS}.")
-    name = f"reward_funcs:{path}"  # that no import statement can name
+    name = f"reward_funcs:{path}"  # a name that no import statement can use
     if name not in sys.modules:
         _search(path.parent)
         spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""Reporter: all that a run says, on the screen and in its folder's metrics, rollouts, curves and summary."""
+"""The reporter: all output of a run, on the screen and in its folder's metrics, rollouts, curves and summary."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from toolx_kernels.train.run.curves import write_curves
 from toolx_kernels.train.run.folder import TRACE, RunFolder
 from toolx_kernels.train.task import Task
 
-BETWEEN = ("probe", "evaluation")  # phases that belong to no step
+BETWEEN = ("probe", "evaluation")  # phases outside steps
 
 
 class Reporter:
-    """Keeps the accounts of one run of ``model``; ``phases`` is what its parts book their time and memory with.
+    """Collects and writes the output of one run of ``model``; the run's parts record time and memory in ``phases``.
 
-    bar                        shows how far the run is
-    eval_before, hard_before   accuracy and hard rows before RL; None until they are known
+    bar                        shows the progress of the run
+    eval_before, hard_before   accuracy and hard rows before RL; None until known
     evaluated                  the last step that was evaluated
     """
 
@@ -59,8 +59,8 @@ class Reporter:
         self._plan: MemoryPlan | None = None
         self._flops = Flops(model)
         self._gemm_speed: float | None = None  # measured at the first step
-        self._reported = self.phases.seconds.copy()  # by the steps so far
-        self._earlier = 0.0  # seconds, before the run was resumed
+        self._reported = self.phases.seconds.copy()  # in the lines of steps so far
+        self._earlier = 0.0  # seconds before the run was resumed
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict:
@@ -75,7 +75,7 @@ class Reporter:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from a checkpoint; what was logged after it is dropped."""
+        """Continues from a checkpoint; drops what was logged after it."""
         self.run.forget_after(state["lines"])
         self.eval_before, self.hard_before = state["eval_before"], state["hard_before"]
         self.evaluated = state["evaluated"]
@@ -88,16 +88,16 @@ class Reporter:
 
     @contextmanager
     def running(self, rounds: Rounds) -> Iterator[None]:
-        """Shows the run's steps on the bar, which is the only one until the run ends.
+        """Context that shows the run's steps on the bar, the only bar until the run ends.
 
-        Raises InputError when the step that is to be profiled never comes.
+        Raises InputError if ``profile_step`` is beyond the steps of the run.
         """
         args, steps = self.args, rounds.planned_steps
         if args.profile_step > steps:
-            raise InputError(f"profile_step={args.profile_step} is beyond the {steps} steps of this run.")
+            raise InputError(f"profile_step={args.profile_step} is beyond this run: choose one of its {steps} steps.")
         self._started = time.perf_counter() - self._earlier
         budget = args.max_tokens > 0 or args.max_fe > 0  # may end the run before its last step
-        others = logging.is_progress_bar_enabled()  # transformers' own, when a checkpoint is saved
+        others = logging.is_progress_bar_enabled()  # transformers shows one when saving a checkpoint
         logging.disable_progress_bar()
         try:
             with self.bar.stretch("step", None if budget else steps, rounds.step, rounds.progress):
@@ -107,7 +107,7 @@ class Reporter:
                 logging.enable_progress_bar()
 
     def plan(self, workload: Workload) -> None:
-        """Plans the run's memory from its settings, unless the model cannot be planned for."""
+        """Plans the run's memory from its settings, if that is possible for its model."""
         device = self.model.device
         memory = device_memory(device)
         dtype: Any = str(self.model.dtype).removeprefix("torch.")
@@ -118,7 +118,7 @@ class Reporter:
             self._plan = None
 
     def beginning(self) -> None:
-        """Reports dataset statistics, warnings and planned memory, before anything is spent on the run."""
+        """Reports dataset statistics, warnings and planned memory before the run starts."""
         task, report = self.task, dataset_report(self.task.rows, self.task.demonstrations)
         if has_experts(self.model.get_decoder().config):
             self.bar.write(f"model: {EXPERTS_NOTE}")
@@ -129,7 +129,7 @@ class Reporter:
             self.bar.write(f"rows left out, as they do not fit the context: {task.left_out}")
         if task.eval_rows_seen:
             self.bar.write(
-                f"rows to evaluate on that training or demonstrations show too: {task.eval_rows_seen} of "
+                f"evaluation rows that are also training rows or demonstrations: {task.eval_rows_seen} of "
                 f"{len(task.eval_rows)}"
             )
         self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen, left_out=task.left_out)
@@ -158,7 +158,7 @@ class Reporter:
         self.bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
 
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
-        """Logs what a probe found, and the table of all rows."""
+        """Logs the result of a probe, and the table of all rows."""
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
         counts = {"rollouts": found.rollouts, "saved_rollouts": saved, **rounds.spent}
         self.run.log("probe", rounds.step, {"seconds": found.seconds}, round=round_index, **counters, **counts)
@@ -168,7 +168,7 @@ class Reporter:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the work of step ``number``: times it, and profiles the one that was asked for."""
+        """Context around the work of step ``number``: times it, and profiles it if it is ``profile_step``."""
         if self._gemm_speed is None:
             self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
         profiler = torch.profiler.profile() if number == self.args.profile_step else None
@@ -191,18 +191,23 @@ class Reporter:
         dropped: int = 0,
         **values,
     ) -> dict:
-        """Logs a step: the groups that it ``sampled``, those that it ``learned`` from, of these those with a gradient,
-        on which it ``trained``, how many the prompt order ``dropped``, and other ``values``. Returns its line of
-        metrics.jsonl. One that sampled nothing is supervised, an event of its own ("sft").
+        """Logs a step and returns its line of metrics.jsonl. Without ``sampled`` groups it is supervised: event "sft".
 
-        Its ``timing``:
+        Args:
+            sampled: all sampled groups.
+            learned: those selected to learn from.
+            trained: those of ``learned`` that have a gradient.
+            dropped: number of groups that the prompt order dropped.
+            values: further columns.
+
+        The line's ``timing``:
 
         seconds             of the whole step
-        phases              seconds of each: rollout, reward, forward, backward, optimizer; and what came between the
-                            step before and this one: probe, evaluation
-        tokens_per_second   written in its rollouts, by the time of these
-        flop_share          of its floating-point operations (``Flops``) in what a bare GEMM of the weights' dtype does;
-                            None where there is no memory for one
+        phases              seconds of each phase: rollout, reward, forward, backward, optimizer; also probe and
+                            evaluation since the previous step
+        tokens_per_second   written tokens per second of the rollout phase
+        flop_share          FLOPs per second (``Flops``), as a share of what a plain GEMM in the weights' dtype reaches;
+                            None if there is no memory for that GEMM
         """
         seconds, phases = self._step
         if not sampled:
@@ -222,7 +227,7 @@ class Reporter:
         return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
 
     def progress(self, record: dict, rounds: Rounds) -> None:
-        """Moves the bar on by a step."""
+        """Advances the bar by a step."""
         if record["event"] == "sft":
             self.bar.results(f"loss {record['loss']:.3f}")
         else:
@@ -237,7 +242,7 @@ class Reporter:
     # ---- the end
 
     def summary(self, eval_after: float | None, probed: dict, checkpoint: Path, **values) -> dict:
-        """Writes ``summary.json`` and ``curves.png``; ``probed`` counts the rows of the last probe."""
+        """Writes ``summary.json`` and ``curves.png``; ``probed`` has the counters of the last probe."""
         task, peaks = self.task, self.phases.peaks
         summary = {
             "eval_before": self.eval_before,
@@ -262,8 +267,8 @@ class Reporter:
 
 
 def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
-    """Means over all groups that a step sampled, of which the prompt order ``dropped`` so many: of rewards and of what
-    is right or solved over first draws, of lengths and the like over all rollouts."""
+    """Returns metrics of all groups that a step sampled, ``dropped`` of them by the prompt order: rewards, right calls
+    and solved groups over first draws only, lengths and the rest over all rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     first = [group.part(places) for group in groups if (places := group.first_places)]
     correct = [flag for group in first for flag in group.correct]
@@ -288,13 +293,13 @@ def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
 
 
 def _thought(rollout: Rollout) -> tuple[bool, bool]:
-    """Whether a turn begins with a thought, and whether one is never closed."""
+    """Returns whether a turn begins with a thought, and whether a thought is never closed."""
     turns = [split_thought(text) for text in completion_turns(rollout.messages)]
     return any(thought is not None for thought, _ in turns), any(rest is None for _, rest in turns)
 
 
 def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:
-    """What one reward function gave on average, where it applied."""
+    """Returns the mean of one reward function where it applied."""
     values = [value for group in groups for value in group.parts[name] if value is not None]
     return sum(values) / len(values) if values else None
 
@@ -306,8 +311,8 @@ def _mean(advantage: float | list[float]) -> float:
 def rollout_lines(
     groups: Sequence[ScoredGroup], learned: Sequence[ScoredGroup], rows: Sequence[Row], count: int
 ) -> Iterator[dict]:
-    """At most ``count`` lines of rollouts.jsonl: one rollout of each group, then another one of each, ...; only those
-    in a group that was ``learned`` from have an advantage."""
+    """Yields at most ``count`` lines of rollouts.jsonl: one rollout of each group, then a second one of each, ...; only
+    rollouts in ``learned`` groups have an advantage."""
     advantages = {
         id(rollout): _mean(advantage)
         for group in learned
