@@ -84,7 +84,8 @@ def _title(curve: Curve) -> str:
 def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:
     parts = []
     if any(len(arm.runs) > 1 for arm in arms):
-        parts.append("lines: means over each arm's seeds" if crowded else "thick: mean of an arm's seeds, thin: each seed")
+        seeds = "lines: means over each arm's seeds" if crowded else "thick: mean of an arm's seeds, thin: each seed"
+        parts.append(seeds)
     if any(not run.finished for arm in arms for run in arm.runs):
         parts.append("dotted: unfinished")
     if absent:
