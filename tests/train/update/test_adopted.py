@@ -1,4 +1,4 @@
-"""Runs of a LoRA adapter that the user made."""
+"""Runs that train a LoRA adapter made by the user."""
 
 import json
 
@@ -21,7 +21,7 @@ def _no_measure(monkeypatch):
 
 
 def adapted(alpha=8):
-    """The tiny model with an adapter that was trained before, with the dropout that TRL's users have."""
+    """The tiny model with an adapter as if trained before, with dropout as TRL users set it."""
     model, tokenizer = load_model("tiny", seed=3, device="cpu")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ def trainer(folder, model, tokenizer, **settings):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of two steps, and the model of peft that it trained."""
+    """The folder of a run of two steps, the peft model that it trained, and the tokenizer."""
     folder, (model, tokenizer) = tmp_path_factory.mktemp("runs") / "whole", adapted()
     trainer(folder, model, tokenizer, max_steps=2).train()
     return folder, model, tokenizer

@@ -1,4 +1,4 @@
-"""How groups are laid out in a batch and how a step is cut into micro-batches; what comes out of it: test_packing."""
+"""Layout of groups in a batch and the split of a step into micro-batches; for gradients see test_packing.py."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_docstring_example():
 
 
 def test_what_the_loss_needs_of_completions_is_laid_end_to_end():
-    """And cut with them; a batch has no old log-probs where one completion has none."""
+    """Parts get their share of it. If one completion lacks reference log-probs, the batch has none."""
     old = [torch.tensor([-1.5, -2.5]), torch.tensor([-0.25]), torch.tensor([-4.0])]
     group = PackedGroup([1], [[5, 2], [6], [7]], (), [0.5, -0.5, 1.0], old, [None, *old[1:]], [[-1.0, -2.0], [0], [-3]])
     batch = pack([group.part(slice(2)), group.part(slice(2, 3))], dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_what_the_loss_needs_of_completions_is_laid_end_to_end():
 
 
 def test_advantages_of_tokens_are_laid_end_to_end():
-    """A number beside them is that of all tokens of its completion."""
+    """In the same batch, a single number applies to every token of its completion."""
     numbers = PackedGroup([1], [[5, 2], [6]], (), [0.5, -0.5])
     mixed = PackedGroup([3, 4], [[7, 8, 9], [5, 2], [3]], (), [[0.1, 0.0, 0.3], 2.0, [-1.0]])
     batch = pack([numbers, mixed], dtype=torch.float64)
@@ -61,9 +61,9 @@ def test_a_part_is_the_prompt_with_some_completions():
     [
         (100, [[(0, 0, 3), (1, 0, 2)]]),
         (25, [[(0, 0, 3)], [(1, 0, 2)]]),  # 10 + 3 x 5 tokens fit, the next group's 4 + 2 x 3 do not
-        (20, [[(0, 0, 2)], [(0, 2, 3)], [(1, 0, 2)]]),  # the last run leaves 5 tokens, and a whole group is not cut
+        (20, [[(0, 0, 2)], [(0, 2, 3)], [(1, 0, 2)]]),  # 5 tokens are left, but a group that fits is not cut
         (16, [[(0, 0, 1)], [(0, 1, 2)], [(0, 2, 3)], [(1, 0, 2)]]),
-        (8, [[(0, 0, 1)], [(0, 1, 2)], [(0, 2, 3)], [(1, 0, 1)], [(1, 1, 2)]]),  # nothing of the first group fits
+        (8, [[(0, 0, 1)], [(0, 1, 2)], [(0, 2, 3)], [(1, 0, 1)], [(1, 1, 2)]]),  # no completion of the first group fits
     ],
 )
 def test_a_group_is_cut_only_where_it_does_not_fit(budget, parts):
@@ -83,7 +83,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), mi
 
 @given(LENGTHS, st.integers(1, 90))
 def test_micro_batches_hold_every_completion_once_within_the_budget(lengths, budget):
-    groups = [  # tokens name their group and completion
+    groups = [  # token ids encode their group and completion
         PackedGroup([index] * prompt, [[place] * n for place, n in enumerate(completions)])
         for index, (prompt, completions) in enumerate(lengths)
     ]
@@ -97,5 +97,5 @@ def test_micro_batches_hold_every_completion_once_within_the_budget(lengths, bud
     for index, group in enumerate(groups):
         cuts = [part for part in parts if part.prompt[0] == index]
         assert len(cuts) == 1 or group.n_tokens > budget
-        for run, after in zip(cuts, cuts[1:], strict=False):  # a run ends where one more completion would not fit
+        for run, after in zip(cuts, cuts[1:], strict=False):  # a part ends where one more completion would not fit
             assert PackedGroup(group.prompt, [*run.completions, after.completions[0]]).n_tokens > budget

@@ -1,4 +1,4 @@
-"""Updates of the learner: several from one batch, importance weights, memory that runs out; and what runs say of it."""
+"""Updates of the learner: several per batch, importance weights, out-of-memory retries, and what runs report."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from toolx_kernels.train.update.batch import pack
 from toolx_kernels.train.update.learner import Learner, packed
 from toolx_kernels.train.update.reference_model import ReferenceModel
 
-# The models are in float64, but transformers' norms compute in fp32, which shows at 1e-8.
+# The models are float64, but transformers computes norms in fp32, so results differ by 1e-8.
 RATE = 3e-2
 
 
@@ -54,8 +54,7 @@ def log_probs(of, groups):
 
 
 def some_groups(of, shift=0.0):
-    """Three groups, one with a tool's tokens and one whose rewards are equal; the sampler's log-probs are the model's
-    minus ``shift``."""
+    """Three groups: one has tool tokens, one equal rewards. Sampler log-probs are the model's minus ``shift``."""
     generator = torch.Generator().manual_seed(7)
 
     def ids(n):
@@ -87,7 +86,7 @@ def learner_of(of, **settings):
 
 
 def naive_gradient(of, groups, old, config, sampler=None):
-    """Gradient norm of the definition, every completion a row of its own with its prompt."""
+    """Gradient norm and output of the reference loss; each completion is a separate row with its prompt."""
     of.zero_grad()
     hidden, targets, bounds, mask, flat_old, flat_sampler, advantages = [], [], [0], [], [], [], []
     for g, group in enumerate(groups):
@@ -119,14 +118,14 @@ def naive_gradient(of, groups, old, config, sampler=None):
 
 
 def test_a_second_update_is_clipped_against_the_policy_before_the_first():
-    """Old log-probs are those of the first update's own forward; float64 against the definition, row by row."""
+    """Old log-probs come from the first update's forward; in float64, compared with the reference row by row."""
     trained = model()
     groups, config = some_groups(trained), GRPOLossConfig(epsilon=0.2, epsilon_high=0.2)
     old, before = log_probs(trained, groups), copy.deepcopy(trained)
     learner, norms = learner_of(trained, num_iterations=2), []
     apply = learner.optimizer.apply
     learner.optimizer.apply = lambda *args: norms.append(apply(*args))
-    with pytest.raises(TypeError):  # the spy gives no norm back: after the first update nothing more happens
+    with pytest.raises(TypeError):  # the spy returns no norm, so ``improve`` fails after the first update
         learner.improve(groups, 0)
     first, _ = naive_gradient(before, groups, None, config)
     assert norms[0] == pytest.approx(first, rel=1e-6)
@@ -187,7 +186,7 @@ def test_ratios_to_the_sampler_need_no_weights():
 
 
 def fail_above(learner, tokens, message="CUDA out of memory. Tried to allocate 2.00 GiB."):
-    """Backward passes of more tokens run out of memory, after they have left some gradients behind."""
+    """Makes backward passes of more than ``tokens`` tokens run out of memory after they have left gradients."""
     whole = Learner._backward
 
     def backward(groups, loss_of):
@@ -223,17 +222,17 @@ def test_an_update_that_runs_out_of_memory_is_repeated_in_smaller_parts():
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-7)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once, and the smaller micro-batches stay
+        warnings.simplefilter("error")  # the warning comes once, and the smaller micro-batches stay
         learner.improve(groups, 1)
 
 
 def test_what_rollouts_keep_goes_before_micro_batches_shrink():
-    """And before every update from then on, so that no later one fails first."""
+    """Every later update frees it up front, so that none fails first."""
     released = []
 
     def make_room():
         released.append(True)
-        learner._backward = whole  # with that memory all fits
+        learner._backward = whole  # with that memory everything fits
         return True
 
     expected = learner_of(model(), micro_batch_tokens=1000).improve(some_groups(model()), 0)
@@ -263,7 +262,7 @@ def test_memory_that_runs_out_in_the_optimizer_is_named():
 
 
 def test_the_reference_is_asked_once_for_a_batch(monkeypatch):
-    """Also where the second update is cut otherwise than the first; the result is that of asking again."""
+    """Also if later updates are cut differently; the result equals that of asking at each update."""
 
     def improved(ask_again):
         trained = model()
@@ -311,7 +310,7 @@ def test_memory_that_does_not_hold_one_completion_ends_the_run():
 
 
 def groups_of(*lengths):
-    """Groups of (tokens of the prompt, tokens of each completion)."""
+    """Groups from (length of the prompt, lengths of the completions)."""
     return [
         ScoredGroup(
             GroupPlan(0), [5] * prompt, [Rollout([7] * n, [], [], None, "", [], "stop") for n in completions], []
@@ -321,9 +320,11 @@ def groups_of(*lengths):
 
 
 def linear_flops(of, groups, targets):
-    """Of the matrix products that torch sees in the decoder's linear layers and in a head over all targets; those of
-    attention have three dimensions."""
-    of.enable_input_require_grads()  # or the first layer of a frozen model has no inputs' gradient
+    """FLOPs that torch counts in the decoder's linear layers and in a head over all targets.
+
+    Attention is not counted: its matrix products have three dimensions.
+    """
+    of.enable_input_require_grads()  # else the first layer of a frozen model computes no input gradient
     with FlopCounterMode(display=False) as counter, toolx_attention(of):
         hidden = pack([packed(group) for group in groups], DEVICE).hidden(of)
         of.get_output_embeddings()(hidden[:targets]).sum().backward()
@@ -340,7 +341,7 @@ def test_flops_are_those_of_the_matrix_products(adapter):
     tokens, targets = 9 + 3 + 6 + 5, 12
     pairs = 9 * 10 // 2 + (3 * 9 + 4 * 3 // 2) + (6 * 9 + 7 * 6 // 2) + 5 * 6 // 2
     counted = Flops(of)
-    attention = 4 * 3 * 64 * pairs  # three layers of four heads of 16
+    attention = 4 * 3 * 64 * pairs  # three layers with four heads of size 16
     seen = linear_flops(of, groups, targets)
     assert counted.trained(groups, 1, reference=False) - 3 * attention == seen
     forward = (
@@ -396,11 +397,11 @@ def test_a_run_tells_where_its_time_and_memory_went(tmp_path):
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
 def test_every_way_of_updating_resumes_exactly(tmp_path, monkeypatch, settings):
-    """One step and one more are two: of weights and of what is logged.
+    """One step, resumed for one more, equals two steps in weights and logs.
 
-    A round is one step of all four rows, as a run that is to end within a round probes fewer.
+    A round is one step of all four rows, because a run that ends within a round probes fewer.
     """
-    # it takes seconds in bf16 on a CPU without instructions for it
+    # measuring takes seconds in bf16 on a CPU without bf16 instructions
     monkeypatch.setattr("toolx_kernels.train.reporter.gemm_speed", lambda *_: 1e9)
     if settings.get("optim") == "adamw_8bit":
         pytest.importorskip("torchao")
@@ -432,7 +433,7 @@ def test_only_memory_that_ran_out_keeps_micro_batches_small(tmp_path):
     trainer.train()
     assert trainer.learner.token_budget == 900
     trainer = make_trainer(tmp_path / "run", max_steps=3, micro_batch_tokens=900, resume=True, **settings)
-    trainer.learner.token_budget = 100  # as once memory ran out, before the checkpoint of step 3
+    trainer.learner.token_budget = 100  # as if memory had run out before the checkpoint of step 3
     restore = trainer._resume
 
     def restored():

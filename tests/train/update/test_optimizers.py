@@ -1,4 +1,4 @@
-"""Every optimizer against float64 AdamW, torch's own, and itself: cut, resumed, interrupted."""
+"""Optimizers compared with float64 AdamW, torch's AdamW, and themselves when cut, resumed or interrupted."""
 
 import importlib.util
 import math
@@ -34,7 +34,7 @@ every_kind = pytest.mark.parametrize(("optim", "dtype"), KINDS)
 
 
 class Toy(nn.Module):
-    """A tied head, a weight large enough for 8-bit states, small ones, and one that is not trained."""
+    """A model with a tied head, a weight large enough for 8-bit states, small weights and a frozen one."""
 
     def __init__(self, dtype=FP32):
         super().__init__()
@@ -64,7 +64,7 @@ def make(optim, dtype=FP32, model=None, learning_rate=1e-2, **settings):
 
 
 def give(optimizer, step, micro_batches=1):
-    """Backward passes whose gradients are random numbers; returns their float64 sum by name."""
+    """Runs backward passes with random gradients; returns their float64 sums by name."""
     sums = {}
     for cut in range(micro_batches):
         g = torch.Generator().manual_seed(1000 * step + cut)
@@ -95,7 +95,7 @@ def assert_same(ours, theirs):
 
 
 class Double:
-    """AdamW as its paper writes it (arXiv 1711.05101), in float64, after clipping by the global norm."""
+    """AdamW as in its paper (arXiv 1711.05101), in float64, after clipping by the global norm."""
 
     def __init__(self, start, rate, betas, eps, decay):
         self.weights = {name: value.double() for name, value in start.items()}
@@ -117,7 +117,7 @@ class Double:
         return norm
 
 
-# error of 20 steps relative to how far the weights went; bfloat16 weights of 0.3 and steps of 0.01 differ by rounding
+# error after 20 steps, relative to the distance moved; bfloat16 rounds weights of 0.3 and steps of 0.01
 TOLERANCE = {
     ("adamw", FP32): 3e-6, ("adamw_offload", FP32): 3e-6, ("adamw_8bit", FP32): 0.1,
     ("adamw", BF16): 3e-2, ("adamw_offload", BF16): 3e-2, ("adamw_8bit", BF16): 0.15, ("adamw_stochastic", BF16): 0.12,
@@ -150,7 +150,7 @@ def test_agrees_with_float64(optim, dtype):
 
 @every_kind
 def test_an_update_at_1e_6_arrives(optim, dtype):
-    """bfloat16 numbers near 0.01 lie 6e-5 apart: 80 steps of 1e-6 in one direction go past one."""
+    """bfloat16 numbers near 0.01 are 6e-5 apart, so 80 steps of 1e-6 in one direction pass at least one."""
 
     class One(nn.Module):
         def __init__(self):
@@ -172,11 +172,11 @@ def test_an_update_at_1e_6_arrives(optim, dtype):
             first = (start - model.weight.detach().double()).mean()
     went = start - model.weight.detach().double()
     if dtype == BF16 and optim in ("adamw_stochastic", "adamw_8bit"):
-        # 4096 roundings by chance: their mean deviates by 12 % after a step, and by 1.4 % after 80
+        # the mean of 4096 random roundings has a standard error of 12 % after one step and of 1.4 % after 80
         assert float(first) == pytest.approx(1e-6, rel=0.5)
         assert float(went.mean()) == pytest.approx(80e-6, rel=0.05)
         assert float(went.std()) > 2e-5
-    else:  # as far as the nearest number that the dtype has
+    else:  # exact up to the nearest number of the dtype
         assert float((went - 80e-6).abs().max()) <= (2.0**-15 if dtype == BF16 else 1e-7)
 
 
@@ -324,7 +324,7 @@ def test_a_closed_optimizer_lets_go_of_the_model(optim, dtype):
 def test_starts_from_the_weights_of_its_first_step(optim, dtype):
     model, optimizer = make(optim, dtype, learning_rate=1e-6)
     with torch.no_grad():
-        model.scale.fill_(100.0)  # a cold start, or a checkpoint
+        model.scale.fill_(100.0)  # as a cold start or a checkpoint does
     run(optimizer, range(1))
     assert float((model.scale.detach() - 100).abs().max()) <= 0.5
 
@@ -367,9 +367,9 @@ def test_adamw_is_torchs_to_the_bit():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_offload_is_adamw_to_the_bit(dtype, monkeypatch):
-    """In pieces of 40 bytes, with rows of a tied weight that are written straight into ``weight.grad``.
+    """In pieces of 40 bytes, with rows of a tied weight that are added directly to ``weight.grad``.
 
-    In one micro-batch alone: those of later ones are added to their own micro-batch first, and not to the sum so far.
+    Only in the first micro-batch: later, offload adds such rows to their own micro-batch first, not to the sum so far.
     """
     monkeypatch.setattr(offload, "BUFFER_BYTES", 40)
     (model, optimizer), (other, offloaded) = make("adamw", dtype), make("adamw_offload", dtype)
@@ -387,7 +387,7 @@ def test_offload_is_adamw_to_the_bit(dtype, monkeypatch):
         assert norms[0] == norms[1] if DEVICE.type == "cpu" else norms[0] == pytest.approx(norms[1], rel=1e-5)
     if DEVICE.type == "cpu":
         assert_same(values(other), values(model))
-    else:  # where the CPU rounds otherwise than the card
+    else:  # the CPU rounds differently from the GPU
         for name, value in values(model).items():
             torch.testing.assert_close(values(other)[name], value, rtol=1e-5 if dtype == FP32 else 1e-2, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Packing is exact: prompts shared, steps cut and groups permuted at will, it is the gradient of each row alone."""
+"""Exactness of packing: shared prompts, cut steps and reordered groups give the same gradient as single rows."""
 
 import itertools
 from dataclasses import replace
@@ -20,7 +20,7 @@ SCORES = [[1.5, -0.5, 0.7, -1.1], [-2.0], [0.3, -0.9, 0.4]]  # advantages
 
 
 def make_groups() -> list[PackedGroup]:
-    """Three groups, one of several turns: tokens of tool outputs are masked; one completion is a single token."""
+    """Three groups: one has several turns with masked tool outputs, and one completion is a single token."""
     g = torch.Generator().manual_seed(0)
 
     def tokens(n):
@@ -35,7 +35,7 @@ def make_groups() -> list[PackedGroup]:
 
 
 class InDouble(TorchFunctionMode):
-    """Whatever asks for fp32 gets float64: transformers computes norms and rotary tables in fp32 in every model."""
+    """Gives float64 where fp32 is requested: transformers computes norms and rotary tables in fp32 in every model."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.float:
@@ -48,14 +48,14 @@ class InDouble(TorchFunctionMode):
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    """By name, and taken away from the model."""
+    """Returns the gradients by name and clears them in the model."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
 def packed_gradients(model, groups, scores=SCORES, budget=10**6):
-    """Through the fused loss."""
+    """Gradients through packing and the fused loss."""
     scored = [replace(group, advantages=of_group) for group, of_group in zip(groups, scores, strict=True)]
     for parts in micro_batches(scored, budget):
         batch = pack(parts, model.device, model.dtype)
@@ -74,7 +74,7 @@ def packed_gradients(model, groups, scores=SCORES, budget=10**6):
 
 
 def single_gradients(model, groups, scores=SCORES):
-    """Of the same loss in plain transformers and torch, each prompt with one completion at a time."""
+    """Gradients of the same loss in plain transformers and torch, one completion with its prompt at a time."""
     for group, advantages in zip(groups, scores, strict=True):
         masks = group.masks or [None] * len(group.completions)
         for ids, mask, advantage in zip(group.completions, masks, advantages, strict=True):
@@ -95,7 +95,7 @@ def assert_equal_gradients(ours, theirs, tolerance):
 
 def model_of(architecture, tied, dtype):
     model = small_model(architecture, tied=tied).to(DEVICE, dtype)
-    if architecture == "gemma3":  # as its predecessor has it; only transformers' plainest attention knows of it
+    if architecture == "gemma3":  # as Gemma 2 has it; of transformers' attentions only "eager" applies it
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = 3.0
         model.set_attn_implementation("eager")
@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_single_rows(architecture, tied):
 
 
 def test_an_advantage_for_each_token():
-    """Of some completions, and of some tokens none; equal ones within each completion are one."""
+    """Some completions have one per token, some tokens have zero; equal values in a completion act as one number."""
     groups, model = make_groups(), model_of("llama", False, torch.float64)
     scores = [
         [[1.0, 0.0, -2.0, 0.5, 0.5, 0.0, 3.0], -0.5, [0.0] * 6 + [1.0] * 7, [0.7, 0.0, 0.0, -1.0, 2.0]],
@@ -154,7 +154,7 @@ def test_micro_batches_and_order_do_not_change_the_gradient(architecture, tied):
 
 
 def test_the_tokens_that_pass_are_those_that_sharing_promises():
-    """A prompt of P tokens with G completions of L passes as P + G (L - 1) tokens, once more P for each cut."""
+    """A prompt of P tokens with G completions of L tokens takes P + G (L - 1) tokens, plus P for each cut."""
     groups, model, passed = make_groups(), small_model("llama").to(DEVICE), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: passed.append(args[0].shape[1]))
     packed_gradients(model, groups)
@@ -257,7 +257,7 @@ def test_checkpointing_leaves_a_replaced_forward_as_it_was():
 
 
 class LargeOutputs(TorchDispatchMode):
-    """Counts new tensors of so many elements."""
+    """Records the ops that create a tensor of ``n_elements`` elements."""
 
     def __init__(self, n_elements):
         super().__init__()
@@ -275,7 +275,7 @@ class LargeOutputs(TorchDispatchMode):
 
 
 def large_tensors(model) -> list[int]:
-    """How many tensors of the embedding's size backward makes in the first and in the second micro-batch."""
+    """Counts the embedding-sized tensors that are created in the first and in the second micro-batch."""
     groups, counts = make_groups(), []
     for _ in range(2):
         batch = pack(groups, DEVICE)
@@ -294,9 +294,9 @@ def large_tensors(model) -> list[int]:
 
 def test_a_tied_embedding_has_one_gradient_of_the_vocabulary():
     tied = small_model("llama").to(DEVICE)
-    assert large_tensors(tied) == [1, 1]  # the head's, which becomes the gradient or is added to it
+    assert large_tensors(tied) == [1, 1]  # the head's gradient, which becomes ``weight.grad`` or is added to it
     untied = small_model("llama", tied=False).to(DEVICE)
-    assert large_tensors(untied) == [2, 1]  # the gradients of head and embedding; then the head's
+    assert large_tensors(untied) == [2, 1]  # first the gradients of head and embedding, then the head's alone
     tied.zero_grad()
-    tied.get_input_embeddings().weight.register_hook(lambda gradient: None)  # leaves the embedding to autograd
+    tied.get_input_embeddings().weight.register_hook(lambda gradient: None)  # leaves its gradient to autograd
     assert min(large_tensors(tied)) > 1

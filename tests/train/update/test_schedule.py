@@ -1,4 +1,4 @@
-"""The learning rate's exponential decay."""
+"""Exponential decay of the learning rate."""
 
 import pytest
 import torch
