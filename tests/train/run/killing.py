@@ -1,9 +1,9 @@
-"""Kills a small run at random moments, resumes it, and compares what it leaves with a run that nobody disturbed.
+"""Random killing of a small run: it is resumed after each kill and must end like an undisturbed run.
 
     python -m tests.train.run.killing --kills 50 --seed 0
 
-One process imports everything and forks each run. A run is killed by the clock, before one of its file operations (an
-open, rename, removal, sync, ...), or in the middle of a write; as often as is asked for.
+One process imports everything and forks each run. A run is killed by the clock, before one of its file operations
+(open, rename, removal, sync, ...) or in the middle of a write. This repeats until ``--kills`` kills are done.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SETTINGS = dict(
 OPERATIONS = {
     "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.listdir", "shutil.rmtree",
 }  # fmt: skip
-KINDS = ("operation", "torn", "clock", "operation")  # in turns
+KINDS = ("operation", "torn", "clock", "operation")  # used in turn
 
 
 def outcome(run: Path) -> dict:
-    """All that a run leaves, but for what depends on the machine and how often the run was interrupted."""
+    """Everything a run leaves, except what depends on the machine or on the number of interruptions."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     found = {
         "names": sorted(path.name for path in run.iterdir()),
@@ -55,12 +55,12 @@ def outcome(run: Path) -> dict:
         for of_machine in ("wall_seconds", "phases", "peaks"):
             del record["state"]["reporter"][of_machine]
         record["state"]["settings"] = None
-        found[checkpoint.name] = record  # with the sums of weights and optimizer
+        found[checkpoint.name] = record  # includes the checksums of weights and optimizer
     return found
 
 
 class Killer:
-    """Counts the file operations in a folder and kills this process before the one that was chosen."""
+    """Counts file operations in a folder and kills this process before operation number ``victim``."""
 
     def __init__(self, folder: Path):
         self.folder, self.count, self.victim = str(folder), 0, None
@@ -83,7 +83,7 @@ class Killer:
             die(f"before {event} {name}, its file operation {self.count}")
 
 
-last_words = -1  # where a child says what kills it
+last_words = -1  # file descriptor to which a child writes what kills it
 
 
 def die(how: str) -> None:
@@ -92,7 +92,7 @@ def die(how: str) -> None:
 
 
 def tear(rng: random.Random) -> None:
-    """Half of a line of a log, or half of an optimizer's state, is the last thing that this process writes."""
+    """Makes this process end with a half-written log line or a half-written optimizer state."""
     from toolx_kernels.train.run import checkpoint
     from toolx_kernels.train.run.folder import RunFolder
 
@@ -126,7 +126,7 @@ def train(run: Path) -> None:
 
 
 def forked(run: Path, killer: Killer, kind: str, rng: random.Random, most: int, seconds: float) -> str | None:
-    """Starts or resumes the run in a child; how it was killed, or None when it came to its end."""
+    """Starts or resumes the run in a child process; returns how it was killed, or None if it finished."""
     global last_words
     reader, writer = os.pipe()
     victim, delay = rng.randint(1, most), rng.uniform(0, seconds)
@@ -164,16 +164,16 @@ def forked(run: Path, killer: Killer, kind: str, rng: random.Random, most: int, 
 
 
 def campaign(folder: Path, kills: int, seed: int) -> int:
-    """The number of runs that were killed, resumed and compared; AssertionError when one was not as undisturbed."""
+    """Returns how many runs were killed, resumed and compared; raises AssertionError if one differs."""
     import torch
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # no thread that a fork would lose
+    tqdm.monitor_interval = 0  # a fork would lose its thread
     torch.set_num_threads(1)
     killer, rng = Killer(folder), random.Random(f"kills {seed}")
     started = time.process_time()
     with redirect_stdout(sys.stderr):
-        train(folder / "undisturbed")  # in this process, so that what is imported late is imported once
+        train(folder / "undisturbed")  # in this process, so that late imports happen once
     seconds, most = time.process_time() - started, killer.count
     expected = outcome(folder / "undisturbed")
     print(f"undisturbed: {most} file operations and {seconds:.1f} s of one core", flush=True)
@@ -196,7 +196,7 @@ def campaign(folder: Path, kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU does not survive a fork
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     parser = argparse.ArgumentParser(prog="python -m tests.train.run.killing", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

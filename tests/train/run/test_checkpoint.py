@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or not there, refused in one sentence, and enough to go on from as if nothing had been."""
+"""Checkpoints: exact, written whole or not at all, refused in one sentence, and enough for an identical resume."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 class Moments:
-    """An optimizer's state: whatever tensors it was given."""
+    """Stands in for an optimizer; its state is a few tensors of several dtypes."""
 
     def __init__(self, seed=0, size=3000):
         g = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def contents(run):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with checkpoints of steps 2 and 4."""
+    """A run folder with checkpoints of steps 2 and 4."""
     folder = tmp_path / "run"
     folder.mkdir()
     for step in (2, 4):
@@ -80,7 +80,7 @@ def run(tmp_path):
     return folder
 
 
-# ---- what is saved comes back
+# ---- round trips
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -106,7 +106,7 @@ def test_what_is_loaded_outlives_its_checkpoint(run):
 
 
 def test_a_later_save_of_a_step_replaces_its_state_alone(run, monkeypatch):
-    """As after a probe, which changes no weights."""
+    """This happens after a probe, which changes no weights."""
     weights = run / "checkpoint-4" / "model.safetensors"
     before = weights.stat().st_ino, weights.stat().st_mtime_ns
     model, moments = save(run, 4, table=[{"id": "b"}])
@@ -123,7 +123,7 @@ def test_a_later_save_of_a_step_replaces_its_state_alone(run, monkeypatch):
     assert not list(run.rglob("*.part"))
 
 
-# ---- what is damaged, or does not belong, is refused
+# ---- damaged or foreign checkpoints
 
 
 def truncate(path):
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_no_model_either(run):
 
 
 def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
-    """Through the YAML of a run folder and the JSON of a checkpoint; lists too."""
+    """Settings, lists too, are compared through the YAML of the run folder."""
     others = {
         int: 77, float: 0.25, bool: True, "model": "other", "dataset": "seal-tools:x", "dtype": "bfloat16",
         "reward_weights": [1.0, 0.5], "lora_target_modules": ["q_proj", "v_proj"], 
@@ -243,7 +243,7 @@ def test_settings_of_other_versions_count_as_their_defaults(tmp_path):
         run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True))
 
 
-# ---- a disk that is full, a folder that must not be written to or is gone
+# ---- full disks, read-only and deleted folders
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(run, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(run, monkeypa
 
 @contextmanager
 def largest_file(size):
-    """The operating system refuses to write more than ``size`` bytes to a file, within."""
+    """Inside, the operating system refuses to write more than ``size`` bytes to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -299,7 +299,7 @@ def test_a_write_that_fails_halfway_leaves_nothing(run, what):
 
 
 def test_a_disk_that_fills_up_at_any_sync_leaves_nothing(run, monkeypatch):
-    """Some file systems notice only then."""
+    """Some file systems report a full disk only at a sync."""
     before, fsync, failed = contents(run), os.fsync, 0
     while True:
         left = failed + 1
@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_at_any_sync_leaves_nothing(run, monkeypatch):
                 assert "(No space left on device)" in str(error)
             else:
                 break
-        if (run / "checkpoint-6").exists():  # it was whole by then
+        if (run / "checkpoint-6").exists():  # it was complete before the failure
             assert resumable_checkpoint(run, small_model("llama")).path.name == "checkpoint-6"
             shutil.rmtree(run / "checkpoint-6")
         assert contents(run) == before
@@ -340,7 +340,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_folder_that_must_not_be_written_to(run):
-    """As another user than root, who may do anything."""
+    """Checked as a user other than root, because permissions do not stop root."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     (folder / "run").mkdir(mode=0o755)
@@ -388,7 +388,7 @@ def test_a_run_whose_folder_is_deleted_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---- how many are kept, and what killed runs leave
+# ---- number of checkpoints kept, and leftovers of killed runs
 
 
 def test_the_number_kept_holds_whatever_was_interrupted(run, monkeypatch):
@@ -472,7 +472,7 @@ def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- ten steps are five and five
+# ---- whole runs, stopped and resumed
 
 
 TEN = dict(
@@ -533,7 +533,7 @@ def test_ten_steps_are_five_and_five(tmp_path, form):
 
 
 def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
-    """Copied from another run, say: its folder has the right config."""
+    """For example copied from another run: the folder's config is right, the checkpoint's is not."""
     make_trainer(tmp_path / "one", max_steps=1, cold_start_steps=0).train()
     make_trainer(tmp_path / "two", max_steps=1, cold_start_steps=0, learning_rate=0.5).train()
     shutil.rmtree(tmp_path / "one" / "checkpoint-1")

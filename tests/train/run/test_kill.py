@@ -1,4 +1,4 @@
-"""Runs that are killed, or told to stop, and resumed: they end as if nothing had happened."""
+"""Killed and stopped runs, which end like an undisturbed run once resumed."""
 
 import os
 import re
@@ -27,7 +27,7 @@ FLAGS = (
 
 @pytest.mark.soak
 def test_killed_runs_end_as_undisturbed_ones():
-    """Four kills, one of each kind; ``make soak`` does fifty."""
+    """Four kills, one per entry of ``KINDS``; ``make soak`` does fifty."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.run.killing", "--kills", "4"],
         cwd=Path(__file__).parents[3],
@@ -41,7 +41,7 @@ def test_killed_runs_end_as_undisturbed_ones():
 
 
 def run(folder, *flags):
-    """``toolx train`` on a few rows, with a reward that a random model earns."""
+    """Runs ``toolx train`` on a few rows, with a reward that a random model earns."""
     settings = [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))]
     return commands.main(["train", "--output_dir", str(folder), *settings, *flags])
 
@@ -53,7 +53,7 @@ def _easy_reward(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _python_handles_ctrl_c():
-    """Also where the tests were started in the background, which ignores it."""
+    """Installs Python's handler, because a process started in the background ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory):
 
 
 def tell(*signals, owner, name, calls):
-    """Sends this process the signals when ``owner.name`` is called for the so-manieth time, then goes on with it."""
+    """``setattr`` arguments that make call number ``calls`` of ``owner.name`` first send this process the signals."""
     inner, count = getattr(owner, name), 0
 
     def told(*arguments, **keywords):
@@ -84,7 +84,7 @@ def tell(*signals, owner, name, calls):
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-# signals, in which call of what, exit code, step of the checkpoint that is left
+# signals, owner and name of the call that they precede, its number, exit code, step of the last checkpoint
 STOPS = {
     "a step": ((TERM,), ToolExpanderTrainer, "step", 1, 143, 1),
     "a step that ends a round and whose evaluation is due": ((INT,), ToolExpanderTrainer, "step", 2, 130, 2),
@@ -151,6 +151,6 @@ def test_a_stop_waits_for_the_outermost_block_and_for_none_that_failed():
         done.append("outer")
     assert done == ["inner", "outer"] and stopped.value.signal is TERM
     with pytest.raises(KeyboardInterrupt), stop.deferred():
-        stop.handle(INT, None)  # Ctrl-C behind another signal
+        stop.handle(INT, None)  # Ctrl-C after another signal
         done.append("never")
     assert done == ["inner", "outer"]
