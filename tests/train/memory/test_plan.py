@@ -1,4 +1,4 @@
-"""The memory plan against published figures, real optimizers, what autograd saves and what the engine takes."""
+"""The memory plan compared with published figures, real optimizers, autograd's saved tensors and the engine's pool."""
 
 import ctypes
 import json
@@ -48,7 +48,7 @@ def qwen(kind, common, hidden, intermediate, layers, heads):
     )
 
 
-# model: bytes a parameter of 16, 12, 6 and 4 in GiB; KiB of keys and values a token; 320 rows apart, and sharing
+# model: GiB at 16, 12, 6 and 4 bytes per parameter; KiB of KV per token; GiB of KV for 320 rows, separate and shared
 PUBLISHED = {
     "Qwen2.5-0.5B": (qwen("qwen2", QWEN2, 896, 4864, 24, 14), (7.4, 5.5, 2.8, 1.8), 12, (5.3, 1.4)),
     "Qwen3-0.6B": (qwen("qwen3", QWEN3, 1024, 3072, 28, 16), (8.9, 6.7, 3.3, 2.2), 112, (49.8, 12.9)),
@@ -84,10 +84,10 @@ def test_the_published_table(name, monkeypatch):
         plan = planner.plan(settings(dtype="bfloat16" if change else "float32", **change))
         held = {key: plan.parts[key] for key in ("weights", "gradients", "optimizer states")}
         total = sum(part.device for part in held.values()) / GIB
-        if change.get("optim") == "adamw_offload":  # gradients leave the card, which the table does not count on
+        if change.get("optim") == "adamw_offload":  # gradients leave the GPU, which the table does not assume
             assert 2 * held["weights"].device / GIB == pytest.approx(wanted, abs=0.06) and total < wanted
             assert held["optimizer states"].host + held["gradients"].host >= 16 * plan.parameters
-        else:  # the table rounds, and leaves out the scales of 8-bit states, 1 part in 190
+        else:  # the table rounds and omits the scales of 8-bit states, 1 part in 190
             assert total == pytest.approx(wanted, abs=0.06, rel=0.01)
     assert plan.kv["token"] / 1024 == kv
     apart, shared = (plan.kv[key] / GIB for key in ("step_duplicated", "step_shared"))
@@ -95,7 +95,7 @@ def test_the_published_table(name, monkeypatch):
 
 
 def trained(model, **args):
-    """Optimizer states and gradients, in bytes, of a model after two micro-batches and a step."""
+    """Bytes of a model's gradients and optimizer states after two micro-batches and a step."""
     from toolx_kernels.train.update.adamw import make_optimizer
 
     optimizer = make_optimizer(model, ToolExpanderConfig(**args), 1e-6)
@@ -140,7 +140,7 @@ GROUPS = [PackedGroup([5] * 90, [[7] * 20] * 6), PackedGroup([5] * 70, [[7] * 25
 
 
 def real_activations(model, checkpointing):
-    """Bytes of the storages that autograd keeps of a pass over GROUPS, and the most at once in all of it."""
+    """Bytes that autograd saves in a forward pass over ``GROUPS``, and the peak of live bytes with backward."""
     batch, kept = pack(GROUPS), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -150,7 +150,7 @@ def real_activations(model, checkpointing):
             kept[storage.data_ptr()] = storage
         return tensor
 
-    def keep_rotary(_, __, output):  # a checkpointed layer keeps these as its arguments, where no hook sees them
+    def keep_rotary(_, __, output):  # a checkpointed layer keeps these as arguments, where no hook sees them
         for tensor in output:
             keep(tensor)
 
@@ -166,7 +166,7 @@ def real_activations(model, checkpointing):
                 use_cache=False,
                 toolx=batch.context,
             ).last_hidden_state
-        # alive, but nothing that autograd saves: the result, who sees whom, and where blocks lie in the pack
+        # alive but not saved by autograd: the result, the visibility masks, and the places of blocks in the pack
         context = batch.context
         masks = [mask for of_window in context.dense_masks.values() for mask in of_window]
         places = [tensor for b in context.blocks for tensor in (b.queries, b.keys, b.filled)]
@@ -232,7 +232,7 @@ def test_the_pool_is_the_engines(n_probed, n_evaluated):
     args = settings(prompts_per_step=3, max_completion_length=12, num_generations=4, probe_rollouts=10)
     plan = plan_of(model.config, args, **ON_CPU, workload=Workload(41, 41, n_probed, n_evaluated))
     engine = RolloutEngine(model)
-    params = SamplingParams(12, stop_token_ids=tuple(range(131)))  # all rows end at once
+    params = SamplingParams(12, stop_token_ids=tuple(range(131)))  # all rows end at their first token
     engine.generate([[5 + i] * 41 for i in range(3)], 4, params)
     for wave in (1, 3, 6):
         engine.generate([[5 + i] * 41 for i in range(n_probed)], wave, params)
@@ -242,7 +242,7 @@ def test_the_pool_is_the_engines(n_probed, n_evaluated):
 
 
 def test_demonstrations_lengthen_and_double_what_a_step_samples():
-    """As the policies' groups are: all rows are taken to be hard."""
+    """As the policies' groups do; the plan assumes that all rows are hard."""
     work, of = Workload(100, 180, 0, 0), {}
     for form in ("none", "replace", "add", "distill"):
         of[form] = step_prompts(settings(hard_sampling=form, prompts_per_step=2, num_generations=5), work)
@@ -448,7 +448,7 @@ def test_bad_input_is_one_sentence(flags, message, capsys):
 
 
 def touch(mib: int) -> None:
-    """Takes fresh memory from the system, whatever malloc keeps from other tests, and gives it back."""
+    """Maps and fills fresh memory, independent of what malloc keeps from other tests, then frees it."""
     with mmap.mmap(-1, mib << 20) as pages:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(pages)), 1, mib << 20)
 
