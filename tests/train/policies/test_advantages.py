@@ -1,4 +1,4 @@
-"""Advantage shapers against batches computed by hand."""
+"""Advantage shapers, compared with batches computed by hand."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ SHOWN = Help((Row("demonstration", "p", [], []),))
 
 
 def group(entropies, rewards, *, retried=None, shown=None, scored_with=RAW, masks=None):
-    """One rollout for each list of entropies, which has one for each token."""
+    """A group with one rollout per list of entropies, which has one entropy per token."""
     rollouts = [
         Rollout(list(range(len(one))), [-1.0] * len(one), one, mask, "", [], "stop")
         for one, mask in zip(entropies, masks or [None] * len(entropies), strict=True)
@@ -42,13 +42,13 @@ def group(entropies, rewards, *, retried=None, shown=None, scored_with=RAW, mask
 
 
 def helped(entropies, rewards, retried, **others):
-    """Failures on the raw prompt and their retries."""
+    """A group of failures on the raw prompt and their retries with help."""
     return group(entropies, rewards, retried=retried, shown=[SHOWN if again else RAW for again in retried], **others)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A shaper of given advantages."""
+    """A shaper that returns the given advantages."""
 
     advantages: torch.Tensor
 
@@ -59,7 +59,7 @@ class Given:
 LIVE = group([[0.5, 0.2], [0.3]], [1.0, 0.0])
 SOLVED = group([[0.5, 0.25], [0.0, 1.0, 0.75]], [1.0, 1.0])
 DEAD = group([[0.5, 0.25, 0.0], [0.75]], [0.0, 0.0])
-HALF = group([[0.5], [0.25, 0.5]], [0.5, 0.5])  # none is solved either
+HALF = group([[0.5], [0.25, 0.5]], [0.5, 0.5])  # not solved either
 REVIVED = helped([[0.9], [0.8, 0.1], [0.5, 0.0, 0.25], [0.7]], [0.0, 0.0, 1.0, 0.0], [False, False, True, True])
 FAILED_AGAIN = helped([[0.9], [0.8, 0.1]], [0.0, 0.5], [False, True])
 BATCH = [LIVE, SOLVED, DEAD, HALF, REVIVED, FAILED_AGAIN]
@@ -93,7 +93,7 @@ def test_zero_variance_leaves_out_what_the_model_did_not_write():
 
 def test_routed_groups_imitate_their_solved_retries_alone():
     shaped = Routed(GroupRelative())(BATCH)
-    # the largest entropy among the weighted tokens is .5, whatever else the step holds
+    # the largest entropy among the weighted tokens is .5; the step's other tokens do not count
     revived = [0.0, *[0.0, 0.0], *[0.0, 1.0, 0.5], 0.0]
     assert shaped[15:22].tolist() == revived
     per_token = PLAIN.repeat_interleave(torch.tensor(LENGTHS))
@@ -126,7 +126,7 @@ def test_failures_count_nothing_where_rollouts_had_help():
 
 @pytest.mark.parametrize("shaper", [DifficultyWeighted, SuccessesOnly, Routed, ZeroVariance])
 def test_shapers_shape_what_others_give_for_each_token(shaper):
-    """The same as they make of one number for each rollout, where its tokens have it all."""
+    """When all tokens of a rollout have its number, the result is the same as from one number per rollout."""
     lengths = torch.tensor(LENGTHS)
     of_rollouts = shaper(Given(PLAIN))(BATCH)
     if len(of_rollouts) == len(LENGTHS):

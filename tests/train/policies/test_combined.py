@@ -1,4 +1,4 @@
-"""Remedies together, with the trainer's other settings, with objects of one's own, and over resumed runs."""
+"""Remedies combined: with each other, with other settings, with custom policy objects, and over resumed runs."""
 
 import json
 
@@ -19,12 +19,12 @@ ONE_STEP = dict(num_generations=G, prompts_per_step=12, num_train_epochs=1)
 
 
 def half(row, help, index):
-    """Raw rollouts of every other row are all wrong; every other one with help is right."""
+    """Every other rollout is right, except that raw rollouts of every other row are all wrong."""
     return (help != "raw" or PLACES[row.id] % 2 == 1) and index % 2 == 0
 
 
 def divided_by(trainer):
-    """What divides the loss of the next step, and the groups."""
+    """Number of rollouts that divides the loss of the next step, and the step's groups."""
     groups, _ = trainer.rounds.next_groups()
     groups = trainer.group_selector(groups)
     give_advantages(groups, trainer.advantage_shaper)
@@ -34,7 +34,7 @@ def divided_by(trainer):
 @pytest.mark.parametrize("denominator, expected", [("all", 12 * G), ("live", 12 * G)])
 @pytest.mark.parametrize("learns", ["raw", "shown"])
 def test_a_revived_group_divides_the_loss_as_one_that_was_live(tmp_path, learns, denominator, expected):
-    """All groups are live in the end: half at once, half by a retry."""
+    """All groups end up live: half at once, half after a retry."""
     trainer = scripted_trainer(
         tmp_path / "run", half, hard_sampling="retry", retry_learns=learns, denominator=denominator, **ONE_STEP
     )
@@ -116,7 +116,7 @@ def test_supervised_steps_take_one_update_and_do_not_decay_the_rate_of_rl(tmp_pa
     assert rates == [trainer.args.learning_rate, trainer.args.learning_rate / 2]
 
 
-# ---- rewards of one's own
+# ---- custom rewards
 
 
 def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
@@ -130,7 +130,7 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
     assert max(sizes) == 4 * 4 and sum(sizes) == 16 + 2 * 4 * 10, "a step, and two probes in which nothing is solved"
 
 
-# ---- settings of which one would do nothing
+# ---- settings that conflict or have no effect
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_answers_are_not_shown_in_one_turn_where_there_are_tools(tmp_path, setti
         scripted_trainer(tmp_path / "run", half, policies={"tools": [even_is_good]}, **settings)
 
 
-# ---- objects of one's own
+# ---- custom policy objects
 
 
 class Always(Retry):

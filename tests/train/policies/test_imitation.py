@@ -1,4 +1,4 @@
-"""Imitation of demonstrations: its gradient, its share of a run, when it ends."""
+"""Imitation of demonstrations: its gradient, its share of a run, and its end."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from toolx_kernels.train.update.batch import PackedGroup
 
 
 def gradient(learner, improve):
-    """What the optimizer would get."""
+    """The gradients that the optimizer would get, and the result of ``improve``."""
     found = []
 
     def spy(*_):
@@ -39,7 +39,7 @@ def examples():
 
 
 def test_imitation_adds_its_gradient(monkeypatch):
-    """float64; the coefficient is a power of two, as transformers' norms compute in fp32."""
+    """In float64; the coefficient is a power of two because transformers computes norms in fp32."""
     coefficient, of = 0.25, model()
     groups, imitated = some_groups(of), examples()
     (plain,), _ = gradient(learner_of(of), lambda learner: learner.improve(groups, 0))
@@ -57,13 +57,13 @@ def test_imitation_adds_its_gradient(monkeypatch):
 
 
 def scored(example):
-    """A group of an example's completion."""
+    """A scored group of the example's completion."""
     (ids,) = example.completions
     return ScoredGroup(GroupPlan(0), example.prompt, [Rollout(ids, [], [], None, "", [], "stop")], advantages=[1.0])
 
 
 def spied_improve(trainer):
-    """What each step hands to the learner: groups, imitated, coefficient."""
+    """Records what each step gives the learner: groups, imitated examples, coefficient."""
     given, improve = [], trainer.learner.improve
 
     def spy(groups, number, imitated=(), coefficient=0.0):
@@ -89,7 +89,7 @@ def events(folder):
 
 @pytest.mark.parametrize("decay", [False, True])
 def test_as_many_demonstrations_as_groups_are_imitated_beside_rl(tmp_path, decay):
-    """Further groups of retries count; only rows that are demonstrations are imitated, each once a pass."""
+    """Groups added by retries count too. Only demonstration rows are imitated, each once per pass."""
     rows = [replace(row, id=f"shown-{row.id}") for row in builtin.train_rows(40, 5, ("easy",))[:10]]
     settings = SFT | dict(sft_coef=0.5, sft_decay=decay, max_steps=4, prompts_per_step=3, retry_learns="shown")
     trainer = scripted_trainer(

@@ -1,4 +1,4 @@
-"""The prompt order that follows solve rates."""
+"""Prompt order by solve rate."""
 
 import json
 
@@ -11,7 +11,7 @@ from toolx_kernels.train.policies.prompt_order import SolveRateOrder, chosen_pro
 
 
 def table_of(draws):
-    """Of rows with these [rollouts, solved]."""
+    """A table of rows with these [rollouts, solved]."""
     table = HardSamples([Row(f"row {n}", "p", [], []) for n in range(len(draws))])
     for state, drawn in zip(table.states, draws, strict=True):
         state.draws = list(drawn)
@@ -19,7 +19,7 @@ def table_of(draws):
 
 
 NEVER, ALWAYS = [30, 0], [30, 30]
-# 30 rows worth rollouts, by turns new, rare and frequent; 10 that are not
+# 30 rows worth rollouts (in turn new, rarely and often solved); 10 that are not
 MIXED = table_of([[[0, 0], NEVER, [40, 3], [18, 17]][n % 4] if n % 8 != 5 else ALWAYS for n in range(40)])
 OUTSIDE = {row for row in range(40) if row % 4 == 1}
 
@@ -41,7 +41,7 @@ OUTSIDE = {row for row in range(40) if row % 4 == 1}
 def test_the_bounds_of_what_is_worth_rollouts(drawn, worth):
     order, table = SolveRateOrder(count=6, size=3, seed=0), table_of([drawn] * 3 + [NEVER] * 3)
     others = sum(len({3, 4, 5} & set(order.rows(batch, table))) for batch in range(10))
-    assert (others == 3) == worth  # a tenth of the thirty that are drawn
+    assert (others == 3) == worth  # a tenth of the 30 rows drawn
 
 
 def test_a_tenth_of_a_batch_comes_from_the_others():

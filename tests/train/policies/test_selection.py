@@ -1,4 +1,4 @@
-"""Which rollouts of a group are learned from."""
+"""Selection of the rollouts of a group that are learned from."""
 
 import itertools
 import random
@@ -23,14 +23,14 @@ def scored(rewards):
 @pytest.mark.parametrize(
     ("rewards", "share", "kept"),
     [
-        ([0.0, 0.0, 1.0, 0.0], 0.5, [2, 3]),  # the highest alone vary as much as one lowest and one highest
+        ([0.0, 0.0, 1.0, 0.0], 0.5, [2, 3]),  # the two highest vary as much as the lowest and the highest
         ([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0], 0.5, [1, 4, 6, 7]),
-        ([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], 0.5, [3, 4, 5]),  # m is 3
-        ([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 0.5, [1, 2, 4]),  # 0 1 1 and 0 0 1 vary alike: the fewest of the lowest
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], 0.5, [3, 4, 5]),  # 3 are kept
+        ([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 0.5, [1, 2, 4]),  # 0 1 1 and 0 0 1 vary equally: fewer of the lowest win
         ([0.5, 0.2, 0.9, 0.4, 0.6], 0.5, [1, 2]),
         ([0.5, 0.5, 0.5, 0.5, 0.5], 0.7, [0, 1, 2]),
         ([0.1] * 7, 0.5, [0, 1, 2]),
-        ([0.0, 1.0, 0.0], 0.1, [1, 2]),  # two at least
+        ([0.0, 1.0, 0.0], 0.1, [1, 2]),  # at least two
         ([0.0, 1.0], 0.5, [0, 1]),
         ([0.3, 0.1, 0.2], 1.0, [0, 1, 2]),
     ],
