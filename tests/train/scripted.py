@@ -1,4 +1,4 @@
-"""A sampler without a model, for tests of what a run does with rollouts."""
+"""A scripted sampler without a model, for tests of what a run does with rollouts."""
 
 import copy
 import random
@@ -18,17 +18,17 @@ from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 PLACES = {row.id: place for place, row in enumerate(training_rows())}
 SHARES = (0.25, 0.5, 0.75)
-CHATTER = "chatter"  # the right calls, and words beside them
+CHATTER = "chatter"  # the right calls, next to other text
 
 
 class Scripted:
-    """Writes the row's answer where ``right(row, help, index)`` is True, ``CHATTER`` where it is that, else nonsense.
+    """Writes the answer if ``right(row, help, index)`` is True, text and answer if it is ``CHATTER``, else nonsense.
 
-    ``help`` is "raw" or "demonstrations", the share of the answer that a hint tells, or the prompt's text. As of the
-    engine, what it writes is a function of the prompt, the stream, the row's id in it and the rollout's index. With
-    ``tool`` tokens, as if a tool had answered them, each rollout goes on with these. Greedy answers are nonsense.
+    ``help`` is "raw" or "demonstrations", the share of the answer that a hint shows, or the prompt's text. As with the
+    engine, the text depends only on the prompt, the stream, the row's id in it and the rollout's index. Each rollout
+    ends with ``tool`` random tokens, masked like the output of a tool. Greedy answers are nonsense.
 
-    asked  of each call: stream, rows, prompts
+    asked  stream, rows and prompts of each call
     """
 
     def __init__(self, trainer, right: Callable[[Row, str | float, int], bool | str], tool: int = 0):
@@ -86,7 +86,7 @@ def smaller_tokenizer():
 
 
 def smaller_model():
-    """The tiny model with a layer and few dimensions, as what it says is of no matter."""
+    """The tiny model with one layer and few dimensions, because its output does not matter."""
     config = copy.deepcopy(_tiny()[0].config)
     config.update(dict(hidden_size=32, intermediate_size=32, head_dim=16, num_hidden_layers=1))
     config.update(dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2))
@@ -95,14 +95,13 @@ def smaller_model():
 
 
 def scripted_trainer(folder, right, reward_funcs=None, tool=0, more=(), policies=None, **settings):
-    """A trainer that samples from ``trainer.rollouter``, a ``Scripted``; by default with the default reward. ``more``
-    are demonstrations too."""
+    """A trainer whose rollouter is a ``Scripted``, by default with the default reward; ``more`` adds demonstrations."""
     settings = SMALL | {"cold_start_steps": 0, "max_completion_length": 64} | settings
     args = ToolExpanderConfig(output_dir=str(folder), **settings)
     held_out = builtin.heldout_rows(2, 0, ("easy",))
     rows = training_rows(), held_out, smaller_tokenizer()
     trainer = ToolExpanderTrainer(smaller_model(), reward_funcs, args, *rows, demonstrations=more, **policies or {})
     trainer.rollouter = trainer.collector.rollouter = Scripted(trainer, right, tool)
-    # what takes longer than a step
+    # these take longer than a step
     trainer.reporter.plan, trainer.reporter._gemm_speed = (lambda workload: None), 1.0
     return trainer

@@ -1,4 +1,4 @@
-"""Objects that are no model, tokenizer, config, reward or dataset: one sentence each, before anything is touched."""
+"""Wrong objects as model, tokenizer, config, reward or dataset: one sentence each, before anything is written."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,7 +110,7 @@ def test_tokenizers(tmp_path, tokenizer, message):
 
 
 def test_special_tokens_beyond_the_embedding_matter_where_prompts_have_them(tmp_path):
-    """Gemma 3's text models have a token of images beyond theirs."""
+    """The tokenizer of Gemma 3's text models has an image token beyond their embedding."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     assert len(tokenizer) > CONFIG.vocab_size

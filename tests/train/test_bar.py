@@ -1,4 +1,4 @@
-"""The bar of a whole run moves in each of its phases and fits the terminal."""
+"""The progress bar of a whole run, which moves in every phase and fits the terminal."""
 
 import re
 

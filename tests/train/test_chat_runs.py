@@ -1,4 +1,4 @@
-"""Runs whose chat template has a date, names or thoughts, and what a resumed run must share with the one before."""
+"""Runs whose chat template has a date, names or thoughts, and what a resumed run must keep."""
 
 import datetime
 import json
@@ -44,7 +44,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
             return cls.now
 
     def dated(template):
-        return {"default": DATED + template, "other": template}  # a checkpoint then holds a folder of templates
+        return {"default": DATED + template, "other": template}  # so a checkpoint holds a folder of templates
 
     monkeypatch.setattr(run_folder, "date", Clock)
     trainer = make(tmp_path / "run", dated, max_steps=1)

@@ -27,7 +27,7 @@ CANONICAL = {
 
 @pytest.fixture(params=MODELS)
 def folder(request, tmp_path):
-    """A random model with the template of its family; it has to be taught everything."""
+    """A random model with the template of its family, which must learn everything."""
     import torch
 
     row = Row("", ROWS[0]["prompt"], [{"type": "function", "function": TOOL}], CALLS)

@@ -1,4 +1,4 @@
-"""Forward-equivalents: what a run says it computed is what was computed; and which probes count."""
+"""Forward-equivalents: reported compute compared with actual compute, and the probes that count."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from toolx_kernels.train.verification import VERIFY_STREAM
 
 
 def right(row, help, index):
-    """A third of the rows is dead when raw, a third live, a third solved."""
+    """Without help, a third of the rows is dead, a third live, a third solved."""
     kind = PLACES[row.id] % 3
     return kind == 2 or (kind == 1 or help != "raw") and index % 2 == 0
 
@@ -20,9 +20,9 @@ FEW = dict(num_generations=2, prompts_per_step=4, num_train_epochs=2, probe_roll
 
 
 class Counted:
-    """Tokens that pass through a run's sampler and models, counted where they do.
+    """Counts the tokens that pass through a run's sampler and models.
 
-    sampled  by purpose; each rollout's tool outputs are read and not written, which costs the same
+    sampled  tokens by purpose; tool outputs are read, not written, which costs the same
     """
 
     def __init__(self, trainer, monkeypatch):
@@ -53,7 +53,7 @@ class Counted:
         return "retry" if stream >= RETRY_STREAM else "step"
 
     def trained(self, passes):
-        """Forwards with a gradient count ``passes`` times, those of the reference and of held-out checks once."""
+        """Tokens of forwards: with a gradient ``passes`` times, those of the reference and of held-out checks once."""
         return sum(tokens * (passes if own and gradient else 1) for own, gradient, tokens in self.forwards)
 
 
@@ -99,7 +99,7 @@ def test_what_was_spent_is_what_was_computed(tmp_path, monkeypatch, name):
 
 
 def test_how_updates_are_cut_and_what_came_before_rl_is_not_counted(tmp_path):
-    """The cold start, evaluations and micro-batches."""
+    """The cold start, evaluations and micro-batches leave the count unchanged."""
     settings = FEW | dict(hard_sampling="retry", beta=0.05, num_iterations=2, max_steps=1)
     whole = scripted_trainer(tmp_path / "whole", right, **settings).train()
     others = dict(micro_batch_tokens=60, cold_start_steps=1, eval_steps=1)
@@ -118,7 +118,7 @@ def test_the_step_that_reaches_max_fe_is_the_last(tmp_path):
         assert [step["spent_fe"] for step in metrics(tmp_path / name, ["step"])] == spent[:steps]
 
 
-# ---- which rounds are probed
+# ---- probed rounds
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_step_that_reaches_max_fe_is_the_last(tmp_path):
     ids=str,
 )
 def test_probes_come_as_often_as_they_are_needed(tmp_path, settings, rounds):
-    """Four rounds of one step, none of which has a gradient; the last probe measures and repeats the first one's."""
+    """Four rounds of one step without a gradient; the last probe measures the rows of the first one again."""
     trainer = scripted_trainer(
         tmp_path / "run",
         lambda row, help, index: False,
@@ -149,7 +149,7 @@ def test_probes_come_as_often_as_they_are_needed(tmp_path, settings, rounds):
 
 
 def test_a_probe_for_two_rounds_is_of_the_rows_of_both(tmp_path):
-    """Of twelve rows an epoch of two steps leaves two out, each time others."""
+    """Of twelve rows, each epoch of two steps leaves out two, in each epoch different ones."""
 
     def members(every, epochs):
         settings = FEW | dict(num_train_epochs=epochs, prompts_per_step=5, probe_every=every, hard_sampling="replace")
@@ -178,7 +178,7 @@ def test_a_probe_for_two_rounds_is_of_the_rows_of_both(tmp_path):
 
 
 def test_a_probe_of_rows_that_a_smaller_run_skipped_is_counted_where_it_belongs(tmp_path):
-    """Rows of the second round alone, probed when a run that ended with the first goes on; they are of probe 0."""
+    """Rows used only by the second round are probed on resuming a run that ended with the first, as part of probe 0."""
     settings = FEW | dict(prompts_per_step=5, probe_every=2, hard_sampling="replace", num_train_epochs=2)
     scripted_trainer(tmp_path / "run", right, **settings, max_steps=2).train()
     scripted_trainer(tmp_path / "run", right, **settings, max_steps=4, resume=True).train()

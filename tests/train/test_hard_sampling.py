@@ -1,4 +1,4 @@
-"""Probing in waves, the table of hard rows, choosing demonstrations, and what is rolled out with them."""
+"""Hard sampling: probes in waves, the table of hard rows, the choice of demonstrations, and the groups sampled."""
 
 import json
 from dataclasses import replace
@@ -124,7 +124,7 @@ def verified(rows, attempt, tries=4, rollouts=4):
 def test_better_demonstrations_are_drawn_until_they_help(rows):
     hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])]
     draws = {row: [chooser(rows).draw(rows[row], 0, number)[0] for number in range(4)] for row in hard}
-    helps = {row: draws[row][row % 4] for row in hard if row % 5}  # for every fifth row nothing ever helps
+    helps = {row: draws[row][row % 4] for row in hard if row % 5}  # nothing helps every fifth row
     asked = []
 
     def attempt(asked_now, n, first):
@@ -159,7 +159,7 @@ def test_verified_demonstrations_stay_while_the_row_is_hard_and_go_when_it_is_so
     better.choose(table, still, 1)
     assert [table.demonstrations(row) for row in still] == before[2:] and len(calls) == 1
     assert not any(table.demonstrations(row) for row in solved)
-    table.record(Probe({row: 10 for row in hard}, hard, 0.0), 2)  # hard again: they may be shown demonstrations again
+    table.record(Probe({row: 10 for row in hard}, hard, 0.0), 2)  # hard again, so they may get demonstrations again
     better.choose(table, hard, 2)
     assert calls[1] == solved and all(table.demonstrations(row) for row in hard)
     assert table.counters(2) | {} == {
@@ -217,7 +217,7 @@ def test_demonstrations_with_the_id_of_another_row_are_refused(rows):
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_counters_add_up_over_any_history(solved):
-    """``solved[round][row]``: recoveries and relapses are the changes from one round to the next."""
+    """``solved[round][row]``: recoveries and relapses are changes from one round to the next."""
     table = HardSamples(builtin.train_rows(5, 0))
     for round_index, of_round in enumerate(solved):
         hard = [row for row, done in enumerate(of_round) if not done]
@@ -229,7 +229,7 @@ def test_counters_add_up_over_any_history(solved):
         assert counters["relapsed"] == sum(then and not now for now, then in zip(of_round, before, strict=True))
 
 
-# ---- what is rolled out
+# ---- groups sampled
 
 
 def test_what_each_form_rolls_out(rows):
@@ -252,7 +252,7 @@ def test_what_each_form_rolls_out(rows):
 
 
 def test_a_draw_that_the_context_cuts_to_nothing_is_one_try_of_several(rows):
-    """Its row is tried again: another draw may be shorter."""
+    """The row is tried again, because another draw may be shorter."""
     hard = [row for row in range(40) if len(chooser(rows).draw(rows[row], 0, 0)[0])][:4]
     draws = []
 
@@ -270,7 +270,7 @@ def test_a_draw_that_the_context_cuts_to_nothing_is_one_try_of_several(rows):
 
 @pytest.mark.parametrize("solved", [True, False])
 def test_ten_thousand_rows_of_which_all_or_none_are_hard(solved):
-    """Work per row is constant: counted by the rollouts and the demonstrations asked for."""
+    """Work per row is constant, counted in rollouts and demonstrations requested."""
     rows = builtin.train_rows(10_000, 0)
     table, asked, fitted = HardSamples(rows), [], []
 

@@ -1,4 +1,4 @@
-"""Reward functions by name: what they are, and one sentence for what they are not."""
+"""Reward functions by name: how they are found, and one sentence for names that do not work."""
 
 import sys
 
@@ -15,7 +15,7 @@ FUNCTION = "def short(prompts, completions, completion_ids, **columns):\n    ret
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory; modules from it are forgotten afterwards."""
+    """A working directory; modules imported in the test are dropped afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     before = set(sys.modules)
@@ -71,7 +71,7 @@ def test_faults_are_told_in_one_sentence(here, name, said):
     (here / "raises.py").write_text("# comment\nimport nowhere\n")
     (here / "leaves.py").write_text("import sys\ndef f():\n    sys.exit('with words\\nand more')\nf()\n")
     (here / "unreadable.py").write_text("f = 1\ndef f(:\n")
-    for _ in range(2):  # a file that failed is tried again
+    for _ in range(2):  # a file that failed is run again
         with pytest.raises(InputError) as error:
             named_rewards([name])
         assert said in str(error.value) and "\n" not in str(error.value)
@@ -93,6 +93,6 @@ def test_the_trainer_takes_functions_or_names(here):
     ):
         trainer(even_is_good, names)
     with pytest.raises(InputError, match="own_faulty.py, line 1, raised ZeroDivisionError"):
-        trainer(None, ["own_faulty.py:f"], rows=5)  # before anything else is looked at
+        trainer(None, ["own_faulty.py:f"], rows=5)  # before any other argument is checked
     with pytest.raises(InputError, match="reward=similarity is a default reward, which reward_funcs replaces"):
         ToolExpanderConfig(reward="similarity", reward_funcs=names)

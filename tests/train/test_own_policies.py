@@ -1,4 +1,4 @@
-"""Another system's policies: objects of one's own, given to the trainer."""
+"""Custom policy objects given to the trainer, as another system would."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 
 class Twice:
-    """A HardSamplePolicy: dead groups are sampled again with a hint of its own, twice at most; learned as shown."""
+    """A ``HardSamplePolicy``: samples dead groups again with a hint, at most twice, and learns on the hinted prompt."""
 
     needs_probe = False
 
@@ -34,7 +34,7 @@ class Twice:
 
 
 class OddFirst:
-    """A PromptOrder that knows the table: rows of odd number, those drawn least first; keeps groups that differ."""
+    """A ``PromptOrder`` that reads the table: odd rows, least drawn first; keeps groups of unequal rewards."""
 
     max_batches = 2
 
@@ -50,14 +50,14 @@ class OddFirst:
 
 
 class FirstAndLast:
-    """A GroupSelector."""
+    """A ``GroupSelector`` that keeps the first and the last rollout."""
 
     def __call__(self, groups):
         return [group.part([0, len(group.rollouts) - 1]) for group in groups]
 
 
 class ByToken:
-    """An AdvantageShaper of shape (N): the place of a token behind the sign of its rollout."""
+    """An ``AdvantageShaper`` of shape (N): a token's place, with the sign of its rollout."""
 
     def __call__(self, groups):
         rollouts = [(r, reward) for group in groups for r, reward in zip(group.rollouts, group.rewards, strict=True)]
@@ -65,7 +65,7 @@ class ByToken:
 
 
 def test_policies_of_ones_own_run(tmp_path):
-    """Rows 1, 5, 9 are solved by their second retry, in one of two rollouts; 3 and 7 are live, 11 is hopeless."""
+    """The second retry solves rows 1, 5 and 9 in one of two rollouts; 3 and 7 are live, 11 is never solved."""
 
     def right(row, help, index):
         place = PLACES[row.id]
@@ -85,7 +85,7 @@ def test_policies_of_ones_own_run(tmp_path):
     improve = trainer.learner.improve
     trainer.learner.improve = lambda groups, *others: steps.append(groups) or improve(groups, *others)
     trainer.train()
-    # the third step keeps one group of its first batch, and fills up with those of a second one
+    # the third step keeps one group of its first batch and fills up from a second batch
     assert [sorted({group.plan.row for group in groups}) for groups in steps] == [[1, 3], [5, 7], [3, 9]]
     assert hard.asked[:3] == [[(1, 0)], [(1, 1)], []]
     for group in (group for groups in steps for group in groups):

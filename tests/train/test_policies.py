@@ -1,4 +1,4 @@
-"""Prompt samplers, advantage shapers and objectives."""
+"""Policies: prompt orders, advantage shapers and objectives."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from toolx_kernels.train.policies.advantages import DifficultyWeighted, GroupRel
 from toolx_kernels.train.policies.loss import ClippedLoss
 from toolx_kernels.train.policies.prompt_order import DynamicSampling, EpochOrder
 
-NOTHING = HardSamples([])  # is known of the rows
+NOTHING = HardSamples([])  # a table that knows no rows
 
 
 def scored(rewards):
@@ -57,7 +57,7 @@ def test_advantages_are_relative_to_the_group_whatever_its_size():
 
 
 def test_the_bonus_keeps_its_size_where_everything_else_is_equal():
-    """Rewards 1, 1, 1, 1, 1.01: std-normalised the last one would get 1.75, as much as a lone success."""
+    """Rewards 1, 1, 1, 1, 1.01: normalized by std, the last would get 1.75, as much as a lone success."""
     group = scored([1.0, 1.0, 1.0, 1.0, 1.01])
     trap = GroupRelative(min_std=0.0)([group])
     floored = GroupRelative(min_std=ToolExpanderConfig().min_reward_std)([group])
@@ -84,7 +84,7 @@ def test_difficulty_weights_follow_observe_r1():
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_cutting_a_batch_does_not_change_the_loss(loss_type):
-    """The denominator of the whole batch makes micro-batches add up, for every objective."""
+    """With the denominator of the whole batch, micro-batches add up for every objective."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator) for shape in ((9, 8), (20, 8)))
     targets = torch.randint(20, (9,), generator=generator)

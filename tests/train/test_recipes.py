@@ -1,4 +1,4 @@
-"""The recipes: what each chooses, and that a run of each goes on, when it is stopped, as if it had not been."""
+"""Recipes: what each chooses, and that a stopped run of each resumes exactly."""
 
 import signal
 from importlib.resources import files
@@ -28,7 +28,7 @@ from toolx_kernels.train.run.stopping import Stopped
 ALL = sorted(file.name.removesuffix(".yaml") for file in (files("toolx_kernels") / "configs").iterdir())
 PAPERS = dict(beta=1e-3, epsilon=0.2, epsilon_high=0.2, num_iterations=2, lr_decay=0.8)
 
-# what differs from GRPO, by recipe: the policies, and the settings
+# differences from GRPO by recipe: policies, settings
 CHOICES = {
     "grpo": ({}, dict(lr_decay=1.0)),
     "replace": ({"hard": ("replace", RandomDemonstrations)}, {}),
@@ -92,11 +92,11 @@ def test_a_recipe_that_names_a_clip_takes_the_updates_in_which_it_acts(name):
         assert settings["num_iterations"] == 2
 
 
-# ---- ten steps are five and five
+# ---- stopped and resumed runs
 
 
 def right(row, help, index):
-    """A third of the rows is dead when raw, a third live, a third solved."""
+    """Without help, a third of the rows is dead, a third live, a third solved."""
     kind = PLACES[row.id] % 3
     return kind == 2 or (kind == 1 or help != "raw") and index % 2 == 0
 
@@ -135,7 +135,7 @@ def stopped_after(trainer, steps):
 
 
 def left(folder):
-    """All that a run leaves."""
+    """Log lines, texts and tensors that a run leaves."""
     tensors = sorted((folder / "checkpoint-10").glob("*.safetensors"))
     assert [path.name for path in tensors] == ["model.safetensors", "optimizer.safetensors"]
     texts = [
@@ -151,7 +151,7 @@ def left(folder):
     + [pytest.param(name, True, marks=() if name == "retry" else pytest.mark.soak) for name in CHOICES],
 )
 def test_ten_steps_are_five_and_five(tmp_path, name, engine):
-    """Also where the sampler is a script, whose rollouts need no weights and tell everything else."""
+    """Also with a scripted sampler, whose rollouts depend on all state except the weights."""
     made(tmp_path / "whole", name, engine).train()
     stopped_after(made(tmp_path / "halves", name, engine), 5)
     made(tmp_path / "halves", name, engine, resume=True).train()

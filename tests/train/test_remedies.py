@@ -1,4 +1,4 @@
-"""What remedies do with dead groups: retries, demonstrations, hints, imitation; with a sampler that is a script."""
+"""Remedies for dead groups (retries, demonstrations, hints), tested with a scripted sampler."""
 
 import copy
 import math
@@ -25,8 +25,10 @@ EPOCHS = dict(num_train_epochs=4)
 
 
 def script(row, help, index):
-    """Of twelve rows four are dead when raw, four live, four solved; of the dead ones every other is solved with a
-    demonstration, or with half of the answer."""
+    """Without help, four of twelve rows are dead, four live and four solved.
+
+    Demonstrations, or hints of at least half the answer, make every other dead row live.
+    """
     kind = PLACES[row.id] % 3
     if kind:
         return kind == 2 or index % 2 == 0
@@ -40,7 +42,7 @@ REVIVED = {place for place in range(12) if place % 6 == 0}
 
 
 def shaped(trainer):
-    """The groups of a step as the learner gets them."""
+    """The groups of a step, as the learner gets them."""
     groups, sampled = trainer.rounds.next_groups()
     assert groups == sampled
     groups = trainer.group_selector(groups)
@@ -49,7 +51,7 @@ def shaped(trainer):
 
 
 def gradients(trainer, groups, denominator):
-    """Each group's part of the step's gradient, by its prompt."""
+    """Each group's part of the step's gradient, by prompt."""
     learner, found = trainer.learner, {}
     learner.args = replace(trainer.args, denominator=denominator)
     learner._cut = lambda groups: [[group] for group in groups]
@@ -69,7 +71,7 @@ def gradients(trainer, groups, denominator):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The step of GRPO, and the gradient of each of its groups, by loss type."""
+    """By loss type: the groups of a plain GRPO step, and the gradient of each group."""
 
     def of(loss_type):
         folder = tmp_path_factory.mktemp("plain")
@@ -85,7 +87,7 @@ def what(rollouts):
 
 
 def numbers(advantages):
-    """One for each rollout, also where its tokens have one each."""
+    """The set of advantages of each rollout, whether given per rollout or per token."""
     return [set(each) if isinstance(each, list) else {each} for each in advantages]
 
 
@@ -141,7 +143,7 @@ def test_retries_touch_dead_groups_alone(plain, tmp_path, settings):
         mine, theirs = gradients(trainer, groups, denominator), gradients_of_plain[denominator]
         assert mine.keys() == of_live | learned_on and theirs.keys() == of_live
         scale = 1.0
-        if denominator == "live":  # a revived group adds G draws: those of the group, or of the one that was retried
+        if denominator == "live":  # a revived group adds G draws: those of the retry's group or of the retried one
 
             def size(group):
                 return sum(len(r.ids) for r in group.rollouts[:G]) if "loss_type" in settings else G
@@ -156,7 +158,7 @@ def test_retries_touch_dead_groups_alone(plain, tmp_path, settings):
 
 
 def test_first_draws_of_the_engine_are_those_of_grpo(tmp_path):
-    """The model samples: a retry draws from another stream, and what was drawn before it stays to the bit."""
+    """With a real model: a retry draws from another stream and leaves the first draws unchanged to the bit."""
 
     def of(name, **settings):
         return shaped(make_trainer(tmp_path / name, cold_start_steps=0, **settings))
@@ -178,7 +180,7 @@ def test_first_draws_of_the_engine_are_those_of_grpo(tmp_path):
 
 @pytest.mark.parametrize("form", ["replace", "add"])
 def test_hard_rows_show_demonstrations_and_fewer_once_these_always_work(tmp_path, form):
-    """Rows of even number are hard; with demonstrations half of them are always right, and half never."""
+    """Even rows are hard; with demonstrations, half of them are always right and half never."""
 
     def right(row, help, index):
         return bool(PLACES[row.id] % 2) or (help != "raw" and PLACES[row.id] % 4 == 0)
@@ -266,7 +268,7 @@ def test_a_hint_tells_the_first_tokens_of_the_answer_and_no_more(prompts):
 @pytest.mark.parametrize("tokens", [[], ["<tool_call>", "</tool_call>"]], ids=["text", "tokens"])
 @pytest.mark.parametrize("text", ["<|im_end|> <|im_start|>system", "<tool_call> </tool_call>", "žluť 東京 🙂"])
 def test_what_an_argument_spells_stays_data_in_a_hint(prompts, text, tokens):
-    """Also where the tags of calls are tokens of their own; and no character is told by half."""
+    """Also where the tags of calls are single tokens; and no hint ends inside a character."""
     tokenizer = copy.deepcopy(prompts.chat.tokenizer)
     tokenizer.add_tokens(tokens)
     prompts = Prompts(Chat(tokenizer), prompts.context)
@@ -297,7 +299,7 @@ def test_hints_without_room_are_left_out(tmp_path):
     assert [bool(prompts.hint(row, share, room=64)) for share in SHARES] == [True, True, False]
     prompts.context = hinted[0] + 63
     assert not prompts.hint(row, SHARES[0], room=64)
-    prompts.context = len(prompts.ids(row)) + 10  # less room than was asked for: a hint may take none of it
+    prompts.context = len(prompts.ids(row)) + 10  # less room than requested: a hint may take none of it
     assert not prompts.hint(row, SHARES[0], room=64)
     prompts.context = hinted[1] + 64
     trainer.rounds.next_groups()
@@ -305,11 +307,11 @@ def test_hints_without_room_are_left_out(tmp_path):
     assert asked == [1, 1, 1, 0], "the first draw and two hints"
 
 
-# ---- what is solved
+# ---- solved rollouts
 
 
 def test_right_calls_beside_words_are_correct_and_not_solved(tmp_path):
-    """In the probe, in what is dead, and in the verification of demonstrations."""
+    """In the probe, in dead groups, and in the verification of demonstrations."""
 
     def right(row, help, index):
         return CHATTER if PLACES[row.id] % 2 else True
@@ -334,7 +336,7 @@ def test_right_calls_beside_words_are_correct_and_not_solved(tmp_path):
 
 def test_a_bonus_or_a_weight_solves_nothing_and_hides_nothing(tmp_path):
     class Bonus:
-        """0.01 beyond the right calls, as SelfExemplifyingReward pays it."""
+        """Rewards with a bonus of 0.01, as ``SelfExemplifyingReward`` pays it."""
 
         parts = {"self_exemplifying_reward": [1.01, 1.0, 0.01, 0.0, None]}
 
@@ -346,7 +348,7 @@ def test_a_bonus_or_a_weight_solves_nothing_and_hides_nothing(tmp_path):
 
 
 def test_with_rewards_of_ones_own_the_total_solves(tmp_path):
-    """Two functions give .3 and .2 for rows of even number where the call is right, and .3 alone for the others."""
+    """Right calls earn .3 from one function and, in even rows only, .2 from another."""
 
     def first(prompts, completions, completion_ids, answer, **columns):
         return [0.3 * ("tool_call" in text) for text in completions]

@@ -1,4 +1,4 @@
-"""Rows by name, their split, and their prompts."""
+"""Rows of a run: datasets by name, their split, and their prompts."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Whole small runs of ToolExpander's forms: what they sample, learn on, count, keep and resume."""
+"""Whole small runs of the forms of ToolExpander: what they sample, learn on, count, keep and resume."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def table(folder):
 
 
 def spied(monkeypatch):
-    """The groups that the learner gets, step by step."""
+    """Records the groups that the learner gets in each step."""
     steps, improve = [], Learner.improve
 
     def spy(self, groups, *others):
@@ -178,7 +178,7 @@ def test_the_learning_rate_decays_per_round_epoch_or_step_down_to_the_floor(tmp_
 
 
 def test_dynamic_sampling_fills_a_step_up_with_the_next_prompts(tmp_path, monkeypatch):
-    """Only rows of even number earn unequal rewards: DAPO learns from these alone, four a step."""
+    """Only even rows earn unequal rewards, so DAPO learns from these alone, at most three per step."""
     steps = spied(monkeypatch)
 
     def reward(prompts, completions, completion_ids, id, **columns):
@@ -331,7 +331,7 @@ def test_bad_settings(settings, message):
 
 
 def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_alone(tmp_path, monkeypatch):
-    """A sampler that writes the right answer behind examples, or only within its examples, stands in for the model."""
+    """A scripted sampler replaces the model: the right answer follows examples, or is only among them."""
     args = ToolExpanderConfig(
         output_dir=str(tmp_path / "run"), self_exemplify=True, **SMALL | {"cold_start_steps": 0, "max_steps": 1}
     )
@@ -344,7 +344,7 @@ def test_a_self_exemplifying_run_shows_its_instructions_and_judges_the_answer_al
 
     def text_of(row, place):
         examples = [other for other in others if other["question"] != row.user_text][:4]
-        if place % 2:  # the right calls among the examples, a wrong answer
+        if place % 2:  # the right calls among the examples, a wrong answer after them
             examples[0] = {"tools": row.tool_names, "question": "another one", "answer": row.answer}
             return render_self_exemplified(examples, "", [{"name": row.answer[0]["name"], "arguments": {}}])
         return render_self_exemplified(examples if place else examples[:2], "", row.answer)
@@ -410,7 +410,7 @@ def test_a_large_probe_is_sampled_in_parts_with_the_same_result(tmp_path, monkey
     assert table(tmp_path / "parts") == table(tmp_path / "whole")
 
 
-# the paper's rows (arXiv 2510.07737), and ours below
+# first the paper's rows (arXiv 2510.07737), then ours
 RECIPES = {
     "grpo": ("none", False, 1e-3, 0.2, 0.2, 1.0),
     "replace": ("replace", False, 1e-3, 0.2, 0.2, 0.8),
@@ -472,7 +472,7 @@ def test_a_resume_with_fewer_steps_than_done_takes_none(tmp_path):
 
 
 def test_any_character_that_a_line_may_hold_survives_a_resume(tmp_path):
-    """U+2028 and its like end a line for Python's texts, and not for JSON."""
+    """U+2028 and similar characters end a line for ``str.splitlines``, but not in JSON."""
 
     def of(folder, **settings):
         rows = [replace(row, prompt=f"Please\u2028{row.prompt}\u0085") for row in training_rows()]
@@ -495,7 +495,7 @@ def test_rows_that_are_trained_on_and_evaluated_on_are_counted(tmp_path, capsys)
 
 
 def test_a_probe_that_takes_the_last_tokens_ends_the_run(finished, tmp_path):
-    """The budget is looked at again before a step: a round's probe may have used it up."""
+    """The budget is checked again before a step, because the round's probe may have used it up."""
     folder, _ = finished
     probes, steps = metrics(folder, ["probe"]), metrics(folder, ["step"])
     second = next(i for i, step in enumerate(steps) if step["round"] == 1)
@@ -513,7 +513,7 @@ def test_probes_tell_what_leaving_early_saved(tmp_path):
 
 
 def test_waves_cost_little_more_than_one_rollout_at_a_time():
-    """At solve rates as weak models have them: most rows hard, the others anywhere between; rollouts of one length."""
+    """At the solve rates of weak models: most rows hard, the others anywhere between; all rollouts equally long."""
     rng = random.Random(0)
     rates = [0.0] * 600 + [rng.random() for _ in range(400)]
     outcomes = {row: [rng.random() < rate for _ in range(10)] for row, rate in enumerate(rates)}

@@ -1,4 +1,4 @@
-"""Whole small runs: they learn, repeat, resume, and stop in time."""
+"""Whole small runs of the trainer: they learn, repeat, resume, and stop in time."""
 
 import json
 import math
@@ -27,8 +27,8 @@ SMALL = dict(
     num_train_epochs=2,
     save_steps=2,
     probe_rollouts=2,
-    solved_reward=2.0,  # nothing is
-    hard_sampling="replace",  # rounds with probes
+    solved_reward=2.0,  # which no rollout reaches
+    hard_sampling="replace",  # has rounds with probes
     cold_start_steps=2,
     cold_start_batch_size=4,
     cold_start_learning_rate=1e-3,
@@ -37,12 +37,12 @@ SMALL = dict(
 
 
 def even_is_good(prompts, completions, completion_ids, **columns):
-    """A reward that a random model earns in different amounts, so that there is a gradient from the first step on."""
+    """A reward that varies between rollouts of a random model, so that the first step has a gradient."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def training_rows(count=12):
-    """Easy rows that answer with few tools, so that most find a demonstration among the others."""
+    """Easy rows whose answers use few tools, so that most have a demonstration among the others."""
     rows = builtin.train_rows(600, 0, ("easy",))
     common = Counter(row.answer[0]["name"] for row in rows).most_common(3)
     return [row for row in rows if row.answer[0]["name"] in dict(common)][:count]
@@ -93,7 +93,7 @@ def test_metrics_hold_what_the_run_did(finished):
     folder, _ = finished
     steps = metrics(folder, ["step"])
     assert [s["step"] for s in steps] == list(range(1, 7))
-    # one epoch of 3 steps is a round; the rate falls by 0.8 from one to the next
+    # a round is one epoch of 3 steps; the rate is multiplied by 0.8 from one to the next
     assert [s["learning_rate"] for s in steps] == pytest.approx([3e-3] * 3 + [2.4e-3] * 3)
     for s in steps:
         assert s["grad_norm"] > 0 and math.isfinite(s["loss"]) and s["logp_difference"] < 1e-4
@@ -103,7 +103,7 @@ def test_metrics_hold_what_the_run_did(finished):
 
 
 def test_the_reward_rises(tmp_path):
-    """Even token ids are rewarded, about half of them at first; the model learns to prefer them."""
+    """Even token ids are rewarded. At first about half are even; the model learns to prefer them."""
     folder = tmp_path / "run"
     make_trainer(folder, num_train_epochs=6, hard_sampling="none", cold_start_steps=0, learning_rate=1e-2).train()
     rewards = [s["reward"] for s in metrics(folder, ["step"])]
@@ -187,7 +187,7 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
 
 
 def test_weights_that_explode_stop_the_run_though_no_group_has_a_gradient(tmp_path):
-    """Broken weights make all completions alike, so no loss is ever computed that could be NaN."""
+    """Broken weights make all completions equal, so no loss is computed that could be NaN."""
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"step 1|step 2|checkpoint 1") as error:
         make_trainer(run, learning_rate=1e38, save_steps=1).train()

@@ -1,4 +1,4 @@
-"""Whole small runs with tools in rollouts: the built-in task in turns, and functions of one's own."""
+"""Whole small runs in turns, with tools in rollouts: the built-in task and custom functions."""
 
 import pytest
 
@@ -29,7 +29,7 @@ TURNS = SMALL | dict(
 
 @pytest.mark.soak
 def test_the_built_in_task_in_turns_trains_on_what_the_model_wrote_alone(tmp_path, monkeypatch):
-    """After a short cold start the model calls, reads what the registry returns, and goes on."""
+    """After a short cold start the model calls, reads what the registry returns, and continues."""
     seen, improve = [], Learner.improve
 
     def spy(self, groups, number):
