@@ -1,4 +1,4 @@
-"""BFCL's rows, and the matching rules in small (against the official checker: test_bfcl_agreement.py)."""
+"""BFCL's rows, and small cases of its matching rules (for the official checker see test_bfcl_agreement.py)."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ SIZES = {
     "parallel_multiple": 200, "live_simple": 258, "live_multiple": 1053, "live_parallel": 16,
     "live_parallel_multiple": 24, "irrelevance": 240, "live_irrelevance": 884,
 }  # fmt: skip
-# BFCL's checker accepts no answer at all for these: they want a list of mixed types from a Java literal, list no
+# BFCL's checker accepts no answer for these: they require a list of mixed types from a Java literal, list no
 # acceptable value, or expect an argument that the tool does not have.
 UNSOLVABLE = {
     "simple_java_36", "simple_java_65", "live_simple_106-63-0", "live_simple_112-68-0", "live_multiple_862-181-3",
@@ -86,7 +86,7 @@ def test_java_literals_in_small():
 
 
 def test_no_literal_takes_long():
-    """In quadratic time these would not come to an end."""
+    """In quadratic time these would not finish."""
     for language, name, text in (
         ("javascript", "dict", "{" + "a" * 200_000 + "}"),
         ("javascript", "dict", "{a: " + ", " * 100_000 + "}"),

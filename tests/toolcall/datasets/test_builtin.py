@@ -50,7 +50,7 @@ def test_levels_hold():
     for row in TRAIN + HELD_OUT:
         level = builtin.LEVELS[row.columns["tier"]]
         assert len(row.answer) == level.calls
-        # two calls of different tools are offered both, whatever the lower bound
+        # a row with calls of two tools offers both, regardless of the lower bound
         assert max(level.offered[0], len({c["name"] for c in row.answer})) <= len(row.tools) <= level.offered[1]
         for call in row.answer:
             own = [name for name in call["arguments"] if name != "currency"]
@@ -133,7 +133,7 @@ def test_the_cold_start_shows_its_own_convention_unless_a_demonstration_says_oth
 
 def test_the_cold_start_shows_demonstrations_as_training_draws_them():
     def kinds(shown):
-        """How many demonstrations a prompt has, and how many show two calls or one of a tool that is not offered."""
+        """Per tier: demonstrations per prompt, share of prompts with one of two calls, and with a tool not offered."""
         result = {}
         for tier in builtin.TIERS:
             prompts = [(row, those) for row, those in shown if row.columns["tier"] == tier and those]

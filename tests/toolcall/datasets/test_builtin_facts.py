@@ -27,7 +27,7 @@ FACTS = 1 + len(builtin_facts.NOUNS["account"])
 
 
 def untold(call):
-    """What no request tells of a call."""
+    """Values of a call that no request states."""
     return [value for name, value in call["arguments"].items() if name in builtin_facts.UNTOLD.values()]
 
 
@@ -110,7 +110,7 @@ def test_documentation_covers_every_tool_that_training_offers_and_tells_nobodys_
         if row.columns["tier"] in builtin_facts.UNTOLD:
             assert (row.answer[0]["name"] in called) is (row.answer not in solved)
             missing += row.answer in solved
-    assert 0 < missing < 0.1 * len(TRAIN)  # tools with one argument, a truth value
+    assert 0 < missing < 0.1 * len(TRAIN)  # tools with one argument, a boolean
 
 
 def test_the_cold_start_shows_demonstrations_as_training_draws_them():
@@ -121,7 +121,7 @@ def test_the_cold_start_shows_demonstrations_as_training_draws_them():
     assert {e.row.columns["tier"] for e in shown} == set(builtin_facts.LEVELS)
     shown += COPYING
     complete = sum(len(e.demonstrations) == min(3, len(e.row.tools)) for e in shown)
-    assert 0.97 * len(shown) < complete < len(shown)  # but where one would tell the answer
+    assert 0.97 * len(shown) < complete < len(shown)  # except where one would reveal the answer
     for example in shown:
         called = [row.answer[0]["name"] for row in example.demonstrations]
         assert len(set(called)) == len(called) <= 3 and set(called) <= set(example.row.tool_names)

@@ -1,4 +1,4 @@
-"""The built-in task in two turns: splits, what a request tells and what only a lookup shows, and the cold start."""
+"""The built-in task in two turns: splits, values from requests and from lookups, and the cold start."""
 
 import json
 from collections import Counter

@@ -95,7 +95,7 @@ def test_a_dataset_object_and_a_folder_that_datasets_loads(tmp_path, monkeypatch
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     dataset = datasets.Dataset.from_list(ROWS)
-    assert dataset[0]["answer"][0]["arguments"] == {"x": 1, "y": None}  # the trap: keys of other rows appear
+    assert dataset[0]["answer"][0]["arguments"] == {"x": 1, "y": None}  # the pitfall: keys of other rows appear
     assert [row.answer for row in rows_from(dataset)] == [raw["answer"] for raw in ROWS]
     assert [row.tools for row in rows_from(dataset)] == [raw["tools"] for raw in ROWS]
 

@@ -136,7 +136,7 @@ def test_nothing_odd_takes_one_line():
     ids=["all different", "all equal", "two halves", "one call in common", "a call in common by halves"],
 )
 def test_work_in_proportion_to_the_rows(calls, monkeypatch):
-    """By the number of answers that are compared, which no busy machine changes."""
+    """Measured by the number of answers compared, which does not depend on the machine's load."""
     compared = 0
     compare = _Secret.is_called_by
 
