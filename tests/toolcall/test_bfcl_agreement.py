@@ -1,4 +1,4 @@
-"""Our matcher against the checker of the bfcl-eval package itself: every ground truth, and answers with one change."""
+"""Agreement of our matcher with bfcl-eval's own checker on every ground truth and on answers with one change."""
 
 import copy
 import importlib.util
@@ -15,14 +15,14 @@ import pytest
 from toolx_kernels.toolcall import CATEGORIES, bfcl_match, read_bfcl
 
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
-# Of each kind of change a row gets so many at most, drawn from its id.
+# At most this many changes of each kind per row, drawn with its id as seed.
 PER_KIND = {"type": 12, "missing": 4, "extra": 4, "value": 20, "order": 4, "calls": 4}
 LEAST = 20_000
 
 
 @pytest.fixture(scope="module")
 def checker():
-    """``ast_checker`` itself. Its only use of the model table, which drags in every model's client, is stubbed."""
+    """bfcl-eval's ``ast_checker``, with a stub for the model table, which would import every model's client."""
     pytest.importorskip("bfcl_eval")
     stub = types.ModuleType("bfcl_eval.constants.model_config")
     stub.MODEL_CONFIG_MAPPING = {"stub": types.SimpleNamespace(underscore_to_dot=False)}
@@ -37,7 +37,7 @@ def checker():
             try:
                 return ast_checker(functions, output, possible, language, category, "stub")["valid"]
             except (TypeError, AttributeError, ValueError, OverflowError):
-                return False  # it crashes on some of what models print
+                return False  # it crashes on some model outputs
 
         yield check
 
@@ -49,7 +49,7 @@ def raw_functions(category):
 
 
 def other_types(value):
-    """Values of other types than ``value``, some of which the rules still take."""
+    """Values of other types than ``value``; the rules still accept some of them."""
     others = (None, True, 0, 1.5, "", "x", [], {}, [value], {"a": value}, str(value), json.dumps(value))
     yield from (other for other in others if type(other) is not type(value))
     if type(value) is int:
@@ -62,7 +62,7 @@ def other_types(value):
 
 
 def other_values(value):
-    """Values of the type of ``value``: nearly right, right in another spelling, wrong."""
+    """Values of the type of ``value``: nearly right, right but spelled differently, or wrong."""
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int | float):
@@ -80,7 +80,7 @@ def other_values(value):
 
 
 def java_and_javascript(value):
-    """Literals that are spelled otherwise, or not quite literals any more."""
+    """Literals in another spelling, some no longer valid."""
     yield from (value.replace("{{ ", "{ { ").replace("}}", "} }"), f"new Array({value.strip('[]')})")
     yield from (value.replace("Arrays.asList(", "").replace("))", ")"), "[" + value + "]", value + "L", value + "n")
     inner = value.partition("asList(")[2].removesuffix("))")
@@ -106,7 +106,7 @@ def reads(read, text):
 
 
 def changed_answers(row):
-    """kind of change -> answers of ``row`` with one such change."""
+    """Returns kind of change -> answers of ``row`` with one such change."""
     calls, tools = row.answer, {tool["function"]["name"]: tool["function"] for tool in row.tools}
     changed = defaultdict(list)
     changed["order"] += map(list, itertools.islice(itertools.permutations(calls), 1, 7))
@@ -144,7 +144,7 @@ def changed_answers(row):
 
 
 def judged_answers():
-    """(category, row, kind, calls): every ground truth, and the changes that are drawn for its row."""
+    """Yields (category, row, kind, calls) for every ground truth and for the changes drawn for its row."""
     for category in CATEGORIES:
         if "irrelevance" in category:
             continue
@@ -169,14 +169,14 @@ def test_agrees_with_the_official_checker(checker):
     changed = {kind: verdicts[kind, True] + verdicts[kind, False] for kind in PER_KIND}
     assert verdicts["truth", True] + verdicts["truth", False] == 2501 and verdicts["truth", False] < 10
     assert sum(changed.values()) >= LEAST, changed
-    # Both verdicts must occur, so that a matcher which always says the same of one kind cannot get by.
+    # Both verdicts must occur for a kind, so that a matcher with a constant verdict fails.
     assert all(verdicts[kind, False] > 1_000 for kind in PER_KIND), verdicts
     assert all(verdicts[kind, True] > 20 for kind in PER_KIND if kind != "calls"), verdicts
 
 
 @pytest.mark.parametrize("category", ["irrelevance", "live_irrelevance"])
 def test_irrelevance_wants_no_call(category):
-    """There the package counts decoded calls and has no checker: none is right, any is wrong."""
+    """Here the package has no checker and counts decoded calls: none is right, any is wrong."""
     pytest.importorskip("bfcl_eval")
     for row in read_bfcl(category):
         call = {"name": row.tool_names[0] if row.tools else "f", "arguments": {}}

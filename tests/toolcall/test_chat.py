@@ -63,7 +63,7 @@ WITH_TOOLS = (
     "{% for message in messages if message.role != 'system' %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-# As SmolLM2's: no tools, and a default system message where the conversation has none.
+# Like SmolLM2's: no tools, and a default system message if the conversation has none.
 WITHOUT_TOOLS = (
     "{% for message in messages %}{% if loop.first and messages[0].role != 'system' %}"
     "{{ '<|im_start|>system\nDefault.<|im_end|>\n' }}{% endif %}"
@@ -74,7 +74,7 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 
 
 def tokenizer_with(template):
-    """Bytes as tokens, and ChatML's markers as special tokens; with a bos token that it adds unless told not to."""
+    """A tokenizer of bytes with ChatML's markers as special tokens; adds a bos token unless told not to."""
     vocabulary = {piece: n for n, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +93,7 @@ def tokenizer_with(template):
 
 
 def official_template():
-    """Qwen3's chat template, which bfcl-eval quotes beside its handler for these models."""
+    """Qwen3's chat template, quoted by bfcl-eval in its handler for these models."""
     spec = importlib.util.find_spec("bfcl_eval")
     if spec is None:
         pytest.skip("bfcl-eval, which quotes the official Qwen template, is not installed")
@@ -138,7 +138,7 @@ def test_completions_are_written_as_the_official_template_writes_them():
 @pytest.mark.parametrize("template", [WITHOUT_TOOLS, None])
 def test_the_fallback_in_full(template):
     tokenizer = tokenizer_with(template)
-    begin = "" if template else "<|bos|>"  # what the tokenizer puts before any text
+    begin = "" if template else "<|bos|>"  # the tokenizer puts this before any text
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert render_text(tokenizer, ROW) == (
         f"{begin}<|im_start|>system\n{QWEN_TOOLS}<|im_end|>\n" + turn.format("Weather in Zürich?")

@@ -1,4 +1,4 @@
-"""Prompts, turns and stops in the form of each model family."""
+"""Chat of each model family: prompts, turns and stops in its form."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_demonstrations_show_the_form(chat):
 
 
 def test_tool_results_are_the_templates_own(chat):
-    """The turn that called, what came back, and the header of the next turn, as the template writes them at once."""
+    """Tool results and the next turn's header are written as the template writes them in a whole chat."""
     ids = chat.tool_turn_ids(RESULTS[:1])
     text = chat.tokenizer.decode(ids)
     assert "pong" in text
@@ -99,13 +99,13 @@ CONTROL = {
 
 
 def test_contents_become_no_control_token(chat):
-    """The same prompt with harmless words has the same special tokens, and the text is all there."""
+    """A prompt with forged tokens has the same special tokens as one with harmless words, and shows all its text."""
     forged = CONTROL[chat.family] + f"{CONTROL[chat.family]} forged"
     special = {i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
 
     def prompt(text):
         function = {"name": "f", "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
-        trusted = text.replace("[TOOL_CALLS]", "")  # a system prompt may show calls, and an assistant writes them
+        trusted = text.replace("[TOOL_CALLS]", "")  # system prompts may show calls, and assistants write them
         messages = [
             {"role": "system", "content": trusted},
             {"role": "user", "content": text},
@@ -186,11 +186,11 @@ def test_lone_surrogates_become_question_marks_wherever_they_stand():
         assert "?" in chat.tokenizer.decode(turn)
 
 
-# ---- single faults
+# ---- single cases
 
 
 def test_unigram_pieces_become_no_control_token_either():
-    """The tiny tokenizer's control tokens are pieces of its vocabulary too."""
+    """The tiny tokenizer's control tokens are also pieces of its vocabulary."""
     chat = Chat(tiny_tokenizer())
     ids = chat.prompt_ids(Row("r", "a<|end|><|tool|>b", [], []))
     assert ids.count(chat.tokenizer.eos_token_id) == 1
@@ -384,7 +384,7 @@ TEMPLATES = (
 
 
 def test_which_templates_of_trl_are_known():
-    """Every template that shows tools is read in a form of ours, or refused."""
+    """Every template that shows tools is read in one of our forms or refused."""
     found = {}
     for name in TEMPLATES:
         try:

@@ -148,7 +148,7 @@ def test_possible_says_what_choose_finds():
             for n, size in enumerate(rng.choices(range(4), k=rng.randrange(1, 6)))
         ]
         index = DemonstrationIndex(rows)
-        for _ in range(2):  # what an earlier question left behind changes no answer
+        for _ in range(2):  # what earlier calls left behind changes no answer
             for each in rows:
                 assert index.possible(each) == (index.choose(each, random.Random(0)) != [])
                 shown = {other.id for other in index.choose(each, rng, per_tool=9, limit=99)}
@@ -161,7 +161,7 @@ def may_show(other, row):
 
 
 class CountingRandom(random.Random):
-    """Counts what is drawn from it."""
+    """Counts the draws from it."""
 
     drawn = 0
 
@@ -216,7 +216,7 @@ def seal_tools():
 
 @pytest.mark.parametrize(("name", "read"), [pytest.param(*dataset, id=dataset[0]) for dataset in datasets()])
 def test_no_prompt_of_a_dataset_tells_its_answer(name, read):
-    """In the prompt as the model reads it, not in what was meant to be shown."""
+    """Checks the prompt that the model reads, not only the demonstrations chosen for it."""
     rows, chat = read(), Chat(tiny_tokenizer())
     index, shown = DemonstrationIndex(rows), 0
     for row in rows:

@@ -47,7 +47,7 @@ def test_any_changed_leaf_is_seen(calls, data):
     changed = data.draw(st.text() if path[-1] == "name" and len(path) == 2 else values)
     before = inner[path[-1]]
     inner[path[-1]] = changed
-    # repr tells True from 1 from 1.0, as JSON does.
+    # repr distinguishes True, 1 and 1.0, as JSON does.
     same = repr(shuffled_keys(before, NO_SHUFFLE)) == repr(shuffled_keys(changed, NO_SHUFFLE))
     if not same and not (isinstance(before, dict) and before == changed):
         assert not exact_match(other, calls)

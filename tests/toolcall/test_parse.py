@@ -122,7 +122,7 @@ def test_nesting_up_to_the_limit():
 
 
 def test_linear_time():
-    """In quadratic time these would not come to an end."""
+    """In quadratic time these would not finish."""
     for piece in ("<tool_call>", "<tool_call>{", "<tool_call>\n" * 2, " \n", "</tool_call", '<tool_call>{"a":"', "<"):
         parse_calls(piece * 50_000)
         parse_calls("<tool_call>" + piece * 50_000)

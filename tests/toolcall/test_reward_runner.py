@@ -34,7 +34,7 @@ class Written:
 
 
 def rewards_of(func, rows, **options):
-    """What one function gives to one completion of each row."""
+    """Rewards of one function for one completion of each row."""
     result = RewardFunctions(func, **options)(rows, [Written() for _ in rows])
     ((_, part),) = result.parts.items()
     return part
@@ -232,7 +232,7 @@ def test_weights_add_the_parts_up_and_none_adds_nothing():
     assert list(weighted.parts) == ["sometimes", "right"]
     alone = RewardFunctions(sometimes, weights=[0.0])(rows, written)
     assert alone.total == [0.0, 0.0, 0.0] and alone.unrewarded == 1
-    assert RewardFunctions(right)(rows, written).unrewarded == 0  # a reward of 0 is one
+    assert RewardFunctions(right)(rows, written).unrewarded == 0  # a reward of 0 counts as a reward
 
 
 def test_functions_of_one_name_keep_parts_of_their_own():
@@ -267,7 +267,7 @@ def test_async_functions_run_at_the_same_time_on_one_loop_that_stays(timeout):
             loops.append(asyncio.get_running_loop())
             here.append(1)
             deadline = time.monotonic() + 10
-            while len(here) % 2:  # until the other one has begun as well
+            while len(here) % 2:  # until the other one has started too
                 assert time.monotonic() < deadline, "the other one has not begun"
                 await asyncio.sleep(0.001)
             return [1.0] * len(prompts)

@@ -113,7 +113,7 @@ def test_thoughts_are_left_out_of_what_is_right():
 
 
 def rewarded(reward, text, row):
-    """What a completion of one turn, or of several with what a tool said between them, earns."""
+    """Reward of a completion of one or several turns, with a tool result after each."""
     turns = [{"role": "assistant", "content": turn} for turn in ([text] if isinstance(text, str) else text)]
     messages = [message for turn in turns for message in (turn, {"role": "tool", "content": "<think>"})]
     columns = {name: [row.columns.get(name)] for name in ("possible_answers", "category")}
@@ -122,7 +122,7 @@ def rewarded(reward, text, row):
 
 
 def test_thoughts_earn_what_the_rest_earns_or_nothing():
-    cases = [  # the text, its row, its rewards where thoughts are allowed and where not
+    cases = [  # text, row, rewards with thoughts allowed and forbidden
         (THINK + RIGHT, EXACT, 1.0, 0.0),
         (THINK + FOLDED, LOOSE, 1.0, 0.0),
         (THINK + PROSE, NO_CALL, 1.0, 0.0),

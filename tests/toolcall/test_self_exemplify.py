@@ -90,7 +90,7 @@ pieces = st.lists(
     | st.text(max_size=3),
     max_size=12,
 ).map("".join)
-fewer = settings(max_examples=50)  # of what is slow to draw
+fewer = settings(max_examples=50)  # for what is slow to draw
 
 
 def test_the_sections_of_a_good_completion():
@@ -253,7 +253,7 @@ DIFFERENT = [
      an_example("What is 3 - 5?", answer=[{"name": "subtract", "arguments": {}}])),
     (an_example("What is 3 plus -5 now?", answer=[{"name": "add", "arguments": {"a": 3, "b": -5}}]),
      an_example("What is 3 plus 5 now?", answer=[{"name": "add", "arguments": {"a": 3, "b": 5}}])),
-    (an_example("Tell me a story"), an_example("Tell me a joke")),  # no call says nothing of alikeness
+    (an_example("Tell me a story"), an_example("Tell me a joke")),  # two empty answers do not count as alike
     (an_example("罗马天气", "罗马"), an_example("罗马下雨吗", "罗马")),
     (an_example("Oslo to Rome?", answer=[{"name": "fly", "arguments": {"from": "Oslo", "to": "Rome"}}]),
      an_example("Rome to Oslo?", answer=[{"name": "fly", "arguments": {"from": "Rome", "to": "Oslo"}}])),
@@ -424,7 +424,7 @@ def test_any_text_is_survived_in_each_form(name, text):
 
 
 def test_malformed_calls_make_an_answer_wrong_whatever_follows():
-    """A section that is cut out of them must not mend them."""
+    """Cutting a section out of them must not repair them."""
     cut = "<tool_call>" + json.dumps({"name": "weather", "arguments": {"city": "<think></think>"}}) + "</tool_call>"
     row = Row("t", REQUEST, TOOLS, calls_for("<think></think>"))
     assert is_answer_correct(cut, row)

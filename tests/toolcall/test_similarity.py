@@ -1,4 +1,4 @@
-"""The reward for calls that are similar to the right ones."""
+"""Similarity reward, for calls that are similar to the right ones."""
 
 import math
 import pickle
@@ -55,8 +55,8 @@ NEAR, NEARNESS = call(city="York", days=3), (2 / 3 + 1) / 2
         ([call(city="York, new!", days=3)], [RIGHT], (2 * 1 / (2 + 2) + 1) / 2),  # in another order
         ([call(city="Paris", days=4)], [RIGHT], 0.0),
         ([call(city="", days=3)], [RIGHT], 1 / 2),
-        ([call(city="...", days=3)], [call(city="!", days=3)], 1 / 2),  # without words only equal texts are similar
-        ([call(city="new-york", days=3)], [RIGHT], 0.99),  # the same words, yet not right
+        ([call(city="...", days=3)], [call(city="!", days=3)], 1 / 2),  # texts without words are similar only if equal
+        ([call(city="new-york", days=3)], [RIGHT], 0.99),  # the same words, but not right
         ([call(city="ÉVRY", days=3)], [call(city="Évry sud", days=3)], (2 / 3 + 1) / 2),
         ([call(days=True)], [call(days=1)], 0.0),
         ([call(days=1.0)], [call(days=1)], 0.0),
@@ -72,9 +72,9 @@ NEAR, NEARNESS = call(city="York", days=3), (2 / 3 + 1) / 2
         ([], [RIGHT], 0.0),
         ([RIGHT], [], 0.0),
         ([RIGHT, call("later")], [RIGHT], 0.0),  # a tool that is not offered
-        ([call(city="New York", days=3, hours=1)], [RIGHT], 0.0),  # an argument that the schema does not know
+        ([call(city="New York", days=3, hours=1)], [RIGHT], 0.0),  # an argument that the schema does not have
         ([call("now", zone=1)], [call("now")], 0.0),
-        ([call("free", x=1, y=2)], [call("free", x=1)], 1 / 2),  # a schema that names none knows each
+        ([call("free", x=1, y=2)], [call("free", x=1)], 1 / 2),  # a schema that names no arguments allows any
         ([call("open", x=1, y=2)], [call("open", x=1)], 1 / 2),
     ],
 )
@@ -84,11 +84,11 @@ def test_similarity_computed_by_hand(calls, answer, expected):
 
 def test_the_most_similar_calls_are_paired_first():
     first, second = call(city="a", days=1, units="C"), call(city="b", days=1, units="F")
-    # written order would pair the first with the first (1/3) and leave 0 or 1/3 for the other
+    # pairing in written order would give 1/3 for the first and leave 0 or 1/3 for the other
     assert similar([call(city="b", days=1, units="C"), call(city="b", days=1, units="F")], [first, second]) == (
         pytest.approx((1 + 2 / 3) / 2)
     )
-    # 2/3 with the second is more than 1/3 with the first, though the call before it also likes the second by 1/3
+    # 2/3 with the second exceeds 1/3 with the first, though the call before it also has 1/3 with the second
     assert similar([call(city="x", days=1, units="F"), call(city="b", days=1, units="F")], [second]) == 1 / 2
     assert similar([call(city="b", days=2, units="C"), call(city="x", days=1, units="F")], [first, second]) == (
         pytest.approx((2 / 3 + 1 / 3) / 2)
@@ -131,7 +131,7 @@ def test_what_is_no_bare_call_earns_as_by_call_reward(name):
 
 
 def test_long_texts_are_compared_by_their_first_words():
-    """Else similarity would be quadratic in what a model writes."""
+    """Otherwise the cost would be quadratic in what a model writes."""
     words = [f"w{n}" for n in range(1000)]
     longer = similar([call(note=" ".join([*words, "end"]))], [call(note=" ".join(words))])
     assert longer == pytest.approx(2 * 200 / (1000 + 1001))
@@ -165,7 +165,7 @@ def test_similarity_is_symmetric_and_1_for_right_calls_alone(calls, answer):
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(*[st.lists(st.sampled_from("abcd"), min_size=1, max_size=12)] * 2)
 def test_similar_texts_share_a_subsequence(one, other):
-    """Against the recurrence of the longest common subsequence."""
+    """Compared with the recurrence of the longest common subsequence."""
     table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
     for n, left in enumerate(one):
         for m, right in enumerate(other):

@@ -115,7 +115,7 @@ def test_each_form_is_asked_for_with_an_example_in_it():
 ONE, TWO = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
 LLAMA = '{"name": "f", "parameters": {"x": 1}}'
 OPENAI = '{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\\"x\\": 1}"}}'
-BARE = [  # forms, a text that is calls alone, how many
+BARE = [  # forms, a text of calls alone, their number
     (("json", "llama3"), ONE, 1),
     (("json", "llama3"), LLAMA, 1),
     (("json", "llama3"), f"\n{ONE}\n\n{TWO} ", 2),
@@ -158,7 +158,7 @@ def test_calls_alone(names, text, count):
         assert same(found.calls, ([f(x=1), *[{"name": "g", "arguments": {}}] * 2])[:count]) and found.bare
 
 
-NOT_BARE = [  # forms, a text with one call and more
+NOT_BARE = [  # forms, a text of one call and other content
     (JSON_ANYWHERE, f"Sure! {ONE}"),
     (JSON_ANYWHERE, f"Sure: [{ONE}]."),
     (JSON_ANYWHERE, f"{ONE} Done {{sic}}."),
@@ -482,7 +482,7 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_linear_time(name):
-    """In quadratic time these would not come to an end."""
+    """In quadratic time these would not finish."""
     for piece in REPEATED:
         for before in BEFORE[name]:
             read(before + piece * (40_000 // len(piece)) + "')]", FORMATS[name])

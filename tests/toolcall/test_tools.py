@@ -1,4 +1,4 @@
-"""Functions and environments as tools: schemas, what calls come to, time limits, state."""
+"""Tools made of functions and environments: schemas, results of calls, time limits, state."""
 
 import asyncio
 import json
@@ -261,7 +261,7 @@ def test_async_calls_share_one_loop():
 
 
 def test_threads_of_calls_do_not_keep_the_process_alive():
-    before = set(threading.enumerate())  # other tests leave threads of theirs
+    before = set(threading.enumerate())  # other tests leave threads behind
     answers(Toolbox([pause], timeout=0.05), call("pause", seconds=1))
     started = set(threading.enumerate()) - before
     assert started and all(thread.daemon for thread in started)
@@ -306,7 +306,7 @@ def test_slow_environments_are_waited_for_together(monkeypatch):
     toolbox = Toolbox(environment_factory=Counter, timeout=0.5)
     sessions = toolbox.open([ROW] * 8)
     results = toolbox.answer([(session, [call("up", by=1), call("stick")]) for session in sessions])
-    assert 0 < sum(waited) < 2  # one after the other it would be 4
+    assert 0 < sum(waited) < 2  # one after the other would take 4
     assert [texts[0] for texts in results] == ["4"] * 8
 
 
@@ -362,7 +362,7 @@ def test_a_reset_that_fails_names_the_row(reset, message):
             begin([ROW])
 
 
-# ---- what is refused
+# ---- refused tools
 
 
 def bare(x):
