@@ -53,7 +53,7 @@ class Counted:
         return "retry" if stream >= RETRY_STREAM else "step"
 
     def trained(self, passes):
-        """Tokens of forwards: with a gradient ``passes`` times, those of the reference and of held-out checks once."""
+        """Tokens of forwards; those with a gradient count ``passes`` times, the reference and held-out checks once."""
         return sum(tokens * (passes if own and gradient else 1) for own, gradient, tokens in self.forwards)
 
 
@@ -149,7 +149,7 @@ def test_probes_come_as_often_as_they_are_needed(tmp_path, settings, rounds):
 
 
 def test_a_probe_for_two_rounds_is_of_the_rows_of_both(tmp_path):
-    """Of twelve rows, each epoch of two steps leaves out two, in each epoch different ones."""
+    """Each epoch of two steps leaves out two of the twelve rows, different ones each time."""
 
     def members(every, epochs):
         settings = FEW | dict(num_train_epochs=epochs, prompts_per_step=5, probe_every=every, hard_sampling="replace")

@@ -1,4 +1,4 @@
-"""Custom policy objects given to the trainer, as another system would."""
+"""Custom policy objects, as another system gives them to the trainer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recipes: what each chooses, and that a stopped run of each resumes exactly."""
+"""Recipes: the policies and settings that each chooses, and the exact resume of a stopped run."""
 
 import signal
 from importlib.resources import files

@@ -311,7 +311,7 @@ def test_hints_without_room_are_left_out(tmp_path):
 
 
 def test_right_calls_beside_words_are_correct_and_not_solved(tmp_path):
-    """In the probe, in dead groups, and in the verification of demonstrations."""
+    """This holds in the probe, in dead groups and in the verification of demonstrations."""
 
     def right(row, help, index):
         return CHATTER if PLACES[row.id] % 2 else True

@@ -25,7 +25,7 @@ def test_the_docstring_example():
 
 
 def test_what_the_loss_needs_of_completions_is_laid_end_to_end():
-    """Parts get their share of it. If one completion lacks reference log-probs, the batch has none."""
+    """A part has the share of its completions. If one completion lacks reference log-probs, the batch has none."""
     old = [torch.tensor([-1.5, -2.5]), torch.tensor([-0.25]), torch.tensor([-4.0])]
     group = PackedGroup([1], [[5, 2], [6], [7]], (), [0.5, -0.5, 1.0], old, [None, *old[1:]], [[-1.0, -2.0], [0], [-3]])
     batch = pack([group.part(slice(2)), group.part(slice(2, 3))], dtype=torch.float64)
