@@ -1,4 +1,4 @@
-"""The curves of a run: which panels there are, what they hold, and what is said of those that are not."""
+"""The curves of a run: the panels shown, their content, and the note on missing panels."""
 
 import json
 import warnings
