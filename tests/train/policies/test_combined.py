@@ -184,10 +184,6 @@ class Beyond(EpochOrder):
         return [0, 12]
 
 
-class Elsewhere(Retry):
-    """Learns on the raw prompt what it samples with demonstrations."""
-
-
 @pytest.mark.parametrize(
     "policies, sentence",
     [
