@@ -1,9 +1,9 @@
-"""Compiles Triton kernels for chips that need not be there and prints what they take of them, one JSON line each.
+"""Cross-compiler of the Triton kernels for chips that are not present; prints the resources used, one JSON line each.
 
     python -m tests.without_gpu.cross_compile [--every] 80 86
 
-Without ``--every``: of the kernels whose tile depends on the chip, those forms that take the most registers. Triton
-keeps what it compiled, by the hash of all that it depends on. Run without TRITON_INTERPRET: an interpreted kernel
+Without ``--every``, kernels whose tile depends on the chip are compiled only in the forms that take the most registers.
+Triton caches its results by the hash of everything they depend on. Run without TRITON_INTERPRET: an interpreted kernel
 cannot be compiled.
 """
 
@@ -28,7 +28,7 @@ from toolx_kernels.ops.lm_head import live_rows, per_row, sampling_triton, scali
 from toolx_kernels.ops.triton_common import OF_HEAD
 
 CHIPS = (80, 86, 89, 90, 120)
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # a block may ask for
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # limit of a block
 LEAST = 86
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -37,7 +37,7 @@ INT64 = {"targets_ptr", "source_ptr", "index_ptr", "ids_ptr", "slots_ptr", "stre
 INT64 |= {"parts_ptr", "sums_ptr", "facts_ptr", "rows_ptr"}
 INT32 = {"cu_ptr", "block_table_ptr", "seq_lens_ptr", "cu_queries_ptr", "cu_groups_ptr", "prefix_lens_ptr", "token_ptr"}
 FP32_OUT = {"add_online_kernel", "target_logits_kernel", "statistics_kernel", "advantages_kernel"}
-NARROW = OF_HEAD | {  # of half precision where the head and the cache are
+NARROW = OF_HEAD | {  # half precision if the head and the cache are
     "gradient_ptr", "query_ptr", "key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr",
 }  # fmt: skip
 FLOATS = {"softcap", "eps", "min_std", "scale"}
@@ -59,7 +59,7 @@ def kernels() -> dict:
 
 
 def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
-    """Types of a kernel's arguments, and which of them are multiples of 16 as they are at run time."""
+    """The types of a kernel's arguments, and the arguments that are multiples of 16 at run time."""
     types, attributes = {}, {}
     for i, param in enumerate(kernels()[name].params):
         argument = param.name
@@ -73,8 +73,8 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
             types[argument] = "*i1"
         elif argument.endswith("_ptr"):
             narrow = argument in NARROW and not (argument == "out_ptr" and name in FP32_OUT)
-            narrow &= (name, argument) != ("sample_kernel", "bias_ptr")  # which is fp32
-            narrow &= name not in ("statistics_kernel", "place_rows_kernel")  # weights are shares of the loss
+            narrow &= (name, argument) != ("sample_kernel", "bias_ptr")  # fp32 there
+            narrow &= name not in ("statistics_kernel", "place_rows_kernel")  # their weights are loss weights, in fp32
             narrow &= (argument, constants.get("DIRECT")) != ("out_ptr", False)  # partial results
             types[argument] = f"*{dtype if narrow else 'fp32'}"
         else:
@@ -87,7 +87,7 @@ def signature(name: str, constants: dict, dtype: str) -> tuple[dict, dict]:
 
 FLAGS = ("HAS_BIAS", "HAS_SOFTCAP")
 STRIDES = {"stride_hd": 1, "stride_wd": 1}
-# Of each branch that an objective has in a kernel, one that takes it.
+# Together these take every branch of the objective in a kernel.
 OBJECTIVES = (
     {"delta": 1.4, "beta": 0.1, "use_bias_correction_kl": True, "entropy_coef": 0.1},
     {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.1, "kl_estimator": "k1", "kl_gradient": "none"},
@@ -96,7 +96,7 @@ OBJECTIVES = (
 
 
 def cases(chip: int, every: bool):
-    """(what it is, kernel's name, constants, dtype, (warps, stages))"""
+    """Yields (label, name of the kernel, constants, dtype, (warps, stages))."""
     yield from sweep_cases(chip, every)
     yield from attention_cases(chip, every)
     yield from sample_cases(chip, every)
@@ -104,7 +104,7 @@ def cases(chip: int, every: bool):
 
 
 def sweep_cases(chip: int, every: bool):
-    """fp16 compiles as bf16 does."""
+    """Cases of the sweep; fp16 compiles like bf16, so it is never the hardest."""
     plain, everything = ({**dict.fromkeys(FLAGS, on), **STRIDES} for on in (False, True))
     modes = enumerate(("online", "exponentials", "gradients"))
     for (mode, what), dtype, extras in itertools.product(modes, ELEMENTS, (plain, everything)):
@@ -163,9 +163,9 @@ def cases_without_tiles():
 
 
 def attention_cases(chip: int, every: bool):
-    """The tiles of every head dim with window and softcap, seven heads to a key; fp16 compiles as bf16 does.
+    """The tiles of every head dim with window and softcap, seven heads per KV head; fp16 compiles like bf16.
 
-    The small tile (decode) at a shared prefix, the large one (prefill) writing its result.
+    The small tile (decode) reads a shared prefix; the large one (prefill) writes its result directly.
     """
     sizes = {"KV_HEADS": 2, "SHARING": 7, "PAGE_SIZE": 16, "BLOCK_U": 512, "stride_qd": 1, "stride_od": 1}
     tiles_of = {"bf16": (("decode", 1), ("prefill", 1000)), "fp32": (("prefill", 1000),)}
@@ -186,7 +186,7 @@ def attention_cases(chip: int, every: bool):
 
 
 def sample_cases(chip: int, every: bool):
-    """Without noise the logits are asked for."""
+    """Cases of sampling; those without noise also return the logits."""
     for dtype, (n_rows, noisy) in itertools.product(("bf16", "fp32"), ((1, True), (64, True), (64, False))):
         hardest = n_rows == 64 and noisy == (dtype == "fp32")
         if not (hardest or every):
@@ -203,8 +203,7 @@ def sample_cases(chip: int, every: bool):
 
 
 def compile_for(chip: int, name: str, constants: dict, dtype: str, launch: tuple[int, int]) -> dict:
-    """Registers and bytes of stack a thread, which is where they are spilled to, shared bytes a block, and the bits
-    that each load and store moves."""
+    """Registers and stack bytes (spills) per thread, shared bytes per block, and the bits per load and store."""
     kernel = kernels()[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types, attributes = signature(name, constants, dtype)

@@ -1,8 +1,8 @@
-"""Makes bf16 right in Triton's interpreter, which of itself (3.6 to 3.9) adds and multiplies the bits of bf16.
+"""Correct bf16 in Triton's interpreter, which unpatched (3.6 to 3.9) adds and multiplies the bits of bf16.
 
-Here a bf16 value is the fp32 number that it stands for, and whatever is labelled bf16 is rounded when its handle is
-made: to nearest, ties to even, as a GPU rounds. So every operation of the interpreter is right without knowing of it,
-but for those that look at bits or at memory, which are replaced. Atomics on bf16 stay refused.
+With this patch a bf16 value is stored as the fp32 number that it represents, and every handle of type bf16 rounds on
+creation: to nearest, ties to even, as a GPU rounds. Operations of the interpreter are then correct unchanged, except
+those that access bits or memory, which are replaced. Atomics on bf16 are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _is_bf16(dtype: tl.dtype) -> bool:
 
 
 def _bits(numbers: np.ndarray) -> np.ndarray:
-    """The uint16 of the bf16 that is nearest to each fp32 number; NaN stays NaN."""
+    """The bits (uint16) of the bf16 nearest to each fp32 number; NaN stays NaN."""
     words = numbers.view(np.uint32)
     nearest = (words + 0x7FFF + (words >> 16 & 1)) >> 16
     return np.where(np.isnan(numbers), words >> 16 | 0x40, nearest).astype(np.uint16)
@@ -31,12 +31,12 @@ def _numbers(bits: np.ndarray) -> np.ndarray:
 
 
 def _as_bits(value: TensorHandle | None) -> TensorHandle | None:
-    """A bf16 value as its bits, any other as it is."""
+    """A bf16 value as its bits; any other value unchanged."""
     return TensorHandle(_bits(value.data), tl.uint16) if value is not None and _is_bf16(value.dtype) else value
 
 
 def _replace(owner, name: str):
-    """``owner.name`` becomes the decorated function, whose first argument is what stood there before."""
+    """Replaces ``owner.name`` by the decorated function, which gets the original as its first argument."""
 
     def decorate(function):
         original = getattr(owner, name)
@@ -56,7 +56,7 @@ def install() -> None:
 
     @_replace(TensorHandle, "__post_init__")
     def _(original, self):
-        if _is_bf16(self.dtype) and self.data.dtype != np.bool_:  # a comparison's result is labelled as its operands
+        if _is_bf16(self.dtype) and self.data.dtype != np.bool_:  # a comparison's result has its operands' type
             assert self.data.dtype == np.float32, f"a bf16 value in {self.data.dtype}"
             self.data = _numbers(_bits(self.data))
         original(self)

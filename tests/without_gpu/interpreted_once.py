@@ -1,5 +1,5 @@
-"""Makes Triton's interpreter put its functions into ``triton.language`` once, not again at each launch and each call of
-a device function, which is where most of its time goes. For a process that compiles no kernel."""
+"""Triton's interpreter, patching ``triton.language`` once instead of at each launch and each call of a device function,
+which takes most of its time. For a process that compiles no kernel."""
 
 import inspect
 

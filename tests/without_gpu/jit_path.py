@@ -1,11 +1,11 @@
-"""Runs what launches Triton kernels as it would run on a chip that need not be there, and prints what was compiled.
+"""JIT path of the Triton kernels on a chip that is not present; prints each compiled variant.
 
     python -m tests.without_gpu.jit_path 90 [CASE ...]
 
-Tensors lie on the CPU. Each launch is compiled by Triton's own JIT up to the cubin, exactly the variant that it would
-take on the chip. A launch of the loss is then interpreted, because the host looks at what the first kernels found. A
-case runs with sizes that reach every variant that it may take, then with others. Each variant is one JSON line, with
-the registers and the bytes of stack that it takes a thread, and the shared bytes a block.
+Tensors lie on the CPU. Triton's own JIT compiles each launch to a cubin, exactly the variant that the chip would run. A
+launch of the loss is then interpreted, because the host reads results of the first kernels. A case runs with sizes that
+reach all its variants, then with other sizes. Each variant is one JSON line with its registers and stack bytes per
+thread and its shared bytes per block.
 
 Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 """
@@ -46,7 +46,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 class Chip:
-    """In place of Triton's driver."""
+    """Stand-in for Triton's driver."""
 
     def __init__(self, chip: int):
         self.target = GPUTarget("cuda", chip, 32)
@@ -65,7 +65,7 @@ class Chip:
 
 
 class Case(NamedTuple):
-    """``run(patch, size)`` for sizes that reach every variant, and for others that must compile nothing."""
+    """``run(patch, size)`` for ``sizes`` that reach every variant, then for ``others``, which must compile nothing."""
 
     run: Callable
     sizes: list
@@ -117,7 +117,7 @@ def sample(dtype, sizes, others, **filters):
 
 
 def attend(dtype, heads, dim, sizes, others, window=0, softcap=0.0):
-    """``heads`` (H, Hkv); a size is the groups of attention_cases.make_grouped. Of groups up to 16 queries each."""
+    """``heads`` is (H, Hkv), a size the ``groups`` of ``make_grouped``; groups that share pages have <= 16 queries."""
 
     def run(patch, groups):
         case = attention_cases.make_grouped(groups, 16, heads=heads[0], kv_heads=heads[1], dim=dim, dtype=dtype)
@@ -139,19 +139,19 @@ def write_keys(dtype):
 
 
 def decode(*siblings, prompt=1):
-    """Groups of so many rows of one query each; they share a prompt of so many pages."""
+    """One group for each number of ``siblings``, whose rows have one query each and share ``prompt`` pages."""
     return [(prompt, [(1 + i, 1) for i in range(n)]) for n in siblings]
 
 
 def prefill(*lengths):
-    """Rows that share nothing, all of whose tokens attend."""
+    """Rows of these lengths that share nothing; all their tokens are queries."""
     return [(0, [(n, n)]) for n in lengths]
 
 
 ENTROPY = GRPOLossConfig(beta=0.1, entropy_coef=0.1)
 EVERY = ("bias", "softcap", "temperature")
 OLD, REF, SAMPLER = "old_logprobs", "ref_logprobs", "sampler_logprobs"
-# of few queries the keys are split, of many they are not
+# few queries split the keys, many do not
 ROWS = [decode(1, prompt=0), decode(*[1] * 140, prompt=0)], [decode(*[1] * n, prompt=0) for n in (2, 16, 33, 160)]
 GROUPS = [decode(8, 8)], [decode(16), decode(*[8] * 16), decode(*[5] * 33)]
 PROMPTS = [prefill(40), prefill(*[90] * 70)], [prefill(64, 64, 64), prefill(*[20] * 320)]
@@ -207,7 +207,8 @@ def main(chip: int, names: list[str]) -> None:
             interpret(kernel, arguments, grid, options)
 
     def interpret(kernel, arguments, grid, options):
-        # what library functions see of Triton: each call of one would patch it, and not undo it for the next compile
+        # Patch Triton for its library functions here: each call of one would patch it and not undo that for the next
+        # compilation.
         library = interpreter._patch_lang(tl.max.fn)
         try:
             InterpretedFunction(kernel.fn).run(*arguments, grid=grid, warmup=False, **options)

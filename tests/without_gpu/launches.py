@@ -1,10 +1,10 @@
-"""Launches of a Triton kernel that are looked at and not made."""
+"""Launches of a Triton kernel, recorded instead of run."""
 
 import torch
 
 
 class Launches:
-    """In place of ``kernel``: the grids that it would be launched on, and what it would be compiled for."""
+    """Stand-in for ``kernel`` that records the grids of its launches and the variants that they would compile."""
 
     def __init__(self, kernel):
         settings = getattr(kernel, "kwargs", vars(kernel))
@@ -21,7 +21,7 @@ class Launches:
         self.variants.add(tuple(sorted((seen | options).items(), key=str)))
 
     def _seen(self, name, value):
-        """What Triton's just-in-time compiler sees of an argument that is no constexpr."""
+        """The properties of an argument, not a constexpr, that Triton's JIT puts into the compile key."""
         if isinstance(value, torch.Tensor):
             return value.dtype, name in self.any_address or value.data_ptr() % 16 == 0
         if isinstance(value, float) or name in self.any_value:

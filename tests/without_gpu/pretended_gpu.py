@@ -1,23 +1,23 @@
-"""A GPU that is pretended: tensors that say ``cuda:0`` and hold CPU data, so that code for a GPU runs without one.
+"""A pretended GPU: tensors report ``cuda:0`` but hold CPU data, so code for a GPU runs without one.
 
-What goes wrong first on a GPU shows on it:
+It reveals the most common faults of GPU code:
 
-- an operation on tensors of two devices raises, as does a Triton kernel that is given one of the CPU;
-- every wait of the main thread for the device is logged in ``log`` with the line of the package that waited, between
-  the products of matrices;
-- a CUDA graph repeats the operations that were captured on the memory that they had then, and a wait in a capture, or
-  where torch was told to raise for one, raises;
-- what each Triton kernel would be compiled for is kept in ``variants``.
+- an operation on tensors of two devices raises, and so does a Triton kernel that gets a CPU tensor;
+- ``log`` lists every wait of the main thread for the device, with the line of the package that waited, and the matrix
+  products between the waits;
+- a CUDA graph repeats the captured operations on the memory of the capture; a wait during a capture raises, as it does
+  where torch was set to raise on waits;
+- ``variants`` holds the signatures that each Triton kernel would be compiled for.
 
-Triton kernels run in the interpreter. Numbers are the CPU's, streams run in the order of the calls, and memory has no
-end. Not covered: the compiled CUDA part; ``adamw_8bit``, because torchao compiles its step; FlexAttention, whose rule
-``test_packed_attention`` applies uncompiled in float64.
+Triton kernels run in the interpreter. Numbers are the CPU's, streams run in the order of the calls, and memory is
+unlimited. Not covered: the compiled CUDA part; ``adamw_8bit``, because torchao compiles its step; FlexAttention, whose
+visibility rule ``test_packed`` applies uncompiled in float64.
 
-torch is patched for the whole process, which should be one for this purpose alone. Any test may be tried on it:
+torch is patched for the whole process, so use a separate process. Any test may run on the pretended GPU:
 
     TRITON_INTERPRET=1 python -m pytest -p tests.without_gpu.pretended_gpu tests/without_gpu/pretended_gpu_checks.py
 
-To torch's C++ the tensors lie on the ``meta`` device, so that a build without CUDA serves.
+To torch's C++ the tensors lie on the ``meta`` device, so a torch build without CUDA suffices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ META = torch.device("meta")
 PACKAGE = str(Path(__file__).parents[2] / "toolx_kernels")
 
 log: list[Wait | str] = []  # waits, and the names of products
-variants: dict[str, set] = {}  # by kernel
+variants: dict[str, set] = {}  # by the kernel's name
 
 
 class Wait(NamedTuple):
@@ -52,7 +52,7 @@ class Wait(NamedTuple):
 
 
 class PretendedTensor(torch.Tensor):
-    """``data`` on the GPU."""
+    """A tensor of the pretended GPU; ``data`` is its content on the CPU."""
 
     @staticmethod
     def __new__(cls, data: torch.Tensor):
@@ -96,11 +96,11 @@ def on_cpu(tree):
     return tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu.detach().clone(), tree)
 
 
-# ---- waiting, and graphs
+# ---- waits and graphs
 
 
 class Graph:
-    """``torch.cuda.CUDAGraph``: what is done between ``capture_begin`` and ``capture_end``, to be done again."""
+    """``torch.cuda.CUDAGraph``: replays the operations recorded between ``capture_begin`` and ``capture_end``."""
 
     current: Graph | None = None
     replays = 0
@@ -143,7 +143,7 @@ def waits_before_a_product() -> list[Wait]:
 
 
 def on_tape(work, results) -> None:
-    """``work()`` is done again at every replay, into the memory of ``results``."""
+    """Records ``work`` while a graph is captured: every replay calls it and writes into the memory of ``results``."""
 
     def again():
         for mine, new in zip(tree_flatten(results)[0], tree_flatten(work())[0], strict=True):
@@ -157,18 +157,18 @@ def on_tape(work, results) -> None:
 # ---- operations
 
 PRODUCTS = {"mm", "addmm", "bmm", "sweep_kernel"}
-# whose result's shape or value the host needs
+# the host needs the shape or value of their results
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
     "is_nonzero", "bincount",
 }  # fmt: skip
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
 COPYING = {"copy_", "_to_copy"}
-ops: dict[str, object] = {}  # of the package, what the GPU runs
+ops: dict[str, object] = {}  # the package's ops: the function that runs on the GPU
 
 
 def run(operation, arguments, options):
-    """``operation`` on the devices that its tensors and options say, as torch's dispatcher would have it done."""
+    """Runs ``operation`` on the device that its tensors and options imply, as torch's dispatcher would."""
     namespace, name = operation._schema.name.split("::")
     given = [value for value in tree_flatten((arguments, options))[0] if isinstance(value, torch.Tensor)]
     on_gpu = [tensor for tensor in given if isinstance(tensor, PretendedTensor)]
@@ -211,7 +211,7 @@ def run(operation, arguments, options):
         results.fill_(torch.nan)
     if on_gpu or makes_gpu:
         on_tape(lambda: function(*arguments, **options), results)
-    mine = {id(unwrapped(tensor)): tensor for tensor in given}  # of an operation in place
+    mine = {id(unwrapped(tensor)): tensor for tensor in given}  # an in-place operation returns one of these
 
     def wrapped(result):
         if not isinstance(result, torch.Tensor):
@@ -232,7 +232,7 @@ def _addmm_out(total, left, right, out_dtype, *, beta=1, out):
     return out.copy_(product + beta * total if beta else product)
 
 
-# products of half precision summed up and left in fp32, which a CPU does not have
+# half-precision products with sums and result in fp32, which torch lacks on a CPU
 OUT_OF_FP32 = {
     ("addmm", "dtype_out"): _addmm_out,
     ("mm", "dtype"): _mm,
@@ -241,14 +241,14 @@ OUT_OF_FP32 = {
 
 
 class Device(TorchDispatchMode):
-    """Runs all operations, those that make a tensor of nothing too."""
+    """Runs all operations, including factories, which take no tensor."""
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         return run(operation, arguments, options or {})
 
 
 class Names(TorchFunctionMode):
-    """To torch's C++ ``cuda`` is ``meta``."""
+    """Replaces ``cuda`` by ``meta`` in every call to torch's C++."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -258,7 +258,7 @@ class Names(TorchFunctionMode):
             del options["pin_memory"]
         arguments = tuple(META if _is_cuda(value) else value for value in arguments)
         if _is_cuda(options.get("device")):
-            if function in (torch.tensor, torch.as_tensor):  # of the meta device they would have no data
+            if function in (torch.tensor, torch.as_tensor):  # on the meta device they would have no data
                 return self._made(function, arguments, options)
             options["device"] = META
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -276,7 +276,7 @@ class Names(TorchFunctionMode):
 
 
 def _without_lists(index):
-    """torch would make a tensor of a list where the other tensor is, and on the meta device it would have no data."""
+    """``index`` with its lists as CPU tensors: torch would put them on the meta device, where they have no data."""
     if isinstance(index, tuple):
         return tuple(map(_without_lists, index))
     return torch.tensor(index) if isinstance(index, list | np.ndarray) else index
@@ -345,7 +345,7 @@ def _set_sync_debug_mode(mode):
 
 
 def pytest_configure() -> None:
-    """From here on the process has the GPU."""
+    """Gives the process the pretended GPU, from here on."""
     assert not any(name.startswith("toolx_kernels") for name in sys.modules), "its ops are defined already"
     nothing = lambda *_, **__: None  # noqa: E731
     context = lambda *_: contextlib.nullcontext()  # noqa: E731
@@ -385,7 +385,7 @@ def pytest_configure() -> None:
 
     def noting(library, name, function, device="", **options):
         if library.ns == "toolx" and device in ("CompositeExplicitAutograd", "CUDA"):
-            ops[name] = function  # the default, which that of CUDA follows where there is one
+            ops[name] = function  # the default; a CUDA version, registered later, replaces it
         return impl(library, name, function, device, **options)
 
     torch.library.Library.impl = noting

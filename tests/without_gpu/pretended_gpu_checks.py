@@ -1,4 +1,4 @@
-"""What runs on the pretended GPU, each time beside the same on the CPU; ``test_pretended_gpu`` starts it."""
+"""Rollouts and training on the pretended GPU, compared with the CPU; ``test_pretended_gpu`` runs this file."""
 
 from functools import cache
 
@@ -73,7 +73,7 @@ def test_a_graph_repeats_what_was_captured():
 
 
 def smallest_model(architecture):
-    """Of one layer, or of one with a window and one without."""
+    """The small model with one layer, or two where layers differ: one with a window and one without."""
     model = small_model(architecture)
     model.config.num_hidden_layers = 2 if architecture == "gemma3" else 1
     del model.model.layers[model.config.num_hidden_layers :]
@@ -81,12 +81,12 @@ def smallest_model(architecture):
 
 
 def to_gpu(model):
-    model.to("cuda").tie_weights()  # which moving tensors of a subclass unties
+    model.to("cuda").tie_weights()  # moving tensors of a subclass unties them
     return model
 
 
 def engines(architecture):
-    """On the GPU and on the CPU."""
+    """An engine on the GPU and one on the CPU."""
     models = to_gpu(smallest_model(architecture)), smallest_model(architecture)
     return [RolloutEngine(model, page_size=4) for model in models]
 
@@ -110,12 +110,12 @@ def test_a_captured_step_never_waits_and_samples_what_the_cpu_does(architecture,
     expected = samples(theirs, 2, 5)
     monkeypatch.setattr(Runner, "decode", watched)
     assert samples(ours, 2, 5) == expected
-    # for its result alone; the third is captured, which raises where the step waits
+    # each step waits once, for its result; the third is captured, and a wait in a capture would raise
     assert steps == [(0, 1), (0, 1), (1, 1), (1, 1)]
 
 
 def test_a_call_waits_for_its_fingerprint_and_its_tokens_alone(monkeypatch):
-    """Not for what goes to the GPU, in however many pieces prompts are computed."""
+    """It never waits for copies to the GPU, even if prompts are computed in several pieces."""
     ours, _ = engines("llama")
     monkeypatch.setitem(MAX_PREFILL_TOKENS, "cuda", 2)
     samples(ours, 2, 1)
@@ -136,7 +136,7 @@ def test_graphs_follow_a_pool_that_moves_share_a_stream_and_compile_nothing_anew
     assert Graph.replays and Stream.made == streams + 1
     assert len(emptied) == 2, "once in a call that captures, and no sooner"
     compiled = {name: len(seen) for name, seen in variants.items()}
-    assert compiled.pop("attention_kernel") == 3  # a prompt; a shared prefix, and what follows it
+    assert compiled.pop("attention_kernel") == 3  # a prompt, a shared prefix, the part behind the prefix
     assert set(compiled.values()) == {1}, compiled
 
 
@@ -150,7 +150,7 @@ def test_checking_a_model_compiles_no_flex_attention(monkeypatch):
 
 @cache
 def updates(optim, dtype, where):
-    """What two steps add to the weights, as one vector."""
+    """The change of the weights in two steps, as one vector."""
     model = smallest_model("llama").to(dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = to_gpu(model) if where == "cuda" else model
@@ -170,7 +170,7 @@ def updates(optim, dtype, where):
             optimizer.collect()
         log.clear()
         optimizer.apply(1.0, (0, step))
-        assert step == 0 or len(waits()) <= 1, waits()  # to see that the norm is finite
+        assert step == 0 or len(waits()) <= 1, waits()  # the one wait checks that the norm is finite
     optimizer.close()
     after = on_cpu({name: p.detach() for name, p in model.named_parameters()})
     return torch.cat([(after[name].float() - weight.float()).flatten() for name, weight in before.items()])

@@ -1,6 +1,6 @@
-"""The loss on the pretended GPU, each time beside the same on the CPU; ``test_pretended_gpu`` starts it.
+"""The loss on the pretended GPU, compared with the CPU; ``test_pretended_gpu`` runs this file.
 
-In a file of its own because it needs no transformers, which takes seconds to import.
+It is a separate file because it needs no transformers, which takes seconds to import.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from tests.ops.cases import EXTRAS, assert_agrees, assert_equal_gradients, make_
 from tests.without_gpu.pretended_gpu import log, on_cpu, waits_before_a_product
 from toolx_kernels import GRPOLossConfig, linear_grpo_loss
 
-WAITS_BEFORE_A_PRODUCT = 1  # of matrices, in a call of the loss
+WAITS_BEFORE_A_PRODUCT = 1  # in a call of the loss, before its first matrix product
 OTHERS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 FORMS = {
     "grpo": {},

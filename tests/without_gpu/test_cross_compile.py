@@ -1,4 +1,4 @@
-"""Kernels and default tiles, compiled for chips that need not be there: no spills, and no more than they have."""
+"""``cross_compile``: kernels with default tiles neither spill nor exceed a chip, for chips that are not present."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_for(*arguments) -> list[dict]:
-    """What kernels take of a chip, by a process in which they are not interpreted."""
+    """Resources that the kernels take, from a process in which they are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.without_gpu.cross_compile", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -44,14 +44,14 @@ def test_every_kernel_fits_the_chip_with_least_to_spare(on_least):
 
 
 def test_sm_89_takes_the_tiles_of_sm_86():
-    """It has the instructions, registers and shared memory of sm_86, for which they are compiled."""
+    """sm_89 has the instructions, registers and shared memory of sm_86, for which the kernels are compiled here."""
     assert all(tiles.TRITON_TILES[89, size] == tiles.TRITON_TILES[86, size] for size in (2, 4))
     assert not {chip for chip, *_ in paged_tiles.TILES_OF_CHIP} & {86, 89}
 
 
 @pytest.mark.parametrize("name", ["reweigh_kernel", "move_rows_kernel"])
 def test_passes_over_a_row_move_16_bytes_at_a_time(name, on_least):
-    """What a mask of unknown alignment prevents."""
+    """A mask of unknown alignment would prevent it."""
     for found in on_least:
         if found["kernel"] == name:
             assert ["ld", 128] in found["moves"], found

@@ -1,4 +1,4 @@
-"""bf16 in Triton's interpreter is what a GPU would make of it."""
+"""``interpreted_bf16``: bf16 in Triton's interpreter gives the results of a GPU."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def cast_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def test_rounding_is_to_nearest_with_ties_to_even():
-    """Halfway between two bf16 numbers, on both sides of it; what overflows, what is denormal, what is no number."""
+    """Values halfway between two bf16 numbers and next to it; overflow, denormals and NaN."""
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x7F7FFFFF, 0x7F800000, 0x00018001, 0x7FFFFFFF]
     x = torch.tensor(bits + [word - 2**31 for word in bits], dtype=torch.int32).view(torch.float32)
     out = torch.empty(16, dtype=bf16)

@@ -1,4 +1,4 @@
-"""What a run compiles, by Triton's own just-in-time compiler, for chips that need not be there."""
+"""``jit_path``: the kernel variants that a run compiles with Triton's own JIT for chips that are not present."""
 
 import json
 import os
@@ -12,16 +12,16 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # a block may ask for
+SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # limit of a block
 
-ROWS = {"survey_kernel": 1, "place_rows_kernel": 1, "scale_kernel": 1}  # around every form of the loss
+ROWS = {"survey_kernel": 1, "place_rows_kernel": 1, "scale_kernel": 1}  # in every form of the loss
 LOGPROBS = {"target_logits_kernel": 1, "sweep_kernel": 2, "add_online_kernel": 1, "place_targets_kernel": 1}
 SINGLE = {"target_logits_kernel": 1, "sweep_kernel": 1, "place_targets_kernel": 1, "statistics_kernel": 1}
 LOSS = ROWS | SINGLE | {"finish_rows_kernel": 1}
-# a bias may have any number of elements, other gradients have 16 n
+# scale_kernel: the bias has any number of elements, other gradients a multiple of 16
 EVERYTHING = LOSS | {"reweigh_kernel": 1, "scale_kernel": 2}
 SAMPLE = {"sample_kernel": 1, "join_samples_kernel": 1}
-# of attention one kernel for keys that are split or a group's prefix, one for keys that are not or what follows it
+# attention: one variant for split keys or a group's prefix, one for unsplit keys or the part behind the prefix
 ATTENTION = {"attention_kernel": 2, "merge_kernel": 1}
 EXPECTED = {
     "loss bf16": LOSS,
@@ -31,7 +31,7 @@ EXPECTED = {
     "loss fp32, everything": EVERYTHING,
     "log-probs bf16": LOGPROBS,
     "advantages": {"advantages_kernel": 1},
-    "sample bf16": SAMPLE | {"sample_kernel": 3},  # of up to 16, 32 and more rows
+    "sample bf16": SAMPLE | {"sample_kernel": 3},  # up to 16, up to 32, and more rows
     "sample bf16, filters": SAMPLE | {"add_gumbel_kernel": 1},
     "kv_write bf16": {"kv_write_kernel": 1},
     "decode bf16 64": ATTENTION,
@@ -40,13 +40,13 @@ EXPECTED = {
     "prefill bf16 256, window, softcap": {"attention_kernel": 1},
     "prefill fp32 128, window, softcap": {"attention_kernel": 1},
 }
-# sm_89 takes the tiles of sm_86, which test_cross_compile compiles
+# sm_89 uses the tiles of sm_86, which test_cross_compile compiles
 ON_CHIP = {90: list(EXPECTED), 89: ["loss bf16", "decode bf16 128, groups"]}
 
 
 def programs_on_a_processor(found: dict) -> int:
-    """Of an H100: 65,536 registers, given out in eights a thread, and 228 KiB shared, of which each program's kernel
-    takes 1 KiB more than it asks for."""
+    """Programs that fit a processor of an H100: it has 65,536 registers, allocated in multiples of 8 per thread, and
+    228 KiB of shared memory, of which each program takes 1 KiB more than it requests."""
     registers = 32 * found["warps"] * -(-found["registers"] // 8) * 8
     return min(65536 // registers, (228 << 10) // (found["shared"] + 1024))
 

@@ -1,4 +1,4 @@
-"""Code for a GPU on a pretended one (``pretended_gpu``), in processes of its own because torch is patched there."""
+"""Code for a GPU on the pretended one (``pretended_gpu``), in separate processes because torch is patched there."""
 
 import os
 import subprocess
