@@ -1,4 +1,4 @@
-"""What the tests of the fused loss share: inputs, paths forced and seen, and that we err no more than torch."""
+"""Cases and helpers shared by the loss tests: inputs, forced paths, and comparisons of our error with torch's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from toolx_kernels import reference
 from toolx_kernels.ops.lm_head import live_rows, sweep, sweep_torch, tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # of the completions of two groups of four; one is empty
+LENGTHS = (5, 1, 9, 4, 0, 3, 7, 2)  # completions of two groups of four; one is empty
 N = sum(LENGTHS)
 REWARDS = (1.0, 0.0, 0.0, 1.0, 1.0, 0.2, 0.0, 1.0)
-DEAD_GROUP = (1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.0, 1.0)  # the first group has nothing to learn
+DEAD_GROUP = (1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.0, 1.0)  # the first group has zero advantages
 EXTRAS = ("bias", "softcap", "temperature")
 LEAVES = ("hidden", "weight", "bias")
 TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,14 +30,14 @@ BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 def use_backend(monkeypatch, name: str) -> None:
-    """Every sweep runs in this backend; Triton's in the interpreter where there is no GPU."""
+    """Runs every sweep in this backend; without a GPU, Triton runs in the interpreter."""
     backend = {"torch": sweep_torch, "triton": sweep_triton}[name]
     monkeypatch.setattr(sweep, "backend", lambda _: backend)
     monkeypatch.setattr(live_rows, "finder", lambda *_: getattr(live_rows, f"in_{name}"))
 
 
 def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, spread=1.5) -> dict:
-    """Arguments of linear_logprob: hidden (n, dim), weight (vocab, dim), targets (n), and the extras that are named.
+    """Arguments of ``linear_logprob``: hidden (n, dim), weight (vocab, dim), targets (n), and the named extras.
 
     Logits have a standard deviation of about ``spread``. The last target is the last token of the vocabulary.
     """
@@ -61,7 +61,7 @@ def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, sp
 
 
 def make_case(lengths=LENGTHS, rewards=REWARDS, noise=0.3, masked=(), seed=0, **head) -> dict:
-    """Arguments of linear_grpo_loss; ``noise`` is the deviation of the other policies' log-probs from the own ones."""
+    """Arguments of ``linear_grpo_loss``; the other policies' log-probs are the policy's own plus Gaussian ``noise``."""
     n = sum(lengths)
     case = make_head(n, seed=seed, **head)
     g = torch.Generator().manual_seed(seed + 1)
@@ -77,7 +77,7 @@ def make_case(lengths=LENGTHS, rewards=REWARDS, noise=0.3, masked=(), seed=0, **
 
 
 def without_logprobs(case: dict, *kept: str) -> dict:
-    """The case without the other policies' log-probs, but for those named."""
+    """The case without the other policies' log-probs, except those in ``kept``."""
     return {name: value for name, value in case.items() if not name.endswith("_logprobs") or name in kept}
 
 
@@ -87,21 +87,21 @@ def double(case: dict) -> dict:
 
 
 def with_leaves(case: dict, frozen=()) -> tuple[dict, dict]:
-    """The case with fresh leaves, and those leaves that need a gradient."""
+    """The case with fresh leaves, and the leaves that need a gradient."""
     leaves = {name: case[name].detach().clone() for name in LEAVES if name in case}
     trained = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in frozen}
     return case | leaves, trained
 
 
 def run_loss(function, case: dict, config, frozen=(), upstream=1.0):
-    """The output, and the gradients of all leaves."""
+    """The output and the gradients of all leaves that are not frozen."""
     arguments, leaves = with_leaves(case, frozen)
     output = function(**arguments, config=config)
     return output, dict(zip(leaves, torch.autograd.grad(output.loss * upstream, leaves.values()), strict=True))
 
 
 def run_head(function, case: dict, frozen=(), entropy=True):
-    """The statistics, and gradients under upstream gradients that differ from row to row and output to output."""
+    """The statistics and the gradients; upstream gradients differ between rows and between outputs."""
     arguments, leaves = with_leaves(case, frozen)
     stats = function(**arguments, entropy=entropy)
     n = len(case["targets"])
@@ -122,18 +122,18 @@ def _logits_as_written(hidden, weight, temperature=1.0, bias=None, softcap=None)
 
 @contextmanager
 def as_written():
-    """The reference multiplies in the head's own dtype, as one writes it: ``(hidden @ weight.T).float()``."""
+    """Makes the reference multiply in the head's own dtype, as plain code does: ``(hidden @ weight.T).float()``."""
     with mock.patch.object(reference, "linear_logits", _logits_as_written):
         yield
 
 
 def error(value, truth) -> float:
-    """Relative to the norm of the truth."""
+    """Norm of the error, relative to the norm of ``truth``."""
     return float((value.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp(min=1e-30))
 
 
 def assert_as_good(mine: dict, theirs: dict, truth: dict, tolerance: float) -> None:
-    """``|ours - truth| <= |torch's - truth| + tolerance``, in relative norms, for every entry."""
+    """Asserts ``|ours - truth| <= |torch's - truth| + tolerance``, in relative norms, for every entry."""
     for name, true in truth.items():
         if true is not None:
             ours, torchs = error(mine[name], true), error(theirs[name], true)
@@ -147,7 +147,7 @@ def assert_equal_gradients(actual: dict, expected: dict, rtol=1e-9) -> None:
 
 
 def assert_agrees(ours, truth, tolerance=1e-9) -> None:
-    """Loss, log-probs, entropy and stats of two GRPOOutputs."""
+    """Asserts that loss, log-probs, entropy and stats of two ``GRPOOutput`` agree."""
     near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_dtype": False}
     for name in ("loss", "logprobs", "entropy"):
         torch.testing.assert_close(getattr(ours, name), getattr(truth, name), **near, msg=lambda m, n=name: f"{n}: {m}")
@@ -162,9 +162,9 @@ PATHS = ("one chunk", "chunks", "recompute", "deferred")
 
 
 def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
-    """Small blocks everywhere, and a single sweep only where ``path`` is one; "deferred" is up to the config.
+    """Forces small blocks, and a single sweep only where ``path`` is one; the config selects "deferred".
 
-    ``gemm_dtype``: as on a GPU, whose products in it have sums in fp32.
+    With ``gemm_dtype``, products take that dtype and sum in fp32, as on a GPU.
     """
 
     def plan(n_rows, vocab, dim, device, dtype=torch.float32, workspace_mib=None):
@@ -180,7 +180,7 @@ def force(monkeypatch, path: str, rows=7, columns=50, gemm_dtype=None) -> None:
         product = left.to(out_dtype) @ right.to(out_dtype)
         return out.copy_(product + total if beta else product)
 
-    if gemm_dtype is not None and DEVICE.type == "cpu":  # where torch lacks them
+    if gemm_dtype is not None and DEVICE.type == "cpu":  # torch has no such product on a CPU
         monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(tiles, "single_sweep_size", single)
     monkeypatch.setattr(tiles, "recompute_size", plan)

@@ -1,6 +1,6 @@
-"""Every op once, small and ragged, on the GPU where there is one, against float64: also what compute-sanitizer watches.
+"""Every op once, small and ragged, against float64, on the GPU if there is one; compute-sanitizer runs this file too.
 
-N, D and V are no multiples of a tile, and rows of the vocabulary do not start at aligned addresses.
+N, D and V are not multiples of a tile, and rows of the vocabulary do not start at aligned addresses.
 """
 
 import pytest
@@ -21,20 +21,20 @@ from toolx_kernels.loss_config import GRPOLossConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, V = 37, 72, 1003
-LENGTHS = [9, 1, 8, 3, 0, 5, 7, 4]  # of two groups of four completions
+LENGTHS = [9, 1, 8, 3, 0, 5, 7, 4]  # two groups of four completions
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative errors: gradients of 16 bits are rounded once on their way through a workspace and once at the end.
+# Relative errors: 16-bit gradients are rounded once in the workspace and once at the end.
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 # A CPU has no matrix product with 16-bit inputs and an fp32 result.
 STATISTICS_TOLERANCE = 1e-2 if DEVICE.type == "cpu" else 1e-4
 
 
 def make_head(dtype, extras):
-    """Leaves of the head, and the other arguments of linear_logprob."""
+    """The leaves of the head, and the other arguments of ``linear_logprob``."""
     g = torch.Generator().manual_seed(0)
     leaves = {"hidden": torch.randn(N, D, generator=g), "weight": torch.randn(V, D, generator=g) / 3}
     options = {"targets": torch.randint(V, (N,), generator=g).to(DEVICE)}
-    options["targets"][-1] = V - 1  # the last, lonely column of the last tile
+    options["targets"][-1] = V - 1  # the last column of the last, partial tile
     if extras:
         leaves["bias"] = torch.randn(V, generator=g)
         options |= {"softcap": 4.0, "temperature": torch.linspace(0.5, 1.5, N).to(DEVICE)}
@@ -51,7 +51,7 @@ def gradients(loss, leaves):
 
 
 def same_dtype_torch(hidden, weight, targets, bias=None, softcap=None, temperature=1.0):
-    """Log-probs the way they are written by hand: logits in the weights' dtype, softmax in fp32."""
+    """Log-probs as plain torch code computes them: logits in the weights' dtype, softmax in fp32."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -60,7 +60,7 @@ def same_dtype_torch(hidden, weight, targets, bias=None, softcap=None, temperatu
 
 
 def assert_as_good(mine, torchs, truth, tolerance, what):
-    """``|mine - truth| <= |same-dtype torch - truth| + tolerance``, in norms relative to the truth's."""
+    """Asserts ``|mine - truth| <= |same-dtype torch - truth| + tolerance``, in norms relative to the truth's norm."""
 
     def error(value):
         return float((value.detach().double() - truth.detach()).norm() / truth.detach().norm())
@@ -99,7 +99,7 @@ def test_linear_grpo_loss(dtype, frozen, level):
     exact_leaves = double(leaves)
     g = torch.Generator().manual_seed(1)
     old = reference.linear_logprob(**exact_leaves, **options).logprobs.detach()
-    old += 0.1 * torch.rand(N, generator=g).to(DEVICE)  # well inside the clip, where rounding decides nothing
+    old += 0.1 * torch.rand(N, generator=g).to(DEVICE)  # well inside the clip: no token's clip depends on rounding
     options |= {
         "cu_seqlens": torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE),
         "rewards": torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0], device=DEVICE),  # the second group is dead
@@ -149,7 +149,7 @@ def test_sample(dtype, extras, filters):
     settings = {"temperature": 0.7, "softcap": options.get("softcap"), **filters}
     first, second = (sample(**inputs, streams=streams, **settings) for _ in range(2))
     truth = reference.sample(**exact_inputs, streams=streams, **settings)
-    assert torch.equal(first.tokens, truth.tokens)  # no row's two best are within rounding of each other
+    assert torch.equal(first.tokens, truth.tokens)  # in each row the best two differ by more than rounding
     for name in truth._fields[1:]:
         torch.testing.assert_close(getattr(first, name).double(), getattr(truth, name), rtol=1e-4, atol=1e-4)
     for mine, again in zip(first, second, strict=True):
@@ -158,7 +158,7 @@ def test_sample(dtype, extras, filters):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rollouts(dtype):
-    """Pages shared, copied and given back, in few enough of them that a row is put off; as one engine with room."""
+    """With so few pages that a row has to wait, pages are shared, copied and freed; results are those with enough."""
     model = small_model("llama").to(DEVICE, dtype)
     prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10, 11, 12]]
     params = SamplingParams(6, temperature=0.8)

@@ -1,4 +1,4 @@
-"""Batches for tests of the paged attention, and the claim that a kernel errs no more than torch."""
+"""Cases for tests of paged attention, and the assertion that a kernel errs no more than torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from toolx_kernels.ops.attention.paged_call import PagedCall
 from toolx_kernels.ops.attention.paged_torch import paged_attention as plain_torch
 
 SCALE = 0.3
-# What 16 bits leave to chance: both results are rounded, to different neighbours.
+# In 16 bits both results are rounded, possibly to different neighbors.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-5}
 
 
 class Case(NamedTuple):
     tensors: tuple[Tensor, ...]  # query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q
-    sharing: dict[str, Tensor]  # cu_groups and prefix_lens, or nothing
-    dense: list[Tensor]  # of each row (2, T, Hkv, Dh): its keys and values
+    sharing: dict[str, Tensor]  # cu_groups and prefix_lens, or empty
+    dense: list[Tensor]  # keys and values of each row, (2, T, Hkv, Dh)
 
     def double(self) -> Case:
         tensors = (t.double() if t.is_floating_point() else t for t in self.tensors)
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 def make_case(
     seq_lens, query_lens, page_size, heads=4, kv_heads=2, dim=8, dtype=torch.float64, seed=0, groups=None, device=DEVICE
 ) -> Case:
-    """Rows on shuffled pages of a poisoned cache. ``groups``: of each, its rows and the tokens that they share."""
+    """Rows on shuffled pages of a cache filled with NaN. ``groups``: (number of rows, shared tokens) of each group."""
     g = torch.Generator().manual_seed(seed)
     widths = [-(-n // page_size) for n in seq_lens]
     shape = (sum(widths) + 3, page_size, kv_heads, dim)
@@ -64,7 +64,7 @@ def make_case(
 
 
 def make_grouped(groups, page_size, **options) -> Case:
-    """``groups``: of each, the pages that it shares and, of each row, its own tokens and how many of them attend."""
+    """``groups``: (shared pages, [(own tokens, how many of them are queries) of each row]) of each group."""
     rows = [(pages * page_size + own, queries) for pages, members in groups for own, queries in members]
     seq_lens, query_lens = zip(*rows, strict=True)
     shared = [(len(members), pages * page_size) for pages, members in groups]
@@ -72,14 +72,14 @@ def make_grouped(groups, page_size, **options) -> Case:
 
 
 def assert_as_good_as_torch(case: Case, softcap=0.0, window=0) -> Tensor:
-    """Compares with the same in float64 and with plain torch in the case's dtype; returns what was compared."""
+    """Compares with float64 and with plain torch in the case's dtype; returns the kernel's result."""
     dtype = case.tensors[0].dtype
     mine = paged_attention(*case.tensors, SCALE, softcap, window, **case.sharing)
     truth = reference.paged_attention(*case.double().tensors, SCALE, softcap, window)
     theirs = plain_torch(PagedCall(*case.tensors, None, None, len(truth), SCALE, softcap, window))
     assert truth.isfinite().all() and mine.dtype == dtype and mine.shape == truth.shape
     assert_as_good({"out": mine}, {"out": theirs}, {"out": truth}, TOLERANCE[dtype])
-    # a norm would forgive a single wrong query
+    # a norm could hide a single wrong query
     worst = (theirs.double() - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
     assert (mine.double() - truth).abs().max() <= worst
     return mine

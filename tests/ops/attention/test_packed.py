@@ -1,4 +1,4 @@
-"""Who sees whom in a pack, by blocks and by FlexAttention's block mask, against the rule written out in loops."""
+"""Packed attention, by dense blocks and by FlexAttention's block mask, against the visibility rule in plain loops."""
 
 import warnings
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ LENGTHS = [(37, [6, 0, 12, 4]), (1, [3]), (5, [9, 9]), (130, [2, 300, 8])]  # N 
 
 
 def visible_by_hand(lengths, window) -> torch.Tensor:
-    """(N, N)"""
+    """The visibility rule in loops, (N, N)."""
     seen, start = torch.zeros(2 * [sum(p + sum(c) for p, c in lengths)], dtype=torch.bool), 0
     for prompt, completions in lengths:
         place = start + prompt
@@ -59,7 +59,7 @@ def test_dense_blocks_compute_the_attention_of_the_whole(window, softcap):
     inputs, upstream = inputs_of(context)
     ours = with_gradients(context.dense(*inputs, SCALE, softcap, window), inputs, upstream)
     truth = by_hand(inputs, visible_by_hand(LENGTHS, window), SCALE, softcap)
-    tolerance = 1e-5 if softcap else 1e-12  # a softcap's softmax is taken in fp32
+    tolerance = 1e-5 if softcap else 1e-12  # with a softcap, softmax is computed in fp32
     torch.testing.assert_close(ours, with_gradients(truth, inputs, upstream), rtol=tolerance, atol=tolerance)
 
 
@@ -111,7 +111,7 @@ def test_every_pair_of_the_block_mask_is_a_visible_one(window):
     assert not pairs[n:].any() and not pairs[:, n:].any()
     theirs = torch_flex.create_block_mask(mask.mask_mod, None, None, length, length, device=DEVICE)
     assert mask.to_dense().equal(theirs.to_dense())
-    for kind in ("kv", "full_kv", "q", "full_q"):  # past a row's count the indices mean nothing
+    for kind in ("kv", "full_kv", "q", "full_q"):  # indices past a row's count are undefined
         ours_n, theirs_n = (getattr(m, f"{kind}_num_blocks") for m in (mask, theirs))
         assert ours_n.equal(theirs_n)
         used = torch.arange(length // BLOCK, device=DEVICE) < ours_n[..., None]
@@ -135,7 +135,7 @@ def test_lengths_of_flex_are_few_and_whole_blocks():
 
 @pytest.fixture
 def flex(monkeypatch):
-    """FlexAttention as a GPU would be given it; on a CPU uncompiled, which torch refuses to differentiate there."""
+    """FlexAttention as on a GPU; on a CPU it runs uncompiled, with torch's ban on differentiating it there lifted."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
         monkeypatch.setattr(packed_flex, "kernel", torch_flex.flex_attention)
@@ -169,12 +169,12 @@ def test_attention_takes_flex_where_it_applies(flex, monkeypatch, recwarn):
 
 
 def test_flex_under_activation_checkpointing(flex, monkeypatch, recwarn):
-    """The first call checks flex, backward pass and all, inside the layer that is computed again."""
+    """The first call checks flex, including its backward, inside the layer that checkpointing recomputes."""
     monkeypatch.setattr(packed_flex, "applies", lambda query: not packed_flex._gone)
     context = PackedContext(LENGTHS[:3], DEVICE)
     inputs, upstream = inputs_of(context, dtype=torch.float32)
 
-    def layer(query, key, value):  # nothing is saved behind the attention: there computing again ends
+    def layer(query, key, value):  # nothing is saved after the attention, so recomputation stops there
         return context.attend(0, query.sin(), key.cos(), value, SCALE, 0.0, 7)
 
     ours = with_gradients(checkpoint(layer, *inputs, use_reentrant=False), inputs, upstream)
@@ -227,7 +227,7 @@ def test_a_gpu_repeats_flex_to_the_bit(flex, dtype):
 
 
 def test_packs_below_two_blocks_take_dense_ones_and_compile_nothing():
-    """So that checking a model, with a few tokens, does not."""
+    """So checking a model with a few tokens compiles nothing."""
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     for n_tokens, flex in ((6, False), (2 * BLOCK - 1, False), (2 * BLOCK, True)):
         on_gpu.shape = (n_tokens, 4, 64)

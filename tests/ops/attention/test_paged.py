@@ -1,4 +1,4 @@
-"""Paged attention against its definition, and its definition against dense paged."""
+"""Paged attention against its definition, and the definition against dense attention."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CASES = {
     "one row prefill": ([17], [17]),
     "several tiles": ([70, 129, 200], [1, 129, 66]),
 }
-# shared pages, and of each sibling its own tokens and how many of them attend
+# (shared pages, [(own tokens, how many of them are queries) of each sibling]) of each group
 GROUPS = {
     "ragged": [(3, [(1, 1), (9, 1), (4, 1), (40, 1)]), (1, [(3, 1), (7, 1)])],
     "groups of one": [(2, [(5, 1)]), (1, [(1, 1)]), (0, [(8, 1)])],
@@ -42,7 +42,7 @@ def test_agrees_with_the_definition(name, page_size, window, softcap):
     case = make_case(*CASES[name], page_size)
     expected = reference.paged_attention(*case.tensors, SCALE, softcap, window)
     assert expected.isfinite().all()
-    near = {"rtol": 1e-6, "atol": 1e-6} if softcap else {}  # plain torch then has its softmax in fp32
+    near = {"rtol": 1e-6, "atol": 1e-6} if softcap else {}  # with a softcap, plain torch computes softmax in fp32
     torch.testing.assert_close(paged_attention(*case.tensors, SCALE, softcap, window), expected, **near)
 
 
@@ -95,7 +95,7 @@ def test_strided_queries(dtype):
     case = make_case(*CASES["several tiles"], 16, dtype=dtype)
     query, *rest = case.tensors
     expected = paged_attention(*case.tensors, SCALE)
-    by_heads = query.transpose(0, 1).contiguous().transpose(0, 1)  # as transformers hands it on
+    by_heads = query.transpose(0, 1).contiguous().transpose(0, 1)  # the layout of transformers
     fused = torch.full((len(query), 7, 8), torch.nan, dtype=dtype, device=DEVICE)
     fused[:, 2:6] = query
     for strided in (by_heads, fused[:, 2:6], query.mT.contiguous().mT):
@@ -148,7 +148,7 @@ def test_threads_change_no_bit(dtype, window):
                 results.append(paged_attention(*case.tensors, SCALE, 0.0, window, **case.sharing))
             if library.compiled_error is None:
                 assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-            else:  # what plain torch multiplies with promises less
+            else:  # plain torch's products do not guarantee it
                 torch.testing.assert_close(results[0], results[1])
     finally:
         torch.set_num_threads(before)
@@ -181,7 +181,7 @@ def test_pages_that_the_window_left_behind_are_not_read():
 
 
 def bad(**changed):
-    """A good batch of two groups with some arguments replaced: by a value, or by what a function makes of the old."""
+    """A valid batch of two groups with some arguments replaced: by a value, or by a function of the old value."""
     case = make_grouped([(2, [(5, 1), (9, 3)]), (1, [(1, 1)])], 4, dtype=torch.float32, device="cpu")
     names = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
     arguments = dict(zip(names, case.tensors, strict=True)) | case.sharing | {"scale": SCALE}
@@ -244,7 +244,7 @@ def test_any_batch():
     group = st.tuples(st.integers(0, 6), st.lists(row, min_size=1, max_size=5))
 
     @hypothesis.settings(max_examples=60)
-    @hypothesis.example(  # torch's was NaN on AMX: see test_plain_torch_multiplies_no_nan
+    @hypothesis.example(  # plain torch gave NaN on AMX: see test_plain_torch_multiplies_no_nan
         groups=[(0, [(6, 6), (15, 1)])],
         page_size=1,
         heads=(6, 2),
@@ -274,7 +274,7 @@ def test_any_batch():
 
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (1, 0.0), (0, 3.0), (1, 3.0)])
 def test_plain_torch_multiplies_no_nan(window, softcap, monkeypatch):
-    """Not even in padding, which is dropped: see the products on AMX in ``paged_torch``."""
+    """Not even in padding, which is dropped: see the note on AMX products in ``paged_torch``."""
     seen = []
     monkeypatch.setattr(paged_torch, "masked_attention", lambda *a: seen.append(masked_attention(*a)) or seen[-1])
     query, keys, values, table, *bounds = make_case([6, 15, 9], [6, 1, 0], 4, dtype=torch.float32).tensors
@@ -324,7 +324,7 @@ def test_masked_attention_is_differentiable(softcap):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 4, generator=g, dtype=torch.float64).to(DEVICE).requires_grad_() for h in (4, 2, 2))
     visible = torch.ones(5, 5, dtype=torch.bool, device=DEVICE).tril().expand(2, 1, 5, 5)
-    if softcap:  # softmax there is in fp32, too coarse for finite differences: compare with the same in fp64
+    if softcap:  # its softmax is in fp32, too coarse for finite differences: compare with float64 instead
         scores = softcap * torch.tanh(q @ k.repeat_interleave(2, 1).mT * (0.5 / softcap))
         expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
         torch.testing.assert_close(masked_attention(q, k, v, visible, 0.5, softcap), expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Paged attention in Triton against its definition: on a GPU where there is one, else in the interpreter."""
+"""Paged attention in Triton against its definition, on a GPU if there is one, else in the interpreter."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def on_device(arguments):
 
 
 def run(arguments, groups=NO_GROUPS, scale=0.3, softcap=0.0, window=0):
-    """The kernels, with the bound that a caller who knows the lengths would give."""
+    """Runs the kernels with the exact largest number of queries, as a caller would who knows the lengths."""
     query, *_, cu = arguments
     bounds = cu if groups[0] is None else cu[groups[0].long()]
     bound = int(bounds.diff().max())
@@ -37,7 +37,7 @@ def run(arguments, groups=NO_GROUPS, scale=0.3, softcap=0.0, window=0):
 
 
 def assert_agrees(out, arguments, scale=0.3, softcap=0.0, window=0):
-    """Not farther from the float64 definition than the definition in the same dtype."""
+    """Asserts that ``out`` is no farther from the float64 definition than the definition in its own dtype."""
     double = [a.double() if a.is_floating_point() else a for a in arguments]
     truth = reference.paged_attention(*double, scale, softcap, window)
     plain = reference.paged_attention(*arguments, scale, softcap, window)
@@ -53,7 +53,7 @@ def force_splits(monkeypatch, splits):
 def make_groups(prefixes, rows, page_size, heads=4, kv_heads=2, dim=16, dtype=torch.float32, seed=0):
     """Groups with ``prefixes[g]`` shared tokens; ``rows[g]`` lists each sibling's (own tokens, queries among them).
 
-    Returns the arguments without groups, and (cu_groups, prefix_lens). Past a row's end the table names a NaN page.
+    Returns the arguments without groups, and (cu_groups, prefix_lens). Table entries past a row's end name a NaN page.
     """
     g = torch.Generator().manual_seed(seed)
     n_pages = sum(prefixes) + sum(own for group in rows for own, _ in group) + 1
@@ -100,7 +100,7 @@ def test_agrees_with_the_definition(name, page_size, window, softcap):
 
 @OF_SPLITS
 def test_any_number_of_splits(monkeypatch, poisoned, splits, dtype):
-    """Of 33 and of 70 tokens each split gets some, of 1 token only one does."""
+    """With 33 or 70 tokens every split gets some; with 1 token only one split does."""
     force_splits(monkeypatch, splits)
     arguments = on_device(make_case([33, 1, 70], [1, 1, 20], 7, dtype=dtype)[0])
     out = run(arguments)
@@ -161,7 +161,7 @@ def test_a_prefix_is_read_through_its_first_row_alone():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_rows_of_padding_get_zeros_and_disturb_nobody(monkeypatch, grouped):
-    """As a CUDA graph replays them: one query and no keys each, a table of zeros, groups that may be empty."""
+    """Padding as in a replayed CUDA graph: rows of one query and no keys, a table of zeros, possibly empty groups."""
     force_splits(monkeypatch, 2)
     arguments, groups = make_groups(*GROUPS["decode"], 16)
     moved = [torch.cat([torch.full_like(cache[:1], torch.nan), cache]) for cache in arguments[1:3]]  # page 0 is NaN
@@ -189,8 +189,8 @@ def test_any_layout_of_the_query():
     expected = run(arguments)
     for strided in (
         arguments[0].transpose(0, 1).contiguous().transpose(0, 1),  # heads first
-        torch.stack([arguments[0], arguments[0] * torch.nan], 2)[:, :, 0],  # a slice of more
-        arguments[0].mT.contiguous().mT,  # tokens of a head side by side
+        torch.stack([arguments[0], arguments[0] * torch.nan], 2)[:, :, 0],  # a slice of a larger tensor
+        arguments[0].mT.contiguous().mT,  # heads are the fastest dimension
     ):
         out = run([strided, *arguments[1:]])
         assert torch.equal(out, expected)
@@ -264,7 +264,8 @@ def test_a_batch_that_runs_dry_compiles_nothing_anew(monkeypatch):
         arguments = query, cache, cache, n[:, None], n, numbers[: rows + 1], numbers[: rows // 10 + 2], n
         paged_triton.paged_attention(PagedCall(*arguments, 16, 0.3, 0.0, 0))
     variants = {name: len(kernel.variants) for name, kernel in kernels.items()}
-    assert variants == {"kv_write_kernel": 1, "attention_kernel": 2, "merge_kernel": 1}  # a prefix, and what follows
+    # attention: the prefix and the part behind it
+    assert variants == {"kv_write_kernel": 1, "attention_kernel": 2, "merge_kernel": 1}
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")

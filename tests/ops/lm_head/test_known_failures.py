@@ -1,4 +1,4 @@
-"""What went wrong in other fused losses, one test for each."""
+"""Known failures of other fused losses, one test for each."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ from toolx_kernels.ops.lm_head.objective import RowVectors
 
 ON_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 ON_PATHS = pytest.mark.parametrize("path", PATHS)
-# The interpreter is slow, and its sweeps do not know of one chunk or of a backward pass that comes later.
+# The interpreter is slow, and "one chunk" and "deferred" make no difference to Triton's sweeps.
 ON_EVERYTHING = pytest.mark.parametrize(
     "path, backend",
     [(path, "torch") for path in PATHS]
@@ -57,7 +57,7 @@ def on(path, **settings):
 
 @ON_EVERYTHING
 def test_no_phantom_columns_beyond_the_vocabulary(path, backend, monkeypatch):
-    """V no multiple of a tile and every logit about -200: one column of zeros would have all the probability."""
+    """V is not a multiple of a tile and all logits are near -200: a column of zeros would get all the probability."""
     case = without_logprobs(make_case(vocab=33, dim=24))
     case["hidden"][:, 0], case["weight"][:, 0] = 10.0, -20.0
     truth, exact = run_loss(reference.linear_grpo_loss, double(case), on(path))
@@ -91,7 +91,7 @@ def test_logits_that_are_all_far_from_zero(level, backend, monkeypatch):
     + [pytest.param(logprob, "triton", marks=needs_triton) for logprob in (-56.0, -120.0)],
 )
 def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch, taken):
-    """Around and far beyond where exponentials relative to the target overflow: right, or redone by recomputing."""
+    """Near and far beyond the overflow of exponentials relative to the target: correct, or redone by recomputing."""
     case = without_logprobs(make_case(vocab=101, noise=0.02), OLD) | {"softcap": None}
     for row in (4, 21):
         case["weight"][case["targets"][row]] = 0
@@ -118,7 +118,7 @@ def test_targets_of_hardly_any_probability(logprob, known, backend, monkeypatch,
 
 @pytest.mark.parametrize("drift", [-100.0, -56.0, 56.0, 100.0])
 def test_old_log_probs_that_are_no_anchor(drift, monkeypatch, taken):
-    """Old log-probs far from the truth in either direction, as after a bad update or with a wrong temperature."""
+    """Old log-probs far too low or too high, as after a bad update or with a wrong temperature."""
     case = without_logprobs(make_case(), OLD)
     case[OLD] = case[OLD] + drift
     config = GRPOLossConfig(loss_type="cispo", epsilon_high=5.0)
@@ -130,7 +130,7 @@ def test_old_log_probs_that_are_no_anchor(drift, monkeypatch, taken):
 
 
 def test_float64_does_not_creep_in():
-    """And neither does it go missing: float64 rewards and log-probs beside an fp32 head give fp32."""
+    """An fp32 head with float64 rewards and log-probs gives fp32; a float64 head gives float64."""
     case = make_case(extras=EXTRAS)
     wide = {name: case[name].double() for name in ("rewards", OLD, "ref_logprobs", SAMPLER, "temperature")}
     wide["denominator"] = torch.tensor(8.0, dtype=torch.float64, device=DEVICE)
@@ -175,7 +175,7 @@ LAUNCHED = (
 
 
 class Launches:
-    """Stands in for a kernel: notes grid and arguments instead of running it."""
+    """Stand-in for a kernel that records grid and arguments instead of running."""
 
     def __init__(self, kernel):
         self.kernel, self.grids, self.arguments = kernel, [], []
@@ -190,7 +190,7 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every Triton kernel of the loss by name, none of which runs."""
+    """Recorders in place of all Triton kernels of the loss, by name; no kernel runs."""
     kernel = type(sweep_triton.sweep_kernel)
     modules = {name: sweep_triton for name, value in vars(sweep_triton).items() if isinstance(value, kernel)}
     modules = {name: where for name, where in modules.items() if name.endswith("_kernel")}
@@ -202,7 +202,7 @@ def launches(monkeypatch):
 
 
 def launch_every_kernel(n, dim, vocab, first_row=0):
-    """On tensors without memory; those of rows are slices that begin at ``first_row``."""
+    """Launches on meta tensors; per-row tensors are slices that begin at ``first_row``."""
     meta = {"device": "meta"}
     vector = torch.empty(first_row + n, **meta)[first_row:]
     index = torch.empty(first_row + n, dtype=torch.int64, **meta)[first_row:]
@@ -224,7 +224,7 @@ def launch_every_kernel(n, dim, vocab, first_row=0):
 
 @needs_triton
 def test_every_grid_has_one_dimension(launches):
-    """A grid's y and z stop at 65,535, its x at 2^31 - 1."""
+    """The y and z of a grid are limited to 65,535, its x to 2^31 - 1."""
     launch_every_kernel(70_000, 64, 256_000)
     launch_every_kernel(1_000_000, 64, 151_936)
     assert set(launches) == set(LAUNCHED)
@@ -236,8 +236,8 @@ def test_every_grid_has_one_dimension(launches):
 @needs_triton
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_new_length_compiles_nothing(name, launches):
-    """No number of tokens is in a compile key: what a kernel is specialised on stays the same from length to length,
-    and whatever row a chunk begins with."""
+    """Compile keys contain no number of tokens: a kernel's specialization depends neither on the length nor on the
+    first row of a chunk."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -249,7 +249,7 @@ def test_a_new_length_compiles_nothing(name, launches):
     options = ("do_not_specialize", "do_not_specialize_on_alignment")
     kernel = launches[name]
     jitted = kernel.kernel
-    if not isinstance(jitted, JITFunction):  # it is the interpreter's
+    if not isinstance(jitted, JITFunction):  # under the interpreter
         jitted = JITFunction(jitted.fn, **{option: jitted.kwargs.get(option) for option in options})
     bind = create_function_from_signature(jitted.signature, jitted.params, backend)
     keys = {
@@ -261,7 +261,7 @@ def test_a_new_length_compiles_nothing(name, launches):
 
 
 def _with_an_address(argument):
-    """A tensor without memory has none: one of the same dtype and alignment has."""
+    """Replaces a meta tensor, which has no address, by a real one of the same dtype and alignment."""
     if not torch.is_tensor(argument):
         return argument
     return torch.empty(64, dtype=argument.dtype)[argument.storage_offset() % 16 :]
@@ -269,8 +269,8 @@ def _with_an_address(argument):
 
 @pytest.fixture
 def huge(tmp_path):
-    """(rows, columns) tensors of 4 GiB of addresses between their rows, in the middle of a file of holes: what is
-    addressed with too few bits lands before or after them, in zeros."""
+    """Maker of (rows, columns) tensors whose rows spread over 4 GiB or more, in the middle of a sparse file: an address
+    with too few bits falls outside the tensor and reads zeros."""
     files = itertools.count()
 
     def make(rows, columns, stride, dtype):
@@ -280,7 +280,7 @@ def huge(tmp_path):
         else:
             path = str(tmp_path / str(next(files)))
             memory = torch.from_file(path, shared=True, size=elements, dtype=dtype)
-            os.unlink(path)  # the mapping stays, the holes do not stay behind
+            os.unlink(path)  # the mapping stays valid, and no file is left behind
         return torch.as_strided(memory, (rows, columns), (stride, 1), rows * stride)
 
     return make
@@ -288,7 +288,7 @@ def huge(tmp_path):
 
 @needs_triton
 def test_workspaces_of_more_than_2_to_the_31_elements(huge):
-    """Offsets into N * V are 64 bits wide; the interpreter wraps those of 32 bits as a GPU does."""
+    """Offsets into N * V need 64 bits; the interpreter wraps 32-bit offsets as a GPU does."""
     n, dim, vocab, stride = 34, 8, 40, 2**26
     case = make_head(n, dim, vocab, torch.float32)
     head = Head(case["hidden"], case["weight"], case["targets"], torch.ones(n, device=DEVICE))
@@ -368,11 +368,11 @@ def test_one_row(path, backend, monkeypatch):
 
 @ON_EVERYTHING
 def test_a_batch_that_the_clip_killed(path, backend, monkeypatch, poisoned):
-    """No row reaches the gradient GEMMs, so nobody writes what they would have."""
+    """No row reaches the gradient GEMMs, so the gradients must be zeroed explicitly."""
     case = without_logprobs(make_case(), OLD)
     advantages = reference.group_advantages(case["rewards"], group_size=4)
     up = advantages.repeat_interleave(case["cu_seqlens"].diff().long()) > 0
-    case[OLD] = case[OLD] + torch.where(up, -3.0, 3.0)  # noise does not reach back into the clip
+    case[OLD] = case[OLD] + torch.where(up, -3.0, 3.0)  # too far for the noise to bring a ratio back into the clip
     force(monkeypatch, path, rows=16)
     use_backend(monkeypatch, backend)
     output, grads = run_loss(linear_grpo_loss, case, on(path))
@@ -381,7 +381,7 @@ def test_a_batch_that_the_clip_killed(path, backend, monkeypatch, poisoned):
 
 
 def test_a_group_of_equal_rewards_gets_exact_zeros():
-    """In fp32 the mean of three times 0.1 is not 0.1."""
+    """In fp32 the mean of three values 0.1 is not 0.1."""
     case = without_logprobs(make_case((2, 3, 4, 2, 2, 2), (0.1, 0.1, 0.1, 0.0, 1.0, 0.3))) | {"group_size": 3}
     output, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig(compute_all_logprobs=True))
     assert output.logprobs.isfinite().all()
@@ -393,8 +393,8 @@ def test_a_group_of_equal_rewards_gets_exact_zeros():
 
 @ON_BACKENDS
 def test_upstream_gradients_differ_from_row_to_row(backend, monkeypatch):
-    """A backward that reads only the first one, as for a reduction of none, would be found out; so would one that
-    takes the expanded gradient of a sum for one in memory."""
+    """Fails for a backward that reads only the first upstream gradient, and for one that takes the expanded gradient
+    of a sum for a contiguous tensor."""
     case = make_head(9, 8, 33)
     use_backend(monkeypatch, backend)
     for loss_of in (
@@ -423,7 +423,7 @@ def test_the_loss_may_be_scaled(path, dtype, monkeypatch):
 
 @ON_PATHS
 def test_backward_twice_and_again(path, monkeypatch):
-    """The gradients that are kept are not those that accumulate, be it under the hands of an optimizer."""
+    """The saved gradients do not share memory with ``.grad``, which accumulates and is zeroed in place."""
     case = without_logprobs(make_case(dtype=torch.float64, extras=EXTRAS), OLD)
     force(monkeypatch, path)
     _, once = run_loss(linear_grpo_loss, case, on(path))
@@ -442,7 +442,7 @@ def test_backward_twice_and_again(path, monkeypatch):
 
 @ON_PATHS
 def test_a_tied_weight_adds_up(path, monkeypatch):
-    """The head's gradient and the embedding's land in one parameter."""
+    """The gradients of the head and of the embedding are added in one parameter."""
     case = without_logprobs(make_case(dtype=torch.float64))
     force(monkeypatch, path)
     grads = []
@@ -456,7 +456,7 @@ def test_a_tied_weight_adds_up(path, monkeypatch):
 
 @ON_PATHS
 def test_importance_weights_count(path, monkeypatch):
-    """A sampler that gave every token e^5 times less makes each weight the cap, and nothing else changes."""
+    """If the sampler's probabilities are e^5 times smaller, each weight is the cap and nothing else changes."""
     case = without_logprobs(make_case(dtype=torch.float64), OLD)
     force(monkeypatch, path)
     plain, grads = run_loss(linear_grpo_loss, case, on(path, importance_sampling_cap=3.0))
@@ -476,7 +476,7 @@ def test_importance_weights_count(path, monkeypatch):
 
 @pytest.fixture
 def flops(monkeypatch):
-    """Of the gradient GEMMs."""
+    """FLOPs of each gradient GEMM."""
     counted = []
     multiply = module.Gradients.multiply
 
@@ -595,7 +595,7 @@ def test_inputs_are_not_written_to():
 
 @pytest.mark.parametrize("sums_of", [torch.ops.toolx.exp_sums, sweep_torch.exp_sums], ids=["op", "torch"])
 def test_a_peak_does_not_swallow_what_follows_it(sums_of):
-    """Each later block's sum is below half a unit in the last place of the first exponential."""
+    """The sum of each later block is below half a unit in the last place of the first exponential."""
     z = torch.full((49_152, 40), -17.5).T
     z[:, 3] = 0.0
     out, sums = torch.empty(49_152, 40).T, torch.zeros(2, 40)

@@ -1,4 +1,4 @@
-"""linear_grpo_loss against the float64 definition, on every path that it can take."""
+"""``linear_grpo_loss`` against the float64 definition, on each of its paths."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monke
     lengths, dim, vocab = SHAPES[shape]
     rewards = (1.0, 0.0, 0.3, 0.5)
     case = make_case(lengths, rewards, noise=0.05, dim=dim, vocab=vocab, dtype=dtype, extras=extras)
-    case = without_logprobs(case, "old_logprobs")  # well inside the clip, where rounding decides nothing
+    case = without_logprobs(case, "old_logprobs")  # well inside the clip: no token's clip depends on rounding
     config = on(path, GRPOLossConfig(entropy_coef=0.02))
     truth, exact = run_loss(reference.linear_grpo_loss, double(case), config)
     with as_written():
@@ -78,7 +78,8 @@ def test_no_worse_than_torch_in_the_same_dtype(path, dtype, shape, extras, monke
     tolerance = {torch.float64: 1e-13}.get(dtype, 1e-6)
     assert ours.loss.dtype == ours.logprobs.dtype == ours.entropy.dtype == reference.compute_dtype(case["hidden"])
     assert_as_good(*({"logprobs": o.logprobs, "entropy": o.entropy} for o in (ours, theirs, truth)), tolerance)
-    assert (ours.loss - truth.loss).abs() <= (theirs.loss - truth.loss).abs() + tolerance  # it may be close to zero
+    # absolute errors: the loss may be close to zero
+    assert (ours.loss - truth.loss).abs() <= (theirs.loss - truth.loss).abs() + tolerance
 
 
 def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):
@@ -99,7 +100,7 @@ def test_bf16_gemms_as_on_a_gpu(monkeypatch, taken):
 @pytest.mark.parametrize("extras", [(), EXTRAS], ids=["plain", "extras"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.02])
 def test_one_chunk_adds_up_no_fp32_gradient_of_the_weight(entropy_coef, extras, monkeypatch):
-    """Nor are the hidden states rounded that are multiplied, where the exponentials are reweighed anyway."""
+    """It also multiplies the unrounded hidden states where the exponentials are reweighed anyway."""
     case = without_logprobs(make_case(noise=0.05, dtype=torch.bfloat16, extras=extras), "old_logprobs")
     config = GRPOLossConfig(entropy_coef=entropy_coef)
     _, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -108,7 +109,7 @@ def test_one_chunk_adds_up_no_fp32_gradient_of_the_weight(entropy_coef, extras, 
     products = []
 
     def as_a_gpu_multiplies(self, total, left, right, *, fresh=False):
-        if left.shape[0] == 213 and right.shape[1] == 24:  # of the weight's gradient
+        if left.shape[0] == 213 and right.shape[1] == 24:  # the weight's gradient
             products.append((total.dtype, right))
         product = left.to(torch.bfloat16).float() @ right.to(torch.bfloat16).float()
         total.copy_(product if fresh else total + product)
@@ -125,7 +126,7 @@ def test_one_chunk_adds_up_no_fp32_gradient_of_the_weight(entropy_coef, extras, 
 
 
 def test_gradients_in_bf16_at_a_real_width():
-    """D 576 and V 12,289, chosen by the library itself: 4e-3 of the norm, and no worse than torch."""
+    """D 576 and V 12,289 on the path that the library picks: within 4e-3 of the norm, and no worse than torch."""
     case = make_case((40, 24, 31, 33), (1.0, 0.0, 0.3, 0.5), noise=0.05, dim=576, vocab=12_289, dtype=torch.bfloat16)
     case = without_logprobs(case, "old_logprobs")
     _, exact = run_loss(reference.linear_grpo_loss, double(case), GRPOLossConfig())
@@ -139,7 +140,7 @@ def test_gradients_in_bf16_at_a_real_width():
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU multiplies bf16 with fp32 sums")
 @pytest.mark.parametrize("path", PATHS)
 def test_a_cpu_multiplies_bf16_heads_in_fp32(path, monkeypatch, taken):
-    """So results, memory and time do not depend on whether torch's bf16 products go to AMX, and none is rounded."""
+    """Results, memory and time then do not depend on AMX, and no product is rounded to bf16."""
     force(monkeypatch, path)
     case = without_logprobs(make_case(dtype=torch.bfloat16, extras=EXTRAS))
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -153,13 +154,13 @@ def test_a_cpu_multiplies_bf16_heads_in_fp32(path, monkeypatch, taken):
 @pytest.mark.parametrize("path", ["chunks", "recompute"])
 @pytest.mark.parametrize("level", [0.8, 0.98])
 def test_confident_tokens_are_as_good_as_torchs(level, path, backend, monkeypatch):
-    """Where p is near 1, its log-prob and 1 - p live off the difference of the target's logit to all others."""
+    """Where p is near 1, log p and 1 - p are small differences between the target's logit and all others."""
     n, dim, vocab = 24, 96, 500
     case = without_logprobs(make_case((n // 2, n // 2), (1.0, 0.0), vocab=vocab, dim=dim)) | {"group_size": 2}
     hidden, weight = case["hidden"], case["weight"] * 0.1
     along = 30 * hidden / hidden.square().sum(1, keepdim=True)
     gap = math.log(level / (1 - level))
-    weight[0 : 2 * n : 2], weight[1 : 2 * n : 2] = along, along * (1 - gap / 30)  # the target, and the runner-up
+    weight[0 : 2 * n : 2], weight[1 : 2 * n : 2] = along, along * (1 - gap / 30)  # the target and the runner-up
     case |= {"weight": weight, "targets": torch.arange(0, 2 * n, 2, device=DEVICE)}
     use_backend(monkeypatch, backend)
     force(monkeypatch, path)
@@ -173,7 +174,7 @@ def test_confident_tokens_are_as_good_as_torchs(level, path, backend, monkeypatc
 
 @pytest.mark.parametrize("path", PATHS)
 def test_entropies_of_the_rows_that_keep_a_gradient_go_with_them(path, monkeypatch):
-    """Rows below the entropy quantile lose both coefficients, so the others no longer lie where they did."""
+    """Rows below the entropy quantile lose both coefficients, so the remaining rows are moved together."""
     force(monkeypatch, path)
     config = GRPOLossConfig(entropy_coef=0.1, top_entropy_quantile=0.4, recompute=path == "deferred")
     case = make_case(dtype=torch.float64)
@@ -274,8 +275,8 @@ def test_a_completion_that_fits_no_chunk_is_swept_twice(monkeypatch, taken):
 
 
 def test_by_hand():
-    """Two completions of one and two tokens, uniform over four tokens, rewards 1 and 0, ratio 1: the loss is the
-    negative mean advantage, zero, and its gradient with respect to each log-prob is -A / (length * B)."""
+    """Completions of one and two tokens, uniform over four tokens, rewards 1 and 0, ratio 1: the loss is the negative
+    mean advantage, 0, and its gradient with respect to each log-prob is -A / (length * B)."""
     hidden = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
     out = linear_grpo_loss(
@@ -295,11 +296,11 @@ def test_by_hand():
     torch.testing.assert_close(hidden.grad, expected)
 
 
-# ---- what belongs together
+# ---- batches and their parts
 
 
 def test_micro_batches_add_up():
-    """With the batch's denominator the loss and gradient do not depend on how the batch is cut."""
+    """With the batch's denominator, loss and gradient do not depend on how the batch is split."""
     case = without_logprobs(make_case(dtype=torch.float64))
     whole, whole_grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
     bounds = case["cu_seqlens"].tolist()
@@ -331,7 +332,7 @@ def test_groups_of_equal_reward_are_not_computed_and_change_nothing():
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
 def test_tokens_and_completions_without_gradient_count_in_the_normaliser(loss_type):
-    """And a denominator that is given replaces it."""
+    """An explicit ``denominator`` replaces the normalizer."""
     config = GRPOLossConfig(loss_type=loss_type, max_completion_length=16)
     case = make_case(rewards=DEAD_GROUP, masked=(2, 25), dtype=torch.float64)
     ours, _ = run_loss(linear_grpo_loss, case, config)
@@ -345,7 +346,7 @@ def test_tokens_and_completions_without_gradient_count_in_the_normaliser(loss_ty
 
 
 def test_what_was_left_out_may_be_fed_back():
-    """.logprobs is NaN on rows without a gradient, and is what the next update starts its ratios from."""
+    """``.logprobs`` is NaN on rows without a gradient and serves as ``old_logprobs`` of the next update."""
     case = without_logprobs(make_case(rewards=DEAD_GROUP, dtype=torch.float64))
     expected, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
     assert expected.logprobs.isnan().any()
@@ -440,7 +441,7 @@ def test_memory_that_nobody_wrote_is_not_read(path, monkeypatch, poisoned):
 
 
 def peak_of(arguments, config) -> int:
-    """Bytes allocated at the worst moment of forward and backward."""
+    """Peak of the bytes allocated in forward and backward."""
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_grpo_loss(**arguments, config=config).loss.backward()
     held = peak = 0
@@ -456,7 +457,7 @@ def peak_of(arguments, config) -> int:
 @pytest.mark.parametrize("recompute", [False, True], ids=["single sweep", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extra_memory_stays_within_the_workspace(dtype, recompute, settings, monkeypatch, taken):
-    """Whatever N is: the gradients and their fp32 sums, the workspace of 4 MiB, and some vectors of N."""
+    """For any N, it is the gradients with their fp32 sums, the workspace of 4 MiB and some vectors of length N."""
     monkeypatch.setattr(tiles, "CPU_SWEEP_ROWS", 16)
     monkeypatch.setattr(tiles, "CPU_WORKSPACE_BYTES", 4 << 20)
     vocab, dim = 6000, 32
@@ -502,7 +503,7 @@ def test_plans_stay_within_the_workspace(shape, mib, device):
         single = tiles.single_sweep_size(n, vocab, dim, device, dtype, mib, trains_weight=False, card=card)
         if single is not None:
             alive = single.rows * vocab * single.dtype.itemsize
-            if device.type == "cpu" and single.dtype != torch.float32:  # logits have no room in place
+            if device.type == "cpu" and single.dtype != torch.float32:  # fp32 logits do not fit in place
                 alive += single.rows * single.columns * 4
             assert 1 <= single.rows <= n and 1 <= single.columns <= vocab and alive <= bound
             assert single.dtype == dtype
@@ -532,7 +533,7 @@ def gpu_plan(n, dim, card, dtype=torch.bfloat16, **more):
     ],
 )
 def test_chunks_of_a_gpu_are_few_and_fill_its_processors(card, dim, rows, waves):
-    """8,192 tokens of a vocabulary of 151,936; a wave is the time of a tile of 128 x 128 of ``E W``."""
+    """8,192 tokens, vocabulary 151,936; a wave is the time of one 128 x 128 tile of ``E W``."""
     assert gpu_plan(8192, dim, card).rows == rows
     chunks = [min(rows, 8192 - start) for start in range(0, 8192, rows)]
     assert [tiles.waves(n, dim, CARDS[card].processors) for n in chunks] == waves
@@ -541,7 +542,7 @@ def test_chunks_of_a_gpu_are_few_and_fill_its_processors(card, dim, rows, waves)
 def test_all_rows_at_once_where_they_take_no_more_than_the_fp32_sum_that_they_spare():
     n, vocab, dim = 8192, 151_936, 896
     workspace = tiles.workspace_bytes(torch.device("cuda"), n, vocab, card=H100)
-    live = gpu_plan(n // 2, dim, "H100", n_tokens=n)  # half of the tokens are masked, or in groups of equal reward
+    live = gpu_plan(n // 2, dim, "H100", n_tokens=n)  # half of the tokens are masked or in groups of equal reward
     assert live.rows == n // 2
     assert workspace <= live.rows * vocab * 2 < workspace + vocab * dim * (4 - 2)
     assert gpu_plan(n // 2, dim, "H100", n_tokens=n, trains_weight=False).rows < n // 2
@@ -566,7 +567,7 @@ def test_the_given_workspace_reaches_every_plan(recompute, monkeypatch):
 
 @pytest.fixture
 def gemm_rows(monkeypatch):
-    """How many rows of tokens enter the GEMMs of the logits, of hidden's gradient and of the weight's."""
+    """Counts of token rows that enter the GEMMs of the logits, of hidden's gradient and of the weight's gradient."""
     seen = {"logits": 0, "hidden": 0, "weight": 0}
     kind = gradients.Gradients
     multiply, add_weight, exponentials = kind.multiply, kind.add_weight, sweep_torch.exponentials
@@ -610,7 +611,8 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
     case = without_logprobs(make_case((8,) * 4, (1.0, 0.0, 1.0, 0.0), noise=0.0, dtype=torch.float64), OLD)
     up = case["rewards"].repeat_interleave(8) > 0
     killed = torch.arange(32) % 2 == 0
-    case[OLD] = case[OLD] + torch.where(killed, torch.where(up, -0.5, 0.5), 0.0)  # beyond the clip, on its dead side
+    # beyond the clip, where the gradient is zero
+    case[OLD] = case[OLD] + torch.where(killed, torch.where(up, -0.5, 0.5), 0.0)
     truth, exact = run_loss(reference.linear_grpo_loss, case, GRPOLossConfig())
     ours, grads = run_loss(linear_grpo_loss, case, GRPOLossConfig())
     assert gemm_rows == {"logits": 32, "hidden": 16, "weight": 16}
@@ -620,7 +622,7 @@ def test_rows_that_the_clip_killed_leave_before_the_gradient_gemms(monkeypatch, 
 
 
 def below_autograd(case: dict, key: str):
-    """The loss and its gradients, where the operations are seen that the operator asks for."""
+    """Calls the op's implementation below autograd, where a dispatch mode sees each of its operations."""
     return linear_grpo.compute(
         case["hidden"],
         case["weight"],
@@ -643,7 +645,7 @@ def below_autograd(case: dict, key: str):
 
 
 class Operations(TorchDispatchMode):
-    """Names of what torch is asked for; ``view:`` before those that only look at a tensor in another way."""
+    """Records the names of all torch operations; those that return a view get the prefix ``view:``."""
 
     def __init__(self):
         super().__init__()
@@ -659,7 +661,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("rewards", [REWARDS, DEAD_GROUP], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_host_reads_one_tensor_before_the_first_gemm(level, rewards, monkeypatch):
-    """Each further one would make a GPU wait; what tolist reads on a CPU is no operation."""
+    """Each further read would wait for the GPU. ``tolist`` of a CPU tensor is not an operation."""
     reads, read = [], linear_grpo.OnHost.read
     monkeypatch.setattr(linear_grpo.OnHost, "read", lambda *a: reads.append(1) or read(*a))
     force(monkeypatch, "chunks", rows=16)
@@ -673,7 +675,7 @@ def test_the_host_reads_one_tensor_before_the_first_gemm(level, rewards, monkeyp
 
 
 class Counted:
-    """A Triton kernel whose launch is one operation, whatever the interpreter asks of torch."""
+    """A Triton kernel that counts a launch as one operation and hides the interpreter's torch operations."""
 
     def __init__(self, name, kernel, names):
         self.name, self.kernel, self.names = name, kernel, names
@@ -690,7 +692,7 @@ class Counted:
 @needs_triton
 @pytest.mark.parametrize("kept, most", [((), (13, 78)), ((OLD,), (20, 100))], ids=["on-policy", "off-policy"])
 def test_a_gpu_is_asked_for_few_things(kept, most, monkeypatch):
-    """Until the first sweep it has nothing to do; each operation takes the host longer than the GPU."""
+    """The GPU idles until the first sweep, and each operation takes the host longer than the GPU."""
     use_backend(monkeypatch, "triton")
     force(monkeypatch, "one chunk")
     case, config = without_logprobs(make_case(), *kept), GRPOLossConfig()
@@ -736,11 +738,11 @@ def batch_of(lengths, seed):
         ("aot_eager", False),
         ("aot_eager", True),
         ("inductor", False),
-        pytest.param("inductor", True, marks=pytest.mark.soak),  # the op is one node to it, however it sweeps
+        pytest.param("inductor", True, marks=pytest.mark.soak),  # to inductor the op is one node on either path
     ],
 )
 def test_under_compile_with_changing_lengths(backend, recompute):
-    """One graph, which new lengths do not compile again; once with rewards, once with an advantage for each token."""
+    """One graph, not recompiled for new lengths; once with rewards, once with an advantage per token."""
     compiled_graphs = []
     counting = torch._dynamo.utils.counters
     counting.clear()

@@ -1,4 +1,4 @@
-"""Which rows are computed: the kernels find what plain torch finds, whatever the values."""
+"""Live rows, the rows that the loss computes: the kernels find the same rows as plain torch, for any values."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from toolx_kernels.ops.lm_head import live_rows
 
 LENGTHS = (5, 0, 1300, 9, 600, 1)
 N, VOCAB = sum(LENGTHS), 50
-DEAD, ALIVE = 7, 1400  # rows of the second-last and the third completion, whose advantage is and is not zero
+DEAD, ALIVE = 7, 1400  # rows of the third and the second-last completion, with zero and nonzero advantage
 
 
 def make_call(**change) -> live_rows.Call:
@@ -65,13 +65,13 @@ def test_kernels_stay_inside_whatever_the_bounds(bounds):
     assert found.facts[0].tolist() == bounds and found.facts[1].max() <= N
 
 
-# ---- advantages by token
+# ---- token advantages
 
 MASKED, SPARSE, LONE = 2, 700, 1899  # rows of the first, the third and the second-last completion
 
 
 def by_token(*changed: tuple[int, float]) -> torch.Tensor:
-    """The first completion has an advantage only on its masked row, the fourth has none, the fifth one."""
+    """Token advantages: in the first completion only the masked row has one, in the fourth none, in the fifth one."""
     g = torch.Generator().manual_seed(1)
     advantages = torch.randn(N, generator=g) * (torch.rand(N, generator=g) < 0.3)
     advantages[:5] = 0
@@ -85,7 +85,7 @@ MASK = torch.arange(N) % 3 != MASKED
 
 
 def wanted_rows(call, whole, every):
-    """The computed rows, one after the other, and whether all that matters is as it must be."""
+    """The rows to compute, whether all values that matter are valid, and the number of unmasked tokens."""
     advantages, targets, temperature = (x.tolist() for x in (call.advantages, call.targets, call.temperature))
     mask, rows = [True] * N if call.mask is None else call.mask.tolist(), []
     for start, end in itertools.pairwise(call.cu_seqlens.tolist()):
@@ -100,7 +100,7 @@ def wanted_rows(call, whole, every):
 @pytest.mark.parametrize("every", [False, True], ids=["live", "all"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_advantages_by_token(backend, every, level):
-    """A wrong value matters where its row is computed, an advantage that is not finite wherever it is."""
+    """An invalid value is reported only if its row is computed, a non-finite advantage in any row."""
     config = GRPOLossConfig(compute_all_logprobs=every, importance_sampling_level=level)
     for change in (
         {}, with_one("targets", SPARSE, VOCAB), with_one("temperature", 1310, torch.nan),

@@ -1,4 +1,4 @@
-"""Sampling: the distribution, the filters, and the counter-based noise."""
+"""Sampling: the distribution, the filters and the counter-based noise."""
 
 import os
 
@@ -23,7 +23,7 @@ FILTERS = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
-    """Compiled or on the GPU, as the dispatcher has it; plain torch; Triton, interpreted where there is no GPU."""
+    """The dispatcher's choice (compiled C++ or the GPU), plain torch, or Triton, interpreted if there is no GPU."""
     if request.param == "torch":
         monkeypatch.setattr(sampling, "kernels", lambda dtype: sampling_torch)
         monkeypatch.setattr(sampling_torch, "TORCH_COLUMNS", 256)
@@ -40,7 +40,7 @@ def streams(rows, *, seed=0, step=0, rollout=0, position=0, first_row=0):
 
 
 def make(rows, dim, vocab, dtype=torch.float32, extras=False, spread=1.5):
-    """hidden and weight, logits of a deviation of about ``spread``; and bias and softcap."""
+    """hidden, weight and options (bias, softcap); logits have a standard deviation of about ``spread``."""
     g = torch.Generator().manual_seed(rows + dim + vocab)
     hidden = torch.randn(rows, dim, generator=g).to(DEVICE, dtype)
     weight = (torch.randn(vocab, dim, generator=g) * spread / dim**0.5).to(DEVICE, dtype)
@@ -149,7 +149,7 @@ def test_filtered_samples_agree_with_the_reference(filters, backend, monkeypatch
 @pytest.mark.parametrize("candidates", [512, 30, 2])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_are_those_of_the_reference(filters, candidates, monkeypatch):
-    """With enough candidates for top-p, for some of the rows, and for none."""
+    """``candidates`` suffice for top-p in all rows, in some rows, or in none."""
     monkeypatch.setattr(sampling, "TOP_P_CANDIDATES", candidates)
     hidden, weight, _ = make(20, 30, 900, torch.float64, spread=4)
     logits = (hidden @ weight.T).mul(4).round().div(4)  # with ties
@@ -209,7 +209,7 @@ def test_of_equal_tokens_the_lowest_wins(backend):
 
 @pytest.mark.parametrize("filters", [{}, FILTERS[-1]], ids=["plain", "filtered"])
 def test_a_sample_does_not_depend_on_its_neighbours(filters):
-    """Bit for bit where logits are summed up row by row: in the compiled part."""
+    """It is bit-identical in the compiled part, which sums logits row by row."""
     dtype = torch.float64 if library.compiled_error or DEVICE.type == "cuda" else torch.bfloat16
     hidden, weight, _ = make(100, 70, 700, dtype)
     together = sample(hidden, weight, streams(100), **filters)
@@ -281,7 +281,7 @@ def test_reads_nothing_that_nobody_wrote(backend, poisoned):
 
 
 def peak_bytes(function) -> int:
-    """What a call needs at most beside what was there before."""
+    """Peak memory of a call, in bytes above the memory in use before it."""
     function()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -317,7 +317,7 @@ def test_memory(monkeypatch):
         ({"top_p": 0.65}, [0, 1]),  # 0.4, 0.3: the token that crosses the bound stays
         ({"top_p": 0.71}, [0, 1, 2]),
         ({"min_p": 0.3}, [0, 1, 2]),  # at least 0.3 * 0.4
-        ({"top_k": 3, "top_p": 0.5}, [0, 1]),  # of 0.4, 0.3, 0.2 renormalised: 0.444, 0.333
+        ({"top_k": 3, "top_p": 0.5}, [0, 1]),  # 0.4, 0.3, 0.2 renormalized: 0.444, 0.333, 0.222
         ({"top_p": 1e-9}, [0]),
         ({"top_k": 99}, [0, 1, 2, 3]),
     ],
@@ -329,7 +329,7 @@ def test_filters_keep_what_they_say(filters, kept):
     drawn = sample(probs.log().expand(rows, 4), weight, streams(rows), **filters)
     assert sorted(drawn.tokens.unique().tolist()) == kept
     torch.testing.assert_close(drawn.kept_mass, probs[kept].sum().expand(rows))
-    torch.testing.assert_close(drawn.logprobs, probs.log()[drawn.tokens])  # of the unfiltered distribution
+    torch.testing.assert_close(drawn.logprobs, probs.log()[drawn.tokens])  # under the unfiltered distribution
     share = torch.bincount(drawn.tokens, minlength=4)[kept].double() / rows
     torch.testing.assert_close(share, probs[kept] / probs[kept].sum(), rtol=0, atol=0.05)
 

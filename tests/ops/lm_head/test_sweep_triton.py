@@ -1,4 +1,4 @@
-"""Every Triton kernel of the loss against the torch sweeps: on a GPU where there is one, else in the interpreter."""
+"""Every Triton kernel of the loss against the torch sweeps, on a GPU if there is one, else in the interpreter."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ SHAPES = [(16, 32, 64), (37, 24, 213), (1, 7, 33), (65, 17, 130)]  # N, D, V
 NEAR = {"rtol": 2e-5, "atol": 2e-5}
 EVERY = pytest.mark.parametrize("extras", [(), EXTRAS, ("bias",)], ids="-".join)
 OF_DTYPE = pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-# What is narrow is rounded alike in every shape: two that are ragged will do.
+# Rounding in 16 bits does not depend on the shape: two ragged shapes suffice.
 OF_CASE = pytest.mark.parametrize(
     "shape, dtype",
     [(shape, dtype) for dtype in TRITON_DTYPES for shape in (SHAPES if dtype == torch.float32 else SHAPES[1::2])],
@@ -46,7 +46,7 @@ OF_CASE = pytest.mark.parametrize(
 
 
 def make(shape, dtype, extras, start=0):
-    """A Head; rows of its tensors lie apart, as those of slices do."""
+    """A ``Head`` whose tensors have gaps between their rows, as slices do."""
     case = make_head(*shape, dtype, extras)
 
     def apart(tensor):
@@ -65,8 +65,8 @@ def nans(*shape, dtype=torch.float32):
 
 
 def guarded(n, vocab, dtype, tight=False):
-    """(n, vocab) for a sweep to write, between a row before and a row after; all NaN. Kernels own their rows up to
-    where the next one begins."""
+    """An (n, vocab) output for a sweep, between a guard row before and one after; all NaN. Kernels may write the
+    padding of a row, up to the start of the next."""
     memory = nans(n + 2, vocab if tight else -(-vocab // 64) * 64, dtype=dtype)
     return memory, memory[1:-1, :vocab]
 
@@ -80,7 +80,7 @@ def stored(dtype):
 
 
 def widened(head):
-    """The same numbers in fp32: what torch's sweeps make of them is rounded nowhere."""
+    """The same numbers in fp32, so that torch's sweeps round nothing to 16 bits."""
     return head._replace(
         **{
             name: getattr(head, name).float()
@@ -93,14 +93,14 @@ def widened(head):
 @OF_CASE
 @EVERY
 def test_target_logits(shape, dtype, extras):
-    head = make(shape, dtype, extras, start=2)  # some targets lie below these rows of the weight
+    head = make(shape, dtype, extras, start=2)  # some targets lie before the first row of this weight
     actual, expected = sweep_triton.target_logits(head), sweep_torch.target_logits(widened(head))
     torch.testing.assert_close(actual, expected, **NEAR)
     assert (actual[head.targets < 2] == 0).all()
 
 
 def other_target_logits(head):
-    """Not what the GEMM makes of them: so it shows whether they are used."""
+    """Target logits that differ from the GEMM's, which reveals whether a sweep uses them."""
     return sweep_torch.target_logits(widened(head)) + 0.5
 
 
@@ -123,7 +123,7 @@ def test_exponentials(shape, dtype, extras, poisoned):
     memory, actual = guarded(shape[0], shape[2], stored(dtype))
     exact = other_target_logits(head)
     sums = [part.sum(0) for part in sweep_triton.exponentials(head, exact, anchor, actual, PLAN)]
-    expected = nans(shape[2], shape[0]).T  # as the torch sweeps want it
+    expected = nans(shape[2], shape[0]).T  # the layout of the torch sweeps
     theirs = [part.sum(0) for part in sweep_torch.exponentials(widened(head), exact, anchor, expected, PLAN)]
     rounding = {"rtol": 4e-3, "atol": 1e-5} if dtype == torch.bfloat16 else NEAR
     torch.testing.assert_close(actual.float(), expected, **rounding)
@@ -158,7 +158,7 @@ def test_reweigh(dtype, softcap, vocab):
     anchor, alpha, beta = (torch.randn(9, generator=g).to(DEVICE) for _ in range(3))
     memory, actual = guarded(9, vocab, stored(dtype))
     actual.copy_(torch.randn(9, vocab, generator=g).exp())
-    actual[:, ::7] = 0  # targets, and what underflowed
+    actual[:, ::7] = 0  # targets and underflowed entries
     expected = actual.float().clone()
     sweep_triton.reweigh(head, actual, anchor, alpha, beta, PLAN)
     sweep_torch.reweigh(head, expected, anchor, alpha, beta, PLAN)
@@ -249,7 +249,7 @@ def test_statistics_with_the_objective(settings, n, n_tiles, poisoned):
                 torch.testing.assert_close(mine, theirs.to(mine.dtype), **NEAR, msg=name)
 
 
-# ---- the whole of it
+# ---- the whole loss
 
 
 @pytest.mark.parametrize("dtype, extras", [(torch.float32, ()), *((dtype, EXTRAS) for dtype in TRITON_DTYPES)], ids=str)
@@ -276,7 +276,7 @@ GRPO = [
 ]
 
 
-# The objective sees log-probs, not what the logits are made of: the extras come once with each kind of sweep.
+# The objective depends on log-probs only, so the extras are tested once with each kind of sweep.
 @pytest.mark.parametrize(
     "settings, kept, way, extras",
     [(*case, ()) for case in GRPO] + [(*GRPO[at], EXTRAS) for at in (2, 5, 6)],
@@ -295,7 +295,7 @@ def test_linear_grpo_loss(settings, kept, way, extras, monkeypatch, taken, poiso
 
 
 def test_linear_grpo_loss_in_bf16(monkeypatch, poisoned):
-    """Exponentials kept in 16 bits, reweighed, and rounded once more in the gradients: no worse than torch's sweeps."""
+    """Exponentials stored in 16 bits, reweighed and rounded again in the gradients are no worse than torch's sweeps."""
     case = make_case(masked=(3, 22), dtype=torch.bfloat16, extras=EXTRAS, noise=0.05)
     config = GRPOLossConfig(entropy_coef=0.1, beta=0.1)
     _, exact = run_loss(reference.linear_grpo_loss, double(case), config)
@@ -339,5 +339,5 @@ def test_rows_that_are_not_finite_touch_no_gradient(path, monkeypatch):
 
 
 def test_interpreted_kernels_are_what_runs_here():
-    """Where there is no GPU; otherwise this file would say nothing of the kernels."""
+    """Without a GPU; otherwise the tests in this file would not run the kernels."""
     assert triton_common.INTERPRETED is not torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""An advantage for each token: the loss by hand, against the definition, and as one for each completion."""
+"""Token advantages: the loss by hand, against the definition, and against one advantage per completion."""
 
 import itertools
 
@@ -28,7 +28,7 @@ LENGTHS = (4, 1, 6, 0, 3, 5)
 N, B = sum(LENGTHS), len(LENGTHS)
 BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
 MASKED = (2, 7, 12)
-# of the first completion only a masked token has one, of the third the first unmasked and others not, of the fifth none
+# Nonzero advantages: in the first completion only a masked token's, in the third some, in the fifth none.
 ADVANTAGES = torch.tensor([0, 0, 1.5, 0] + [0.8] + [-1.1, 0, 0.4, 0, 2.0, 0] + [0, 0, 0] + [0.3, -0.7, 0.9, 0, -2.0])
 OLD, REF, SAMPLER = "old_logprobs", "ref_logprobs", "sampler_logprobs"
 LEVELS = [(name, "token") for name in LOSS_TYPES] + [(name, "sequence") for name in LOSS_TYPES if name != "vespo"]
@@ -52,7 +52,7 @@ def config_of(loss_type="grpo", level="token", **more):
 
 
 def by_hand(hidden, weight, targets, mask, cu_seqlens, advantages, old_logprobs, *, sequence, **_):
-    """-min(r A, clip(r) A) of each unmasked token, the mean over a completion's, the mean over completions."""
+    """-min(r A, clip(r) A) of each unmasked token; mean over the tokens of a completion, then over completions."""
     logprobs = torch.log_softmax(hidden @ weight.T, -1)[torch.arange(N), targets]
     means = []
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
@@ -67,9 +67,9 @@ def by_hand(hidden, weight, targets, mask, cu_seqlens, advantages, old_logprobs,
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @ON_BOTH
 def test_the_clipped_loss_by_hand(function, level):
-    """A token without an advantage has no gradient of its own, and at sequence level its share in the ratio."""
+    """A token without an advantage has a gradient only at sequence level, through its share in the ratio."""
     case = token_case(OLD)
-    case[OLD][[5, 14]] += torch.tensor([2.0, -2.0], dtype=torch.float64, device=DEVICE)  # beyond the clip at both ends
+    case[OLD][[5, 14]] += torch.tensor([2.0, -2.0], dtype=torch.float64, device=DEVICE)  # beyond both clip bounds
     ours, grads = run_loss(function, case, config_of(level=level))
     arguments, leaves = with_leaves(case)
     loss = by_hand(**arguments, sequence=level == "sequence")
@@ -92,7 +92,7 @@ FORMS = [
 
 @pytest.mark.parametrize("loss_type, level", LEVELS)
 def test_every_objective_agrees_with_its_definition(loss_type, level, monkeypatch, taken):
-    """On-policy, off-policy and, for each mode of the importance weights, one of the FORMS."""
+    """On-policy, off-policy and one of ``FORMS`` for each mode of the importance weights."""
     modes = [mode for mode in MODES if loss_type != "vespo" or mode.startswith("token")]
     forms = [({}, ()), ({}, (OLD,)), (KL | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5}, EVERYTHING)]
     for place, mode in enumerate(modes, LEVELS.index((loss_type, level))):
@@ -163,7 +163,7 @@ def test_rows_without_an_advantage_are_computed_only_where_others_need_them(func
 @pytest.mark.parametrize("level, dropped", [("token", 0), ("sequence", 2)])
 @ON_BOTH
 def test_log_probs_that_nobody_needs_may_be_nan(function, level, dropped):
-    """Of rows without an advantage, unless their completion shares its ratio."""
+    """A row without an advantage needs no log-probs, unless its completion shares one ratio."""
     case = token_case(OLD, SAMPLER)
     case[OLD][[0, 6, 11]] = case[SAMPLER][[1, 17, 13]] = torch.nan
     output, grads = run_loss(function, case, config_of(level=level))
@@ -189,7 +189,7 @@ def test_those_of_masked_tokens_change_nothing(function):
 
 
 def test_normalisers_count_tokens_without_an_advantage():
-    """On-policy with one token of advantage 1 the loss is minus its weight."""
+    """On-policy, with advantage 1 on one token, the loss is minus the weight of that token."""
     case = token_case(advantages=torch.eye(N)[9])
     for loss_type, weight in {"grpo": 1 / (5 * B), "bnpo": 1 / (N - 3), "dr_grpo": 1 / (6 * B), "luspo": 1 / B}.items():
         output, _ = run_loss(linear_grpo_loss, case, config_of(loss_type))
@@ -199,7 +199,7 @@ def test_normalisers_count_tokens_without_an_advantage():
 
 
 def test_as_many_completions_as_tokens_have_one_each():
-    """B = N: the second completion is empty, and its advantage is not the second token's."""
+    """With B = N, advantages are per completion: the second completion is empty, so its advantage is unused."""
     case = token_case(masked=()) | {"advantages": torch.tensor([1.0, 5.0, 0.0], device=DEVICE)}
     case |= {name: case[name][:3] for name in ("hidden", "targets", "mask")}
     case["cu_seqlens"] = torch.tensor([0, 2, 2, 3], device=DEVICE)
@@ -209,7 +209,7 @@ def test_as_many_completions_as_tokens_have_one_each():
 
 
 def test_micro_batches_add_up(monkeypatch):
-    """One of them with an advantage for each completion, one for each token."""
+    """One micro-batch has an advantage per completion, the other one per token."""
     advantages = ADVANTAGES.clone()
     advantages[:5] = torch.tensor([0.5] * 4 + [-1.0])
     for config in (config_of(), config_of("vespo")):
