@@ -1,4 +1,4 @@
-"""sdist -> wheel -> clean folder -> import, as pure Python and with the compiled part."""
+"""Packaging: sdist -> wheel -> clean folder -> import, as pure Python and with the compiled part."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("build.__main__")  # `build` alone could be the folder of that name
+pytest.importorskip("build.__main__")  # ``build`` alone could be the folder of that name
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 CAN_COMPILE = shutil.which(COMPILER) and Path(sysconfig.get_path("include"), "Python.h").exists()
-# An editable install of the package would lend its own _C to the one under test: its finder is taken out.
+# The finder of an editable install would provide its own _C to the package under test: it is removed.
 PROBE = """
 import json, importlib.resources, sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -43,9 +43,9 @@ def run(*command, cwd, build_ext=None, check=True, **env):
 
 
 def build_wheel(source, folder, build_ext=None, check=True, **env):
-    """Builds a wheel from the unpacked sdist, in a copy so that builds do not see each other's leftovers.
+    """Builds a wheel from a copy of the unpacked sdist, so that builds do not see each other's files.
 
-    By the hook that pip and build call in the end: what they ask before imports torch once more for each answer.
+    Calls only the hook that builds; each hook that pip and build call before it would import torch again.
     """
     copy = shutil.copytree(source, folder / "source")
     hook = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -70,7 +70,7 @@ def relative_paths(folder, pattern):
 
 @pytest.fixture(scope="module")
 def unpacked_sdist(tmp_path_factory):
-    """The sdist of this source tree, built in a copy and without torch's help, then unpacked."""
+    """The sdist of this source tree, built in a copy and without the extension, then unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     (folder / "source").mkdir()
@@ -81,7 +81,7 @@ def unpacked_sdist(tmp_path_factory):
     run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder / "source", cwd=folder, build_ext="0")
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        # from 3.11.4 on Python warns without a filter, before it knows none
+        # Python warns without a filter since 3.11.4; older versions have no filters
         tar.extractall(folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (folder / "unpacked").iterdir()
     return unpacked
@@ -94,7 +94,7 @@ def test_sdist_carries_every_source_and_header(unpacked_sdist):
                 assert (unpacked_sdist / file.relative_to(ROOT)).exists(), file
     assert (unpacked_sdist / "csrc/checks.h").exists()
     assert (unpacked_sdist / "LICENSE").exists()
-    # The form that every setuptools reads; an expression in pyproject.toml stops those older than 77.
+    # Every setuptools reads this form; a license expression in pyproject.toml fails in versions before 77.
     assert "\nLicense: Apache-2.0\n" in (unpacked_sdist / "PKG-INFO").read_text()
 
 
@@ -107,7 +107,7 @@ def test_pure_wheel_installs_and_imports(unpacked_sdist, tmp_path):
     assert probed["kv_write"] == "plain torch"
 
 
-@pytest.mark.soak  # it compiles what setting up has compiled
+@pytest.mark.soak  # repeats the compilation of the setup
 @pytest.mark.skipif(not CAN_COMPILE, reason="no C++ compiler or no Python.h on this machine")
 def test_compiled_wheel_installs_and_imports(unpacked_sdist, tmp_path):
     _, (wheel,) = build_wheel(unpacked_sdist, tmp_path, build_ext="1")
@@ -132,7 +132,7 @@ def test_a_build_that_cannot_compile_falls_back_unless_required(unpacked_sdist, 
 
 
 def test_a_build_without_torch_is_pure_python_and_says_how_to_get_more(unpacked_sdist, tmp_path):
-    """What an isolated build sees: no torch. A folder that shadows it stands in for its absence."""
+    """As in an isolated build. A folder that shadows torch simulates its absence."""
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow/torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
     result, (wheel,) = build_wheel(unpacked_sdist, tmp_path, PYTHONPATH=str(tmp_path / "shadow"))

@@ -1,4 +1,4 @@
-"""The definitions of the objectives against TRL's, verl's dual clip, and numerical derivatives."""
+"""``reference.py``, the definitions of the objectives, against TRL, verl's dual clip and numerical derivatives."""
 
 import itertools
 from collections import defaultdict
@@ -19,7 +19,7 @@ INPUTS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
 def numbers(*shape, seed):
-    """Irregular numbers in [-1, 1] that every version of torch makes alike."""
+    """Irregular numbers in [-1, 1] that are the same in every version of torch."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return torch.sin(n * 12.9898 + seed * 78.233).mul(43.5).frac().reshape(shape)
 
@@ -58,8 +58,8 @@ def loss_and_grads(case, config, *names):
 )
 @pytest.mark.parametrize("by_token", [False, True], ids=["by completion", "by token"])
 def test_gradients_are_those_of_the_loss(settings, by_token):
-    """cispo and vespo hold a weight constant that moves with the log-probs: their gradient is not that of their value,
-    so the weight is held by hand, at what it is when the ratio is 1 and the sampler's weight too."""
+    """cispo and vespo detach a weight that depends on the log-probs, so their gradient is not the derivative of their
+    value. They are checked where ratio and sampler's weight are 1, against a loss with that constant weight."""
     config = config_of(**settings)
     weighted = config.loss_type in ("cispo", "vespo")
     owner = torch.repeat_interleave(torch.tensor(LENGTHS))
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_the_loss(settings, by_token):
     if not weighted:
         assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
         return
-    # weight 1 exactly: -A logp, summed and divided by the tokens
+    # with weight 1, the loss is the mean of -A logp over the tokens
     given = torch.autograd.grad(loss(*leaves), leaves)
     logprobs = reference.linear_logprob(leaves[0], leaves[1], case["targets"], bias=leaves[2], softcap=3.0).logprobs
     plain = -((advantages if by_token else advantages[owner]) * logprobs)[case["mask"]].sum() / case["mask"].sum()
@@ -96,7 +96,7 @@ TRL_SETTINGS = {
     "luspo by token": {"loss_type": "luspo", "beta": 0.2},
     "cispo": {"loss_type": "cispo"},
     "cispo by sequence": {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.05},
-    # TRL rounds the temperatures to fp32: these have no rounding
+    # TRL rounds the temperatures to fp32; these are exact in fp32
     "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.25, "sapo_temperature_pos": 0.75},
     "sapo by sequence": {"loss_type": "sapo", "importance_sampling_level": "sequence", "sapo_temperature_neg": 1.0},
     "vespo": {"loss_type": "vespo"},
@@ -112,7 +112,7 @@ TRL_SETTINGS = {
 }  # fmt: skip
 
 # Loss, and sum of numbers(N, D, seed=11) * d loss / d hidden, of TRL 1.16.0's GRPOTrainer._compute_loss on make_case().
-# To see them again, with trl installed: python -m tests.test_reference
+# To print them again, with trl installed: python -m tests.test_reference
 TRL_VALUES = {
     "grpo": (-0.1733395533953957, 0.21588252354335985),
     "two-sided": (-0.1882252551739197, 0.2042430592225166),
@@ -148,7 +148,7 @@ def test_agrees_with_trl(name):
 
 
 def trl_summary(config, case):
-    """What TRL's trainer computes from the same numbers, padded to (B, T) as it has them."""
+    """``summary`` of the loss that TRL's trainer computes from the same numbers, padded to (B, T)."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     hidden = case["hidden"].clone().requires_grad_()
@@ -208,11 +208,11 @@ def trl_summary(config, case):
     return summary(loss, *torch.autograd.grad(loss, hidden))
 
 
-# ---- what no peer has to agree with
+# ---- properties without a counterpart in TRL
 
 
 def test_delta_is_dual_clip():
-    """verl's form: max(-A r, -A clip(r)), and where A < 0 at most -A c."""
+    """verl's form is max(-A r, -A clip(r)), bounded by -A c where A < 0."""
     ratio = torch.tensor([0.1, 0.7, 0.95, 1.0, 1.15, 1.25, 1.5, 2.9, 3.1, 9.0], dtype=torch.float64)
     config = GRPOLossConfig(epsilon=0.2, epsilon_high=0.28, delta=3.0)
     for advantage in (-1.7, 0.6):
@@ -237,7 +237,7 @@ def test_the_entropy_bonus_has_the_weights_of_the_tokens():
     entropy[MASKED] = 0
     means = [part.sum() / max(len(part) - (b == 2), 1) for b, part in enumerate(entropy.split(LENGTHS))]
     torch.testing.assert_close(without.loss - with_bonus.loss, 0.1 * sum(means) / len(LENGTHS))
-    assert with_bonus.stats["live_tokens"] == sum(LENGTHS) - 1  # zero advantage or not
+    assert with_bonus.stats["live_tokens"] == sum(LENGTHS) - 1  # those with zero advantage too
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -253,12 +253,12 @@ def test_gradients_of_the_kl(estimator):
     torch.testing.assert_close(own[0], straight[0])
     torch.testing.assert_close(straight[1], run(kl_estimator="k2")[1])
     if estimator == "k3":
-        # r k3 has the gradient of k2 times a constant ratio: both are that of the reverse KL
+        # r k3 and k2 times a constant ratio both have the gradient of the reverse KL
         corrected = run(use_bias_correction_kl=True)
         constant = run(use_bias_correction_kl=True, kl_gradient="straight_through")
         torch.testing.assert_close(corrected, constant)
         assert not torch.allclose(corrected[1], straight[1])
-    # on-policy, the policy gradient with advantage -beta kl
+    # on-policy, it is the policy gradient with advantage -beta kl
     case = case | {"old_logprobs": None}
     hidden = case["hidden"].clone().requires_grad_()
     logprobs = reference.linear_logprob(hidden, case["weight"], case["targets"]).logprobs
@@ -273,7 +273,7 @@ def test_gradients_of_the_kl(estimator):
 @pytest.mark.parametrize("loss_type, level", [(t, "token") for t in LOSS_TYPES] + [("luspo", "sequence")])
 @pytest.mark.parametrize("broken", ["hidden", *INPUTS])
 def test_rows_that_are_not_finite_are_dropped_and_counted(loss_type, broken, level):
-    """The loss is that of the rest; the rows still count in the normaliser, so their weights do not change."""
+    """The loss is that of the other rows, whose weights stay: dropped rows still count in the normalizer."""
     config = config_of(loss_type=loss_type, beta=0.1, importance_sampling_level=level)
     case = make_case()
     rows = [1, 4]
@@ -290,7 +290,7 @@ def test_rows_that_are_not_finite_are_dropped_and_counted(loss_type, broken, lev
     left_out["mask"][rows] = False
     tokens = sum(LENGTHS) - 1
     if loss_type in ("grpo", "sapo"):
-        return  # without them the mean over a completion's tokens would divide by fewer
+        return  # masking them would change the denominator of each completion's mean
     denominator = {"dr_grpo": 5 * 6, "luspo": 5}.get(loss_type, tokens)
     expected, same_grads = loss_and_grads(left_out | {"denominator": denominator}, config, "hidden", "weight")
     torch.testing.assert_close(output.loss, expected.loss)
