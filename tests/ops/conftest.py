@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ops."""
+"""Fixtures for the tests of ops."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from toolx_kernels.ops.lm_head import linear_grpo, linear_logprob
 
 @pytest.fixture
 def taken(monkeypatch) -> list[str]:
-    """What linear_grpo_loss did: "single", "recompute", "forward" (no gradients yet) and "deferred" (in backward)."""
+    """The paths that the loss takes: "single", "recompute", "forward" (no gradients yet), "deferred" (in backward)."""
     seen = []
 
     def spy(module, name, label):
@@ -30,7 +30,7 @@ def taken(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody wrote holds NaN."""
+    """Fills uninitialized memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

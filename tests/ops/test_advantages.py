@@ -50,7 +50,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exact_zeros(scale):
-    """In fp32 the mean of three times 0.1 is not 0.1, and a tiny std would blow the difference up."""
+    """In fp32 the mean of three values 0.1 is not 0.1, and a tiny std would amplify the difference."""
     for function in (group_advantages, reference.group_advantages):
         rewards = rewards_of(0.1, 0.1, 0.1, 0.0, 1.0, 0.3)
         advantages = function(rewards, group_size=3, scale=scale, eps=0.0)
@@ -72,7 +72,7 @@ def test_integer_and_half_precision_rewards():
 
 
 def test_the_bonus_trap():
-    """0.01 more in an all-correct group of five is an advantage of about 1.75 after std-normalisation."""
+    """A bonus of 0.01 in an all-correct group of five becomes an advantage of about 1.75 when divided by the std."""
     rewards = rewards_of(1, 1, 1, 1, 1.01)
     assert group_advantages(rewards, group_size=5)[-1].item() == pytest.approx(1.75, abs=0.02)
     assert group_advantages(rewards, group_size=5, scale="none")[-1].item() == pytest.approx(0.008, rel=1e-4)

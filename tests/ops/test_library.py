@@ -1,4 +1,4 @@
-"""The operator library: definitions, fallback, and the compiled paged KV write."""
+"""The operator library: definitions, fallback and the compiled paged KV write."""
 
 import importlib
 import importlib.util
@@ -18,10 +18,10 @@ needs_compiled = pytest.mark.skipif(
 
 
 def kv_case(tokens, pages, page_size, heads, head_dim, dtype, seed=0, strided=True):
-    """Random key, value, poisoned caches and distinct slots in which every fifth token is padding."""
+    """Random key and value, caches filled with NaN, and distinct slots; every fifth token is padding."""
     generator = torch.Generator().manual_seed(seed)
     if strided:
-        # A slice of a fused QKV projection, transposed: strided over tokens and heads, dense in Dh.
+        # Transposed slices of a fused QKV projection: strided over tokens and heads, dense in Dh.
         fused = torch.randn(3 * heads, tokens, head_dim, generator=generator).to(dtype)
         key, value = fused.transpose(0, 1)[:, heads : 2 * heads], fused.transpose(0, 1)[:, 2 * heads :]
     else:
@@ -33,7 +33,7 @@ def kv_case(tokens, pages, page_size, heads, head_dim, dtype, seed=0, strided=Tr
 
 
 def expected_caches(key, value, key_cache, value_cache, slots):
-    """What kv_write must leave behind, written down independently: one index_put after dropping the padding."""
+    """The caches that ``kv_write`` must produce, computed independently: padding dropped, then one ``index_put``."""
     key_cache, value_cache = key_cache.clone(), value_cache.clone()
     page, offset = slots.div(key_cache.shape[1], rounding_mode="floor"), slots % key_cache.shape[1]
     kept = slots >= 0
@@ -152,7 +152,7 @@ def test_kv_write_on_the_meta_device():
 
 
 def test_the_dispatcher_runs_what_backends_reports():
-    """The default is made of torch's own ops; the compiled kernel calls none of them that does any work."""
+    """The default consists of torch's own ops; the compiled kernel calls none of them that does any work."""
     built = library.compiled_error is None
     assert library.backends()["kv_write"]["CPU"] == (library.COMPILED["CPU"] if built else library.DEFAULT)
     case = kv_case(9, 3, 7, 2, 8, torch.float32)
@@ -206,7 +206,7 @@ def test_define_gives_an_op_a_default_a_fake_and_a_place_in_backends():
 
 
 def test_define_leaves_a_compiled_cuda_kernel_in_its_place():
-    """The dispatcher knows a compiled kernel before Python defines the op."""
+    """A compiled kernel is registered before Python defines the op."""
     pytest.importorskip("triton")
     compiled = torch.library.Library("toolx", "FRAGMENT")
     names = ("test_compiled", "test_not_compiled")

@@ -1,4 +1,4 @@
-"""Rows picked more than once, and the embedding whose gradient goes round autograd."""
+"""``picks`` (rows gathered more than once) and the embedding whose gradient bypasses autograd."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.small_models import VOCAB, small_model
 from toolx_kernels.models.embedding import embed
 from toolx_kernels.ops.picks import Picks, sum_rows, take_rows
 
-IDS = torch.tensor([[5, 0, 7, 5, 5, 130, 0, 7, 64]], device=DEVICE)  # 0 is the padding of the small models
+IDS = torch.tensor([[5, 0, 7, 5, 5, 130, 0, 7, 64]], device=DEVICE)  # 0 is the small models' padding token
 
 
 def upstream_of(out):
@@ -20,12 +20,12 @@ def test_rows_are_added_in_the_order_of_their_picks():
     rows = torch.tensor([1e8, 1.0, -1e8, 3.0], device=DEVICE)[:, None]
     picks = Picks(torch.tensor([1, 1, 1, 0], device=DEVICE))
     for _ in range(2):
-        # 1e8 + 1 is 1e8 in fp32; in any other order 1 would be left
+        # 1e8 + 1 is 1e8 in fp32; in another order the sum would be 1
         assert sum_rows(rows, picks, 3).tolist() == [[3.0], [0.0], [0.0]]
 
 
 def test_sums_are_those_of_one_pick_after_the_other():
-    """To the bit, at a size at which torch uses all its threads; rows without a pick are 0."""
+    """Bit-identical, at a size where torch uses all its threads; rows without a pick are 0."""
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, 500, (4000,), generator=generator)
     index[index == 7] = 8
@@ -55,7 +55,7 @@ def test_take_rows_sums_bf16_gradients_in_fp32():
 
 
 def gradient_of(model, lookup, repeats=2):
-    """Of the embedding and of what lies behind it, over ``repeats`` backward passes that add up."""
+    """The output of ``lookup`` and the gradient of the embedding, accumulated over ``repeats`` backward passes."""
     embedding = model.get_input_embeddings()
     for _ in range(repeats):
         out = lookup(embedding, IDS)
@@ -67,7 +67,7 @@ def gradient_of(model, lookup, repeats=2):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_the_gradient_is_that_of_autograd(architecture):
-    """Gemma's embedding multiplies what it looks up; the padding token has no gradient."""
+    """Gemma's embedding scales its output; the padding token has no gradient."""
     model = small_model(architecture).double().to(DEVICE)
     ours, theirs = gradient_of(model, embed), gradient_of(model, lambda embedding, ids: embedding(ids))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Every branch that the processor decides: what bf16 is multiplied with, and each instruction set of the kernels."""
+"""Branches that depend on the processor: AMX for bf16 products, and each instruction set of the kernels."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_kernels_for_each_instruction_set(dtype, instruction_set, monkeypatch):
         case = make_grouped(groups, 16, heads=6, dim=36, dtype=dtype, device="cpu")
         assert_as_good_as_torch(case, 2.0, window)
     torch.testing.assert_close(drawn(torch.ops.toolx, dtype), drawn(sampling_torch, dtype), rtol=1e-5, atol=1e-5)
-    if dtype != torch.float16:  # which cannot hold exponentials
+    if dtype != torch.float16:  # fp16 cannot hold exponentials
         ours, expected = exp_sums(torch.ops.toolx.exp_sums, dtype), exp_sums(sweep_torch.exp_sums, dtype)
         torch.testing.assert_close(ours, expected, rtol=torch.finfo(dtype).eps + 1e-5, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_kernels_for_each_instruction_set(dtype, instruction_set, monkeypatch):
 @needs_compiled
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="needs a second instruction set, AVX2")
 def test_the_bound_on_instruction_sets_reaches_every_kernel(monkeypatch):
-    """Sums in another order, or fused with their products, differ in the last bits."""
+    """Results differ in the last bits if sums are taken in another order or fused with their products."""
     query, *rest = make_grouped([(0, [(200, 1)])], 16, dim=64, dtype=torch.float32, device="cpu").tensors
     results = []
     for instruction_set in ("default", "avx2"):

@@ -1,6 +1,6 @@
-"""The flash-attn adapter against a stand-in that has flash-attn 2's signature, keeps its limits and computes in torch.
+"""The flash-attn adapter, on a stand-in with flash-attn 2's signature and limits that computes in torch.
 
-Limits and results are those of flash_attn_interface.py and csrc/flash_attn/flash_api.cpp, version 2.8.4.
+Limits and results are those of ``flash_attn_interface.py`` and ``csrc/flash_attn/flash_api.cpp``, version 2.8.4.
 """
 
 import sys
@@ -51,7 +51,7 @@ def varlen_func(
         start, stop = cu_seqlens_q[row : row + 2].tolist()
         n_keys = int(cu_seqlens_k[row + 1] - cu_seqlens_k[row])
         assert stop - start <= max_seqlen_q and n_keys <= max_seqlen_k <= block_table.shape[1] * page_size
-        if max_seqlen_q == 1:  # then flash-attn takes it that each sequence has one query
+        if max_seqlen_q == 1:  # flash-attn then assumes that each sequence has one query
             assert stop - start == 1
         used = block_table[row, : -(-n_keys // page_size)].long()
         key, value = (x[used].flatten(0, 1)[:n_keys].float().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
@@ -111,7 +111,7 @@ def assert_agrees(out, arguments, softcap=0.0, window=0):
 
 
 def share_prefix(arguments, n_tokens, siblings):
-    """Rows of one group see their first row's pages under the first ``n_tokens``."""
+    """Gives all rows of a group the pages of its first row for the first ``n_tokens`` tokens."""
     table = arguments[3].clone()
     for first, stop in siblings:
         table[first:stop, : n_tokens // PAGE] = table[first, : n_tokens // PAGE]
@@ -136,7 +136,7 @@ def test_agrees_with_the_definition(stand_in, name, window, softcap):
 
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (300, 0.0), (0, 2.0)])
 def test_a_shared_prefix_is_a_call_of_its_own(stand_in, window, softcap):
-    """Two siblings of 256 shared tokens, a row with none, an empty group, and a row of padding."""
+    """Two siblings with 256 shared tokens, a row with none, an empty group, and a row of padding."""
     arguments = list(make_case([300, 513, 40], [1, 3, 1], PAGE, dtype=torch.float16).tensors)
     query, keys, values, table, seq_lens, cu = share_prefix(arguments, 256, [(0, 2)])
     groups = torch.tensor([[0, 2, 3, 3, 4]], dtype=torch.int32)[0], torch.tensor([256, 256, 0, 0], dtype=torch.int32)

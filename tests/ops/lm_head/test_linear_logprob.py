@@ -1,4 +1,4 @@
-"""linear_logprob against the float64 definition."""
+"""``linear_logprob`` against the float64 definition."""
 
 import math
 
@@ -26,13 +26,13 @@ from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 
 SHAPES = [(1, 8, 5), (7, 16, 64), (33, 24, 1013), (64, 32, 512), (5, 3, 2)]  # N, D, V: aligned, ragged, odd
 
-# A gradient of 16 bits is rounded at the end, and with few numbers chance decides whose rounding is luckier.
+# 16-bit gradients are rounded at the end; with few numbers, whose rounding is closer is chance.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several row blocks and vocabulary tiles even at test sizes."""
+    """Forces several row blocks and vocabulary tiles even at test sizes."""
     force(monkeypatch, "recompute", rows=7, columns=50)
 
 
@@ -56,7 +56,7 @@ def test_no_worse_than_torch_in_the_same_dtype(shape, dtype, extras):
 
 
 def test_log_probs_are_exact_in_fp32(monkeypatch):
-    """1e-5 with logits up to 30, at the blocks that the library chooses; or what an fp32 GEMM itself leaves."""
+    """Within 1e-5, or the error of a plain fp32 GEMM, with logits up to 30 and the library's own block sizes."""
     monkeypatch.undo()
     case = make_head(64, 576, 12_289, spread=6.0)
     case["weight"] *= 30 / reference.linear_logits(case["hidden"], case["weight"]).abs().max()
@@ -172,7 +172,7 @@ def test_the_ops_are_registered_properly():
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_under_compile_with_changing_lengths(backend):
-    """One graph, which new lengths do not compile again."""
+    """One graph, not recompiled for new lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -272,7 +272,7 @@ def test_bad_input_is_named_before_any_sweep(change, message, monkeypatch):
 
 @pytest.mark.parametrize("below", [30.0, 3e4, math.inf])
 def test_gradients_of_unlikely_targets_are_as_good_as_torchs(below):
-    """A log-prob far below 0 is rounded more coarsely than the log-sum-exp, and -inf is no number to work with."""
+    """A log-prob far below 0 is rounded more coarsely than the log-sum-exp, and -inf cannot be computed with."""
     hidden, weight, targets = (make_head(12, 24, 60)[name] for name in ("hidden", "weight", "targets"))
     bias = torch.zeros(60, device=DEVICE)
     bias[targets[:4]] = -below

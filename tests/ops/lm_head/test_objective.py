@@ -1,4 +1,4 @@
-"""The fast objectives against autograd of their definitions, and the Triton form against the torch form."""
+"""The objectives and their coefficients against autograd of their definitions, and the Triton form against torch's."""
 
 import itertools
 import math
@@ -40,7 +40,10 @@ OLD, REF, SAMPLER = PLAIN, -PLAIN.flip(0), PLAIN.roll(2)
 
 
 def make_vectors(old=OLD, ref=REF, sampler=SAMPLER, advantages=(1.1, 0.5, -0.8, -0.4)):
-    """Differences to one's own log-probs become log-probs; advantages are per completion or per token."""
+    """Vectors of the objective; ``old``, ``ref`` and ``sampler`` are differences from the policy's own log-probs.
+
+    Advantages are per completion or per token.
+    """
     advantages = torch.tensor(advantages, dtype=torch.float64)
     own = -torch.tensor([0.5, 3.0, 1.7, 0.1, 6.0, 2.2], dtype=torch.float64)
     return {
@@ -61,7 +64,7 @@ def fast(vectors, config, dtype=torch.float64):
 
 
 def definition(vectors, config):
-    """Per-token losses times weights, and their gradients, completion by completion."""
+    """The definition per completion, the weighted per-token losses, and their gradients."""
     leaves = [vectors[name].clone().requires_grad_() for name in ("logprobs", "entropy")]
     kept = torch.ones(N, dtype=torch.bool)
     if config.top_entropy_quantile < 1:
@@ -87,7 +90,7 @@ def definition(vectors, config):
 def check(vectors, config):
     parts, expected, (by_logprob, by_entropy) = definition(vectors, config)
     actual = fast(vectors, config)
-    # the largest terms, up to exp(2 LOG_RATIO_BOUND), cancel down to their rounding
+    # the largest terms, up to exp(2 LOG_RATIO_BOUND), cancel and leave their rounding errors
     scale = max(1.0, expected.abs().max().item(), by_logprob.abs().max().item())
     if vectors["ref"] is not None and config.beta:
         gap = (vectors["ref"] - vectors["logprobs"]).nan_to_num(0, 0, 0)

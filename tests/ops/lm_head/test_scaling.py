@@ -1,4 +1,4 @@
-"""The factor of a backward pass: exact, and no later pass finds gradients that an earlier one has scaled."""
+"""Scaling by the factor of a backward pass: exact, and a later pass never sees gradients scaled by an earlier one."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(factor):
 
 @needs_triton
 def test_on_a_gpu_only_a_graph_that_is_let_go_is_scaled_in_place(monkeypatch):
-    """As on a GPU: nobody asks for the factor."""
+    """As on a GPU: the host never reads the factor."""
     calls, original = [], scaling.scale_in_place
     monkeypatch.setattr(scaling, "on_gpu", lambda _: True)
     monkeypatch.setattr(scaling, "scale_in_place", lambda *a: calls.append(1) or original(*a))

@@ -1,4 +1,4 @@
-"""A vocabulary cut over several ranks gives what the whole vocabulary gives."""
+"""Vocabulary shards: a vocabulary split over several ranks gives the results of the whole vocabulary."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ OF_VOCAB = ("weight", "bias")
 
 
 class Ranks:
-    """Threads that add tensors up, in the order of their ranks."""
+    """All-reduce between threads, in the order of their ranks."""
 
     def __init__(self, size: int, in_place: bool):
         self.barrier = threading.Barrier(size, timeout=30)
@@ -59,7 +59,7 @@ class Ranks:
 
 
 def on_every_rank(sizes, case, run, in_place=False):
-    """``run(case of the rank)`` on as many threads as there are sizes; the results in order of rank."""
+    """Calls ``run(case of the rank)`` in one thread per entry of ``sizes``; results in the order of the ranks."""
     ranks, starts = Ranks(len(sizes), in_place), [sum(sizes[:rank]) for rank in range(len(sizes))]
 
     def work(rank):
@@ -78,7 +78,7 @@ def on_every_rank(sizes, case, run, in_place=False):
 
 
 def assert_whole(results, expected):
-    """Every rank has the whole gradient of hidden and its rows of the others."""
+    """Asserts that every rank has the whole gradient of hidden and its own rows of the other gradients."""
     for name, value in expected.items():
         parts = [grads[name] for grads in results]
         if name in OF_VOCAB:
@@ -147,7 +147,7 @@ def test_in_fp32_on_either_backend(backend, monkeypatch):
     whole, exact = run_loss(linear_grpo_loss, case, config)
     force(monkeypatch, "chunks", rows=16)
     use_backend(monkeypatch, backend)
-    # interpreted kernels patch triton.language while they run, which threads must not do at the same time
+    # interpreted kernels patch triton.language while they run, so only one thread may run them at a time
     if backend == "triton":
         _take_turns(monkeypatch)
     for output, grads in on_every_rank((64, 149), case, lambda own: run_loss(linear_grpo_loss, own, config)):
