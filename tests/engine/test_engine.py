@@ -1,4 +1,4 @@
-"""The rollout engine against transformers' own generation, and what it promises about randomness and memory."""
+"""The rollout engine against transformers' ``generate``, and its guarantees about randomness and memory."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_greedy_is_generate_token_for_token(architecture, tied, monkeypatch):
         engine = RolloutEngine(model, page_size=page_size, max_pages=max_pages)
         assert ids(engine.generate(prompts(), 2, GREEDY)) == [[e, e] for e in expected]
         assert_empty(engine.pool)
-    monkeypatch.setattr(Scheduler, "_growth", lambda *_: 0)  # starts all rows that fit now, and must take some back
+    monkeypatch.setattr(Scheduler, "_growth", lambda *_: 0)  # starts all rows that fit now, so it must preempt some
     for page_size in (8, 16, 32):
         engine = RolloutEngine(model, page_size=page_size, max_pages=-(-60 // page_size) + 1)
         assert ids(engine.generate(prompts(), 2, GREEDY)) == [[e, e] for e in expected]
@@ -95,7 +95,7 @@ def test_completions_depend_on_nothing_but_their_stream(architecture):
     "architecture, page_size", [*((name, 16) for name in ARCHITECTURES), ("gemma3", 8), ("gemma3", 32)]
 )
 def test_preemption_changes_no_token(architecture, page_size, monkeypatch):
-    """With too few pages for the rows that are started, rows are put off and computed again."""
+    """With too few pages for the started rows, some rows are preempted and recomputed later."""
     model = small_model(architecture)
     expected = RolloutEngine(model).generate(prompts(), 3, WARM)
     monkeypatch.setattr(Scheduler, "_growth", lambda *_: 0)  # starts all rows that fit now
@@ -140,7 +140,7 @@ def test_a_callback_sees_every_completion_and_may_end_its_group(monkeypatch):
         seen.append((place, rollout, completion.ids))
         return place == 2
 
-    monkeypatch.setattr(engine_module, "MAX_SEQUENCES", 10)  # so that some of them wait
+    monkeypatch.setattr(engine_module, "MAX_SEQUENCES", 10)  # so that some rows wait
     groups = RolloutEngine(model).generate(prompts(), 4, WARM, first_rollout=10, on_completion=callback)
     assert [g for i, g in enumerate(ids(groups)) if i != 2] == [g for i, g in enumerate(ids(expected)) if i != 2]
     ended = [c for c in groups[2].completions if c.finish_reason != "cancelled"]
@@ -156,7 +156,7 @@ def test_a_callback_sees_every_completion_and_may_end_its_group(monkeypatch):
 
 
 class FakeGraph:
-    """Stands in for a captured graph: one buffer, the same step over and over."""
+    """Stand-in for a captured graph: it copies inputs into one buffer and repeats the same step."""
 
     made = 0
 
@@ -201,7 +201,7 @@ def test_sizes_are_captured_when_they_come_for_the_third_time():
     assert FakeGraph.made == 1
     engine.generate([[5]] * 3, 1, two_steps)
     assert FakeGraph.made == 1 and len(engine.runner.graphs) == 1
-    engine.runner.graphs._baked = ()  # as when the pool moved
+    engine.runner.graphs._baked = ()  # as if the pool had moved
     engine.generate([[5]], 1, two_steps)
     assert FakeGraph.made == 2, "it has come often enough"
 
@@ -209,7 +209,7 @@ def test_sizes_are_captured_when_they_come_for_the_third_time():
 @pytest.mark.soak
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_compiled_step_gives_what_an_eager_one_gives(architecture, monkeypatch):
-    """Traced and functionalised, without the slow code generation: cache writes must survive it."""
+    """Traced and functionalized, without the slow code generation: cache writes must be kept."""
     compile, graphs = torch.compile, []
 
     def aot(function, **options):
@@ -280,7 +280,7 @@ def test_bf16_logprobs_err_no_more_than_trainings():
 
 
 def test_siblings_are_samples_of_the_models_distribution():
-    """The first two tokens of siblings, which share all pages and then copy one: chi-square against the model."""
+    """Chi-square of the siblings' first two tokens against the model; siblings share all pages, then copy one."""
     from scipy.stats import chisquare
 
     model, n = small_model("llama"), 2000
@@ -454,12 +454,12 @@ def test_the_pool_is_kept_and_grows():
 
 
 def test_the_pool_grows_seldom():
-    """Each time the graphs that read it are lost."""
+    """Growing it discards the graphs that read it."""
     engine, seen = RolloutEngine(small_model("llama"), page_size=4), set()
     for n in range(1, 10):
         engine.generate([[5] * 40], n, SamplingParams(8, stop_token_ids=range(VOCAB)))
         seen.add(engine.pool.n_pages)
-    assert seen == {16, 32}  # 12 to 28 are wanted
+    assert seen == {16, 32}  # the calls need 12 to 28 pages
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One launch for all tensors of a model adds up the same bits as torch does for each."""
+"""The fingerprint: one launch over all tensors of a model gives the same bit sums as torch for each tensor."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_sums_are_those_of_torch():
     tensors = [
         bits(1), bits(COLUMNS), bits(part - 1), bits(part), bits(part + 1), bits(3, part),
         bits(40, dtype=torch.bfloat16), bits(40, dtype=torch.bfloat16)[4:], bits(0), bits(1)[0],
-        # not of whole words, or in pieces
+        # not a whole number of words, or not contiguous
         bits(40, dtype=torch.bfloat16)[1:9], bits(40, dtype=torch.float32)[:3], bits(9, dtype=torch.uint8)[2:],
         bits(8, 16).T,
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def test_the_fingerprint_sees_every_bit():
 
 
 def test_a_hook_in_the_place_of_another_is_seen():
-    """By its number: its address may be that of the one before it."""
+    """Hooks are identified by number: a new hook may have the address of the previous one."""
     model = small_model("llama")
     seen = set()
     for _ in range(20):

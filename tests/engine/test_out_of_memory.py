@@ -1,4 +1,4 @@
-"""Rollouts go on with less where memory runs out, and no completion depends on it."""
+"""Rollouts that run out of memory: they continue with less, and no completion depends on it."""
 
 import warnings
 
@@ -21,7 +21,7 @@ ERRORS = [
 
 
 def has_pages(monkeypatch, most):
-    """Pools of more than ``most`` pages cannot be had; those that were asked for."""
+    """Makes allocations of more than ``most`` pages fail; returns the list of requested sizes."""
     asked, new_zeros = [], torch.Tensor.new_zeros
 
     def limited(tensor, *shape, **options):
@@ -36,7 +36,10 @@ def has_pages(monkeypatch, most):
 
 
 def fails(monkeypatch, method, error, fits):
-    """``Runner.method`` does its work and then runs out of memory, unless ``fits(runner, its argument)``."""
+    """Makes ``Runner.method`` fail with ``error`` after its work, unless ``fits(runner, argument)``.
+
+    Returns the list of arguments of failed calls.
+    """
     whole, failed = getattr(Runner, method), []
 
     def limited(runner, argument):
@@ -106,7 +109,7 @@ def test_a_pool_in_which_a_row_fits_alone_is_the_smallest(monkeypatch, max_pages
 
 
 def test_a_pool_that_failed_half_way_is_not_used(monkeypatch):
-    """Of three layers one has grown when the memory ends."""
+    """Memory runs out when one of three layers has grown."""
     model = small_model("llama")
     engine = RolloutEngine(model, page_size=8)
     engine.generate(prompts((5,)), 1, WARM)
@@ -183,7 +186,7 @@ def test_prompts_that_do_not_fit_are_computed_in_pieces(monkeypatch, error):
 
 
 def test_pages_wanted_count_a_shared_prompt_once():
-    # 75 pages of each prompt of 1200 tokens, and 16 for the 255 tokens that each of 320 rows writes behind it
+    # 75 pages for each prompt of 1200 tokens, and 16 for the 255 tokens that each of 320 rows writes after it
     assert pages_wanted([1200] * 32, 10, [256] * 32, 16, max_sequences=512) == 32 * 75 + 320 * 16
     assert pages_wanted([1200] * 32, 10, [256] * 32, 16, max_sequences=100) == 32 * 75 + 100 * 16
     assert pages_wanted([5, 40], 1, [20, 3], 8, max_sequences=512) == 0 + 5 + 2 * 3

@@ -118,7 +118,7 @@ def test_enlarging_keeps_what_pages_hold():
 
 
 def test_memory_that_cannot_be_had_is_an_error_of_memory():
-    n_pages = 2**60 // (4 * 3 * 4)  # a cache of which fills more than an address can tell
+    n_pages = 2**60 // (4 * 3 * 4)  # the cache would exceed the address space
     with pytest.raises(RuntimeError) as error:
         make_pool(n_pages)
     assert out_of_memory(error.value)

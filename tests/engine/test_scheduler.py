@@ -1,4 +1,4 @@
-"""Scheduler and pool without a model: the cache holds token ids, so what a row would read can be compared with it."""
+"""Scheduler and pool without a model: the cache holds token ids, so a row's cache can be compared with its tokens."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ STOP = 9
 
 
 class Simulation:
-    """Runs rows to their ends as the engine does; the next token is drawn by the test."""
+    """Runs rows to their ends as the engine does; ``draw`` returns the next token."""
 
     def __init__(self, pool, prompts, n, limit, draw, max_rows=8, cancels=lambda row: False):
         self.pool, self.draw = pool, draw
@@ -106,7 +106,7 @@ def pages_of(prompt, limit, page_size=4):
 def test_every_row_reads_its_own_tokens_whatever_happens(data):
     page_size = data.draw(st.sampled_from([1, 3, 4]), label="page size")
     limit = data.draw(st.integers(1, 12), label="limit")
-    # few different tokens, so that prompts often begin alike
+    # few different tokens, so that prompts often share a prefix
     prompts = data.draw(st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=5))
     least = max(pages_of(p, limit, page_size) for p in prompts)
     pool = make_pool(least + data.draw(st.integers(0, 12), label="pages to spare"), page_size)
@@ -142,8 +142,8 @@ def test_every_row_reads_its_own_tokens_whatever_happens(data):
 
 
 def test_the_youngest_rows_are_preempted_and_nothing_is_lost():
-    """Early stops make rows look short; then they grow, and the pool is too small for all that were started."""
-    lengths = iter([1] * 6)  # the first six tokens end their rows at once
+    """Early stops make rows look short; then rows grow, and the pool is too small for all that were started."""
+    lengths = iter([1] * 6)  # the first six rows end with their first token
 
     def draw():
         return STOP if next(lengths, None) else 5
@@ -207,7 +207,7 @@ def test_a_thousand_groups_leave_an_empty_pool():
 
 def test_a_prompt_is_read_once_for_siblings_that_start_later():
     pool = make_pool(60)
-    rows = [Sequence(g, [g] * 9, 4, (0, 0, g, i)) for i in range(2) for g in (1, 2)]  # siblings are not neighbours
+    rows = [Sequence(g, [g] * 9, 4, (0, 0, g, i)) for i in range(2) for g in (1, 2)]  # siblings are not adjacent
     scheduler = Scheduler(pool, rows, SamplingParams(4), 4, lambda row: False)
     places, _, chunks = scheduler.admit()
     assert [chunk.start for chunk in chunks] == [0, 0, 8, 8]
@@ -236,7 +236,7 @@ def test_buckets_hold_what_they_are_for(rows, groups, width, siblings):
 
 @pytest.mark.parametrize("rows, filling", [(1, 0), (1, 1), (3, 1)])
 def test_a_step_reads_its_inputs_in_place(rows, filling):
-    """Of a single row, too, whose strides torch leaves as they come: a kernel would be compiled for them."""
+    """Also for a single row, whose strides torch does not normalize: a kernel would be compiled for other strides."""
     numbers = np.arange(1, 100)
     inputs = DecodeInputs(
         ids=numbers[:rows],
