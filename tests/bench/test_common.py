@@ -1,4 +1,4 @@
-"""What all benchmarks share."""
+"""The common code of all benchmarks."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_peak_memory_is_what_a_call_adds():
 
 
 class Benchmark:
-    """pytest-benchmark's fixture, as its documentation has it."""
+    """The fixture of pytest-benchmark, as documented."""
 
     def pedantic(self, target, *, setup, rounds):
         for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The learning record: what it keeps of a run."""
+"""Export of a run to the learning record."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: whole at toy size, its runner with made-up facts, the readers of what commands print."""
+"""``make gpu`` without a GPU: the whole run at toy size, its runner with made-up facts, its parsers of output."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def test_the_whole_run_at_toy_size(tmp_path):
     for folder in (str(ROOT), str(Path.home()), sys.prefix):
         assert folder not in text and folder not in (tmp_path / "facts.jsonl").read_text()
 
-    # what is known is not found again, and all that is asked for is known
+    # all requested facts are known, so none is measured again
     again = gpu_run(
         "--toy", "--only", "loss/exact*", "loss/waits", "--known", str(tmp_path / "facts.jsonl"), out=tmp_path / "again"
     )
@@ -122,7 +122,7 @@ def test_a_command_out_of_time_is_interrupted_and_then_killed_with_all_it_starte
         time.sleep(0.01)
     code, output = job.wait(0.1)
     assert code is None and "written after the interrupt" in output
-    while running(output.split()[1]):  # it dies when the system comes to it; should it never, this never ends
+    while running(output.split()[1]):  # killed, it ends soon; if it never did, neither would this loop
         time.sleep(0.01)
 
 
@@ -141,7 +141,7 @@ def test_a_broken_or_hanging_process_starts_anew(bench, monkeypatch):
     def broken(bench):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(runner, "synchronize", broken)  # as every later call into CUDA does
+    monkeypatch.setattr(runner, "synchronize", broken)  # like every later call into CUDA
     with pytest.raises(Restarted):
         found_of([Fact("breaks", 0.1, fails), Fact("never reached", 0.1, lambda bench: {})], bench, restart=restart)
     assert list(read_journal(bench.scratch / "facts.jsonl")) == ["breaks"]
@@ -154,7 +154,7 @@ def test_a_broken_or_hanging_process_starts_anew(bench, monkeypatch):
         while not restarts.is_set():
             try:
                 restarts.wait(5)
-            except runner.OutOfTime:  # a wait inside the driver hears no signal
+            except runner.OutOfTime:  # signals do not interrupt a wait inside the driver
                 pass
         return {}
 
@@ -169,7 +169,7 @@ def test_a_restart_keeps_what_was_found_and_does_not_repeat_what_failed(tmp_path
     runner.restart_with(["--minutes", "3.00", "--restarted"])
     assert executed == [[sys.executable, "-m", "bench.gpu", "--minutes", "3.00", "--restarted"]]
     known = {name: {"fact": name, "status": name} for name in ("ok", "skipped", "failed", "no time")}
-    known["machine"] = {"fact": "machine", "status": "ok"}  # of another machine, commit and build
+    known["machine"] = {"fact": "machine", "status": "ok"}  # possibly another machine, commit and build
     assert list(gpu.kept(known, restarted=True)) == ["ok", "skipped", "failed", "machine"]
     assert list(gpu.kept(known, restarted=False)) == ["ok", "skipped"]
 
@@ -281,7 +281,7 @@ def test_the_summary_judges_claims_and_ends_with_the_failures():
     assert summary({"tests/ops": many}).endswith("- and 50 more: see facts.jsonl\n")
 
 
-# ---- what commands print
+# ---- output of commands
 
 SUITE = {
     "test_a.py": "import pytest\n"
@@ -351,7 +351,7 @@ def test_sanitizers_run_without_graphs(monkeypatch):
     watched = commands.sanitizer("memcheck", 60, toy=False)
     plugin = watched.command[watched.command.index("bench.gpu.eager") - 1 :][:2]
     assert plugin == ["-p", "bench.gpu.eager"] and watched.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    monkeypatch.setattr(engine, "capture_cuda_graph", engine.capture_cuda_graph)  # as it was, afterwards
+    monkeypatch.setattr(engine, "capture_cuda_graph", engine.capture_cuda_graph)  # restored afterwards
     importlib.reload(importlib.import_module("bench.gpu.eager"))
     assert engine.capture_cuda_graph is None
 

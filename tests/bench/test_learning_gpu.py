@@ -1,4 +1,4 @@
-"""The record on a GPU: what is trained when time, pairs and gates allow it, on runs and a clock made by hand."""
+"""The learning record on a GPU: training subject to time, pairs and gates, on fake runs and a fake clock."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ NEVER = 10**6
 
 
 class Clock:
-    """Time that passes when somebody sleeps."""
+    """A clock that advances by one second per ``sleep``."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -50,7 +50,7 @@ class FakeJob:
 
 
 def paired(clock, seconds, seeds, **settings):
-    """What became of the pairs whose runs take so long, and all jobs; ``seconds`` may be (seconds, code)."""
+    """The outcomes of pairs whose runs take ``seconds`` by seed, or (seconds, code), and their jobs."""
     told, jobs = {}, {}
 
     def begin(seed):
@@ -162,7 +162,7 @@ def test_sampler_and_learner_agree_in_a_step_with_a_gradient(bench, tmp_path, to
 
 @pytest.mark.parametrize("shown, holds", [(15, True), (16, False)])
 def test_demonstrations_must_make_rows_less_hard(bench, tmp_path, shown, holds):
-    """Of 20 rows, 18 are hard without demonstrations."""
+    """18 of 20 rows are hard without demonstrations."""
     gates = Gates(record_in(tmp_path), "tiny", tmp_path / "run")
     gates.drawn = [(("a row",), 0)] * 20
 

@@ -1,4 +1,4 @@
-"""The loss benchmark on tiny shapes: every provider that runs here is right, and the report says so."""
+"""The loss benchmark on tiny shapes: every available provider is correct, and so is the report."""
 
 import csv
 import json
@@ -114,7 +114,7 @@ def test_report_writes_table_figures_and_plots(tmp_path):
     cases += [Case("forward", 32, 16, 50), Case("both", 32, 16, 50, frozen=True)]
     measured = [measure(case, OURS, CPU, rounds=2) for case in cases]
     measured[0]["records"].append({"provider": "peer", "absent": "needs peer, which is not installed"})
-    # known times, so that the ratios are known: the floor takes 10 ms, toolx 12 and with dead rows 6
+    # known times give known ratios: the floor takes 10 ms, toolx 12 ms, and 6 ms with dead rows
     times = {"toolx": 12.0, "plain torch": 20.0, "floor": 10.0, "floor, live rows": 5.0}
     for info in measured:
         for record in info["records"]:

@@ -1,4 +1,4 @@
-"""Measurements of models: what counts as right, the arithmetic, and going on where one was stopped."""
+"""Measurements of models: the rules for a right answer, the arithmetic, and continuing after a stop."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_a_measurement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert output.read_text() == first and len(asked) == 5, "nothing is sampled twice"
 
     undisturbed = tmp_path / "again.json"
-    monkeypatch.setattr(measure, "AT_ONCE", 4)  # the training rows as 2 and 1
+    monkeypatch.setattr(measure, "AT_ONCE", 4)  # training rows are sampled as 2 and 1
     main([str(undisturbed), *FLAGS])
     assert undisturbed.read_text() == first and undisturbed.with_suffix(".answers.jsonl").read_text() == texts
     assert str(tmp_path) not in first + texts

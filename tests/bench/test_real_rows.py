@@ -1,4 +1,4 @@
-"""The rows of the records of real models: which are usable, and where each goes."""
+"""Rows for the records of real models: usable rows, and their split into files."""
 
 import json
 
@@ -21,11 +21,11 @@ def row(name, *calls, prompt=None):
 
 ROWS = [
     row("a", ("weather", 1)),
-    row("b", ("weather", 2), ("taxes", 1)),  # two calls: demonstrates both
-    row("c", ("taxes", 1)),  # b would tell its answer, d does not
-    row("d", ("taxes", 5)),  # c shows taxes, and another value
-    row("e", ("trains", 1)),  # nothing shows trains
-    row("f", ("weather", 3), prompt="  QUESTION a"),  # a has its text, b does not
+    row("b", ("weather", 2), ("taxes", 1)),  # two calls: demonstrates both tools
+    row("c", ("taxes", 1)),  # b would reveal its answer, d does not
+    row("d", ("taxes", 5)),  # c demonstrates taxes, with another value
+    row("e", ("trains", 1)),  # no row demonstrates trains
+    row("f", ("weather", 3), prompt="  QUESTION a"),  # a has the same text, b does not
 ]
 
 

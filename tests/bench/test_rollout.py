@@ -1,4 +1,4 @@
-"""The rollout benchmark on tiny models: who runs here samples the model, the floor is what it says, the report too."""
+"""The rollout benchmark on tiny models: its providers sample from the model; floor and report are correct."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def test_shapes_are_those_of_the_published_models(size, parameters):
 @pytest.mark.parametrize("kind", [Toolx, HFGenerate, TransformersBatching], ids=lambda kind: kind.name)
 def test_every_provider_samples_from_the_model(kind):
     model, prompts = tiny()
-    prompts[1] = prompts[1][:5]  # most of its row is padding where there is padding
+    prompts[1] = prompts[1][:5]  # for providers that pad, most of this row is padding
     many = Case("tiny", len(prompts), 40, 96, 6, "float32")
     provider = kind(model, many)
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_ours_counts_the_pages_of_shared_prompts_once():
     page = ours.engine.pool.page_size
     shared = sum(len(ids) // page for ids in prompts)
     own = sum(-(-(len(ids) + 5) // page) - len(ids) // page for ids in prompts)
-    most = shared + TINY.n * own + len(prompts)  # and every prompt's own partly filled page, while it is forked
+    most = shared + TINY.n * own + len(prompts)  # plus each prompt's partly filled page, while it is forked
     assert (shared + TINY.n * own) * page <= ours.kv_bytes / token_bytes(model) <= most * page
     assert theirs.kv_bytes == TINY.rows * (42 + 5) * token_bytes(model)
 
@@ -109,7 +109,7 @@ def test_generate_takes_fewer_prompts_at_once_where_memory_is_short(monkeypatch)
 
 
 class Stops(RolloutProvider):
-    """A peer that has had enough after its first whole call."""
+    """A peer that stops short after its first whole call."""
 
     name = "stops"
     calls = closed = 0
@@ -142,7 +142,7 @@ class Fails(RolloutProvider):
 def measured():
     Stops.calls = Stops.closed = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "SLOW", math.inf)  # however slow a peer is here, it takes part in both rounds
+        patch.setattr(measuring, "SLOW", math.inf)  # every peer takes part in both rounds, however slow
         return measure(TINY, (HFGenerate, Stops, Lacks, Fails), DEVICE, rounds=2)
 
 
@@ -198,7 +198,7 @@ def test_a_peer_that_is_much_slower_prefills_once_and_on_a_gpu_samples_once(monk
 
 
 class OnGPU:
-    """The tiny model as one that lies on a GPU and is of a kind that nano-vllm runs."""
+    """The tiny model, presented as a model on a GPU, of a kind that nano-vllm runs."""
 
     device, dtype = torch.device("cuda"), torch.float32
 
@@ -208,7 +208,7 @@ class OnGPU:
 
 
 class Engine:
-    """What vLLM and nano-vllm have in common: a folder is read at once, and gone afterwards."""
+    """The common part of vLLM and nano-vllm: the constructor reads the whole folder, which is deleted afterwards."""
 
     def __init__(self, folder, *, gpu_memory_utilization, max_model_len, max_num_seqs):
         self.model = AutoModelForCausalLM.from_pretrained(folder)
@@ -268,7 +268,7 @@ def test_engines_that_load_from_a_folder_by_their_public_interface(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 2**30, 32 * 2**30))
     model, prompts = tiny()
     provider = kind(OnGPU(model), TINY)
-    # the weights and 4 GiB of 32, and nano-vllm counts the 2 GiB that are taken already
+    # the weights and 4 GiB of 32 GiB; nano-vllm also counts the 2 GiB in use
     assert provider.engine.share == pytest.approx((4 + 2 * (kind is NanoVLLM)) / 32, rel=1e-2)
     for ours, theirs in zip(model.parameters(), provider.engine.model.parameters(), strict=True):
         assert torch.equal(ours.cpu(), theirs)

@@ -1,4 +1,4 @@
-"""The learning records: how a run is started, given its turn and gone on with."""
+"""Runs of the learning records: starting, taking turns and continuing."""
 
 import stat
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from bench.learning import run
 
-# Saves a checkpoint a step, the fifth ends it; one that is told to stop saves the step that it has begun.
+# Saves a checkpoint per step and ends after the fifth; on a stop signal it saves the current step and exits.
 TRAINER = """#!{python}
 import signal, sys, time
 from pathlib import Path
@@ -32,7 +32,7 @@ for step in range(done + 1, 6):
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """Stands in for ``python -m toolx_kernels.cli train``."""
+    """Stand-in for ``python -m toolx_kernels.cli train``."""
 
     def write(code=0):
         script = tmp_path / "trainer"

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps on tiny models: both sides get the same work, learn the same from it."""
+"""The step benchmark on tiny models: both sides get the same work and make the same update from it."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_a_count_holds_what_the_model_was_trained_on_and_what_was_rewarded():
 
 
 class Given:
-    """A sampler that answers with completions that were made before."""
+    """A sampler that returns prepared completions."""
 
     def __init__(self, completions, engine):
         self.completions, self.engine = completions, engine
@@ -71,7 +71,7 @@ class Given:
 
 
 def moved(kind, case, completions, settings, folder):
-    """How the weights differ after one update from ``completions``."""
+    """The change of the weights in one update from ``completions``, and the records of work and update."""
     model, tokenizer = load_model("tiny", case.dtype, str(DEVICE))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     rows = make_rows(case, CHAT)
@@ -97,9 +97,9 @@ def moved(kind, case, completions, settings, folder):
 @pytest.mark.parametrize(
     "settings, closeness",
     [
-        # so large an epsilon makes Adam's update the clipped gradient itself, whose size then counts too
+        # with so large an epsilon, Adam's update is the clipped gradient itself, so its size matters too
         (Settings(learning_rate=10.0, adam_epsilon=1.0), 1e-5),
-        # as it is measured: a first step of AdamW is the gradient's sign, where rounding does not decide that
+        # as in the benchmark: a first step of AdamW is the gradient's sign, except where rounding decides it
         (replace(SETTINGS, learning_rate=1e-3), 1e-3),
     ],
     ids=["gradient", "as measured"],

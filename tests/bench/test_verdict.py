@@ -1,4 +1,4 @@
-"""What the built-in records decide."""
+"""The verdict of the built-in records."""
 
 import json
 
@@ -12,7 +12,7 @@ NOISE = (0.02, -0.01, 0.0, -0.02, 0.01, 0.01, 0.0, -0.01)
 
 
 def runs(**arms):
-    """As runs.json has them: accuracies end at an arm's level, with some noise a seed, hard rows at 100 x (1 - it)."""
+    """Runs as in runs.json: accuracy ends at the arm's level plus noise per seed, hard rows at 100 x (1 - level)."""
     return [
         {
             "run": f"{arm.replace('_', '-')}-seed{seed}",
