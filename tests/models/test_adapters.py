@@ -1,4 +1,4 @@
-"""LoRA: live in rollouts, alone in training, exact in files, and its own reference."""
+"""LoRA adapters: used in rollouts, the only trained weights, exact in files, and their own reference."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ IDS = torch.arange(12, device=DEVICE)[None]
 
 
 def adapted(dtype=FP32, architecture="llama", seed=0, trained=True, model=None, **settings):
-    """A small model with an adapter; ``trained``: one that has an effect."""
+    """A small model with an adapter, which has an effect if ``trained``, and its settings."""
     model = model or small_model(architecture).to(DEVICE, dtype)
     args = ToolExpanderConfig(use_peft=True, lora_r=4, lora_alpha=8, seed=seed, model="a-base", **settings)
     targets = args.lora_target_modules
@@ -125,7 +125,7 @@ def test_updates_at_1e_6_arrive_in_every_adapter_weight(dtype, optim):
 
 @needs_peft
 def test_gradients_are_those_of_the_merged_weights():
-    """With W = W0 + s B A, dB = s dW A^T and dA = s B^T dW, through packed training."""
+    """With W = W0 + s B A, dB = s dW A^T and dA = s B^T dW, in packed training."""
     model, args = adapted()
     loss_of(model).backward()
     layer = model.model.layers[1].self_attn.q_proj
@@ -147,7 +147,7 @@ def test_gradients_are_those_of_the_merged_weights():
 @needs_peft
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_rollouts_follow_the_adapter(dtype):
-    """With the prompt's pages kept from call to call."""
+    """The prompt's pages are kept between calls."""
     model, _ = adapted(dtype)
     freeze_adapter(model)
     engine = RolloutEngine(model)
@@ -168,7 +168,7 @@ def test_rollouts_follow_the_adapter(dtype):
 
 @needs_peft
 def test_the_reference_is_the_model_before_rl():
-    model, args = adapted()  # as a cold start leaves it
+    model, args = adapted()  # as after a cold start
     before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
     cold, bare = logits(model), logits(small_model("llama").to(DEVICE))
     freeze_adapter(model)
@@ -227,7 +227,7 @@ def test_files_are_pefts_and_exact(dtype, tmp_path, recwarn, caplog):
     attach_adapter(attached, tmp_path / "adapter")
     assert torch.equal(logits(attached), logits(model))
     assert not any(p.requires_grad for p in attached.parameters())
-    if dtype == FP32:  # transformers rounds an adapter to the dtype of the weights
+    if dtype == FP32:  # transformers would round the adapter to the dtype of the weights
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").to(DEVICE)
         assert torch.equal(logits(loaded), logits(model))
 

@@ -1,4 +1,4 @@
-"""LoRA adapters that the user made with peft or transformers: taken over as they are, or refused in a sentence."""
+"""Adoption of LoRA adapters that users made with peft or transformers: unchanged, or refused in one sentence."""
 
 import copy
 
@@ -63,7 +63,7 @@ def test_the_adopted_model_computes_as_the_given_one_and_shares_its_weights(make
     assert torch.equal(logits(model), expected)
     placed = {p.data_ptr() for p in given.parameters()}
     assert {p.data_ptr() for p in model.parameters()} == placed
-    check_supported(model)  # through packed training
+    check_supported(model)  # runs packed training
     save_adapter(model, tmp_path)
     again = peft.PeftModel.from_pretrained(small_model("llama", tied=False).to(DEVICE), tmp_path)
     assert torch.equal(logits(again), expected)

@@ -102,7 +102,7 @@ def smollm2():
 
 @pytest.mark.soak  # its weights take half a minute to read
 def test_smollm2_ends_its_turns(smollm2):
-    """Its GGUF names <|im_start|> as end of sequence, and completions would run to the limit."""
+    """Its GGUF names ``<|im_start|>`` as end of sequence; with that, completions would run to the limit."""
     model, tokenizer = smollm2
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert tokenizer.convert_ids_to_tokens([0, 2]) == ["<|endoftext|>", "<|im_end|>"]
@@ -122,7 +122,7 @@ def test_smollm2_answers_and_stops(smollm2):
 
 @pytest.mark.soak  # its weights take half a minute to read
 def test_smollm2_can_be_trained_by_transformers_own_trainer(smollm2):
-    """Which refuses quantized models; these weights are no longer."""
+    """transformers' trainer refuses quantized models; these weights are dequantized."""
     validate_quantization_for_training(smollm2[0])
 
 
@@ -182,7 +182,7 @@ def saved(folder, seed=0, tokenizer=True, **options):
 
 @pytest.fixture(scope="module")
 def trained_elsewhere(tmp_path_factory):
-    """The folder of another trainer: the final model at its root (weights of seed 1) beside its last checkpoint (0)."""
+    """Another trainer's folder: the final model at its root (weights of seed 1), next to checkpoints (seed 0)."""
     folder = tmp_path_factory.mktemp("trainers") / "out"
     saved(folder / "checkpoint-100")
     saved(folder / "checkpoint-200")
@@ -277,7 +277,7 @@ def test_a_shard_that_is_missing_is_no_reason_for_a_checkpoint(trained_elsewhere
 
 
 def save_adapted(base, folder, base_name=None):
-    """An adapter with an effect, its base named ``base_name`` in the file; gives the logits of both together."""
+    """Saves an adapter with an effect, whose file names the base ``base_name``; returns the logits with the adapter."""
     model, _ = load_model(base, device="cpu")
     add_adapter(model, rank=2, alpha=4)
     with torch.no_grad():

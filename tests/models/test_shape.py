@@ -1,4 +1,4 @@
-"""What is read of a config: its context, its cache, the scale of its logits."""
+"""Shapes read from a config: context, cache and scale of the logits."""
 
 import pytest
 from transformers import AutoConfig, PreTrainedConfig

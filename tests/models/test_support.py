@@ -1,4 +1,4 @@
-"""What runs is what was checked: architectures that are exact, and those that are refused with their reason."""
+"""Support of architectures: those that run exactly, and those that are refused with a reason."""
 
 import warnings
 from functools import partial
@@ -50,7 +50,7 @@ def tiny_model(kind, seed=0, **changed):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-# As they are published: the copies that are tried are narrow, of few layers and of all kinds of them.
+# Published configs; the checked copies are narrow and have few layers, but every kind of layer.
 EXACT = {
     "llama": {},
     "qwen3_moe": {},
@@ -64,7 +64,7 @@ EXACT = {
     "exaone4": {},
     "gpt2": {},
     "gpt_neox": {},
-    "deepseek_v3": None,  # whose keys are wider than its values
+    "deepseek_v3": None,  # its keys are wider than its values
 }
 
 
@@ -130,7 +130,7 @@ def test_what_surrounds_a_check_has_no_say_in_it():
 
 
 class TokenShift(nn.Module):
-    """A layer that hands on more than keys and values, under a gate that is closed at first."""
+    """A layer that passes on more than keys and values, through a gate that is initially closed."""
 
     def __init__(self, config):
         super().__init__()
@@ -162,7 +162,7 @@ class Gated(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.model.norm = nn.Sequential(TokenShift(config), self.model.norm)
-        nn.init.constant_(self.model.norm[0].gate, -20.0)  # so that no noise opens it
+        nn.init.constant_(self.model.norm[0].gate, -20.0)  # too far closed for noise to open it
         self.model.norm[0].forward = partial(self.shifted, self.model.norm[0])
 
     @staticmethod
@@ -238,7 +238,7 @@ def test_a_module_that_the_architecture_does_not_have_is_refused():
 
 def test_the_cache_is_checked_on_the_model_itself():
     model = small_model("llama")
-    model.config.num_key_value_heads = 4  # and its weights have 2
+    model.config.num_key_value_heads = 4  # but its weights have 2
     with pytest.raises(InputError, match="keys and values of layer 0 are 2 x 16 and 2 x 16 .* is 4 x 16 for all"):
         RolloutEngine(model)
 
@@ -260,7 +260,7 @@ def test_an_architecture_is_tried_once_and_weights_each_time(monkeypatch):
 
 
 def test_last_bits_that_choose_other_experts_are_no_reason():
-    """Eager attention rounds where ours does not: in bfloat16 some token then goes to another expert, 1.5 nats off."""
+    """Eager attention rounds where ours does not: in bfloat16 some token takes another expert and is 1.5 nats off."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000)
     config = tiny_config("granitemoe", **sizes, num_key_value_heads=4, num_experts_per_tok=2, initializer_range=0.1)
     torch.manual_seed(0)

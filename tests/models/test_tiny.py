@@ -1,3 +1,5 @@
+"""The tiny model and its tokenizer."""
+
 from itertools import islice
 
 import pytest
