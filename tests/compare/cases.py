@@ -1,4 +1,4 @@
-"""Run folders written by hand, and arms of them."""
+"""Cases for the tests of compare: run folders written by hand, and arms of them."""
 
 import json
 
@@ -23,11 +23,11 @@ def write_run(
     round_steps=10,
     **config,
 ):
-    """A run with an evaluation and a probe every 10 steps.
+    """Writes a run with an evaluation and a probe every 10 steps.
 
-    A step is 1,000 tokens, of which 600 were sampled, and 3,000 FE. ``tiers`` are the accuracies of each by its name,
-    ``relapsed`` the counts of the probes; ``spent``, ``fe`` and ``seconds`` tell whether the run does; ``probes`` are
-    made "each" time, or at both "ends", or are "none".
+    A step spends 1,000 tokens, 600 of them sampled, and 3,000 FE. ``tiers`` gives the accuracies of each tier by name,
+    ``relapsed`` the counts of the probes. ``spent``, ``fe`` and ``seconds`` say whether the run records that figure.
+    ``probes`` happen "each" time, at both "ends" or never ("none").
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "output_dir": str(folder), **config}))
@@ -58,10 +58,11 @@ def runs_of(tmp_path, *specs):
 
 
 def two_arms(tmp_path):
-    """Three seeds of each; base ends at .5 .6 .7 and 20 22 24, ours .1 .2 .3 above and 5 7 9 below; one is at work.
+    """Two arms with three finished seeds each; ours has an unfinished fourth.
 
-    Of the tiers, easy ends .3 .4 .5 above, and office .1 below in the only two seeds of base that were measured on it.
-    Base forgets 6 7 8 rows, ours 5 5 5.
+    Base ends with accuracies .5 .6 .7 and 20 22 24 hard rows; ours ends .1 .2 .3 above and 5 7 9 rows below. By tier,
+    ours ends .3 .4 .5 above on easy, and .1 below on office, on which only two seeds of base were measured. Base
+    forgets 6 7 8 rows, ours 5 5 5.
     """
 
     def spec(arm, seed, end, hard, relapsed, tiers):

@@ -1,4 +1,4 @@
-"""Arms of runs, and statistics on numbers that can be checked in the head."""
+"""Arms of runs, and their statistics on numbers that can be checked by hand."""
 
 import math
 
@@ -70,7 +70,10 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 def test_runs_are_averaged_at_equal_cost(tmp_path):
-    """At 15,000 FE the second has .2, halfway between its .1 and its .3; where it ends, the first has .7."""
+    """Curves are interpolated: at 15,000 FE the second run has .2, halfway between .1 and .3.
+
+    Where the second run ends, the first has .7.
+    """
     specs = [
         ("a-seed0", dict(accuracies=(0.1, 0.6, 0.7, 0.8), hard=(40, 30, 20, 10), probes="ends")),
         ("a-seed1", dict(seed=1, accuracies=(0.1, 0.3, 0.5), hard=(50, 30, 20), probes="ends")),
@@ -114,7 +117,7 @@ def test_the_figures_of_an_arm(tmp_path):
 
 
 def test_forgetting_is_compared_by_seed(tmp_path):
-    """Base forgets 6, 7 and 8 of the 10 + 20 rows that it had solved, ours 5 of 10 + 15."""
+    """Base forgets 6, 7 and 8 of the 10 + 20 rows that it had solved, ours forgets 5 of 10 + 15."""
     base, ours = figures(two_arms(tmp_path)).values()
     half = 4.302653 / math.sqrt(3)
     assert base.relapsed == pytest.approx((7, 7 - half, 7 + half)) and ours.relapsed == (5, 5, 5)
@@ -126,7 +129,7 @@ def test_forgetting_is_compared_by_seed(tmp_path):
 
 
 def test_tiers_are_compared_by_the_seeds_that_both_arms_measured(tmp_path):
-    """On easy ours is .3, .4 and .5 above; on office .1 below, with seed 0 missing in base."""
+    """On easy, ours is .3, .4 and .5 above; on office, where base lacks seed 0, it is .1 below."""
     arms = two_arms(tmp_path)
     base, ours = figures(arms).values()
     assert tiers_of(arms) == [*base.tiers] == ["easy", "office"]
@@ -150,7 +153,7 @@ def test_one_tier_is_all_rows(tmp_path):
 
 
 def test_what_older_runs_do_not_tell_is_none(tmp_path):
-    """Neither FE nor seconds, rounds, forgetting or tiers; and then no difference to a run that tells."""
+    """Older runs record no FE, seconds, rounds, forgetting or tiers; there is no difference to a run that does."""
     old = ("old", dict(arm=0, fe=False, seconds=None, probes="none", round_steps=100))
     new = ("new", dict(arm=1, relapsed=(0, 1, 2), tiers={"easy": (0, 0, 0), "hard": (0, 0, 1)}))
     of_old, of_new = figures(arms_of(runs_of(tmp_path, old, new))).values()

@@ -1,4 +1,4 @@
-"""The picture: what its panels show, read from matplotlib's objects."""
+"""The comparison plot: contents of its panels, read from matplotlib's objects."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def _style():
 
 
 def panels(part):
-    """The panels that are to be seen, by their titles."""
+    """The visible panels, by their titles."""
     return {panel.get_title("left").replace("\n", ""): panel for panel in part.axes if panel.get_visible()}
 
 
@@ -86,7 +86,7 @@ def test_labels_stand_at_the_ends_of_their_lines(tmp_path):
 
 
 def crowd(tmp_path, arms, tiers, seeds=2):
-    """Runs of as many arms and tiers as these names."""
+    """Two runs for each of these arms, with these tiers."""
     parts = {tier: (0.1, 0.2, 0.3) for tier in tiers}
     settings = itertools.product(range(len(arms)), range(seeds))
     specs = [(f"{i}-seed{seed}", dict(seed=seed, arm=i, tiers=parts)) for i, seed in settings]

@@ -1,4 +1,4 @@
-"""What ``toolx compare`` writes and says."""
+"""The report of ``toolx compare``: files and screen output."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from toolx_kernels.evaluate.intervals import mean_of
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two arms, and the folder that tells of them."""
+    """Two arms, and the folder with their comparison."""
     tmp_path = tmp_path_factory.mktemp("compared")
     arms = two_arms(tmp_path)
     write_comparison(tmp_path / "out" / "comparison", arms)

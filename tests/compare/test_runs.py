@@ -1,4 +1,4 @@
-"""Runs written by hand, and when one has collapsed."""
+"""Runs written by hand: reading them, and the rule for a collapse."""
 
 import json
 
@@ -31,7 +31,7 @@ def curve(*accuracies):
 
 @pytest.mark.parametrize("name", COLLAPSES)
 def test_collapse(name):
-    """Rounds of 20 steps, which three evaluations span; two standard errors of .5 and .4 on 198 rows are .0995."""
+    """A round of 20 steps spans three evaluations; two standard errors of .5 and .4 on 198 rows are .0995."""
     accuracies, expected = COLLAPSES[name]
     assert collapse(curve(*accuracies), round_steps=20, rows=198) is expected
 
@@ -54,7 +54,7 @@ def test_a_run_is_read(tmp_path):
 
 
 def test_the_tiers_of_a_run_are_read(tmp_path):
-    """One may be called as another curve is."""
+    """A tier may have the name of another curve."""
     tiers = {"hard": (0.0, 0.1, 0.2), "easy": (0.3, 0.4, 0.6)}
     run = read_run(write_run(tmp_path / "a", tiers=tiers))
     assert {tier: [p.value for p in run.points(Curve("accuracy", tier))] for tier in tiers} == {
@@ -65,7 +65,7 @@ def test_the_tiers_of_a_run_are_read(tmp_path):
 
 
 def test_the_steps_of_a_round_are_those_of_the_first(tmp_path):
-    """However rarely the run was probed."""
+    """This holds however rarely the run was probed."""
     fall = dict(accuracies=(0.1, 0.6, 0.2, 0.2, 0.58), hard=(40, 30, 40, 40, 40))
     for probes in ("each", "ends", "none"):
         run = read_run(write_run(tmp_path / f"short {probes}", probes=probes, round_steps=10, **fall))
@@ -76,7 +76,7 @@ def test_the_steps_of_a_round_are_those_of_the_first(tmp_path):
 
 
 def test_supervised_steps_are_spent_and_in_no_round(tmp_path):
-    """Of 25 steps before the second round 15 are supervised: a fall of 10 steps has stayed for a round."""
+    """15 of the 25 steps before the second round are supervised, so a fall of 10 steps lasts for a round."""
     fall = dict(accuracies=(0.1, 0.2, 0.6, 0.2, 0.2, 0.58), hard=(40,) * 6, round_steps=25)
     folder = write_run(tmp_path / "a", **fall)
     assert read_run(folder).collapsed is False
@@ -112,7 +112,7 @@ def test_rows_that_turned_hard_again_are_added_up_over_later_probes(tmp_path):
 
 
 def test_a_probe_that_no_step_led_to_tells_nothing_of_forgetting(tmp_path):
-    """As where probing ended the budget and the run: rows that are seldom solved turn by chance."""
+    """For example, a probe that used up the budget and ended the run: rarely solved rows turn hard by chance."""
     folder = write_run(tmp_path / "a", relapsed=(0, 4, 3))
     with open(folder / "metrics.jsonl", "a") as metrics:
         metrics.write(
@@ -123,7 +123,7 @@ def test_a_probe_that_no_step_led_to_tells_nothing_of_forgetting(tmp_path):
 
 
 def test_a_probe_of_no_rows_is_none(tmp_path):
-    """A run that only starts cold has no rows to probe, and writes 0 of 0."""
+    """A run that consists of a cold start only has no rows to probe and records 0 of 0."""
     folder = write_run(tmp_path / "a", accuracies=(0.1,), hard=(0,), relapsed=(0,))
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"rows": 50', '"rows": 0'))
@@ -132,7 +132,7 @@ def test_a_probe_of_no_rows_is_none(tmp_path):
 
 
 def test_a_probe_that_goes_on_with_its_round_counts_once(tmp_path):
-    """After a resume with more steps; its line counts all rows of the round."""
+    """It happens after a resume with more steps; the line of such a probe counts all rows of the round."""
     folder = write_run(tmp_path / "a", relapsed=(0, 4, 3))
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
@@ -210,7 +210,7 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_got(tmp_path):
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line):
-    """It stands behind step 3."""
+    """The damaged line follows step 3."""
     metrics = write_run(tmp_path / "a") / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
     lines[6:6] = [(line if isinstance(line, bytes) else line.encode()) + b"\n"]
