@@ -1,4 +1,4 @@
-"""Episodes of several turns: what the model sees, what is trained, how they end, and that nothing else matters."""
+"""The tool loop (episodes of several turns): the model's input, trained tokens, ends, and independence of the batch."""
 
 import json
 import random
@@ -44,7 +44,7 @@ def calls(*values, name="find", key="guest"):
 
 
 class Scripted:
-    """Stands in for the engine: says ``script[row id, rollout]`` turn by turn, within the limits that it gets."""
+    """Stand-in for the engine: answers with ``script[row id, rollout]`` turn by turn, within the given limits."""
 
     def __init__(self, script, tokenizer=TOKENIZER):
         self.script, self.tokenizer = {key: list(turns) for key, turns in script.items()}, tokenizer
@@ -121,8 +121,8 @@ def test_an_episode_to_imitate_has_the_tokens_of_a_sampled_one():
 
 
 def test_the_token_that_stopped_a_turn_is_no_part_of_its_text():
-    """Whichever of several stops it is: an end of message that only the generation config names, say."""
-    ping = TOKENIZER.convert_tokens_to_ids("<0x41>")  # which the text would show
+    """This holds for each of several stop tokens, for example an end of message named only in the generation config."""
+    ping = TOKENIZER.convert_tokens_to_ids("<0x41>")  # it would be visible in the text
     params = SamplingParams(400, stop_token_ids=(ping, END))
 
     class Ends(Scripted):
@@ -201,13 +201,13 @@ def test_lone_surrogates_in_names_errors_and_openings_become_question_marks():
 def test_the_whole_completion_is_bounded_and_results_that_do_not_fit_are_left_out():
     script = [calls("Norville"), calls("Belton"), "done."]
     ((whole,),), _, (prompt,) = sample({(0, 0): script})
-    ends = [i + 1 for i, own in enumerate(whole.mask) if own and whole.ids[i] == END]  # of the turns, in tokens
+    ends = [i + 1 for i, own in enumerate(whole.mask) if own and whole.ids[i] == END]  # ends of the turns, in tokens
     starts = [0] + [end + whole.mask[end:].index(True) for end in ends[:-1]]
     for bound, reason, length, n_messages in [
         (len(whole.ids), "stop", len(whole.ids), 5),
         (len(whole.ids) - 1, "length", len(whole.ids) - 1, 5),  # the last turn is cut
         (starts[2] + 1, "length", starts[2] + 1, 5),
-        (starts[2], "length", ends[1], 3),  # no room behind the second result
+        (starts[2], "length", ends[1], 3),  # no room after the second result
         (ends[1], "length", ends[1], 3),
         (ends[1] - 1, "length", ends[1] - 1, 3),
         (3, "length", 3, 1),
@@ -395,7 +395,7 @@ def test_prompts_of_one_call_may_have_rollouts_and_limits_of_their_own():
 
 
 def test_episodes_of_a_real_model_depend_on_their_streams_alone_and_train_as_sampled(monkeypatch):
-    """A random model makes no calls, so every turn of it is taken for one."""
+    """A random model makes no calls, so ``read`` treats each of its turns as a call."""
 
     def read(self, text):
         return Reading(None, [{"name": "echo", "arguments": {"text": text[:20]}}], True)
