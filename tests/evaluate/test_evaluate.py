@@ -66,7 +66,7 @@ def answers(*right, reason="stop"):
 
 
 def two_parts():
-    """Three rows of a, one of b, one of none; two samples each."""
+    """Three rows of part a, one of part b, one of no part; two samples each."""
     rows = [row("0", category="a"), row("1", category="a"), row("2", tier="b"), row("3", category="a"), row("4")]
     given = [answers(1, 1), answers(0, 1), answers(0, 1), answers(0, 0), answers(1, 1, reason="length")]
     return Scores(rows, given, ks=(1, 2))
