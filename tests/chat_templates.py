@@ -1,7 +1,7 @@
-"""Chat templates of model families, and small tokenizers with the control tokens that they write.
+"""Chat templates of model families, and small tokenizers with the control tokens that the templates write.
 
-Templates that TRL ships are read from it. Mistral's, which it does not ship, are written for these tests with the same
-form of turns, tools, calls and results as the published ones.
+Templates that TRL ships are read from TRL. It does not ship Mistral's: these are written for the tests, with turns,
+tools, calls and results in the form of the published ones.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ MISTRAL = """\
 {%- else %}{{ raise_exception('Only user, assistant, system and tool roles are supported') }}
 {%- endif %}
 {%- endfor %}"""
-# calls as Mistral's newer tokenizers write them: a name and its arguments, each behind a token of its own
+# Calls in the form of Mistral's newer tokenizers: name and arguments, each after its own control token.
 MISTRAL_ARGS = MISTRAL
 NAME = """'{"name": "' + call.function.name + '", "arguments": '"""
 ID = """{{- ', "id": "' + call.id + '"}' + (', ' if not loop.last else '') }}\n"""
@@ -70,7 +70,7 @@ def trl_template(name: str) -> str:
 
 
 def family_tokenizer(family: str, text: str = "") -> PreTrainedTokenizerFast:
-    """The tokenizer of a family: bytes, what merges ``text`` suggests, and its control tokens.
+    """A tokenizer of the family: bytes, merges learned from ``text``, and the control tokens.
 
     ``family`` is llama3, mistral, mistral_args, qwen3, qwen2_5, lfm2 or lfm2_5.
     """

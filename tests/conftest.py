@@ -1,4 +1,4 @@
-"""Settings that must stand before torch or triton is imported."""
+"""Settings of the test process that must be made before torch or triton is imported."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import os
 # Spinning OpenMP threads slow every other process on a small machine several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Workers of pytest-xdist have a core each, and so has what they start.
+# Each worker of pytest-xdist has one core, which the processes that it starts share.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -23,9 +23,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 try:
     from hypothesis import settings
-except ModuleNotFoundError:  # a GPU machine may lack it: the tests that need it are then reported as such
+except ModuleNotFoundError:  # a GPU machine may lack it: tests that need it then report that
     pass
 else:
-    # A busy machine must not fail a test, and a failure must be seen again on the next run.
+    # A busy machine must not fail a test, and a failure must be reproducible.
     settings.register_profile("repeatable", deadline=None, derandomize=True)
     settings.load_profile("repeatable")

@@ -1,4 +1,4 @@
-"""Small random models of every architecture that the package supports, with weights that make them opinionated."""
+"""Small random models of several architectures, with weights large enough for clear preferences among tokens."""
 
 import torch
 from transformers import (

@@ -1,4 +1,4 @@
-"""Imports of the package run one way: down the list of layers, and never in a circle."""
+"""Imports of the package: each runs down the list of layers, and none form a circle."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -6,13 +6,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "toolx_kernels"
-# Each imports only what stands before it, and from its own.
+# Each layer imports only from itself and from the layers before it.
 LAYERS = (
     "versions", "errors", "files", "pictures", "progress", "settings", "loss_config", "reference", "toolcall", "ops",
     "models", "engine", "rollout", "evaluate", "train", "compare", "cli",
 )  # fmt: skip
 
-# Files above 350 lines: each is one thing.
+# Files that may exceed 350 lines, because each has a single subject.
 LONG = {"reference.py", "ops/lm_head/sweep_triton.py"}
 
 
@@ -24,7 +24,7 @@ MODULES = {module_of(path): path for path in (ROOT / PACKAGE).rglob("*.py")}
 
 
 def imports_of(source: str) -> set[str]:
-    """The modules of the package that ``source`` imports, at its top or inside functions."""
+    """The package's modules that ``source`` imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -36,7 +36,7 @@ def imports_of(source: str) -> set[str]:
     return found & MODULES.keys()
 
 
-# The package's own __init__ is left out: it names what is public, and loads it when it is asked for.
+# The package's own ``__init__`` is left out: it lists the public names and imports them on first use.
 IMPORTS = {name: imports_of(path.read_text()) for name, path in MODULES.items() if name != PACKAGE}
 
 
@@ -54,7 +54,7 @@ def wrong_ways(imports: dict[str, set[str]]) -> list[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, from a module round to itself; empty if there is none."""
+    """A circle of imports, from a module back to itself; empty if there is none."""
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""The bar: what it says on terminals of several widths and in logs."""
+"""The progress bar on terminals of several widths and in logs."""
 
 import fcntl
 import os
@@ -18,7 +18,7 @@ from toolx_kernels.progress import DELAY, LOG, ProgressBar
 
 
 class Clock:
-    """Stands in for the module ``time``."""
+    """Stand-in for the module ``time``."""
 
     now = 1000.0
 
@@ -35,7 +35,7 @@ def clock(monkeypatch):
 
 @contextmanager
 def terminal(monkeypatch, columns):
-    """A terminal as stderr; ``frames`` are the lines that were drawn on it, one upon the other, once it is closed."""
+    """A terminal as stderr; once it is closed, ``frames`` holds the lines that were drawn over each other."""
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     seen, received = SimpleNamespace(frames=[], text=""), []
@@ -59,7 +59,7 @@ def terminal(monkeypatch, columns):
 
 
 def in_the_34th_step(bar, clock):
-    """A run in which 33 of 120 steps took 10 seconds each, and the rollouts of the next are 60 % done."""
+    """A run after 33 of 120 steps of 10 seconds each; the rollouts of the next step are 60 % done."""
     for _ in range(33):
         clock.now += 10
         bar.results("reward 0.42", "acc 0.61", "hard 201", "3495 tok/s")
@@ -85,7 +85,7 @@ def test_a_line_keeps_its_right_end_whatever_the_terminal_holds(columns, right, 
     with terminal(monkeypatch, columns) as seen, bar.stretch("step", 120, 0):
         in_the_34th_step(bar, clock)
     assert max(map(len, seen.frames)) < columns
-    for frame in seen.frames[-2:]:  # drawn, and left there at the end
+    for frame in seen.frames[-2:]:  # the last update, and the line that stays at the end
         left, bar, facts = frame.split("|")
         assert (left, facts.strip()) == ("step  33/120 ", right)
         assert bar.startswith("█") and len(bar) >= 5

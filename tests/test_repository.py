@@ -1,5 +1,7 @@
-"""What is written in words runs: examples in docstrings, modules on command lines, the targets of make. The pages
-have ``tests/docs``."""
+"""The repository's text against its code: docstring examples, modules on command lines, targets of make.
+
+``tests/docs`` tests the pages of the documentation.
+"""
 
 import doctest
 import importlib

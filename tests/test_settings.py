@@ -1,4 +1,4 @@
-"""Settings: every one has help and bounds, and belongs to a section; values are checked against types and bounds."""
+"""Settings: each has help and bounds and belongs to a section; values are checked against types and bounds."""
 
 from dataclasses import dataclass, fields
 from typing import get_type_hints
@@ -65,7 +65,7 @@ def test_a_misspelt_setting_is_refused():
     with pytest.raises(AttributeError, match="'num_generation' is not a setting of ToolExpanderConfig"):
         config.num_generation = 3
     with pytest.raises(TypeError):
-        ToolExpanderConfig("tiny")  # by position it would be any one of eighty
+        ToolExpanderConfig("tiny")  # settings are passed by name only: there are about eighty
 
 
 def test_values_become_what_the_fields_are():

@@ -1,4 +1,4 @@
-"""One table of supported versions: how an installed one stands to it, and that everything else agrees with it."""
+"""The table of supported versions: ratings of installed versions, and files that must agree with the table."""
 
 import re
 from pathlib import Path
