@@ -43,7 +43,7 @@ def test_a_pass_costs_prompts_completions_and_thrice_what_is_trained():
     grpo = 4 * raw + 3 * raw
     retry = (
         grpo + 2 * shown + 3 * (raw + 6 + 6)
-    )  # both dead groups again; one of them is then learned, on the raw prompt
+    )  # both dead groups are sampled again; one is then trained on, with the raw prompt
     assert passes_over(ROWS, G, 1000) == {"grpo": 1000 / grpo, "retry": 1000 / retry}
     twice = 4 * raw * (1 + 7)  # all are trained on: two updates plus the reference
     retry = twice + 2 * shown + 7 * (6 + 6)

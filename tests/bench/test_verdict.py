@@ -12,7 +12,7 @@ NOISE = (0.02, -0.01, 0.0, -0.02, 0.01, 0.01, 0.0, -0.01)
 
 
 def runs(**arms):
-    """Runs as in runs.json: accuracy ends at the arm's level plus noise per seed, hard rows at 100 x (1 - level)."""
+    """Runs as in ``runs.json``: accuracy ends at the arm's level plus noise per seed, hard rows at 100 (1 - level)."""
     return [
         {
             "run": f"{arm.replace('_', '-')}-seed{seed}",

@@ -169,7 +169,7 @@ def test_a_seed_beyond_a_generators():
             load("tiny:99999999999999999999")
 
 
-# ---- which folder
+# ---- choice of the folder
 
 
 def saved(folder, seed=0, tokenizer=True, **options):

@@ -61,7 +61,7 @@ def make_head(n=N, dim=24, vocab=213, dtype=torch.float32, extras=(), seed=0, sp
 
 
 def make_case(lengths=LENGTHS, rewards=REWARDS, noise=0.3, masked=(), seed=0, **head) -> dict:
-    """Arguments of ``linear_grpo_loss``; the other policies' log-probs are the policy's own plus Gaussian ``noise``."""
+    """Arguments of ``linear_grpo_loss``; other policies' log-probs differ from the own ones by a std of ``noise``."""
     n = sum(lengths)
     case = make_head(n, seed=seed, **head)
     g = torch.Generator().manual_seed(seed + 1)

@@ -1,4 +1,4 @@
-"""The tool loop (episodes of several turns): the model's input, trained tokens, ends, and independence of the batch."""
+"""The tool loop, episodes of several turns: model input, trained tokens, ends, and independence of the batch."""
 
 import json
 import random

@@ -1,5 +1,5 @@
-"""Triton's interpreter, patching ``triton.language`` once instead of at each launch and each call of a device function,
-which takes most of its time. For a process that compiles no kernel."""
+"""A single patch of ``triton.language`` for Triton's interpreter, which otherwise patches it at each launch and each
+call of a device function and spends most of its time there. For processes that compile no kernel."""
 
 import inspect
 

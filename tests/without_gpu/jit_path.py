@@ -175,7 +175,7 @@ CASES = {
 }
 
 
-# ---- what is compiled
+# ---- compiled variants
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -100,7 +100,7 @@ def wanted_rows(call, whole, every):
 @pytest.mark.parametrize("every", [False, True], ids=["live", "all"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_advantages_by_token(backend, every, level):
-    """An invalid value is reported only if its row is computed, a non-finite advantage in any row."""
+    """An invalid value is reported only if its row is computed, an advantage that is not finite in any row."""
     config = GRPOLossConfig(compute_all_logprobs=every, importance_sampling_level=level)
     for change in (
         {}, with_one("targets", SPARSE, VOCAB), with_one("temperature", 1310, torch.nan),

@@ -339,5 +339,5 @@ def test_rows_that_are_not_finite_touch_no_gradient(path, monkeypatch):
 
 
 def test_interpreted_kernels_are_what_runs_here():
-    """Without a GPU; otherwise the tests in this file would not run the kernels."""
+    """Kernels are interpreted exactly if there is no GPU; otherwise this file would not test them."""
     assert triton_common.INTERPRETED is not torch.cuda.is_available()

@@ -136,7 +136,7 @@ def test_equal_ones_within_each_completion_are_one_to_the_bit(function, loss_typ
     assert gradients.keys() == same.keys() and all(same[name].equal(gradients[name]) for name in same)
 
 
-# ---- which rows are computed
+# ---- computed rows
 
 
 @pytest.mark.parametrize(
