@@ -86,7 +86,7 @@ def test_labels_stand_at_the_ends_of_their_lines(tmp_path):
 
 
 def crowd(tmp_path, arms, tiers, seeds=2):
-    """Two runs for each of these arms, with these tiers."""
+    """``seeds`` runs for each of these arms, with these tiers."""
     parts = {tier: (0.1, 0.2, 0.3) for tier in tiers}
     settings = itertools.product(range(len(arms)), range(seeds))
     specs = [(f"{i}-seed{seed}", dict(seed=seed, arm=i, tiers=parts)) for i, seed in settings]
