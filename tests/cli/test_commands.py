@@ -251,7 +251,7 @@ BAD_FLAGS = [
     (["train", "--num_generations", "1"], "num_generations=1"),
     (["train", "--max_steps", "0"], "max_steps=0"),
     (["train", "--hard_sampling", "some"], "hard_sampling"),
-    (["train", "--resume", "--overwrite"], "resume and overwrite"),
+    (["train", "--resume", "--overwrite"], "resume=True keeps the run that overwrite=True deletes"),
     (["train", "--resume", "maybe"], "'maybe' is neither true nor false"),
     (["train", "--config", "no-such-recipe"], "no-such-recipe"),
     (["train", "--device", "tpu9"], "tpu9"),

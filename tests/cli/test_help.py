@@ -56,7 +56,7 @@ def test_help_fits_a_terminal(shown, command):
     text = shown(command, "--help")
     assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) <= 110
     assert "-flag" not in text.replace("--flag", "") and not re.search(r"--\w+-", text), "one spelling of each flag"
-    assert "--no_" not in text
+    assert "--no_" not in text and not re.search(r"-$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", [*SECTIONS, "hard_sampling"])

@@ -76,6 +76,15 @@ def test_a_value_that_is_typed_is_not_of_the_file(tmp_path, monkeypatch):
         parse_train(["--config", "distill", "--old_logprobs", "sampler"])
 
 
+def test_a_value_of_a_resumed_run_is_not_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "num_generations" in read_recipe("builtin").settings
+    Path("runs/builtin").mkdir(parents=True)
+    Path("runs/builtin/config.yaml").write_text("num_generations: 1\n")
+    with pytest.raises(InputError, match=r"^num_generations=1 has"):
+        parse_train(["--resume"])
+
+
 @pytest.mark.parametrize(
     "recipes, dataset, folder",
     [
@@ -135,18 +144,19 @@ def test_a_run_is_resumed_by_the_same_words_with_the_same_reward_functions(tmp_p
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("run_rewards.py").write_text(REWARD)
     Path("helper_of_rewards.py").write_text("SCALE = 2.0\n")
-    assert toolx("train", "--config", "grpo", *TINY, "--reward_funcs", "run_rewards.py:short") == 0
+    Path("mine.yaml").write_text("log_completions: 0\n")
+    assert toolx("train", "--config", "mine.yaml", *TINY, "--reward_funcs", "run_rewards.py:short") == 0
     assert capsys.readouterr().out.startswith("Training tiny on builtin, rewarded by run_rewards.py:short, settings")
-    assert toolx("train", "--config", "grpo", "--resume", "--max_steps", 2) == 0
-    assert capsys.readouterr().out.startswith("Resuming runs/grpo: tiny on builtin, rewarded by run_rewards.py:short.")
-    run = tmp_path / "runs" / "grpo"
+    assert toolx("train", "--config", "mine.yaml", "--resume", "--max_steps", 2) == 0
+    assert capsys.readouterr().out.startswith("Resuming runs/mine: tiny on builtin, rewarded by run_rewards.py:short.")
+    run = tmp_path / "runs" / "mine"
     assert yaml.safe_load((run / "config.yaml").read_text())["reward_funcs"] == ["run_rewards.py:short"]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["rewards"] for line in steps if line["event"] == "step"]
     assert len(rewards) == 2 and all(each.keys() == {"short"} and 0 < each["short"] <= 1 for each in rewards)
-    assert toolx("train", "--config", "grpo", *TINY) == 2
-    assert "runs/grpo already holds a run: pass --resume" in capsys.readouterr().err
-    assert toolx("train", "--config", "grpo", "--resume", "--reward_funcs", "run_rewards.py:other") == 2
+    assert toolx("train", "--config", "mine.yaml", *TINY) == 2
+    assert "runs/mine already holds a run: pass --resume" in capsys.readouterr().err
+    assert toolx("train", "--config", "mine.yaml", "--resume", "--reward_funcs", "run_rewards.py:other") == 2
     assert "reward_funcs=['run_rewards.py:short'], not ['run_rewards.py:other']" in capsys.readouterr().err
 
 

@@ -439,7 +439,7 @@ def test_the_command_knows_the_built_in_prompts(capsys):
         (["--model", "./nowhere"], "./nowhere is not a model folder"),
         (["--model", "nowhere.gguf"], "There is no file nowhere.gguf"),
         (["--num_generations", "1"], "num_generations=1 has no siblings"),
-        (["--memroy", "24"], "unrecognized arguments: --memroy"),
+        (["--memroy", "24"], "unknown flag --memroy: did you mean --memory?"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, capsys):
