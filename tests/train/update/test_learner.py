@@ -173,7 +173,7 @@ def test_importance_weights_are_cut_or_left_out_beyond_the_cap(mode, shift, fact
 
 def test_distilled_rollouts_have_no_ratio_to_their_sampler():
     for settings in ({"importance_sampling_mode": "token_mask"}, {"num_iterations": 2, "old_logprobs": "sampler"}):
-        with pytest.raises(InputError, match="hard_sampling=distill samples on another one"):
+        with pytest.raises(InputError, match="hard_sampling=distill learns on another prompt"):
             ToolExpanderConfig(hard_sampling="distill", **settings)
     ToolExpanderConfig(hard_sampling="distill", old_logprobs="sampler")  # without a second update it has no effect
 
