@@ -102,7 +102,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["run", "run"], "A run is given twice"),
         (["run", "--names", "a", "b"], "--names gives 2 names for 1 runs"),
         (["run", "--output", "file"], "--output file is a file"),
-        ([], "runs"),
+        ([], "RUN"),
     ],
 )
 def test_bad_flags(argv, named, tmp_path, capsys, monkeypatch):

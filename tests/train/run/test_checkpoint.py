@@ -192,7 +192,7 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
     """Settings, lists too, are compared through the YAML of the run folder."""
     others = {
         int: 77, float: 0.25, bool: True, "model": "other", "dataset": "seal-tools:x", "dtype": "bfloat16",
-        "reward_weights": [1.0, 0.5], "lora_target_modules": ["q_proj", "v_proj"], 
+        "reward_weights": [1.0, 0.5], "lora_target_modules": ["q_proj", "v_proj"], "reward_funcs": ["mine.reward"],
         "hard_sampling": "add", "demonstrations": "better", "verification": "bold", "prompt_sampling": "dynamic",
         "loss_type": "dapo", "scale_rewards": "none", "advantage_shaping": "difficulty", "old_logprobs": "sampler",
         "importance_sampling_level": "sequence", "importance_sampling_mode": "token_mask", "optim": "adamw_8bit",
