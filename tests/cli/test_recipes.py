@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.cli.test_commands import TINY, toolx
+from toolx_kernels.cli.evaluate import DEFAULT_MODEL
 from toolx_kernels.cli.recipes import read_recipe
 from toolx_kernels.cli.train import announcement, default_folder, parse_train
 from toolx_kernels.errors import InputError
@@ -114,7 +115,7 @@ def test_a_named_run_folder_counts(tmp_path, monkeypatch):
     assert parse_train(["--config", "mine.yaml", "--output_dir", "here"]).output_dir == "here"
     assert parse_train(["--config", "other.yaml"]).output_dir == "runs/other"
     assert parse_train(["--dataset", "rows.jsonl"]).output_dir == "runs/rows"
-    assert parse_train([]).output_dir == "runs/builtin"
+    assert parse_train([]).output_dir == DEFAULT_MODEL == "runs/builtin", "which toolx eval looks for"
 
 
 def test_a_run_says_what_it_will_do(tmp_path, monkeypatch):

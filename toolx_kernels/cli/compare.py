@@ -1,4 +1,4 @@
-"""``toolx compare``."""
+"""``toolx compare``: curves and tables of several runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``toolx eval``."""
+"""``toolx eval``: scores of a model on datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``toolx plan``."""
+"""``toolx plan``: the estimated memory of a run."""
 
 from __future__ import annotations
 

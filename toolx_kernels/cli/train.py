@@ -1,4 +1,4 @@
-"""``toolx train``."""
+"""``toolx train``: from flags and recipes to a training run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # ours is enough
     RunFolder(config.output_dir).check(config)
     named_rewards(config.reward_funcs or ())  # the trainer loads them too, but after the rows
-    print(announcement(config, flags["config"]))
+    print(announcement(config, flags["config"]), flush=True)  # before models and datasets are loaded
     try:
         with stop_on_signals() as stop:
             rows, eval_rows = load_rows(config)
