@@ -147,7 +147,7 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
         (dict(sft_patience=2), "set sft_fraction"),
         (dict(sft_learning_rate=1e-3), "set sft_fraction"),
         (dict(sft_decay=True), "set sft_coef"),
-        (dict(hard_sampling="retry", importance_sampling_mode="token_mask"), "learns on another prompt than it samples"),
+        (dict(hard_sampling="retry", importance_sampling_mode="token_mask"), "learns on another prompt"),
         (dict(solved_reward=float("nan")), "must be finite"),
         (dict(sft_coef=float("inf")), "must be a number that is not negative"),
     ],
