@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import json
 import sys
@@ -10,7 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from toolx_kernels.pictures import write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -33,7 +39,7 @@ class Report:
     case       the columns that name a case; "provider" and ``columns`` follow
     rows_of    from the measurements to a row for each case and provider; what is no column is left out
     case_name  a case in words
-    plot       draws ``<name>*.png`` into a folder
+    pictures   what draws each picture, by its name
     notes      lines between the table and who is absent
     """
 
@@ -44,7 +50,7 @@ class Report:
     columns: Sequence[Column]
     rows_of: Callable[[Sequence[Mapping]], list[Row]]
     case_name: Callable[[Row], str]
-    plot: Callable[[list[Row], Path], None]
+    pictures: Callable[[list[Row]], dict[str, Callable[[], Figure]]]
     notes: Callable[[list[Row]], list[str]] = lambda rows: []
 
     def measurements(self, record: Mapping) -> list[dict]:
@@ -82,19 +88,25 @@ class Report:
             writer.writeheader()
             writer.writerows(rows)
         (folder / f"{self.name}.md").write_text(self.markdown(record, rows), encoding="utf-8")
-        try:
-            self.plot(rows, folder)
-        except ModuleNotFoundError as error:
-            print(f"No plots: {error.name} is not installed.", file=sys.stderr)
+        self.draw(rows, folder)
         return folder
+
+    def draw(self, rows: list[Row], folder: Path) -> None:
+        for name, drawn in self.pictures(rows).items():
+            write_picture(folder / name, drawn)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The command line: reads the JSON, writes the report and prints it."""
         program = f"python -m bench.{self.name}.report"
         parser = argparse.ArgumentParser(prog=program, description=f"Writes bench/results/<machine>/{self.name}.*")
-        parser.add_argument("json", type=Path, help="what pytest wrote for --benchmark-json")
-        path = parser.parse_args(argv).json
+        parser.add_argument(
+            "file", type=Path, help="what pytest wrote for --benchmark-json, or a .csv whose pictures are drawn anew"
+        )
+        path = parser.parse_args(argv).file
         try:
+            if path.suffix == ".csv":
+                self.draw(rows_in(path), path.parent)
+                return 0
             record = json.loads(path.read_text(encoding="utf-8"))
             measured = self.rows(record)
         except (OSError, ValueError, KeyError) as error:
@@ -105,6 +117,19 @@ class Report:
             return 0
         print((self.write(record) / f"{self.name}.md").read_text(encoding="utf-8"))
         return 0
+
+
+def rows_in(path: Path) -> list[Row]:
+    """The rows of a report's CSV."""
+
+    def value(text: str) -> Any:
+        try:
+            return ast.literal_eval(text) if text else None
+        except (ValueError, SyntaxError):
+            return text
+
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def ratio(value: float | None, divisor: float | None) -> float | None:
@@ -139,21 +164,3 @@ def absent(rows: Sequence[Row], case_name: Callable[[Row], str]) -> list[str]:
         for (provider, reason), case in reasons.items()
     ]
     return ["", "Absent:", "", *lines] if lines else []
-
-
-def colours_of(rows: Iterable[Row]) -> dict[str, tuple]:
-    """A colour for each provider, in their order; no window is opened for what is drawn from here on."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    names = dict.fromkeys(row["provider"] for row in rows)
-    return {name: matplotlib.colormaps["tab10"](at % 10) for at, name in enumerate(names)}
-
-
-def save_with_legend(figure: Any, colours: Mapping[str, tuple], path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

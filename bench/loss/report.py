@@ -1,16 +1,24 @@
 """From the JSON of ``pytest bench --benchmark-json=FILE`` to ``bench/results/<machine>/``: loss.csv, loss.md, plots.
 
 python -m bench.loss.report FILE
+
+From such a .csv it draws the pictures anew.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from bench.common.tables import DTYPES, Column, Report, Row, colours_of, named, ratio, table, text_of
+from bench.common.plots import WIDTH, bars, caption, colors_of, lines, log_axis
+from bench.common.tables import DTYPES, Column, Report, Row, named, ratio, table, text_of
+from toolx_kernels.pictures import label_ends
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CASE = ("what", "n", "d", "v", "dtype", "dead", "frozen")
 RATIOS = {"to_floor": "floor", "to_live_floor": "floor, live rows", "to_toolx": "toolx"}  # column: divisor
@@ -96,58 +104,65 @@ def errors(rows: list[Row]) -> list[str]:
     )
 
 
-def plot(rows: list[Row], folder: Path) -> None:
+def pictures(rows: list[Row]) -> dict[str, Callable[[], Figure]]:
     """loss_time.png, loss_memory.png and loss_dead.png, each where the rows hold a series for it."""
-    trained = [row for row in rows if row["ms"] and row["what"] == "both" and not row["frozen"]]
+    trained = [row for row in rows if row["what"] == "both" and not row["frozen"]]
     dense = [row for row in trained if not row["dead"]]
-    colours = colours_of(trained)
-    plot_times([row for row in dense if row["to_floor"] and row["provider"] != "floor"], colours, folder)
-    with_memory = [row for row in dense if row["mib"] is not None]
-    plot_lines(longest(with_memory, "n"), "n", "mib", "log", colours, folder / "loss_memory.png")
-    plot_lines(longest(trained, "dead"), "dead", "ms", "linear", colours, folder / "loss_dead.png")
+    memory = longest([row for row in dense if row["mib"] is not None], "n")
+    dead = longest([row for row in trained if row["ms"]], "dead")
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if any(row["to_floor"] for row in dense):
+        drawn["loss_time.png"] = lambda: time_figure([row for row in dense if row["provider"] != "floor"])
+    if varied(memory, "n"):
+        drawn["loss_memory.png"] = lambda: line_figure(memory, "n", "mib", trained)
+    if varied(dead, "dead"):
+        drawn["loss_dead.png"] = lambda: line_figure(dead, "dead", "ms", trained)
+    return drawn
 
 
-def plot_times(rows: list[Row], colours: dict, folder: Path) -> None:
-    from matplotlib import pyplot as plt
+def time_figure(rows: list[Row]) -> Figure:
+    """A panel for each shape, with a bar for each provider that ran in any."""
+    from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys(case_name(row, without=("what",)) for row in rows))
-    names = [name for name in colours if any(row["provider"] == name for row in rows)]
-    if not rows:
-        return
-    height = 1 / (len(names) + 1)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.14 * len(shapes) / height), layout="constrained")
-    for at, name in enumerate(names):
-        mine = [row for row in rows if row["provider"] == name]
-        where = [shapes.index(case_name(row, without=("what",))) + (at + 1) * height for row in mine]
-        axes.barh(where, [row["to_floor"] for row in mine], height, color=colours[name], label=name)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time of forward and backward / time of the bare GEMMs")
-    axes.set_yticks([at + 0.5 for at in range(len(shapes))], shapes)
-    axes.set_ylim(len(shapes), 0)  # whole groups, also where only some providers ran
-    figure.legend(loc="outside upper center", ncols=4)
-    figure.savefig(folder / "loss_time.png", dpi=110)
-    plt.close(figure)
+    shapes: dict[str, list[Row]] = {}
+    for row in rows:
+        shapes.setdefault(case_name(row, without=("what",)), []).append(row)
+    ran = dict.fromkeys(row["provider"] for row in rows if row["to_floor"])
+    columns = min(2, len(shapes))
+    height = math.ceil(len(shapes) / columns) * (0.5 + 0.22 * len(ran)) + 0.7
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = figure.subplots(-(-len(shapes) // columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, (shape, here) in zip(panels, shapes.items(), strict=False):
+        values = {row["provider"]: row["to_floor"] for row in here}
+        why = {row["provider"]: row["absent"] for row in here if row["absent"]}
+        panel.set_title(shape, fontsize=9)
+        panel.axvline(1, color="black", linewidth=0.8)
+        bars(panel, {name: values.get(name) for name in ran}, colors_of(rows), why)
+    for panel in panels[len(shapes) :]:
+        panel.set_visible(False)
+    figure.suptitle("forward and backward, in times of the bare GEMMs (line)", fontsize=10)
+    caption(figure, rows, ran)
+    return figure
 
 
-def plot_lines(rows: list[Row], x: str, y: str, scale: str, colours: dict, path: Path) -> None:
-    """One line a provider; nothing when there is one value of ``x`` only."""
-    from matplotlib import pyplot as plt
+def line_figure(rows: list[Row], x: str, y: str, others: list[Row]) -> Figure:
+    """A line for each provider; the caption names those of ``others`` that have none."""
+    from matplotlib.figure import Figure
 
-    if len({row[x] for row in rows}) < 2:
-        return
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for name in dict.fromkeys(row["provider"] for row in rows):
-        mine = sorted((row[x], row[y]) for row in rows if row["provider"] == name)
-        axes.plot(*zip(*mine, strict=True), "o-", color=colours[name], label=name)
-    axes.set(xlabel=AXES[x], ylabel=AXES[y], xscale=scale, yscale=scale, title=case_name(rows[0], without=(x,)))
-    values = sorted({row[x] for row in rows})
-    axes.set_xticks(values, values)
-    axes.minorticks_off()
-    if scale == "linear":
-        axes.set_ylim(bottom=0)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    panel = figure.subplots()
+    panel.set_title(case_name(rows[0], without=(x,)))
+    panel.set(xlabel=AXES[x], ylabel=AXES[y], xscale="log" if x == "n" else "linear")
+    ends = lines(panel, rows, x, y, colors_of(rows))
+    if min(row[y] for row in rows) > 0:  # tiny shapes may need no memory
+        log_axis(panel)
+    caption(figure, others, [end.text for end in ends])
+    label_ends(figure, {panel: ends})
+    return figure
+
+
+def varied(rows: list[Row], x: str) -> bool:
+    return len({row[x] for row in rows}) > 1
 
 
 def longest(rows: list[Row], x: str) -> list[Row]:
@@ -158,7 +173,7 @@ def longest(rows: list[Row], x: str) -> list[Row]:
     return max(groups.values(), key=lambda group: len({row[x] for row in group}), default=[])
 
 
-REPORT = Report("loss", "The fused GRPO loss", LEGEND, CASE, COLUMNS, rows_of, case_name, plot, errors)
+REPORT = Report("loss", "The fused GRPO loss", LEGEND, CASE, COLUMNS, rows_of, case_name, pictures, errors)
 
 if __name__ == "__main__":
     sys.exit(REPORT.main())

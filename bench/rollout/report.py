@@ -1,15 +1,21 @@
 """From the JSON of ``pytest bench --benchmark-json=FILE`` to ``bench/results/<machine>/``: rollout.csv, .md and .png.
 
 python -m bench.rollout.report FILE
+
+From such a .csv it draws the pictures anew.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from bench.common.tables import DTYPES, Column, Report, Row, colours_of, named_cases, ratio, save_with_legend
+from bench.common.plots import WIDTH, bars, caption, colors_of
+from bench.common.tables import DTYPES, Column, Report, Row, named_cases, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new")
 COLUMNS = (
@@ -85,32 +91,33 @@ def notes(rows: list[Row]) -> list[str]:
     return lines
 
 
-def plot(rows: list[Row], folder: Path) -> None:
-    """rollout.png: tokens per second on the left, the decode step and its floor on the right, a row of bars a case."""
+def pictures(rows: list[Row]) -> dict[str, Callable[[], Figure]]:
+    return {"rollout.png": lambda: rollout_figure(rows)}
+
+
+def rollout_figure(rows: list[Row]) -> Figure:
+    """Tokens per second on the left, the decode step and its floor on the right, a row of panels for each case."""
+    from matplotlib.figure import Figure
+
     cases = named_cases(rows, case_name)
-    colours = colours_of(row for _, case in cases for row in case if row["provider"] != "floor")  # before pyplot
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(cases), 2, figsize=(10, 0.8 + 1.7 * len(cases)), layout="constrained", squeeze=False
-    )
-    for (speed, step), (name, case) in zip(axes, cases, strict=True):
-        timed = [row for row in case if row["provider"] in colours]
-        where, shades = range(len(timed)), [colours[row["provider"]] for row in timed]
-        speed.bar_label(speed.barh(where, [row["tokens_per_s"] for row in timed], color=shades), fmt="{:,.0f}")
-        step.barh(where, [row["step_ms"] for row in timed], color=shades)
-        step.axvline(timed[0]["floor_ms"], color="black", linewidth=1)
-        speed.set_title(name, fontsize=9, loc="left")
-        for each in (speed, step):
-            each.set_yticks([])
-            each.invert_yaxis()
-            each.margins(x=0.15)
-    axes[-1][0].set_xlabel("tokens per second")
-    axes[-1][1].set_xlabel("decode step, ms (line: floor)")
-    save_with_legend(figure, colours, folder / "rollout.png")
+    ran = dict.fromkeys(row["provider"] for _, case in cases for row in case if row["provider"] != "floor")
+    colors = colors_of([{"provider": name} for name in ran])
+    figure = Figure(figsize=(WIDTH, len(cases) * (0.6 + 0.22 * len(ran)) + 0.8), layout="constrained")
+    panels = figure.subplots(len(cases), 2, sharey=True, squeeze=False)
+    for (speed, step), (name, case) in zip(panels, cases, strict=True):
+        why = {row["provider"]: row["absent"] for row in rows if row["absent"] and case_name(row) == name}
+        for panel, key in ((speed, "tokens_per_s"), (step, "step_ms")):
+            values = {row["provider"]: row[key] for row in case}
+            bars(panel, {provider: values.get(provider) for provider in ran}, colors, why)
+        step.axvline(case[0]["floor_ms"], color="black", linewidth=0.8)
+        speed.set_title(name, fontsize=9)
+    panels[-1][0].set_xlabel("tokens per second")
+    panels[-1][1].set_xlabel("decode step, ms (line: floor)")
+    caption(figure, rows, ran)
+    return figure
 
 
-REPORT = Report("rollout", "Rollouts", LEGEND, CASE, COLUMNS, rows_of, case_name, plot, notes)
+REPORT = Report("rollout", "Rollouts", LEGEND, CASE, COLUMNS, rows_of, case_name, pictures, notes)
 
 if __name__ == "__main__":
     sys.exit(REPORT.main())

@@ -1,15 +1,23 @@
 """From the JSON of ``pytest bench --benchmark-json=FILE`` to ``bench/results/<machine>/``: step.csv, .md and .png.
 
 python -m bench.step.report FILE
+
+From such a .csv it draws the pictures anew.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING
 
-from bench.common.tables import DTYPES, Column, Report, Row, colours_of, ratio, save_with_legend
+from bench.common.plots import WIDTH, caption, colors_of, lines
+from bench.common.tables import DTYPES, Column, Report, Row, ratio
+from toolx_kernels.pictures import label_ends
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CASE = ("model", "dtype", "prompts", "length", "n", "new", "stop", "dead", "threads")
 COLUMNS = (
@@ -78,27 +86,34 @@ def series(rows: list[Row], x: str) -> list[Row]:
     return sorted(best.values(), key=lambda row: row[x])
 
 
-def plot(rows: list[Row], folder: Path) -> None:
-    """step.png: step time above and peak memory below, over what was varied (or over all of ``AXES``)."""
-    varied = {x: label for x, label in AXES.items() if len({row[x] for row in series(rows, x)}) > 1} or AXES
-    colours = colours_of(row for x in varied for row in series(rows, x))  # before pyplot, which takes a backend
-    from matplotlib import pyplot as plt
-
-    size = (3.5 * len(varied) + 3, 6)
-    figure, axes = plt.subplots(2, len(varied), figsize=size, layout="constrained", sharey="row", squeeze=False)
-    for column, (x, label) in zip(axes.T, varied.items(), strict=True):
-        for axis, y in zip(column, ("step_s", "peak_mib"), strict=True):
-            for name in colours:
-                mine = [(row[x], row[y]) for row in series(rows, x) if row["provider"] == name]
-                axis.plot(*zip(*mine, strict=True), "o-", color=colours[name], label=name) if mine else None
-            axis.set_ylim(bottom=0)
-        column[1].set_xlabel(label)
-    axes[0][0].set_ylabel("step, s")
-    axes[1][0].set_ylabel("peak memory of the process, MiB")
-    save_with_legend(figure, colours, folder / "step.png")
+def pictures(rows: list[Row]) -> dict[str, Callable[[], Figure]]:
+    return {"step.png": lambda: step_figure(rows)}
 
 
-REPORT = Report("step", "Optimizer steps", LEGEND, CASE, COLUMNS, rows_of, case_name, plot)
+def step_figure(rows: list[Row]) -> Figure:
+    """Step time above and peak memory below, over what was varied (or over all of ``AXES``)."""
+    from matplotlib.figure import Figure
+
+    all_series = {x: series(rows, x) for x in AXES}
+    varied = {x: of_x for x, of_x in all_series.items() if len({row[x] for row in of_x}) > 1} or all_series
+    shown = [row for of_x in varied.values() for row in of_x]
+    colors, ends = colors_of(shown), {}
+    figure = Figure(figsize=(max(WIDTH, 4.2 * len(varied)), 5.4), layout="constrained")
+    panels = figure.subplots(2, len(varied), sharex="col", squeeze=False)
+    for column, (x, of_x) in zip(panels.T, varied.items(), strict=True):
+        column[0].set_title(fill(case_name(of_x[0] | {x: "…"}), 60), fontsize=9)
+        for panel, y in zip(column, ("step_s", "peak_mib"), strict=True):
+            ends[panel] = lines(panel, of_x, x, y, colors)
+            panel.set_ylim(bottom=0)
+        column[1].set_xlabel(AXES[x])
+    panels[0][0].set_ylabel("step, s")
+    panels[1][0].set_ylabel("peak memory of the process, MiB")
+    caption(figure, rows, colors)
+    label_ends(figure, ends)
+    return figure
+
+
+REPORT = Report("step", "Optimizer steps", LEGEND, CASE, COLUMNS, rows_of, case_name, pictures)
 
 if __name__ == "__main__":
     sys.exit(REPORT.main())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.common.absent import Absent
+from bench.common.tables import rows_in
 from bench.step.cases import SETTINGS, Case, Count, Settings, make_rows
 from bench.step.measure import Worker, check_work, figures, measure, work
 from bench.step.providers import TRL, StepProvider, Toolx, ToolxCheckpointing, TRLCheckpointing
@@ -261,6 +262,7 @@ def test_the_report(tmp_path):
     folder = REPORT.write(json.loads(json.dumps(record)), tmp_path)
     plots = {"step.png"} if find_spec("matplotlib") else set()
     assert {path.name for path in folder.iterdir()} == {"step.csv", "step.md"} | plots
+    assert rows_in(folder / "step.csv") == REPORT.rows(record)
     rows = list(csv.DictReader((folder / "step.csv").open()))
     found = [(row["provider"], row["speedup_of_toolx"], row["peak_of_toolx"]) for row in rows]
     ours, none = ("toolx", "1.0", "1.0"), ("dies", "", "")

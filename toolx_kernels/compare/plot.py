@@ -84,8 +84,8 @@ def _title(curve: Curve) -> str:
 def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:
     parts = []
     if any(len(arm.runs) > 1 for arm in arms):
-        seeds = "lines: means over each arm's seeds" if crowded else "thick: mean of an arm's seeds, thin: each seed"
-        parts.append(seeds)
+        means, both = "lines: means over each arm's seeds", "thick: mean over an arm's seeds, thin: each seed"
+        parts.append(means if crowded else both)
     if any(not run.finished for arm in arms for run in arm.runs):
         parts.append("dotted: unfinished")
     if absent:
