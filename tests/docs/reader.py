@@ -33,7 +33,7 @@ from toolx_kernels.train.run.folder import RunFolder
 
 # what stands for something else in a command, and for what
 PLACEHOLDERS = {
-    "NAME": "grpo", "FILE": "file.json", "FOLDER": "folder", "RECORD": "builtin", "SECTION": "loss",
+    "NAME": "grpo", "FILE": "file.json", "FOLDER": "folder", "RECORD": "builtin", "GROUP": "loss",
     "<command>": "doctor",
 }  # fmt: skip
 # added to commands that are run, so that they take no time

@@ -120,7 +120,7 @@ def _draw(axes: Axes, panel: Panel, lines: dict[str, list[tuple[int, float]]]) -
     style: dict[str, Any] = {"markersize": 4, "clip_on": False, "zorder": 3}  # a line of zeros lies on the axis
     for key, points in lines.items():
         label, color = panel.lines[key]
-        x, y = zip(*points, strict=True)
+        x, y = ([point[axis] for point in points] for axis in (0, 1))
         values += y
         if panel.event != "step":
             axes.plot(x, y, "o-", color=color, **style)
