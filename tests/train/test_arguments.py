@@ -190,7 +190,6 @@ def test_parts(tmp_path, part, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, r"is None: pass a list of rows or a datasets.Dataset \(toolx_kernels.train.rows.load_rows gives both"),
         ("rows.jsonl", r"is the text 'rows.jsonl': pass .*read_dataset\('rows.jsonl'\)"),
         (Path("rows.jsonl"), r"is the text 'rows.jsonl': pass .*read_dataset\('rows.jsonl'\)"),
         (5, "is the number 5: pass a list of rows"),
@@ -204,6 +203,20 @@ def test_datasets(tmp_path, name, rows, message):
     with pytest.raises(InputError, match=f"{name} {message}"):
         trainer(tmp_path, **{name: rows})
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_to_train_on_are_needed_and_rows_to_evaluate_on_only_where_a_setting_asks_for_them(tmp_path):
+    there = (
+        r"train_dataset is None: pass a list of rows or a datasets.Dataset \(toolx_kernels.train.rows.load_rows give"
+    )
+    with pytest.raises(InputError, match=there):
+        trainer(tmp_path, train_dataset=None)
+    with pytest.raises(InputError, match="eval_dataset is an empty list: pass at least one row, or leave it out"):
+        trainer(tmp_path, eval_dataset=[])
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL, eval_steps=2)
+    with pytest.raises(InputError, match="eval_steps=2 has nothing to evaluate: pass an eval_dataset, or eval_steps=0"):
+        trainer(tmp_path, eval_dataset=None, args=args)
+    assert trainer(tmp_path, eval_dataset=None).task.eval_rows == []
 
 
 def test_what_is_legitimate_is_taken(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from toolx_kernels.compare.arms import Difference, arms_of
+from toolx_kernels.compare.figures import Change, figures
+from toolx_kernels.compare.plot import comparison_figure
+from toolx_kernels.compare.report import describe
+from toolx_kernels.compare.runs import read_run
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.load import load_model
@@ -108,6 +114,25 @@ def test_the_reward_rises(tmp_path):
     make_trainer(folder, num_train_epochs=6, hard_sampling="none", cold_start_steps=0, learning_rate=1e-2).train()
     rewards = [s["reward"] for s in metrics(folder, ["step"])]
     assert sum(rewards[:4]) / 4 < 0.6 and sum(rewards[-4:]) / 4 > 0.8
+
+
+def test_a_run_without_rows_to_evaluate_on_reports_no_accuracy(finished, tmp_path, capsys):
+    """And can be compared with one that has some."""
+    run = tmp_path / "run"
+    args = ToolExpanderConfig(output_dir=str(run), **SMALL | {"max_steps": 1, "cold_start_steps": 0})
+    trainer = ToolExpanderTrainer("tiny", even_is_good, args, training_rows())
+    summary = trainer.train()
+    assert (summary["eval_before"], summary["eval_after"], summary["eval_rows"]) == (None, None, 0)
+    assert not metrics(run, ["eval"]) and len(metrics(run, ["step"])) == 1
+    assert "held-out accuracy before RL: not measured, as there is no eval_dataset" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no rows to evaluate on: give at least one, a trainer's as eval_dataset"):
+        trainer.evaluate()
+    arms = arms_of([read_run(finished[0]), read_run(run)])
+    of_arms = figures(arms)
+    assert of_arms["run"].accuracy == Change(None, None, Difference(0, None))
+    assert of_arms["run"].hard.after and of_arms["finished"].accuracy.after
+    assert re.search(r"^run +1 +– +–", describe(arms), re.MULTILINE)
+    assert comparison_figure(arms).axes
 
 
 def test_two_runs_are_the_same(finished, tmp_path):

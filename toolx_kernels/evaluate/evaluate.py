@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from toolx_kernels.engine import SamplingParams
+from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import TOO_LONG, Answer, Scores, check_sampling
 from toolx_kernels.progress import ProgressBar
 from toolx_kernels.rollout.prompts import Prompts
@@ -34,8 +35,10 @@ def evaluate(
     depend only on the engine's seed, the row and its place in ``rows``, not on other rows. ``bar`` shows the finished
     completions, under ``title``.
 
-    Raises InputError for what ``check_sampling`` and ``Chat.check`` refuse, before anything runs.
+    Raises InputError for no rows, and for what ``check_sampling`` and ``Chat.check`` refuse, before anything runs.
     """
+    if not rows:
+        raise InputError("There are no rows to evaluate on: give at least one, a trainer's as eval_dataset.")
     check_sampling(params.temperature, n, ks)
     prompts.chat.check(rows)
     ids = [prompts.ids(row) for row in rows]

@@ -42,7 +42,12 @@ def check_arguments(
     _check_model(model)
     _check_tokenizer(processing_class, named=isinstance(model, str | os.PathLike))
     _check_rows("train_dataset", train_dataset)
-    _check_rows("eval_dataset", eval_dataset)
+    if eval_dataset is not None:
+        _check_rows("eval_dataset", eval_dataset)
+    elif args is not None and args.eval_steps:
+        raise InputError(
+            f"eval_steps={args.eval_steps} has nothing to evaluate: pass an eval_dataset, or eval_steps=0."
+        )
     demonstrations = others["demonstrations"]
     if not isinstance(demonstrations, list | tuple) or not all(isinstance(row, Row) for row in demonstrations):
         raise InputError(f"demonstrations is {_described(demonstrations)}: pass a list of rows (rows_from makes them).")
@@ -116,14 +121,14 @@ def _check_tokenizer(tokenizer: Any, named: bool) -> None:
 def _check_rows(name: str, rows: Any) -> None:
     remedy = "pass a list of rows or a datasets.Dataset (toolx_kernels.train.rows.load_rows gives both sets)"
     if isinstance(rows, str | os.PathLike):
-        remedy = f"pass toolx_kernels.toolcall.datasets.read.read_dataset({str(rows)!r})"
+        remedy = f"pass toolx_kernels.toolcall.read_dataset({str(rows)!r})"
     elif isinstance(rows, Mapping):
         keys = ", ".join(map(str, list(rows)[:3]))
         remedy = f"pass a list of rows, or one of its parts ({keys})"
     elif not isinstance(rows, type) and (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
         if not (hasattr(rows, "__len__") and len(rows) == 0):
             return
-        remedy = "pass at least one row"
+        remedy = "pass at least one row" + ", or leave it out" * (name == "eval_dataset")
     raise InputError(f"{name} is {_described(rows)}: {remedy}.")
 
 

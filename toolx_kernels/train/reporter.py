@@ -153,9 +153,10 @@ class Reporter:
         self.evaluated = rounds.step
         return scores.accuracy
 
-    def before(self, accuracy: float) -> None:
+    def before(self, accuracy: float | None) -> None:
         self.eval_before = accuracy
-        self.bar.write(f"held-out accuracy before RL: {accuracy:.3f}")
+        measured = "not measured, as there is no eval_dataset" if accuracy is None else f"{accuracy:.3f}"
+        self.bar.write(f"held-out accuracy before RL: {measured}")
 
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs the result of a probe, and the table of all rows."""

@@ -73,7 +73,8 @@ class ToolExpanderTrainer:
             Default: those that ``args.reward_funcs`` names, else 1 for the right calls and nothing else in the
             completion and 0 otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
         args: the settings.
-        train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``.
+        train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``. Without ``eval_dataset`` nothing is
+            evaluated: the summary's ``eval_rows`` is 0, and its accuracies are None.
         processing_class: the tokenizer; default if ``model`` is a name: the one loaded with it.
         cold_start: endless iterator of examples to imitate before RL; default: the training rows' answers, some with
             demonstrations. Used if ``args.cold_start_steps`` is set.
@@ -126,7 +127,7 @@ class ToolExpanderTrainer:
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
         self.args = args = replace(args, date=args.date or self.run.date(args.resume))
-        rows, eval_rows = rows_from(train_dataset), rows_from(eval_dataset)
+        rows, eval_rows = (rows_from(those) if those is not None else [] for those in (train_dataset, eval_dataset))
         self.model, self.tokenizer = policy_model(model, processing_class, args)
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
         prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config), args.self_exemplify)
@@ -261,8 +262,9 @@ class ToolExpanderTrainer:
         if self.args.cold_start_steps and self.cold_start is not None:
             imitate(self.learner, self.task.prompts, self.cold_start, self.args, self.reporter, self._naming)
 
-    def _evaluate(self) -> float:
-        return self.reporter.evaluation(self.rounds, self.evaluate)
+    def _evaluate(self) -> float | None:
+        """Logs the held-out accuracy and returns it; None without rows to evaluate on."""
+        return self.reporter.evaluation(self.rounds, self.evaluate) if self.task.eval_rows else None
 
     def _probe(self) -> None:
         """Probes the next round's rows, then saves, because a probe may take long."""
