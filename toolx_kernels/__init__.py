@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from toolx_kernels.engine import SamplingParams as SamplingParams
     from toolx_kernels.errors import InputError as InputError
     from toolx_kernels.loss_config import GRPOLossConfig as GRPOLossConfig
+    from toolx_kernels.models.load import load_model as load_model
     from toolx_kernels.ops.advantages import group_advantages as group_advantages
     from toolx_kernels.ops.attention.paged import kv_write as kv_write
     from toolx_kernels.ops.attention.paged import paged_attention as paged_attention
@@ -41,6 +42,7 @@ _HOME = {
     "linear_logprob": "ops.lm_head.linear_logprob",
     "sample": "ops.lm_head.sampling",
     "GRPOLossConfig": "loss_config",
+    "load_model": "models.load",
     "GRPOOutput": "reference",
     "Sample": "reference",
     "TokenStats": "reference",

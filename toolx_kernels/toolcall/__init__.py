@@ -3,6 +3,7 @@
 from toolx_kernels.toolcall.bfcl_match import bfcl_match
 from toolx_kernels.toolcall.chat import Chat, render_prompt, render_text
 from toolx_kernels.toolcall.datasets.bfcl import CATEGORIES, read_bfcl
+from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.datasets.read import read_dataset, read_hub, read_jsonl, rows_from
 from toolx_kernels.toolcall.datasets.report import DatasetReport, dataset_report
 from toolx_kernels.toolcall.datasets.seal_tools import read_seal_tools
@@ -28,6 +29,7 @@ __all__ = [
     "Chat",
     "DatasetReport",
     "DemonstrationIndex",
+    "Episode",
     "FORMATS",
     "HERMES",
     "RewardFunctions",
