@@ -154,7 +154,7 @@ def test_other_shapes_are_refused(shape, wrapped):
     batch = [group([[0.1, 0.2], [0.3]], [1.0, 0.0]), group([[0.1]], [1.0])]
     shaper = Given(torch.zeros(shape))
     with pytest.raises(
-        InputError, match=r"advantages of shape \(.*\): give one for each of the 3 rollouts or .* 4 tok"
+        InputError, match=r"advantages of shape \(.*\): return one for each of the 3 rollouts or .* 4 tok"
     ):
         give_advantages(batch, SuccessesOnly(shaper) if wrapped else shaper)
 

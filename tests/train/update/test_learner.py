@@ -179,7 +179,7 @@ def test_distilled_rollouts_have_no_ratio_to_their_sampler():
 
 
 def test_ratios_to_the_sampler_need_no_weights():
-    with pytest.raises(InputError, match="token_mask weighs .* old_logprobs=sampler has that in its ratios already"):
+    with pytest.raises(InputError, match="token_mask corrects for .* ratios of old_logprobs=sampler contain already"):
         ToolExpanderConfig(
             hard_sampling="none", num_iterations=2, old_logprobs="sampler", importance_sampling_mode="token_mask"
         )

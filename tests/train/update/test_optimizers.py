@@ -465,7 +465,7 @@ def test_large_weights_are_rounded_in_pieces(monkeypatch):
 
 
 def test_wants_bfloat16_weights():
-    with pytest.raises(InputError, match="float32 ones are trained here: use --optim adamw"):
+    with pytest.raises(InputError, match="this run trains float32: use --optim adamw"):
         make("adamw_stochastic", FP32)
 
 
@@ -482,7 +482,7 @@ def test_refuses_the_state_of_another_run():
     _, fresh = make("adamw", FP32)
     with pytest.raises(InputError, match="holds float32 .* and this optimizer needs nothing"):
         fresh.load_state_dict(state)
-    with pytest.raises(InputError, match="of a parameter lm_head.weight that is not trained here"):
+    with pytest.raises(InputError, match="has a parameter lm_head.weight that is not trained here"):
         fresh.load_state_dict({"lm_head.weight|step": torch.zeros(())})
     _, fresh = make("adamw", BF16)
     short = {key: value for key, value in state.items() if key != "scale|exp_avg"}

@@ -55,5 +55,5 @@ def test_what_is_no_decay_is_refused(factor, floor):
 
 
 def test_a_state_of_something_else_is_refused():
-    with pytest.raises(InputError, match="no state of this"):
+    with pytest.raises(InputError, match="does not fit this learning-rate schedule"):
         ExponentialDecay(optimizer(1.0), 0.8).load_state_dict({"count": 2, "base_lrs": [1.0, 2.0]})
