@@ -142,3 +142,14 @@ def test_of_many_runs_each_arm_has_a_panel_for_its_seeds(tmp_path):
     for color, panel in zip(COLORS, panels(below).values(), strict=False):
         own = [line for line in panel.lines if line.get_color() == color]
         assert len(own) == 4 + 1 and len(panel.lines) == 4 + 1 + 2
+
+
+def test_runs_that_were_measured_once_are_points_and_their_mean_is_named(tmp_path):
+    (arm,) = arms = arms_of(runs_of(tmp_path, ("a-seed0", dict(seed=0)), ("a-seed1", dict(seed=1))), ["once"])
+    for run, fe, value in zip(arm.runs, (10_000, 30_000), (0.2, 0.6), strict=True):
+        run.curves[ACCURACY] = [run.points(ACCURACY)[-1]._replace(fe=fe, value=value)]
+    panel = panels(comparison_figure(arms))["held-out accuracy"]
+    (mean,) = means(panel)
+    points = [line for line in panel.lines if line is not mean]
+    assert [line.get_marker() for line in points] == [".", "."]
+    assert mean.get_xydata().tolist() == [[20_000, pytest.approx(0.4)]] and labels(panel) == ["once"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _curves(
 ) -> dict[Axes, list[LineEnd]]:
     """The means of all arms, a panel for each curve, and the runs themselves unless that is too many lines."""
     ends: dict[Axes, list[LineEnd]] = {}
-    means = {(arm.name, curve): arm.mean_curve(curve, along) for arm in arms for curve in curves}
+    means = {(arm.name, curve): mean_line(arm, curve, along) for arm in arms for curve in curves}
     last = max(x for mean in means.values() for x, _ in mean) if crowded else _last(arms, along)
     for panel, curve in zip(panel_grid(part, len(curves)), curves, strict=True):
         panel.set_title(fill(_title(curve), 36))
@@ -128,10 +129,10 @@ def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, alo
         panel.tick_params(labelsize=8)
         _budget_axis(panel, _last(arms, along))
         for other in arms:
-            if other is not arm and (mean := other.mean_curve(curve, along)):
+            if other is not arm and (mean := mean_line(other, curve, along)):
                 panel.plot(*zip(*mean, strict=True), color="0.85", linewidth=1, zorder=1)
         values += _runs(panel, arm, looks[arm.name], curve, along)
-        if mean := arm.mean_curve(curve, along):
+        if mean := mean_line(arm, curve, along):
             _mean(panel, arm, looks[arm.name], mean)
     _set_top(panels[0], curve, max(values))
     for panel in panels[len(arms) :]:
@@ -143,6 +144,16 @@ def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, alo
 def _columns(arms: int) -> int:
     """Four at most, and few empty places."""
     return min((4, 3), key=lambda columns: -arms % columns) if arms > 4 else arms
+
+
+def mean_line(arm: Arm, curve: Curve, along: str) -> Sequence[tuple[float, float]]:
+    """The mean curve of an arm; the mean of its runs' ends where they have no stretch of the axis in common, as when
+    each was measured once."""
+    ends = [run.points(curve)[-1] for run in arm.finished or arm.runs if run.points(curve)]
+    if not ends:
+        return []
+    middle = fmean(getattr(point, along) for point in ends), fmean(point.value for point in ends)
+    return arm.mean_curve(curve, along) or [middle]
 
 
 def _last(arms: Sequence[Arm], along: str) -> float:
@@ -166,7 +177,7 @@ def _runs(panel: Axes, arm: Arm, look: Look, curve: Curve, along: str) -> list[f
         points = run.points(curve)
         x, y = [getattr(point, along) for point in points], [point.value for point in points]
         style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4} if run.finished else {"linewidth": 1, "linestyle": ":"}
-        panel.plot(x, y, color=look.color, zorder=2, **style)
+        panel.plot(x, y, "." if len(x) == 1 else "", color=look.color, zorder=2, **style)
         values += y
     return values
 
