@@ -1,4 +1,4 @@
-"""The report of one kind of benchmark: a table in CSV and Markdown, who is absent, and plots."""
+"""Tables and reports of one kind of benchmark: CSV, Markdown with the absent providers, and plots."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Report:
     """One kind of benchmark: its measurements are what ``extra_info`` holds under ``name``.
 
     case       the columns that name a case; "provider" and ``columns`` follow
-    rows_of    from the measurements to a row for each case and provider; what is no column is left out
+    rows_of    from the measurements to a row for each case and provider; keys without a column are dropped
     case_name  a case in words
     pictures   what draws each picture, by its name
-    notes      lines between the table and who is absent
+    notes      lines between the table and the list of absent providers
     """
 
     name: str
@@ -54,7 +54,7 @@ class Report:
     notes: Callable[[list[Row]], list[str]] = lambda rows: []
 
     def measurements(self, record: Mapping) -> list[dict]:
-        """Of ``record``, the parsed JSON of pytest-benchmark, in which other kinds stand too."""
+        """The measurements in ``record``, the parsed JSON of pytest-benchmark, which also holds other kinds."""
         return [b["extra_info"][self.name] for b in record["benchmarks"] if self.name in b.get("extra_info", {})]
 
     def rows(self, record: Mapping) -> list[Row]:
@@ -79,7 +79,7 @@ class Report:
         return "\n".join([*lines, *self.notes(rows), *absent(rows, self.case_name)]) + "\n"
 
     def write(self, record: Mapping, results: Path = RESULTS) -> Path:
-        """<name>.csv, <name>.md and the plots, in the folder of the machine that was measured on, which is returned."""
+        """Writes <name>.csv, <name>.md and the plots into the folder of the measured machine, and returns it."""
         rows = self.rows(record)
         folder = results / record["machine_info"]["slug"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,13 +150,13 @@ def table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 
 def named_cases(rows: Iterable[Row], case_name: Callable[[Row], str]) -> list[tuple[str, list[Row]]]:
-    """The rows of those who were there, by the names of their cases."""
+    """The rows of the providers that ran, by the names of their cases."""
     present = (row for row in rows if not row["absent"])
     return [(name, list(case)) for name, case in groupby(present, key=case_name)]
 
 
 def absent(rows: Sequence[Row], case_name: Callable[[Row], str]) -> list[str]:
-    """The lines on who is absent and why; the case is named where a provider ran in others."""
+    """Lines on absent providers with the reasons; they name the case if a provider ran in others."""
     reasons = {(r["provider"], r["absent"]): case_name(r) for r in rows if r["absent"]}
     everywhere = {r["provider"] for r in rows} - {r["provider"] for r in rows if not r["absent"]}
     lines = [

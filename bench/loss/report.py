@@ -57,7 +57,7 @@ CHECK = (
 
 
 def rows_of(measurements: Sequence[Mapping]) -> list[Row]:
-    """Sorted by case; ratios are those of medians within a case."""
+    """The rows, sorted by case; ratios are of medians within a case."""
     rows = []
     for measured in measurements:
         ms = {record["provider"]: record.get("ms") for record in measured["records"]}
@@ -105,7 +105,7 @@ def errors(rows: list[Row]) -> list[str]:
 
 
 def pictures(rows: list[Row]) -> dict[str, Callable[[], Figure]]:
-    """loss_time.png, loss_memory.png and loss_dead.png, each where the rows hold a series for it."""
+    """loss_time.png, loss_memory.png and loss_dead.png, each if the rows hold a series for it."""
     trained = [row for row in rows if row["what"] == "both" and not row["frozen"]]
     dense = [row for row in trained if not row["dead"]]
     memory = longest([row for row in dense if row["mib"] is not None], "n")
@@ -166,7 +166,7 @@ def varied(rows: list[Row], x: str) -> bool:
 
 
 def longest(rows: list[Row], x: str) -> list[Row]:
-    """The rows of the one case, ``x`` left free, that has the most values of ``x``."""
+    """The rows of the case that, apart from ``x``, has the most values of ``x``."""
     groups = defaultdict(list)
     for row in rows:
         groups[key(row, without=x, fields=CASE)].append(row)

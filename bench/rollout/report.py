@@ -54,7 +54,7 @@ starts and stops its thread in every call, as its `generate_batch` does.
 
 
 def rows_of(measurements: Sequence[Mapping]) -> list[Row]:
-    """The floor is a provider that has a step alone."""
+    """The rows of all providers; the floor is a provider with only a step."""
     rows = []
     for measured in measurements:
         case, floor, records = measured["case"], measured["floor"], measured["records"]
@@ -78,7 +78,7 @@ def case_name(row: Row) -> str:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """The floors, and what providers had to say."""
+    """The floors, and the providers' notes."""
     lines = ["", "Floors of a step:", ""]
     for name, (row, *_) in named_cases(rows, case_name):
         lines.append(

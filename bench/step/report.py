@@ -72,7 +72,7 @@ def case_name(row: Row) -> str:
 
 
 def series(rows: list[Row], x: str) -> list[Row]:
-    """The rows of cases that differ from the first one in ``x`` alone; a case that is there twice counts once."""
+    """The rows of cases that differ only in ``x``, as many values as possible; a duplicate case counts once."""
     present = [row for row in rows if not row["absent"]]
     fixed = [key for key in CASE if key != x]
     best: dict[tuple, Row] = {}
