@@ -37,9 +37,9 @@ def evaluate(
 
     Raises InputError for no rows, and for what ``check_sampling`` and ``Chat.check`` refuse, before anything runs.
     """
+    check_sampling(params.temperature, n, ks)
     if not rows:
         raise InputError("There are no rows to evaluate on: give at least one, a trainer's as eval_dataset.")
-    check_sampling(params.temperature, n, ks)
     prompts.chat.check(rows)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]

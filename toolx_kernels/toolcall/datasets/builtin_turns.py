@@ -80,8 +80,8 @@ def _told(kind: str, value: str | int) -> str:
 class Episode:
     """A supervised example: a row, and the chat messages that answer it, from the first call to the last.
 
-    Turns of the assistant have a text as ``content``, or ``calls``, a list of ``{"name", "arguments"}``; behind each but
-    the last stand the ``tool`` messages that answer it, with ``name`` and ``content``.
+    A turn of the assistant has text as ``content``, or ``calls``, a list of ``{"name", "arguments"}``. Each but the
+    last is followed by the ``tool`` messages that answer it, with ``name`` and ``content``.
     """
 
     row: Row
