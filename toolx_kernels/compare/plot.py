@@ -177,7 +177,7 @@ def _runs(panel: Axes, arm: Arm, look: Look, curve: Curve, along: str) -> list[f
         points = run.points(curve)
         x, y = [getattr(point, along) for point in points], [point.value for point in points]
         style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4} if run.finished else {"linewidth": 1, "linestyle": ":"}
-        panel.plot(x, y, "." if len(x) == 1 else "", color=look.color, zorder=2, **style)
+        panel.plot(x, y, marker="." if len(x) == 1 else None, color=look.color, zorder=2, **style)
         values += y
     return values
 
