@@ -7,6 +7,7 @@ from matplotlib import rc_context
 from matplotlib.text import Text
 
 from tests.compare.cases import runs_of, two_arms
+from toolx_kernels.compare import plot
 from toolx_kernels.compare.arms import arms_of
 from toolx_kernels.compare.plot import AXES, MOST_RUNS, comparison_figure
 from toolx_kernels.compare.runs import ACCURACY
@@ -17,6 +18,12 @@ from toolx_kernels.pictures import COLORS, STYLE
 def _style():
     with rc_context(STYLE):
         yield
+
+
+@pytest.fixture
+def no_labels(monkeypatch):
+    """Labels make most of the time that a figure takes."""
+    monkeypatch.setattr(plot, "label_ends", lambda figure, ends: None)
 
 
 def panels(part):
@@ -38,12 +45,12 @@ def test_the_picture_has_a_panel_for_accuracy_for_hard_rows_and_for_each_tier(tm
     assert "unfinished" in part.get_suptitle() and "not measured" not in part.get_suptitle()
 
 
-def test_a_tier_that_is_all_rows_has_no_panel(tmp_path):
+def test_a_tier_that_is_all_rows_has_no_panel(tmp_path, no_labels):
     (part,) = comparison_figure(arms_of(runs_of(tmp_path, ("a", dict(tiers={"all": (0.1, 0.3, 0.5)}))))).subfigs
     assert len(panels(part)) == 2 and part.get_suptitle() == ""
 
 
-def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path):
+def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path, no_labels):
     base, ours = arms = two_arms(tmp_path)
     panel = panels(comparison_figure(arms))["held-out accuracy"]
     for arm, color in ((base, COLORS[0]), (ours, COLORS[1])):
@@ -55,7 +62,7 @@ def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path):
         assert sum(line.get_linestyle() == ":" for line in lines) == (arm is ours), "the one at work is dotted"
 
 
-def test_the_axis_is_fe_where_all_runs_tell(tmp_path):
+def test_the_axis_is_fe_where_all_runs_tell(tmp_path, no_labels):
     specs = [("a", dict(arm=0)), ("b", dict(arm=1))]
     for more, along, last in (((), "fe", 60_000), ((("old", dict(arm=2, fe=False)),), "tokens", 20_000)):
         (part,) = comparison_figure(arms_of(runs_of(tmp_path / along, *specs, *more))).subfigs
@@ -63,7 +70,7 @@ def test_the_axis_is_fe_where_all_runs_tell(tmp_path):
         assert {line.get_xdata()[-1] for panel in part.axes for line in panel.lines} == {last}
 
 
-def test_what_was_not_measured_has_no_panel_and_is_named(tmp_path):
+def test_what_was_not_measured_has_no_panel_and_is_named(tmp_path, no_labels):
     arms = arms_of(runs_of(tmp_path, ("a", dict(probes="none")), ("b", dict(arm=1, probes="none"))))
     (part,) = comparison_figure(arms).subfigs
     assert [*panels(part)] == ["held-out accuracy"]
@@ -127,13 +134,13 @@ def test_no_text_is_upon_another(tmp_path, of_arms, tiers):
         assert not a.padded(-0.5).overlaps(b.padded(-0.5)), (one, other)
 
 
-def test_no_two_arms_share_a_color(tmp_path):
+def test_no_two_arms_share_a_color(tmp_path, no_labels):
     figure = comparison_figure(crowd(tmp_path, [f"arm-{i}" for i in range(12)], [], seeds=1))
     looks = [[(line.get_color(), line.get_marker()) for line in means(panel)] for panel in panels(figure).values()]
     assert looks[0] == looks[1] and len({color for color, _ in looks[0]}) == 12
 
 
-def test_of_many_runs_each_arm_has_a_panel_for_its_seeds(tmp_path):
+def test_of_many_runs_each_arm_has_a_panel_for_its_seeds(tmp_path, no_labels):
     arms = crowd(tmp_path, ["one", "two", "three"], ["easy", "hard"], seeds=4)
     assert sum(len(arm.runs) for arm in arms) > MOST_RUNS
     above, below = comparison_figure(arms).subfigs

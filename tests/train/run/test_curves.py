@@ -8,6 +8,7 @@ import yaml
 from matplotlib import rc_context
 
 from toolx_kernels.pictures import STYLE
+from toolx_kernels.train.run import curves
 from toolx_kernels.train.run.curves import SMOOTH, curves_figure, write_curves
 
 
@@ -79,6 +80,14 @@ def test_steps_on_the_axis_are_whole(steps):
         assert 2 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 6
 
 
+@pytest.mark.parametrize(
+    ("rewards", "bottom", "top"), [((0, 0), 0, 1), ((-1, -0.5), -1.08, 0), ((-1, 0.5), -1.08, 0.54), ((0, 2), 0, 2.16)]
+)
+def test_the_axis_of_a_reward_holds_zero(rewards, bottom, top):
+    figure = curves_figure([step(number, reward=reward) for number, reward in enumerate(rewards, 1)], "title")
+    assert figure.axes[0].get_ylim() == pytest.approx((bottom, top))
+
+
 def test_supervised_steps_are_gray():
     lines = [{"event": "sft", "step": number, "loss": 1.0, "grad_norm": 1.0} for number in (1, 2, 3)]
     figure = curves_figure(lines + [step(4), step(5)], "title")
@@ -93,9 +102,11 @@ def test_nothing_to_draw_is_no_error():
         assert "held-out accuracy, mean reward" in curves_figure([], "title").get_supxlabel()
 
 
-def test_an_old_run_folder_is_drawn_in_one_line(tmp_path):
+def test_an_old_run_folder_is_drawn_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "dataset": "builtin", "seed": 3}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(3)))
-    assert write_curves(tmp_path) and write_curves(tmp_path, tmp_path / "other.png")
+    assert write_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    drawn = []
+    monkeypatch.setattr(curves, "write_picture", lambda path, draw: drawn.append(path) or True)
+    assert write_curves(tmp_path, tmp_path / "other.png") and drawn == [tmp_path / "other.png"]

@@ -136,7 +136,10 @@ def _draw(axes: Axes, panel: Panel, lines: dict[str, list[tuple[int, float]]]) -
     least, most = min(values), panel.top or 1.08 * max(values)
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(1.08 * least, max(most, 0.05 if panel.percent else least + 1e-9))
+        most = max(most, 0.05)
+    elif least == most:  # nothing but zeros
+        most = 1.0
+    axes.set_ylim(1.08 * least, most)
     return ends
 
 
