@@ -43,6 +43,11 @@ def test_runs_that_differ_in_the_seed_are_an_arm(tmp_path):
         arms_of(runs, ["a", "b"])
 
 
+def test_a_number_that_is_no_seed_stays_in_an_arms_name(tmp_path):
+    runs = runs_of(tmp_path, ("retry20", dict(seed=0, beta=0.0)), ("grpo-2", dict(seed=2, beta=0.1)))
+    assert [arm.name for arm in arms_of(runs)] == ["retry20", "grpo"]
+
+
 def test_arms_whose_folders_do_not_tell_them_apart_are_called_by_their_paths(tmp_path):
     runs = runs_of(tmp_path, ("one/run", dict(beta=0.0)), ("two/run", dict(beta=0.1)))
     assert [arm.name for arm in arms_of(runs)] == [str(tmp_path / "one" / "run"), str(tmp_path / "two" / "run")]

@@ -41,7 +41,7 @@ def means(panel):
 
 def test_the_picture_has_a_panel_for_accuracy_for_hard_rows_and_for_each_tier(tmp_path):
     (part,) = comparison_figure(two_arms(tmp_path)).subfigs
-    assert [*panels(part)] == ["held-out accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
+    assert [*panels(part)] == ["evaluation accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
     assert "unfinished" in part.get_suptitle() and "not measured" not in part.get_suptitle()
 
 
@@ -52,7 +52,7 @@ def test_a_tier_that_is_all_rows_has_no_panel(tmp_path, no_labels):
 
 def test_a_thick_line_is_the_mean_and_a_thin_one_a_run(tmp_path, no_labels):
     base, ours = arms = two_arms(tmp_path)
-    panel = panels(comparison_figure(arms))["held-out accuracy"]
+    panel = panels(comparison_figure(arms))["evaluation accuracy"]
     for arm, color in ((base, COLORS[0]), (ours, COLORS[1])):
         lines = [line for line in panel.lines if line.get_color() == color]
         (mean,) = (line for line in lines if line.get_linewidth() == 2)
@@ -73,14 +73,14 @@ def test_the_axis_is_fe_where_all_runs_tell(tmp_path, no_labels):
 def test_what_was_not_measured_has_no_panel_and_is_named(tmp_path, no_labels):
     arms = arms_of(runs_of(tmp_path, ("a", dict(probes="none")), ("b", dict(arm=1, probes="none"))))
     (part,) = comparison_figure(arms).subfigs
-    assert [*panels(part)] == ["held-out accuracy"]
+    assert [*panels(part)] == ["evaluation accuracy"]
     assert part.get_suptitle() == "not measured: hard rows (no solved rollout)"
 
 
 def test_labels_stand_at_the_ends_of_their_lines(tmp_path):
     specs = [(f"{end}", dict(arm=i, accuracies=(0.1, 0.2, end))) for i, end in enumerate((0.9, 0.30, 0.31, 0.5))]
     figure = comparison_figure(arms_of(runs_of(tmp_path, *specs), "abcd"))
-    panel = panels(figure)["held-out accuracy"]
+    panel = panels(figure)["evaluation accuracy"]
     assert labels(panel) == ["b", "c", "d", "a"], "from the lowest end to the highest"
     size, places = Text.get_window_extent(panel.texts[0]).height / panel.bbox.height, {}
     for text in panel.texts:
@@ -155,7 +155,7 @@ def test_runs_that_were_measured_once_are_points_and_their_mean_is_named(tmp_pat
     (arm,) = arms = arms_of(runs_of(tmp_path, ("a-seed0", dict(seed=0)), ("a-seed1", dict(seed=1))), ["once"])
     for run, fe, value in zip(arm.runs, (10_000, 30_000), (0.2, 0.6), strict=True):
         run.curves[ACCURACY] = [run.points(ACCURACY)[-1]._replace(fe=fe, value=value)]
-    panel = panels(comparison_figure(arms))["held-out accuracy"]
+    panel = panels(comparison_figure(arms))["evaluation accuracy"]
     (mean,) = means(panel)
     points = [line for line in panel.lines if line is not mean]
     assert [line.get_marker() for line in points] == [".", "."]

@@ -25,7 +25,7 @@ intervals, and pass@k if there are several completions per row.
 
   toolx eval --model runs/builtin
   toolx eval --model runs/rows --dataset rows.jsonl --split held-out
-  toolx eval --model runs/rows --num_generations 8 --temperature 0.7 --k 1 8
+  toolx eval --dataset rows.jsonl --num_generations 8 --temperature 1 --k 1 8
 """
 
 

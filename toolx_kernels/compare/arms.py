@@ -135,7 +135,7 @@ def _kind(run: Run) -> str:
 
 def _default_names(arms: Sequence[Sequence[Run]]) -> list[str]:
     """Returns the folder that an arm's runs share once the seed is cut from their paths, else the first path."""
-    stems = [{re.sub(rf"[-_./]*(seed)?[-_]?{run.seed}$", "", str(run.path)) for run in arm} for arm in arms]
+    stems = [{re.sub(rf"([-_./]+|[-_./]*seed[-_]?){run.seed}$", "", str(run.path)) for run in arm} for arm in arms]
     names = [Path(next(iter(stem))).name if len(stem) == 1 else "" for stem in stems]
     return [
         name if name and names.count(name) == 1 else str(arm[0].path) for name, arm in zip(names, arms, strict=True)

@@ -79,7 +79,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _title(curve: Curve) -> str:
-    return {ACCURACY: "held-out accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
+    return {ACCURACY: "evaluation accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
 
 
 def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:

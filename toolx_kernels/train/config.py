@@ -115,7 +115,7 @@ class RolloutSettings(Settings):
     """What a step samples, and how."""
 
     num_generations: int = setting(5, "completions per prompt: the group size G", least=1)
-    prompts_per_step: int = setting(8, "prompts per optimizer step", least=1)
+    prompts_per_step: int = setting(8, "prompts per step", least=1)
     prompt_sampling: Literal["epochs", "dynamic", "solve-rate"] = setting(
         "epochs",
         "epochs: every prompt once per epoch; dynamic: drop groups whose rewards are all equal, and fill the "
@@ -190,7 +190,7 @@ class UpdateSettings(Settings):
     weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = setting(1.0, "clip gradients to this norm", bounds=POSITIVE)
     num_train_epochs: int = setting(10, "passes over the training rows; 0: only the cold start", least=0)
-    max_steps: int = setting(-1, "stop after N optimizer steps; -1: no limit", bounds=NO_LIMIT_OR_POSITIVE)
+    max_steps: int = setting(-1, "stop after N steps, or num_train_epochs if that is earlier; -1: no limit", bounds=NO_LIMIT_OR_POSITIVE)
     max_tokens: int = setting(
         -1,
         "stop after N tokens: generated (including the method's probes) plus trained-on tokens; -1: no limit",

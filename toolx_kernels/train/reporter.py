@@ -156,7 +156,7 @@ class Reporter:
     def before(self, accuracy: float | None) -> None:
         self.eval_before = accuracy
         measured = "not measured, as there is no eval_dataset" if accuracy is None else f"{accuracy:.3f}"
-        self.bar.write(f"held-out accuracy before RL: {measured}")
+        self.bar.write(f"accuracy before RL: {measured}")
 
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs the result of a probe, and the table of all rows."""

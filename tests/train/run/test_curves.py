@@ -19,7 +19,7 @@ def _style():
 
 
 ALL = [
-    "held-out accuracy: 10.0% to 30.0%", "mean reward", "hard rows: 40 to 20", "truncated completions",
+    "evaluation accuracy: 10.0% to 30.0%", "mean reward", "hard rows: 40 to 20", "truncated completions",
     "clipped tokens", "KL to the model before RL", "entropy (nats per token)", "completion length (tokens)",
     "gradient norm",
 ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_what_a_run_lacks_is_named_and_has_no_panel():
     assert first.colspan.stop - first.colspan.start == 2, "no place of the grid is empty"
     assert all(place.colspan.stop - place.colspan.start == 1 for place in others)
     figure = curves_figure([line for line in records(5) if line["event"] == "step"], "title")
-    assert "held-out accuracy, hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
+    assert "evaluation accuracy, hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
 
 
 def test_many_steps_are_thin_below_their_mean_and_few_are_points():
@@ -99,7 +99,7 @@ def test_supervised_steps_are_gray():
 def test_nothing_to_draw_is_no_error():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "held-out accuracy, mean reward" in curves_figure([], "title").get_supxlabel()
+        assert "evaluation accuracy, mean reward" in curves_figure([], "title").get_supxlabel()
 
 
 def test_an_old_run_folder_is_drawn_in_one_line(tmp_path, monkeypatch):

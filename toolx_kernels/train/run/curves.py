@@ -51,7 +51,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("held-out accuracy", "eval", {"accuracy": ("", BLUE)}, percent=True, top=1.0),
+    Panel("evaluation accuracy", "eval", {"accuracy": ("", BLUE)}, percent=True, top=1.0),
     Panel("mean reward", "step", {"reward": ("", GREEN)}),
     Panel("hard rows", "probe", {"hard": ("", VERMILION)}),
     Panel("truncated completions", "step", {"truncated": ("", PINK)}, percent=True),
@@ -99,7 +99,7 @@ def curves_figure(records: Sequence[dict], title: str) -> Figure:
             axes.axvspan(min(supervised) - 1, max(supervised), color="0.92", zorder=0, linewidth=0)
         ends[axes] = _draw(axes, panel, told[panel.title])
         if at >= len(shown) - 2:
-            axes.set_xlabel("optimizer step")
+            axes.set_xlabel("step")
     if any(ends.values()):
         label_ends(figure, ends)
     return figure
