@@ -190,7 +190,9 @@ class UpdateSettings(Settings):
     weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = setting(1.0, "clip gradients to this norm", bounds=POSITIVE)
     num_train_epochs: int = setting(10, "passes over the training rows; 0: only the cold start", least=0)
-    max_steps: int = setting(-1, "stop after N steps, or num_train_epochs if that is earlier; -1: no limit", bounds=NO_LIMIT_OR_POSITIVE)
+    max_steps: int = setting(
+        -1, "stop after N steps, or num_train_epochs if that is earlier; -1: no limit", bounds=NO_LIMIT_OR_POSITIVE
+    )
     max_tokens: int = setting(
         -1,
         "stop after N tokens: generated (including the method's probes) plus trained-on tokens; -1: no limit",
