@@ -58,11 +58,13 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
-    """The end of a sentence about an unknown ``word``: the ``known`` one that is spelled most like it, or
-    ``otherwise``.
+    """The end of a sentence about an unknown ``word``: the ``known`` one that begins with it or is spelled most like
+    it, or ``otherwise``.
 
     >>> did_you_mean("trian", ["train", "eval"], "use train or eval.")
     'did you mean train?'
     """
-    close = get_close_matches(str(word), list(known), n=1)
+    names = list(known)
+    begun = [name for name in names if len(str(word)) > 2 and name.startswith(str(word))]
+    close = begun or get_close_matches(str(word), names, n=1)
     return f"did you mean {close[0]}?" if close else otherwise

@@ -69,7 +69,7 @@ def panel_grid(figure: Figure | SubFigure, count: int) -> list[Axes]:
 
 @dataclass(frozen=True, slots=True)
 class LineEnd:
-    """The end of a line in data coordinates, and what is written beside it."""
+    """The end of a line in data coordinates, and its label."""
 
     x: float
     y: float
@@ -78,8 +78,8 @@ class LineEnd:
 
 
 def label_ends(figure: Figure, ends: dict[Axes, list[LineEnd]]) -> None:
-    """Writes beside each panel what its lines are, none upon another where its height suffices; a thin line, dotted
-    where it crosses much of the panel, leads from a label to its end. Ends the figure's layout."""
+    """Labels the lines of each panel at its right side, without overlap if the panel is high enough. A thin line
+    connects a label with its end; it is dotted if it crosses much of the panel. Fixes the figure's layout."""
     from matplotlib.colors import to_rgb
     from matplotlib.text import Text
 

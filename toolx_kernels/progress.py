@@ -1,4 +1,4 @@
-"""Progress bar of a run or an evaluation: what goes on, how much of it is done, the time left and the last results."""
+"""Progress bar of a run or an evaluation: the current phase, its progress, the time left and the last results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-DELAY = 2.0  # seconds until the first line: what is done by then needs none
+DELAY = 2.0  # seconds until the first line; shorter work needs none
 SCREEN, LOG = 0.1, 30.0  # seconds between two lines, on a terminal and elsewhere
 NARROW, WIDE = 5, 30  # characters of the bar alone
 
@@ -87,7 +87,7 @@ class ProgressBar:
                 self._close()
             self._stretches.pop()
             for outer in self._stretches[-1:]:
-                if outer.share == outer.first:  # what comes before its first unit says nothing of its pace
+                if outer.share == outer.first:  # the time before the first unit is no measure of its pace
                     outer.started = time.monotonic()
 
     def advance(self, amount: float = 1, share: float | None = None) -> None:

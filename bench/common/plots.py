@@ -50,7 +50,7 @@ PROVIDERS = {
 
 
 def colors_of(rows: Iterable[Row]) -> dict[str, str]:
-    """The color of each provider, in their order; the same in every picture, unless nobody knows the provider."""
+    """The color of each provider, in their order; the same in every picture, unless the provider is unknown."""
     names = dict.fromkeys(row["provider"] for row in rows)
     known = {name: PROVIDERS[name] for name in names if name in PROVIDERS}
     free = iter([color for color in COLORS if color not in known.values()])
@@ -111,7 +111,7 @@ def log_axis(panel: Axes) -> None:
 
 
 def caption(figure: Figure, rows: Iterable[Row], shown: Iterable[str]) -> None:
-    """Names below the panels the providers of ``rows`` that are not ``shown``: who ran at other cases, who did not."""
+    """Names below the panels the providers of ``rows`` that are not ``shown``: those of other cases, and those that failed."""
     rows = [row for row in rows if not row["provider"].startswith("floor")]
     ran = dict.fromkeys(row["provider"] for row in rows if not row["absent"])
     elsewhere = [name for name in ran if name not in shown]

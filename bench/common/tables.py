@@ -39,7 +39,7 @@ class Report:
     case       the columns that name a case; "provider" and ``columns`` follow
     rows_of    from the measurements to a row for each case and provider; keys without a column are dropped
     case_name  a case in words
-    pictures   what draws each picture, by its name
+    pictures   the function that draws each picture, by its name
     notes      lines between the table and the list of absent providers
     """
 

@@ -25,6 +25,11 @@ def test_flags_beat_files_and_later_files_beat_earlier_ones(tmp_path, monkeypatc
 
 BAD_YAML = [
     ("seed: 1\n\nlearning_rat: 1", "mine.yaml, line 3: 'learning_rat' is not a setting: did you mean learning_rate?"),
+    ("lear: 1", "mine.yaml, line 1: 'lear' is not a setting: did you mean learning_rate?"),
+    (
+        "seed: 1\ndtype: float32\nseed: 2",
+        "mine.yaml, line 3: 'seed' is set twice, first in mine.yaml, line 1: leave one",
+    ),
     ("1: 2\nx: 3", "mine.yaml, line 1: '1' is not a setting: see toolx train --help."),
     ("- a", "mine.yaml must have one setting per line, as 'learning_rate: 0.0005'."),
     ("", "mine.yaml must have one setting per line, as 'learning_rate: 0.0005'."),

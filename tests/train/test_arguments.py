@@ -213,9 +213,12 @@ def test_rows_to_train_on_are_needed_and_rows_to_evaluate_on_only_where_a_settin
         trainer(tmp_path, train_dataset=None)
     with pytest.raises(InputError, match="eval_dataset is an empty list: pass at least one row, or leave it out"):
         trainer(tmp_path, eval_dataset=[])
-    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL, eval_steps=2)
-    with pytest.raises(InputError, match="eval_steps=2 has nothing to evaluate: pass an eval_dataset, or eval_steps=0"):
-        trainer(tmp_path, eval_dataset=None, args=args)
+    for setting in (dict(eval_steps=2), dict(eval_rows=2), dict(eval_dataset="rows.jsonl")):
+        args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL, **setting)
+        with pytest.raises(
+            InputError, match=r"eval_\w+=\S+ has nothing to evaluate: pass the argument eval_dataset, or"
+        ):
+            trainer(tmp_path, eval_dataset=None, args=args)
     assert trainer(tmp_path, eval_dataset=None).task.eval_rows == []
 
 

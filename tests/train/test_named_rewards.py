@@ -57,10 +57,10 @@ FAULTS = [
         "reward_funcs=own_faulty.py:WORDS is of type list: name a function of prompts, completions",
     ),
     ("own_faulty.py:Reward", "reward_funcs=own_faulty.py:Reward is a class: name a function"),
-    ("raises.py:f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): mend that first."),
-    ("raises.f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): mend that first."),
-    ("leaves.py:f", "leaves.py, line 4, raised SystemExit (with words): mend that first."),
-    ("unreadable.py:f", "unreadable.py, line 2, raised SyntaxError (invalid syntax): mend that first."),
+    ("raises.py:f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): repair that first."),
+    ("raises.f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): repair that first."),
+    ("leaves.py:f", "leaves.py, line 4, raised SystemExit (with words): repair that first."),
+    ("unreadable.py:f", "unreadable.py, line 2, raised SyntaxError (invalid syntax): repair that first."),
 ]
 
 

@@ -125,7 +125,7 @@ def test_a_run_without_rows_to_evaluate_on_reports_no_accuracy(finished, tmp_pat
     assert (summary["eval_before"], summary["eval_after"], summary["eval_rows"]) == (None, None, 0)
     assert not metrics(run, ["eval"]) and len(metrics(run, ["step"])) == 1
     assert "accuracy before RL: not measured, as there is no eval_dataset" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no rows to evaluate on: give at least one, a trainer's as eval_dataset"):
+    with pytest.raises(InputError, match="no rows to evaluate on: pass at least one"):
         trainer.evaluate()
     arms = arms_of([read_run(finished[0]), read_run(run)])
     of_arms = figures(arms)

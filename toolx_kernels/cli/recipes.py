@@ -49,6 +49,8 @@ def read_recipe(name: str) -> Recipe:
         if key not in ToolExpanderConfig.__dataclass_fields__:
             remedy = did_you_mean(key, ToolExpanderConfig.__dataclass_fields__, "see toolx train --help.")
             raise InputError(f"{place}: {key!r} is not a setting: {remedy}")
+        if key in recipe.places:
+            raise InputError(f"{place}: {key!r} is set twice, first in {recipe.places[key]}: leave one of them out.")
         recipe.settings[key], recipe.places[key] = value, place
     return recipe
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-AXES = {"fe": "forward-equivalents spent (FE)", "tokens": "tokens spent (some run does not tell its FE)"}
+AXES = {"fe": "forward-equivalents spent (FE)", "tokens": "tokens spent (not all runs have FE)"}
 WIDTH, HEIGHT, SMALL = 7.0, 1.9, 1.25  # inches of the picture, of a panel, and of one of an arm's seeds
 LABEL = 22  # characters of a label
 MOST_RUNS = 10  # that are drawn in one panel; of more, each arm has a panel for its seeds
@@ -44,7 +44,7 @@ def comparison_figure(arms: Sequence[Arm]) -> Figure:
     """A panel for accuracy, one for hard rows and one for each tier, all over the same axis; below them, where there
     are many runs, a panel for the accuracy of each arm's seeds.
 
-    The axis is FE where all runs tell theirs, else tokens. A thick line is an arm's mean, with a marker and its name at
+    The axis is FE if all runs have it, else tokens. A thick line is an arm's mean, with a marker and its name at
     the end; a thin one is a run; dotted ones have not finished.
     """
     from matplotlib.figure import Figure

@@ -39,7 +39,7 @@ def evaluate(
     """
     check_sampling(params.temperature, n, ks)
     if not rows:
-        raise InputError("There are no rows to evaluate on: give at least one, a trainer's as eval_dataset.")
+        raise InputError("There are no rows to evaluate on: pass at least one (to a trainer, as eval_dataset).")
     prompts.chat.check(rows)
     ids = [prompts.ids(row) for row in rows]
     fitting = [place for place, prompt in enumerate(ids) if len(prompt) < prompts.context]

@@ -138,7 +138,7 @@ def load_adapter_weights(
     name: str = TRAINED,
     remedy: str = "use the lora_r and lora_target_modules that it was made with",
 ) -> None:
-    """Copies the saved weights of ``folder`` to the model's adapter ``name``, in place and bit by bit.
+    """Copies the saved weights of ``folder`` to the model's adapter ``name``, in place and bit for bit.
 
     Raises:
         InputError: they cannot be read, or are those of another adapter; ``remedy`` is for the latter.

@@ -17,8 +17,8 @@ class DemonstrationIndex:
     """An index of ``rows`` by the tools that they use.
 
     ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools that it offers. The
-    tools of its own answer get no preference, which would reveal the right one. No demonstration reveals the answer
-    itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode compatibility forms),
+    tools of its own answer are not preferred: a preference would reveal the right one. No demonstration reveals the
+    answer itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode compatibility forms),
     thus the row itself; samples that contain any call of its answer; and, if the row has ``possible_answers``, samples
     with a call that BFCL's rules would accept.
 
@@ -36,7 +36,7 @@ class DemonstrationIndex:
         """Draws at most ``limit`` demonstrations for ``row``, at most ``per_tool`` for each offered tool, with the
         tools in random order.
 
-        Returns ``[]`` only if there are none, or ``limit`` or ``per_tool`` is 0. The same state of ``rng`` gives the
+        Returns ``[]`` exactly if there are none, or ``limit`` or ``per_tool`` is 0. The same state of ``rng`` gives the
         same choice.
         """
         secret = _Secret(row)

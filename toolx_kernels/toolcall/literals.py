@@ -57,8 +57,8 @@ def read_literal(text: str, language: str, name: str) -> Any:
 
 
 def write_literal(value: Any, language: str, name: str) -> str:
-    """``value`` as a ``language`` literal of type ``name``. A string stays as it is: for other types it is the name of
-    a variable."""
+    """``value`` as a ``language`` literal of type ``name``. A string stays as it is: where ``name`` is another type,
+    the string is the name of a variable."""
     if isinstance(value, str):
         return value
     return (_write_java if language == "java" else _write_javascript)(value, *split_type(name))

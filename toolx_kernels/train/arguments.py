@@ -44,10 +44,12 @@ def check_arguments(
     _check_rows("train_dataset", train_dataset)
     if eval_dataset is not None:
         _check_rows("eval_dataset", eval_dataset)
-    elif args is not None and args.eval_steps:
-        raise InputError(
-            f"eval_steps={args.eval_steps} has nothing to evaluate: pass an eval_dataset, or eval_steps=0."
-        )
+    elif args is not None:
+        for name in ("eval_steps", "eval_rows", "eval_dataset"):
+            if value := getattr(args, name):
+                raise InputError(
+                    f"{name}={value} has nothing to evaluate: pass the argument eval_dataset, or leave it out."
+                )
     demonstrations = others["demonstrations"]
     if not isinstance(demonstrations, list | tuple) or not all(isinstance(row, Row) for row in demonstrations):
         raise InputError(f"demonstrations is {_described(demonstrations)}: pass a list of rows (rows_from makes them).")

@@ -92,4 +92,4 @@ def _raised(error: BaseException, asked: str) -> InputError:
         own = (__file__, importlib.__file__)
         users = [frame for frame in frames if frame.filename not in own and not frame.filename.startswith("<frozen")]
         place = f"{users[0].filename}, line {users[0].lineno}" if users else "its import"
-    return InputError(f"{asked}: {place}, raised {type(error).__name__} ({said}): mend that first.")
+    return InputError(f"{asked}: {place}, raised {type(error).__name__} ({said}): repair that first.")

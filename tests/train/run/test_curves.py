@@ -102,6 +102,13 @@ def test_nothing_to_draw_is_no_error():
         assert "evaluation accuracy, mean reward" in curves_figure([], "title").get_supxlabel()
 
 
+def test_odd_titles_and_infinite_values_are_drawn(tmp_path):
+    records = [{"event": "step", "step": 1, "reward": 0.5, "grad_norm": float("inf")}]
+    figure = curves_figure(records, f"a${'_long' * 30}$ on rows")
+    figure.savefig(tmp_path / "curves.png")
+    assert "\n" in figure.get_suptitle() and "gradient norm" in figure.get_supxlabel()
+
+
 def test_an_old_run_folder_is_drawn_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "dataset": "builtin", "seed": 3}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(3)))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 CPU_WORKSPACE_BYTES = 64 << 20
-GPU_WORKSPACE_BYTES = 512 << 20, 2 << 30  # lower and upper limit of
+GPU_WORKSPACE_BYTES = 512 << 20, 2 << 30  # lower and upper limit of GPU_WORKSPACE_PERCENT
 GPU_WORKSPACE_PERCENT = 3  # of the card's memory
 SMALLEST_WORKSPACE_BYTES = 1 << 20  # with less, tiles are so small that the GEMMs are all overhead
 CPU_TILE_BYTES = 8 << 20  # a tile is read several times, so it should stay in the last-level cache

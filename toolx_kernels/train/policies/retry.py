@@ -72,7 +72,7 @@ class Retry(PlainGRPO):
     """Samples rows raw, and samples a dead group again with help.
 
     With ``learns="raw"`` the retried rollouts join the failed group: all are learned on the raw prompt, with advantages
-    over both halves. With "shown" they form a separate group on the prompt that they were sampled on. Live groups stay
+    over all of them. With "shown" they form a separate group on the prompt that they were sampled on. Live groups stay
     as they are. Needs no probe. Not in the paper.
     """
 

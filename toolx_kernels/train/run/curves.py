@@ -77,18 +77,18 @@ def write_curves(run: Path, picture: Path | None = None, title: str | None = Non
 
 
 def curves_figure(records: Sequence[dict], title: str) -> Figure:
-    """A panel for each thing that ``records``, lines of metrics.jsonl, tell; the caption names what they do not."""
+    """A panel for each quantity in ``records``, lines of metrics.jsonl; the caption names those that are absent."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     steps = [record["step"] for record in records if record["event"] in ("step", "sft")]
     supervised = [record["step"] for record in records if record["event"] == "sft"]
-    told = {panel.title: _lines(panel, records) for panel in PANELS}
-    shown = [panel for panel in PANELS if told[panel.title]]
+    found = {panel.title: _lines(panel, records) for panel in PANELS}
+    shown = [panel for panel in PANELS if found[panel.title]]
     caption = _caption(steps, supervised, [panel.title.split(" (")[0] for panel in PANELS if panel not in shown])
     height = HEIGHT * math.ceil(len(shown) / 2) + 0.4 + 0.17 * (caption.count("\n") + 1)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(fill(title, 70), fontsize=11, parse_math=False)
     figure.supxlabel(caption, fontsize=8.5, color="0.3")
     ends: dict[Axes, list[LineEnd]] = {}
     for at, (panel, axes) in enumerate(zip(shown, panel_grid(figure, len(shown)), strict=True)):
@@ -97,7 +97,7 @@ def curves_figure(records: Sequence[dict], title: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         if supervised:
             axes.axvspan(min(supervised) - 1, max(supervised), color="0.92", zorder=0, linewidth=0)
-        ends[axes] = _draw(axes, panel, told[panel.title])
+        ends[axes] = _draw(axes, panel, found[panel.title])
         if at >= len(shown) - 2:
             axes.set_xlabel("step")
     if any(ends.values()):
@@ -106,9 +106,12 @@ def curves_figure(records: Sequence[dict], title: str) -> Figure:
 
 
 def _lines(panel: Panel, records: Sequence[dict]) -> dict[str, list[tuple[int, float]]]:
-    """The points of each line of a panel, by its key; those that the run does not tell are left out."""
+    """The points of each line of a panel, by its key; those without a value are left out."""
     of_event = [record for record in records if record["event"] == panel.event]
-    lines = {key: [(r["step"], r[key]) for r in of_event if r.get(key) is not None] for key in panel.lines}
+    lines = {
+        key: [(r["step"], r[key]) for r in of_event if r.get(key) is not None and math.isfinite(r[key])]
+        for key in panel.lines
+    }
     return {key: points for key, points in lines.items() if points}
 
 
