@@ -16,11 +16,11 @@ from toolx_kernels.toolcall.rows import Row
 class DemonstrationIndex:
     """An index of ``rows`` by the tools that they use.
 
-    ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools that it offers. The
-    tools of its own answer are not preferred: a preference would reveal the right one. No demonstration reveals the
-    answer itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode compatibility forms),
-    thus the row itself; samples that contain any call of its answer; and, if the row has ``possible_answers``, samples
-    with a call that BFCL's rules would accept.
+    ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools that it offers.
+    The tools of its own answer are not preferred: a preference would reveal the right one. No demonstration reveals
+    the answer itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode
+    compatibility forms), thus the row itself; samples that contain any call of its answer; and, if the row has
+    ``possible_answers``, samples with a call that BFCL's rules would accept.
 
     The cost of ``choose`` does not depend on the number of rows, unless nearly all rows reveal the answer.
     """
