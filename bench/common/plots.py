@@ -111,7 +111,7 @@ def log_axis(panel: Axes) -> None:
 
 
 def caption(figure: Figure, rows: Iterable[Row], shown: Iterable[str]) -> None:
-    """Names, below the panels, providers that are not ``shown``: those of other ``rows``, and those that did not run."""
+    """Names, below the panels, providers that are not ``shown``: of other cases in ``rows``, or unable to run."""
     rows = [row for row in rows if not row["provider"].startswith("floor")]
     ran = dict.fromkeys(row["provider"] for row in rows if not row["absent"])
     elsewhere = [name for name in ran if name not in shown]
