@@ -10,7 +10,7 @@ import yaml
 from tests.cli.test_commands import TINY, toolx
 from toolx_kernels.cli.evaluate import DEFAULT_MODEL
 from toolx_kernels.cli.recipes import read_recipe
-from toolx_kernels.cli.train import announcement, default_folder, parse_train
+from toolx_kernels.cli.train import announcement, default_folder, describe, parse_train
 from toolx_kernels.errors import InputError
 
 
@@ -173,3 +173,14 @@ def test_reward_functions_are_loaded_before_rows(tmp_path, monkeypatch, capsys):
         "toolx train: reward_funcs=missing.py:f: there is no Python file missing.py"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("trained", [0, 12])
+def test_the_last_line_of_a_run_says_that_no_step_had_a_gradient(trained):
+    summary = {
+        "eval_before": 1.0, "eval_after": 1.0, "eval_rows": 2, "eval_rows_seen": 0, "steps": 3, "wall_seconds": 1.0,
+        "hard_before": 0, "hard_after": 0, "probed_rows": 4, "trained_tokens": trained,
+    }  # fmt: skip
+    line = describe(parse_train([]), summary)
+    assert (", none with a gradient: the rewards of each group were equal, 1 s" in line) == (trained == 0)
+    assert "hard rows 0 -> 0 of 4; 3 steps, " in line

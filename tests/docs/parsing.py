@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from tests.docs.markdown import ROOT
 from toolx_kernels.cli.commands import COMMANDS, main
+from toolx_kernels.cli.train import parse_train
 
 FLAG = re.compile(r'"(--[a-z][\w-]*)"')
 
@@ -28,15 +29,20 @@ class _ParsedError(BaseException):
     """The arguments are parsed; nothing else is to happen, and nobody is to catch this."""
 
 
-def parse(work: Callable[[], object], parsers: list[argparse.ArgumentParser] | None = None) -> None:
+def parse(
+    work: Callable[[], object],
+    parsers: list[argparse.ArgumentParser] | None = None,
+    rest: Callable[[list[str]], object] | None = None,
+) -> None:
     """Calls ``work`` until its argparse parser has read all arguments; ``parsers`` takes in each that reads any.
+    ``rest`` is called with the arguments that it leaves to another parser.
 
     Raises AssertionError with what the parser says of them.
     """
     original, depth = argparse.ArgumentParser.parse_known_args, 0
 
     def parse_known_args(self, args=None, namespace=None):
-        nonlocal depth
+        nonlocal depth, rest
         if parsers is not None:
             parsers.append(self)
         depth += 1
@@ -45,7 +51,10 @@ def parse(work: Callable[[], object], parsers: list[argparse.ArgumentParser] | N
         finally:
             depth -= 1
         if depth == 0:  # not the parser of a subcommand
-            if unknown:
+            if unknown and rest:
+                other, rest = rest, None
+                other(unknown)
+            elif unknown:
                 self.error(f"unrecognized arguments: {' '.join(unknown)}")
             raise _ParsedError
         return found, unknown
@@ -86,11 +95,13 @@ def file_of(module: str) -> Path:
 def parse_module(name: str, words: Sequence[str]) -> None:
     """``python -m name words``; one that has no parser takes no flags, and what else it takes is not checked."""
     file = file_of(name)
-    if not re.search(r"ArgumentParser\(|REPORT\.main\(|cli import main", file.read_text(encoding="utf-8")):
+    source = file.read_text(encoding="utf-8")
+    if not re.search(r"ArgumentParser\(|REPORT\.main\(|cli import main", source):
         assert not [word for word in words if word.startswith("-")], f"{name} has no flags"
         return
     with mock.patch.object(sys, "argv", [name, *words]):
-        parse(lambda: runpy.run_path(str(file), run_name="__main__"))
+        rest = parse_train if "parse_known_args" in source else None  # such modules take the flags of toolx train too
+        parse(lambda: runpy.run_path(str(file), run_name="__main__"), rest=rest)
 
 
 class _Others(argparse.ArgumentParser):

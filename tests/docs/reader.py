@@ -11,13 +11,16 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.docs.markdown import ROOT, Page
 from tests.docs.parsing import all_flags, file_of, flags_of, parse_module, parse_pip, parse_pytest, parse_toolx
@@ -36,6 +39,8 @@ PLACEHOLDERS = {
     "NAME": "grpo", "FILE": "file.json", "FOLDER": "folder", "RECORD": "builtin", "GROUP": "loss",
     "<command>": "doctor",
 }  # fmt: skip
+# what a Python block may need that has a stand-in; a block that needs anything else is not run
+HUB_MODEL = "a hub model"
 # added to commands that are run, so that they take no time
 AT_TOY_SIZE = {"eval": ["--eval_rows", "2", "--max_completion_length", "8"]}
 # settings that a stand-in run does not take from the command that it is said to be of, since toolx eval would use them
@@ -74,7 +79,8 @@ class Reader:
             where = f"{page.name}:{fence.line}"
             try:
                 if fence.language == "python":
-                    self.python(fence.text, names, where, run=not fence.needs)
+                    with self.hub() if fence.needs == HUB_MODEL else nullcontext():
+                        self.python(fence.text, names, where, run=fence.needs in ("", HUB_MODEL))
                 elif fence.language == "sh":
                     self.shell(fence.text)
                 elif fence.language == "yaml":
@@ -92,6 +98,16 @@ class Reader:
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                 raise AssertionError(f"{where}: {kind}{error}") from error
         return names
+
+    @contextmanager
+    def hub(self) -> Iterator[None]:
+        """Makes the toy run's model and tokenizer those of every name on the hub."""
+        checkpoint = RunFolder(self.toy_run()).latest_checkpoint()
+        with ExitStack() as patches:
+            for each in (AutoTokenizer, AutoModelForCausalLM):
+                there = partial(each.from_pretrained, checkpoint)
+                patches.enter_context(patch.object(each, "from_pretrained", lambda *_, there=there, **__: there()))
+            yield
 
     def python(self, text: str, names: dict[str, Any], where: str, run: bool) -> None:
         """Runs a block. Of one that is not to be run, what it imports of this package must exist."""

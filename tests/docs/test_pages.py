@@ -119,6 +119,7 @@ WRONG = {
     "sh: make gpu PYTHONS=3": "PYTHONS",
     "sh: TOOLX_BENCHES=full make bench": "nothing reads the variable TOOLX_BENCHES",
     "sh: python -m bench.learning.run builtin runs --seedling 1": "--seedling",
+    "sh: python -m bench.learning.measure out.json --learning_rat 1": "--learning_rat",
     "sh: python -m bench.nothing": "there is no module bench.nothing",
     "sh: python examples/nothing.py": "there is no such file",
     "sh: python -m bench.models_table --fast": "has no flags",
@@ -131,6 +132,7 @@ WRONG = {
     "python: 1 / 0": "ZeroDivisionError",
     "needs: from toolx_kernels import linear_grpo_los": "linear_grpo_los",
     "needs: def f(:": "SyntaxError",
+    "hub: from transformers import AutoTokenizer as A\nA.from_pretrained('org/model').nothing": "nothing",
     "yaml: learning_rat: 1": "learning_rat",
     'json: {"prompt": "p", "tools": []}': "field 'answer' is missing",
     "bash: toolx doctor": "a fence of 'bash'",
@@ -186,8 +188,8 @@ def test_what_is_right_on_a_page_passes(text, reader, tmp_path):
 
 def page_with(text, folder):
     kind, _, content = text.partition(": ")
-    above = "<!-- needs: a thing -->\n" * (kind == "needs")
-    language = "python" if kind == "needs" else kind
+    above = {"needs": "<!-- needs: a thing -->\n", "hub": "<!-- needs: a hub model -->\n"}.get(kind, "")
+    language = "python" if above else kind
     (folder / "page.md").write_text(content + "\n" if kind == "prose" else f"{above}```{language}\n{content}\n```\n")
     return Page(folder / "page.md")
 
