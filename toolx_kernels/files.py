@@ -12,12 +12,12 @@ from pathlib import Path
 from toolx_kernels.errors import InputError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the contents of a file with ``text``; after a failure the file has its old contents or ``text``."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces the contents of a file with ``content``; after a failure the file has its old or its new contents."""
     beside = path.with_name(path.name + ".part")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
+
+from toolx_kernels.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +46,10 @@ def write_picture(path: Path, draw: Callable[[], Figure]) -> bool:
     except ModuleNotFoundError:
         print(f"{path.name} was not drawn: `pip install matplotlib` brings what draws it.")
         return False
-    beside = path.with_name(path.name + ".part")
+    image = BytesIO()
     with matplotlib.rc_context(STYLE):
-        draw().savefig(beside, dpi=DPI, format="png")
-    beside.replace(path)
+        draw().savefig(image, dpi=DPI, format="png")
+    write_atomically(path, image.getvalue())
     return True
 
 
@@ -124,13 +128,9 @@ def spread(wanted: Sequence[float], sizes: Sequence[float], low: float = 0.0, hi
     blocks: list[list[float]] = []  # of neighbors that touch: where each would begin if it were alone
     for place, offset in zip(wanted, offsets, strict=True):
         blocks.append([place - offset])
-        while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
     most = high - sum(sizes)
-    begins = [max(low, min(most, _mean(block))) for block in blocks for _ in block]
+    begins = [max(low, min(most, fmean(block))) for block in blocks for _ in block]
     return [begin + offset for begin, offset in zip(begins, offsets, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
