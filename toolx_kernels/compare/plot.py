@@ -33,6 +33,7 @@ class Look(NamedTuple):
 
 
 Looks = Mapping[str, Look]
+Means = Mapping[tuple[str, Curve], Sequence[tuple[float, float]]]  # of each arm and curve
 
 
 def draw_comparison(arms: Sequence[Arm], path: Path) -> bool:
@@ -52,6 +53,7 @@ def comparison_figure(arms: Sequence[Arm]) -> Figure:
     along = "fe" if all(run.fe is not None for arm in arms for run in arm.runs) else "tokens"
     curves = [ACCURACY, HARD, *(Curve("accuracy", tier) for tier in tiers_of(arms))]
     measured = [curve for curve in curves if any(run.points(curve) for arm in arms for run in arm.runs)]
+    means = {(arm.name, curve): mean_line(arm, curve, along) for arm in arms for curve in measured}
     labels = short_names([arm.name for arm in arms])
     every = zip(labels, distinct_colors(len(arms)), cycle(MARKERS), strict=False)
     looks = {arm.name: Look(*look) for arm, look in zip(arms, every, strict=True)}
@@ -60,10 +62,10 @@ def comparison_figure(arms: Sequence[Arm]) -> Figure:
     heights += [math.ceil(len(arms) / _columns(len(arms))) * SMALL + 0.5] if crowded else []
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flatten()
-    ends = _curves(above, arms, looks, measured, along, crowded)
+    ends = _curves(above, arms, looks, measured, means, along, crowded)
     above.suptitle(_caption(arms, crowded, [_title(curve) for curve in curves if curve not in measured]), fontsize=9)
     for part in below:
-        _seeds(part, arms, looks, measured[0], along)
+        _seeds(part, arms, looks, measured[0], means, along)
     label_ends(figure, ends)
     return figure
 
@@ -95,11 +97,10 @@ def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:
 
 
 def _curves(
-    part: SubFigure, arms: Sequence[Arm], looks: Looks, curves: Sequence[Curve], along: str, crowded: bool
+    part: SubFigure, arms: Sequence[Arm], looks: Looks, curves: Sequence[Curve], means: Means, along: str, crowded: bool
 ) -> dict[Axes, list[LineEnd]]:
     """The means of all arms, a panel for each curve, and the runs themselves unless that is too many lines."""
     ends: dict[Axes, list[LineEnd]] = {}
-    means = {(arm.name, curve): mean_line(arm, curve, along) for arm in arms for curve in curves}
     last = max(x for mean in means.values() for x, _ in mean) if crowded else _last(arms, along)
     for panel, curve in zip(panel_grid(part, len(curves)), curves, strict=True):
         panel.set_title(fill(_title(curve), 36))
@@ -118,7 +119,7 @@ def _curves(
     return ends
 
 
-def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, along: str) -> None:
+def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, means: Means, along: str) -> None:
     """The runs of each arm in a panel of its own, before the means of all others."""
     part.suptitle(f"{_title(curve)} of each seed; gray: means of the other arms", fontsize=9)
     columns = _columns(len(arms))
@@ -129,10 +130,10 @@ def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, alo
         panel.tick_params(labelsize=8)
         _budget_axis(panel, _last(arms, along))
         for other in arms:
-            if other is not arm and (mean := mean_line(other, curve, along)):
+            if other is not arm and (mean := means[other.name, curve]):
                 panel.plot(*zip(*mean, strict=True), color="0.85", linewidth=1, zorder=1)
         values += _runs(panel, arm, looks[arm.name], curve, along)
-        if mean := mean_line(arm, curve, along):
+        if mean := means[arm.name, curve]:
             _mean(panel, arm, looks[arm.name], mean)
     _set_top(panels[0], curve, max(values))
     for panel in panels[len(arms) :]:
