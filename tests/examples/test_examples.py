@@ -21,7 +21,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs an example in an empty folder; gives its names and the lines that it printed."""
     monkeypatch.chdir(tmp_path)
     # the picture of a run takes as long as the rest of it
-    monkeypatch.setattr(reporter, "write_curves", lambda run, title: (run / "curves.png").write_bytes(b""))
+    monkeypatch.setattr(reporter, "write_curves", lambda run, model: (run / "curves.png").write_bytes(b""))
 
     def run(name):
         with torch.random.fork_rng(devices=[]):

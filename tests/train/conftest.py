@@ -15,4 +15,4 @@ def finished(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _blank_picture(monkeypatch):
     """Skips drawing the curves, which takes as long as the rest of a small run; ``finished`` draws them."""
-    monkeypatch.setattr(reporter, "write_curves", lambda run, title: (run / "curves.png").write_bytes(b""))
+    monkeypatch.setattr(reporter, "write_curves", lambda run, model: (run / "curves.png").write_bytes(b""))

@@ -262,8 +262,7 @@ class Reporter:
             "checkpoint": str(checkpoint),
         }
         self.run.write_summary(summary)
-        names = (self.args.model or type(self.model).__name__, self.args.dataset or "given rows")
-        write_curves(self.run.path, title="{} on {}, seed {}".format(*names, self.args.seed))
+        write_curves(self.run.path, model=type(self.model).__name__)
         return summary
 
 

@@ -63,16 +63,16 @@ PANELS = (
 )
 
 
-def write_curves(run: Path, picture: Path | None = None, title: str | None = None) -> bool:
-    """Draws the metrics of the run in folder ``run`` into ``picture``, by default its ``curves.png``.
+def write_curves(run: Path, picture: Path | None = None, model: str = "a given model") -> bool:
+    """Draws the metrics of the run in folder ``run`` into ``picture``, by default its ``curves.png``. Its title calls a
+    model that was given as an object ``model``.
 
     Returns False without matplotlib, which a source tree may lack: a run must not fail at its last step.
     """
     folder = RunFolder(run)
-    if title is None:
-        settings = folder.config()
-        names = settings.get("model") or "a given model", settings.get("dataset") or "given rows"
-        title = "{} on {}, seed {}".format(*names, settings.get("seed"))
+    settings = folder.config()
+    names = settings.get("model") or model, settings.get("dataset") or "given rows"
+    title = "{} on {}, seed {}".format(*names, settings.get("seed"))
     return write_picture(picture or run / CURVES, lambda: curves_figure(folder.metrics(), title))
 
 
