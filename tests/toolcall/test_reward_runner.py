@@ -1,14 +1,20 @@
 import asyncio
 import copy
+import itertools
 import math
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter, UserDict, deque
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
+import pandas
 import pytest
+import torch
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import RewardFunctions, Row
@@ -95,6 +101,7 @@ def give_later(rewards):
         (None, ["returned None"]),
         (1.0, ["returned 1.0"]),
         ([1.0, "good"], ["'good'", "'loose'"]),
+        ([b"1", 1.0], ["b'1'", "'exact'"]),
         ([math.nan, 1.0], ["nan", "'exact'"]),
         ([1.0, math.inf], ["inf", "'loose'"]),
         ([1.0, [1.0]], ["[1.0]", "'loose'"]),
@@ -113,11 +120,76 @@ def test_bad_rewards_are_named(giver, rewards, words):
     assert [word for word in words if word not in message] == []
 
 
-def test_the_largest_rewards_are_those_of_float32():
-    largest = float(np.finfo(np.float32).max)
-    assert rewards_of(give([largest, -largest]), [EXACT, LOOSE]) == [largest, -largest]
-    with pytest.raises(InputError, match="weighted rewards of row 'exact' add up to 6.81e.38"):
-        rewards_of(give([largest, 1.0]), [EXACT, LOOSE], weights=[2.0])
+def test_rewards_are_so_large_at_most_that_advantages_are_exact():
+    """The squares of larger ones are infinite in float32, which made all advantages 0."""
+    assert rewards_of(give([1e15, -1e15]), [EXACT, LOOSE]) == [1e15, -1e15]
+    with pytest.raises(
+        InputError, match="weighted rewards of row 'exact' add up to 2e.15, and advantages need sums of"
+    ):
+        rewards_of(give([1e15, 1.0]), [EXACT, LOOSE], weights=[2.0])
+    for large in (1e20, -1e20, Decimal("1e16"), torch.tensor(-1e20)):
+        with pytest.raises(
+            InputError, match="'my_reward' gave .* for row 'loose': a reward must be a number of at most"
+        ):
+            rewards_of(give([0.0, large]), [EXACT, LOOSE])
+
+
+class LikeADict:
+    def keys(self):
+        return ["1", "0"]
+
+    def __iter__(self):
+        return iter([1.0, 0.0])
+
+
+@pytest.mark.parametrize("giver", [give, give_later])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        {"exact": 1.0, "loose": 0.0},
+        {1.0: "exact", 0.0: "loose"},
+        Counter({1: 2, 0: 3}),
+        UserDict({1: 2, 0: 3}),
+        {1: 2, 0: 3}.keys(),
+        LikeADict(),
+        {0.0, 1.0},
+        frozenset({0.0, 1.0}),
+        "10",
+        b"10",
+        bytearray(b"10"),
+        pandas.DataFrame({0: [1.0, 0.0], 1: [1.0, 0.0]}),
+    ],
+    ids=lambda rewards: type(rewards).__name__,
+)
+def test_what_has_no_order_of_its_own_is_no_list_of_rewards(giver, rewards):
+    """Iterating them gives keys, characters or numbers in any order."""
+    with pytest.raises(
+        InputError, match="'my_reward' returned .*: it must return a list with one reward per completion"
+    ):
+        rewards_of(giver(rewards), [EXACT, LOOSE])
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (1.0, 0.0),
+        np.array([1.0, 0.0], dtype=np.float16),
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True),
+        pandas.Series({"b": 1.0, "a": 0.0}),
+        deque([True, Fraction(0)]),
+        {"b": Decimal(1), "a": np.int64(0)}.values(),
+        range(1, -1, -1),
+    ],
+    ids=lambda rewards: type(rewards).__name__,
+)
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+def test_rewards_may_be_any_sequence_of_numbers(rewards):
+    assert rewards_of(give(rewards), [EXACT, LOOSE]) == [1.0, 0.0]
+
+
+def test_an_endless_generator_ends():
+    with pytest.raises(InputError, match="returned 3 rewards for 2 completions"):
+        rewards_of(give(itertools.repeat(1.0)), [EXACT, LOOSE])
 
 
 def lazy(prompts, completions, completion_ids, level, **columns):

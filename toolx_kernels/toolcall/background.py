@@ -1,6 +1,7 @@
-"""Background threads and an event loop for user functions, which may be slow, stuck or async."""
+"""Background threads and an event loop for user functions, which may be slow, stuck or async; a watchdog over them."""
 
 import asyncio
+import faulthandler
 import threading
 import time
 import weakref
@@ -10,6 +11,60 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
+GRACE_S = 30.0  # seconds beyond its limit that a function may hold the interpreter; a busy machine needs some
+
+
+class Watchdog:
+    """Ends the process if user functions hold Python's interpreter for longer than their limit and ``GRACE_S``.
+
+    A call of C code, such as that of an endless regular expression, may keep the interpreter to itself: then no other
+    thread runs, and no signal handler either. So as long as functions with a limit run, also after they were given up,
+    a thread sets faulthandler's timer anew every few seconds. If it cannot, that timer, which needs no interpreter,
+    prints the stacks of all threads to stderr and ends the process with code 1. A process has one such timer; user code
+    must not set it too.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._limits: list[float] = []  # of the functions that run, in seconds
+        self._thread = threading.Thread()  # not started
+
+    def watch(self, limit: float | None) -> Callable[..., None]:
+        """Begins to watch a function, which must not have begun yet: else it could hold the interpreter unwatched.
+        Returns what to call when it has ended. Without a limit nothing is watched."""
+        if limit is None:
+            return lambda *_: None
+        with self._changed:
+            if limit > max(self._limits, default=0.0):
+                self._set_timer(limit)
+            self._limits.append(limit)
+            if not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._keep_setting, name="watchdog", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return lambda *_: self._leave(limit)
+
+    def _leave(self, limit: float) -> None:
+        with self._changed:
+            self._limits.remove(limit)
+            if not self._limits:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _keep_setting(self) -> None:
+        with self._changed:
+            while True:
+                self._changed.wait(GRACE_S / 6 if self._limits else None)
+                if self._limits:
+                    self._set_timer(max(self._limits))
+
+    @staticmethod
+    def _set_timer(limit: float) -> None:
+        # a notebook's sys.stderr is no file: 2 is stderr
+        faulthandler.dump_traceback_later(min(limit + GRACE_S, threading.TIMEOUT_MAX), exit=True, file=2)
+
+
+_watchdog = Watchdog()
+
 
 class Background:
     """Daemon threads, one for each ``start``, and one event loop on another thread.
@@ -17,10 +72,15 @@ class Background:
     Python cannot stop a thread: a stuck one runs until the process ends, but does not keep the process alive. All
     coroutines share the loop, so that clients which they open stay usable. The caller may be inside another loop, as in
     a notebook. The loop ends with this object, and coroutines that still run on it are cancelled.
+
+    Args:
+        name: of the threads.
+        timeout: the caller's limit for one function, in seconds. With a limit the process ends if a function holds the
+            interpreter for much longer (``Watchdog``).
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name  # of the threads
+    def __init__(self, name: str, timeout: float | None = None) -> None:
+        self.name, self.timeout = name, timeout
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -36,7 +96,8 @@ class Background:
         A call does not run if its future is cancelled before its turn.
         """
         futures: list[Future] = [Future() for _ in calls]
-        threading.Thread(target=_run_all, args=(futures, calls, lock), name=self.name, daemon=True).start()
+        work = futures, calls, lock, _watchdog.watch(self.timeout)
+        threading.Thread(target=_run_all, args=work, name=self.name, daemon=True).start()
         return futures
 
     def schedule(self, awaitable: Awaitable) -> Future:
@@ -45,7 +106,10 @@ class Background:
         async def awaited() -> Any:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        ended = _watchdog.watch(self.timeout)
+        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        future.add_done_callback(ended)
+        return future
 
 
 def run(future: Future, call: Callable[[], Any]) -> None:
@@ -68,10 +132,18 @@ def one_line(error: BaseException) -> str:
     return ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
 
 
-def _run_all(futures: list[Future], calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None) -> None:
-    with lock or nullcontext():
-        for future, call in zip(futures, calls, strict=True):
-            run(future, call)
+def _run_all(
+    futures: list[Future],
+    calls: Sequence[Callable[[], Any]],
+    lock: AbstractContextManager | None,
+    ended: Callable[[], None],
+) -> None:
+    try:
+        with lock or nullcontext():
+            for future, call in zip(futures, calls, strict=True):
+                run(future, call)
+    finally:
+        ended()
 
 
 async def _serve(started: Future) -> None:

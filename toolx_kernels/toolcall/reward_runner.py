@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from toolx_kernels.toolcall.background import Background, in_time, one_line, run
 from toolx_kernels.toolcall.rows import Row, short
 
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+# Advantages divide by the root of a sum of squares: those of a million rewards of this size stay far below the largest
+# float32, wherever they are added up. Beyond 1e19 a square is infinite in float32, and all advantages become 0.
+_LARGEST = 1e15
 
 
 class Completion(Protocol):
@@ -49,6 +52,10 @@ class RewardFunctions:
 
     A function may be async, or return an awaitable: these run concurrently with each other and with the plain functions
     after them, on one event loop that lasts as long as this object (``Background``).
+
+    The functions run in this process. A stuck one is given up at its limit; if it also holds Python's interpreter, as
+    an endless regular expression does, it ends the process ``GRACE_S`` later (``Watchdog``): in a notebook, the kernel.
+    Functions that are named (``ToolExpanderConfig.reward_funcs``) run in a process of their own instead.
 
     Args:
         funcs: one function or several; functions of the same name get a number, in ``names`` and in the parts.
@@ -84,30 +91,35 @@ class RewardFunctions:
                 raise InputError(f"the weight {short(weight)} of reward function {name!r} must be a finite number.")
         if timeout is not None and not (_is_number(timeout) and 0 < timeout <= threading.TIMEOUT_MAX):
             raise InputError(f"the reward timeout {short(timeout)} must be a positive number of seconds, or None.")
-        self._background = Background("reward functions")
+        self._background = Background("reward functions", timeout)
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Rewards:
         """Returns the rewards of B completions; ``completions[i]`` was written for ``rows[i]``.
 
         Raises InputError, naming the function and the call, if a function raises, does not return in time, or returns a
-        wrong number of rewards or a reward that is not a finite float32; also if a weighted sum is not one.
+        wrong number of rewards or a reward beyond 1e15; also if a weighted sum is.
         """
         parts: dict[str, list[float | None]] = {}
         awaited: list[tuple[str, float, Future]] = []
         try:
             for name, func in zip(self.names, self.funcs, strict=True):
                 begin = time.monotonic()
+                self._waits_for([name, *_running(awaited)])
                 rewards = self._in_time(name, self._call(func, rows, completions), begin, rows)
                 if inspect.isawaitable(rewards):
-                    awaited.append((name, begin, self._background.schedule(_awaited(rewards))))
+                    awaited.append((name, begin, self._background.schedule(_awaited(rewards, len(rows)))))
                 else:
                     parts[name] = _checked(name, rewards, rows)
             for name, begin, future in awaited:
+                self._waits_for(_running(awaited))
                 parts[name] = _checked(name, self._in_time(name, future, begin, rows), rows)
         finally:
             for *_, future in awaited:
                 future.cancel()
         return self._sum(rows, {name: parts[name] for name in self.names})
+
+    def _waits_for(self, names: Sequence[str]) -> None:
+        """Called before each wait, with the names of the functions that may be running; for subclasses."""
 
     def _call(self, func: Callable, rows: Sequence[Row], completions: Sequence[Completion]) -> Future:
         """Calls ``func``, on a thread if there is a time limit; the future holds a list or an awaitable."""
@@ -115,7 +127,7 @@ class RewardFunctions:
 
         def call() -> Any:
             rewards = func(**arguments)
-            return rewards if inspect.isawaitable(rewards) else _listed(rewards)
+            return rewards if inspect.isawaitable(rewards) else _listed(rewards, len(rows))
 
         if self.timeout is not None:
             return self._background.start([call])[0]
@@ -127,7 +139,7 @@ class RewardFunctions:
         """The result of ``future``, within ``timeout`` seconds after ``begin``."""
         if not in_time(future, begin, self.timeout):
             raise InputError(
-                f"reward function {name!r} did not return within {self.timeout:g} s for {_extent(rows)}: fix it or"
+                f"reward function {name!r} did not return within {self.timeout:g} s for {extent(rows)}: fix it or"
                 " allow it more time."
             )
         try:
@@ -136,7 +148,7 @@ class RewardFunctions:
             raise
         except BaseException as error:  # including SystemExit
             raise InputError(
-                f"reward function {name!r} raised {one_line(error)} for {_extent(rows)}: fix it or leave it out."
+                f"reward function {name!r} raised {one_line(error)} for {extent(rows)}: fix it or leave it out."
             ) from error
 
     def _sum(self, rows: Sequence[Row], parts: dict[str, list[float | None]]) -> Rewards:
@@ -144,17 +156,21 @@ class RewardFunctions:
         for row, *rewards in zip(rows, *parts.values(), strict=True):
             given = [w * r for w, r in zip(self.weights, rewards, strict=True) if r is not None]
             value = sum(given, 0.0)
-            if not abs(value) <= _FLOAT32_MAX:
+            if not abs(value) <= _LARGEST:
                 raise InputError(
-                    f"the weighted rewards of row {row.id!r} add up to {value:.3g}, which is not a finite float32:"
-                    " lower the weights."
+                    f"the weighted rewards of row {row.id!r} add up to {value:.3g}, and advantages need sums of at most"
+                    f" {_LARGEST:g} in size: lower the weights."
                 )
             total.append(value)
             unrewarded += not given
         return Rewards(total, parts, unrewarded)
 
 
-def _extent(rows: Sequence[Row]) -> str:
+def _running(awaited: Sequence[tuple[str, float, Future]]) -> list[str]:
+    return [name for name, _, future in awaited if not future.done()]
+
+
+def extent(rows: Sequence[Row]) -> str:
     """Describes the rows of a call."""
     if len(rows) == 1:
         return f"row {rows[0].id!r}"
@@ -174,8 +190,8 @@ def _checked(name: str, rewards: Any, rows: Sequence[Row]) -> list[float | None]
     return [_number(reward, name, row) for reward, row in zip(rewards, rows, strict=True)]
 
 
-async def _awaited(rewards: Awaitable) -> Any:
-    return _listed(await rewards)
+async def _awaited(rewards: Awaitable, count: int) -> Any:
+    return _listed(await rewards, count)
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -206,13 +222,21 @@ def _arguments(rows: Sequence[Row], completions: Sequence[Completion]) -> dict:
     }
 
 
-def _listed(rewards: Any) -> Any:
-    """``rewards`` as a list, or unchanged if it is not iterable; a generator runs here, and raises here."""
+def _listed(rewards: Any, count: int) -> Any:
+    """``rewards`` as a list, or unchanged if they have no order or are not iterable. A generator runs here, and raises
+    here; of an endless one only the first ``count + 1`` values are taken."""
+    if isinstance(rewards, str | bytes | bytearray | Mapping | Set) or _is_table(rewards):
+        return rewards
     try:
         values = iter(rewards)
     except TypeError:
         return rewards
-    return list(values)
+    return list(values if isinstance(rewards, Sized) else itertools.islice(values, count + 1))
+
+
+def _is_table(rewards: Any) -> bool:
+    """Whether iterating gives keys: in mappings of other libraries and in data frames, but not in a pandas Series."""
+    return hasattr(rewards, "keys") and getattr(rewards, "ndim", 0) != 1
 
 
 def _copy(value: Any) -> Any:
@@ -228,12 +252,12 @@ def _number(reward: Any, name: str, row: Row) -> float | None:
     if reward is None:
         return None
     try:
-        value = math.nan if isinstance(reward, str) else float(reward)
-    except (TypeError, ValueError, OverflowError):
+        value = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)
+    except Exception:  # each library has its own
         value = math.nan
-    if not abs(value) <= _FLOAT32_MAX:
+    if not abs(value) <= _LARGEST:
         raise InputError(
-            f"reward function {name!r} gave {short(reward)} for row {row.id!r}: a reward must be a finite float32, at"
-            f" most {_FLOAT32_MAX:.2g} in size, or None where the function does not apply."
+            f"reward function {name!r} gave {short(reward)} for row {row.id!r}: a reward must be a number of at most"
+            f" {_LARGEST:g} in size, or None where the function does not apply."
         )
     return value

@@ -61,12 +61,13 @@ class Toolbox:
         environment_factory: a callable without arguments that makes a new environment for every episode. ``reset``
             receives those of the row's columns, id and answer that its parameters name; all of them with ``**kwargs``.
         timeout: seconds for one call, or for making and resetting an environment. A call that takes longer is
-            abandoned, because Python cannot stop a thread; an async one is cancelled.
+            abandoned, because Python cannot stop a thread; an async one is cancelled. One that also holds the
+            interpreter, as an endless regular expression does, ends the process ``GRACE_S`` later (``Watchdog``).
 
     Raises:
         InputError: neither tools nor environment; a tool that is not a function, lacks a hint or a description, or
             shares its name with another one; an environment without ``reset``, or with ``get_reward``, which would
-            never be called; a timeout that is not positive and finite.
+            never be called; an environment that cannot be made in time; a timeout that is not positive and finite.
     """
 
     def __init__(
@@ -76,20 +77,17 @@ class Toolbox:
         *,
         timeout: float,
     ):
-        if not 0 < timeout < float("inf"):
+        if not 0 < timeout <= threading.TIMEOUT_MAX:
             raise InputError(f"timeout={timeout} of a tool call must be positive and finite, in seconds.")
         if callable(tools):
             raise InputError(f"tools={short(tools)} must be a list of functions: put it in brackets.")
         if not tools and environment_factory is None:
             raise InputError("There are neither tools nor an environment_factory: give one of them.")
         self.timeout, self.environment_factory = timeout, environment_factory
+        self._background = Background("tools", timeout)
         methods = {}
         if environment_factory is not None:
-            try:
-                environment = environment_factory()
-            except Exception as error:
-                raise InputError(f"environment_factory raised {type(error).__name__} ({error}): fix it.") from error
-            methods = environment_methods(environment)
+            methods = environment_methods(self._environment(environment_factory))
         functions: dict[str, Callable] = {}
         for tool in (*tools, *methods.values()):
             if not (inspect.isfunction(tool) or inspect.ismethod(tool)):
@@ -99,7 +97,6 @@ class Toolbox:
             functions[tool.__name__] = tool
         self.schemas = {name: tool_schema(tool) for name, tool in functions.items()}
         self.functions = {name: tool for name, tool in functions.items() if name not in methods}
-        self._background = Background("tools")
 
     def offer(self, rows: Sequence[Row]) -> list[Row]:
         """Returns the rows as prompts must show them.
@@ -149,6 +146,15 @@ class Toolbox:
             queues += [([job], None) for job in ready if not job.stateful]
         self._run([queue for queue in queues if queue[0]])
         return [[job.result if job.error is None else error_text(job.error) for job in jobs] for jobs in of_turns]
+
+    def _environment(self, factory: Callable[[], Any]) -> Any:
+        begin, (made,) = time.monotonic(), self._background.start([factory])
+        if not in_time(made, begin, self.timeout):
+            raise InputError(f"environment_factory did not return within {self.timeout:g} s: fix it.")
+        try:
+            return made.result()
+        except Exception as error:
+            raise InputError(f"environment_factory raised {type(error).__name__} ({error}): fix it.") from error
 
     def _begin(self, sessions: Sequence[Session]) -> list[str]:
         """Gives each session its environment; returns the texts of ``reset``, which are mostly empty."""
