@@ -44,6 +44,7 @@ def test_a_file_hides_no_module_of_its_name(here):
 
 
 FAULTS = [
+    ("__main__.f", "reward_funcs=__main__.f is in the program that runs, which is not imported again: pass the func"),
     ("short", "reward_funcs=short names no module: write module.function or path/to/file.py:function."),
     ("missing.py:f", "there is no Python file missing.py: write module.function or path/to/file.py:function."),
     ("notes.txt:f", "there is no Python file notes.txt: write"),
@@ -82,10 +83,9 @@ def test_the_trainer_takes_functions_or_names(here):
     (here / "own_faulty.py").write_text("1 / 0")
     names = ["own_rewards.py:short"]
 
-    def trainer(reward_funcs, names, rows=None):
+    def trainer(reward_funcs, names, model="tiny"):
         args = ToolExpanderConfig(output_dir="run", reward_funcs=names, **SMALL)
-        rows = rows or training_rows(4)
-        return ToolExpanderTrainer("tiny", reward_funcs, args, rows, rows)
+        return ToolExpanderTrainer(model, reward_funcs, args, training_rows(4), training_rows(4))
 
     assert trainer(None, names).task.rewards.names == ["short"]
     with pytest.raises(
@@ -93,6 +93,6 @@ def test_the_trainer_takes_functions_or_names(here):
     ):
         trainer(even_is_good, names)
     with pytest.raises(InputError, match="own_faulty.py, line 1, raised ZeroDivisionError"):
-        trainer(None, ["own_faulty.py:f"], rows=5)  # before any other argument is checked
+        trainer(None, ["own_faulty.py:f"], "missing")  # before the model is loaded
     with pytest.raises(InputError, match="reward=similarity is a default reward, which reward_funcs replaces"):
         ToolExpanderConfig(reward="similarity", reward_funcs=names)

@@ -58,22 +58,23 @@ def run(args: argparse.Namespace) -> int:
 
     from toolx_kernels.toolcall.datasets import builtin_turns
     from toolx_kernels.train.cold_start import built_in_cold_start
-    from toolx_kernels.train.named_rewards import named_rewards
     from toolx_kernels.train.rows import load_demonstrations, load_rows
     from toolx_kernels.train.run.folder import RunFolder
     from toolx_kernels.train.run.stopping import Stopped, stop_on_signals
+    from toolx_kernels.train.task import named_rewards
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
     logging.disable_progress_bar()  # ours is enough
     RunFolder(config.output_dir).check(config)
-    named_rewards(config.reward_funcs or ())  # the trainer loads them too, but after the rows
-    print(announcement(config, flags["config"]), flush=True)  # before models and datasets are loaded
+    reward_funcs = named_rewards(config)  # before models and datasets are loaded
+    print(announcement(config, flags["config"]), flush=True)
     try:
         with stop_on_signals() as stop:
             rows, eval_rows = load_rows(config)
             summary = ToolExpanderTrainer(
                 config.model,
-                args=config,
+                reward_funcs,
+                config,
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 cold_start=built_in_cold_start(config),

@@ -13,7 +13,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.models.adopt import unwrapped
 from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.named_rewards import named_rewards
+from toolx_kernels.train.reward_process import RewardProcess
 
 # attributes that the trainer uses of its other arguments
 PARTS = {
@@ -71,12 +71,11 @@ def _check_args(args: Any) -> None:
 
 
 def _check_rewards(reward_funcs: Any, args: ToolExpanderConfig | None) -> None:
-    """Refuses objects that RewardFunctions would call although they are no reward functions, or could not name; checks
-    the functions that ``args`` names."""
-    if args and args.reward_funcs:
-        if reward_funcs is not None:
-            raise InputError(f"args.reward_funcs={args.reward_funcs} names reward functions too: choose one.")
-        named_rewards(args.reward_funcs)
+    """Refuses objects that RewardFunctions would call although they are no reward functions, or could not name."""
+    if isinstance(reward_funcs, RewardProcess):
+        return
+    if args and args.reward_funcs and reward_funcs is not None:
+        raise InputError(f"args.reward_funcs={args.reward_funcs} names reward functions too: choose one.")
     remedy = "pass a function of prompts, completions and completion_ids, or a list of such"
     for func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(func, ToolExpanderConfig):

@@ -32,6 +32,8 @@ def _function(name: str) -> Callable:
     where, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not where:
         raise InputError(f"{asked} names no module: {FORMS}.")
+    if where == "__main__":
+        raise InputError(f"{asked} is in the program that runs, which is not imported again: pass the function itself.")
     module = _from_file(where, asked) if ":" in name else _from_module(where, asked)
     if not hasattr(module, attribute):
         functions = [name for name, value in vars(module).items() if _is_function(value)]

@@ -20,7 +20,7 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import SelfExemplifyingReward, instructions, is_answer_correct
 from toolx_kernels.train.config import ChatSettings
 from toolx_kernels.train.method_settings import RewardSettings
-from toolx_kernels.train.named_rewards import named_rewards
+from toolx_kernels.train.reward_process import RewardProcess
 from toolx_kernels.train.rows import demonstration_rows, digest, shared_rows
 
 Solved = Callable[[Rewards], list[bool]]
@@ -37,9 +37,17 @@ def solved_by_total(least: float, rewards: Rewards) -> list[bool]:
     return [total >= least for total in rewards.total]
 
 
+def named_rewards(args: RewardSettings) -> RewardProcess | None:
+    """The running functions that ``args`` name; None if they name none.
+
+    Raises InputError: see ``RewardProcess``.
+    """
+    return RewardProcess(args.reward_funcs, args.reward_weights, args.reward_timeout) if args.reward_funcs else None
+
+
 def judge_and_rewards(
-    args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | None, chat: Chat
-) -> tuple[Judge, RewardFunctions, Solved]:
+    args: RewardSettings, reward_funcs: Callable | Sequence[Callable] | RewardProcess | None, chat: Chat
+) -> tuple[Judge, RewardFunctions | RewardProcess, Solved]:
     """Returns the judge, the rewards and the test for solved rollouts. The default reward depends on ``args`` and on
     the form in which ``chat`` writes calls.
 
@@ -47,8 +55,6 @@ def judge_and_rewards(
         InputError: the form that ``args`` asks for and the chat template's thoughts exclude each other.
     """
     form = chat.tool_format
-    if args.reward_funcs:
-        reward_funcs = named_rewards(args.reward_funcs)
     if args.self_exemplify and chat.conventions.opens_thought:
         raise InputError(
             "self_exemplify=True needs the examples before the thought, and the chat template opens a thought first: "
@@ -66,7 +72,10 @@ def judge_and_rewards(
             reward_funcs = SelfExemplifyingReward(distinct=args.distinct_examples, tool_format=form)
         else:
             reward_funcs = {"exact": CallReward, "similarity": SimilarityReward}[args.reward](form, allowed)
-    rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
+    if isinstance(reward_funcs, RewardProcess):
+        rewards: RewardFunctions | RewardProcess = reward_funcs
+    else:
+        rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_timeout)
     return judge_of(chat, args.self_exemplify), rewards, solved
 
 
@@ -102,7 +111,7 @@ class Task:
         demonstrations: Sequence[Row],
         prompts: Prompts,
         judge: Judge,
-        rewards: RewardFunctions,
+        rewards: RewardFunctions | RewardProcess,
         solved: Solved = solved_by_default,
         left_out: int = 0,
         demonstrate_rows: bool = True,

@@ -52,7 +52,7 @@ from toolx_kernels.train.rounds import Rounds
 from toolx_kernels.train.run.checkpoint import check_reference, resumable_checkpoint, save_checkpoint
 from toolx_kernels.train.run.folder import RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run.stopping import Stop
-from toolx_kernels.train.task import Task, judge_and_rewards, prompts_of
+from toolx_kernels.train.task import Task, judge_and_rewards, named_rewards, prompts_of
 from toolx_kernels.train.update.learner import Learner
 from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel
@@ -69,9 +69,9 @@ class ToolExpanderTrainer:
         model: a transformers causal LM or its name (see ``load_model``). If it has a LoRA adapter, from peft's
             ``get_peft_model`` or transformers' ``add_adapter``, that adapter is trained (see ``adopt_adapter``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
-            signature, sync or async; the sum of their rewards times ``args.reward_weights`` counts, None adds nothing.
-            Default: those that ``args.reward_funcs`` names, else 1 for the right calls and nothing else in the
-            completion and 0 otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
+            signature, sync or async; the sum of their rewards times ``args.reward_weights`` counts, None adds nothing;
+            Default: those that ``args.reward_funcs`` names, else 1 for the right calls and
+            nothing else in the completion and 0 otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``. Without ``eval_dataset`` nothing is
             evaluated: the summary's ``eval_rows`` is 0, and its accuracies are None.
@@ -126,6 +126,7 @@ class ToolExpanderTrainer:
         args = args or ToolExpanderConfig()
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
+        reward_funcs = named_rewards(args) if reward_funcs is None else reward_funcs
         self.args = args = replace(args, date=args.date or self.run.date(args.resume))
         rows, eval_rows = (rows_from(those) if those is not None else [] for those in (train_dataset, eval_dataset))
         self.model, self.tokenizer = policy_model(model, processing_class, args)
