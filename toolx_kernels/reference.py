@@ -105,7 +105,8 @@ def group_advantages(
     4.1.2). A ``min_std`` above zero keeps much smaller differences from being scaled up to full size. A group of
     exactly equal rewards, and so a group of one, gets exact zeros.
     """
-    rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
+    dtype = compute_dtype(rewards) if rewards.is_floating_point() else torch.float32
+    rewards = rewards.double()  # the square of a large fp32 number is not finite in fp32
     if group_ids is None:
         group_ids = torch.arange(len(rewards), device=rewards.device) // group_size
     advantages = torch.zeros_like(rewards)
@@ -117,7 +118,7 @@ def group_advantages(
         std = {"group": r, "batch": rewards}[scale].std() if scale != "none" else None
         centred = r - r.mean()
         advantages[member] = centred if std is None else centred / (std.clamp(min=min_std) + eps)
-    return advantages
+    return advantages.to(dtype)
 
 
 class CompletionLosses(NamedTuple):

@@ -64,6 +64,21 @@ def test_large_rewards_that_hardly_differ():
     torch.testing.assert_close(group_advantages(rewards, group_size=4).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_rewards_whose_squares_are_not_finite_in_fp32(scale, size):
+    rewards = rewards_of(1, -1, -1, 1, dtype=torch.float32)
+    expected = group_advantages(rewards.double(), group_size=4, scale=scale, eps=0.0).float()
+    assert expected.abs().min() > 0.8
+    functions = [group_advantages, reference.group_advantages]
+    if advantages.triton is not None:
+        functions.append(lambda rewards, **_: advantages.in_triton(rewards, 4, None, scale, 0.0, 0.0))
+    for function in functions:
+        torch.testing.assert_close(function(rewards * size, group_size=4, scale=scale, eps=0.0), expected)
+    with pytest.raises(InputError, match=r"rewards\[0\] = 1e\+39 is not finite in fp32"):
+        group_advantages(rewards_of(1e39, 0, dtype=torch.float64), group_size=2)
+
+
 def test_integer_and_half_precision_rewards():
     expected = group_advantages(rewards_of(1, 0, 0, 1), group_size=4)
     for dtype in (torch.int64, torch.bfloat16, torch.bool):

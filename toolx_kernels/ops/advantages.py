@@ -34,12 +34,13 @@ def group_advantages(
     (``scale``). ``min_std`` keeps a small bonus small: in {1, 1, 1, 1, 1.01} the last gets 1.75 without it and
     0.08 at 0.1; 0.1 does not change the advantages of 0/1 rewards in groups of up to 64. A group whose rewards are all
     equal gets exact zeros, decided by comparing the rewards: in floating point the mean of equal numbers is not
-    always that number. With ``check_finite=False`` the caller checks the rewards; the check waits for a GPU.
+    always that number. The sums are float64, because the squares of large fp32 rewards are no finite fp32 numbers.
+    With ``check_finite=False`` the caller checks the rewards; the check waits for a GPU.
     Source: arXiv 2402.03300, 4.1.2.
 
     Raises:
         InputError: neither or both of group_size and group_ids, a group_size that does not divide B, an unknown scale,
-            a ``min_std`` that is negative or not finite, a reward that is not finite.
+            a ``min_std`` that is negative or not finite, a reward that is not a finite fp32 number.
     """
     if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
@@ -68,10 +69,11 @@ def group_advantages(
 
 
 def check_rewards(rewards: Tensor) -> None:
-    """Raises InputError for a reward that is not finite."""
-    if not rewards.isfinite().all():
-        at = int((~rewards.isfinite()).nonzero()[0])
-        raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite: a reward must be a number.")
+    """Raises InputError for a reward that is not finite, also in fp32."""
+    fine = rewards.float().isfinite()
+    if not fine.all():
+        at = int((~fine).nonzero()[0])
+        raise InputError(f"rewards[{at}] = {float(rewards[at])} is not finite in fp32: a reward must be a number.")
 
 
 def in_torch(
@@ -80,6 +82,7 @@ def in_torch(
 ) -> Tensor:  # fmt: skip
     if check_finite:
         check_rewards(rewards)
+    dtype, rewards = rewards.dtype, rewards.double()
     if group_ids is None:
         index = torch.arange(len(rewards), device=rewards.device) // group_size
         n_groups = len(rewards) // group_size
@@ -98,7 +101,7 @@ def in_torch(
         centred = centred / (variance.sqrt().clamp(min=min_std)[index] + eps)
     elif scale == "batch" and len(rewards) > 1:
         centred = centred / (rewards.std().clamp(min=min_std) + eps)
-    return torch.where((low == high)[index], 0, centred)
+    return torch.where((low == high)[index], 0, centred).to(dtype)
 
 
 if triton is not None:
@@ -112,13 +115,14 @@ if triton is not None:
         """One program per completion: it looks for its siblings among all B, twice (mean, then variance)."""
         i = tl.program_id(0)
         offs = tl.arange(0, BLOCK)
-        own = tl.load(rewards_ptr + i)
-        count, total, everything = 0.0, 0.0, 0.0
+        own = tl.load(rewards_ptr + i).to(tl.float64)
+        zero = tl.full((), 0.0, tl.float64)
+        count, total, everything = zero, zero, zero
         low, high = own, own
         for start in range(0, B, BLOCK):
             j = start + offs
             inside = j < B
-            r = tl.load(rewards_ptr + j, mask=inside, other=0.0)
+            r = tl.load(rewards_ptr + j, mask=inside, other=0.0).to(tl.float64)
             if HAS_IDS:
                 sibling = inside & (tl.load(ids_ptr + j, mask=inside, other=0) == tl.load(ids_ptr + i))
             else:
@@ -132,7 +136,7 @@ if triton is not None:
         advantage = own - mean
         if SCALE != "none":
             centre = mean if SCALE == "group" else everything / B
-            squares = 0.0
+            squares = zero
             for start in range(0, B, BLOCK):
                 j = start + offs
                 counts = j < B
@@ -141,7 +145,8 @@ if triton is not None:
                         counts = counts & (tl.load(ids_ptr + j, mask=j < B, other=0) == tl.load(ids_ptr + i))
                     else:
                         counts = counts & (j // group_size == i // group_size)
-                d = tl.where(counts, tl.load(rewards_ptr + j, mask=j < B, other=0.0) - centre, 0.0)
+                r = tl.load(rewards_ptr + j, mask=j < B, other=0.0).to(tl.float64)
+                d = tl.where(counts, r - centre, 0.0)
                 squares += tl.sum(d * d, 0)
             freedom = count - 1.0 if SCALE == "group" else B - 1.0
             std = tl.sqrt(squares / tl.maximum(freedom, 1.0))
