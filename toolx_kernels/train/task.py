@@ -133,6 +133,21 @@ class Task:
         """Whether ``rollouts[i]`` solves ``rows[i]``."""
         return self.solved(self.rewards(rows, rollouts))
 
+    def try_rewards(self, count: int) -> None:
+        """Calls a user's reward functions once, on ``count`` completions with the first row's answer, so that their
+        mistakes show before the work.
+
+        Raises InputError: see ``RewardFunctions``.
+        """
+        if self.solved is solved_by_default:
+            return
+        row, chat = self.rows[0], self.prompts.chat
+        prompt = self.prompts.ids(row)
+        ids = chat.completion_ids(row.answer, prompt)
+        text, zeros = chat.written_text(ids[:-1], prompt), [0.0] * len(ids)
+        rollout = Rollout(ids, zeros, zeros, None, text, [{"role": "assistant", "content": text}], "stop")
+        self.rewards([row] * count, [rollout] * count)
+
     def check_same(self, run: Path, digests: dict[str, str]) -> None:
         """Raises InputError if the run used other rows or prompts than these."""
         for name, own in self.digests.items():

@@ -70,7 +70,7 @@ class ToolExpanderTrainer:
             ``get_peft_model`` or transformers' ``add_adapter``, that adapter is trained (see ``adopt_adapter``).
         reward_funcs: one or several ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, TRL's
             signature, sync or async; the sum of their rewards times ``args.reward_weights`` counts, None adds nothing;
-            Default: those that ``args.reward_funcs`` names, else 1 for the right calls and
+            tried once before any work. Default: those that ``args.reward_funcs`` names, else 1 for the right calls and
             nothing else in the completion and 0 otherwise; with ``args.self_exemplify`` ``SelfExemplifyingReward``.
         args: the settings.
         train_dataset, eval_dataset: rows with ``prompt``, ``tools`` and ``answer``. Without ``eval_dataset`` nothing is
@@ -174,6 +174,7 @@ class ToolExpanderTrainer:
         """
         self.stop = stop or self.stop
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
+        task.try_rewards(args.num_generations)
         resumed = self._resume()
         report.plan(Workload.of(args, task.prompts, task.demonstrations, task.rows, task.eval_rows))
         with ExitStack() as after, report.running(rounds):

@@ -127,6 +127,7 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
         return even_is_good(prompts, completions, completion_ids)
 
     make_trainer(tmp_path / "run", reward, max_steps=1, probe_rollouts=10, eval_on_start=False).train()
+    assert sizes.pop(0) == 4, "they are tried once"
     assert max(sizes) == 4 * 4 and sum(sizes) == 16 + 2 * 4 * 10, "a step, and two probes in which nothing is solved"
 
 
