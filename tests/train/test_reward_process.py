@@ -80,6 +80,7 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "own.py").write_text(FUNCTIONS)
     (folder / "exits.py").write_text("import os\nos._exit(4)\n")
+    (folder / "json.py").write_text("import os\nos._exit(5)  # this file hides no installed module")
     before = os.getcwd()
     os.chdir(folder)
     yield folder
@@ -216,13 +217,13 @@ def test_an_interrupt_during_a_hang_ends_both_at_once():
     assert time.monotonic() - noted[1] < 10 and rewards._process.returncode == -signal.SIGKILL
 
 
-def test_it_ends_with_its_parent_even_while_it_hangs():
+def test_it_ends_with_its_parent_even_while_it_hangs(here):
     code = (
         "from toolx_kernels.train.reward_process import RewardProcess; from toolx_kernels.toolcall import Row\n"
         "class W: text, ids, messages = 'x', [1], []\n"
-        "RewardProcess(['own.regex'], None, 500.0)([Row('r', 'p', [], [])], [W()])"
+        f"RewardProcess(['{here / 'own.py'}:regex'], None, 500.0)([Row('r', 'p', [], [])], [W()])"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=here.parent, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline().startswith("regex in ")
     parent.kill()
     assert parent.stdout.read() == ""  # until all who could write to it are gone

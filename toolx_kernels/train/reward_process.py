@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import fcntl
 import io
-import json
 import os
 import pickle
 import signal
@@ -31,9 +30,10 @@ GRACE_S = 5.0  # seconds beyond its limit that a function may hold its interpret
 POLL_S = 0.5  # seconds between two looks at whether the process lives
 END_S = 2.0  # seconds that the process may take to end
 FIELDS = ("id", "prompt", "tools", "answer")  # of a row, next to its columns
+# only built-in modules may be imported before the search path is set: files of the working directory would hide others
 START = (
-    "import json, sys; sys.path[:], sys.argv[:], fds = json.loads(sys.argv[1]);"
-    "from toolx_kernels.train.reward_process import serve; serve(*fds)"
+    "import sys; sys.path[:], sys.argv[:] = {path!a}, {argv!a};"
+    "from toolx_kernels.train.reward_process import serve; serve(*{fds})"
 )
 
 
@@ -70,11 +70,10 @@ class RewardProcess:
         self._connection, theirs = Pipe()
         # nobody writes to this pipe: the kernel tells the process when its last writer is gone
         reader, writer = os.pipe()
-        path = [str(place) for place in sys.path]
         with theirs:
             fds = theirs.fileno(), reader
-            command = [sys.executable, "-c", START, json.dumps([path, sys.argv, fds])]
-            self._process = subprocess.Popen(command, pass_fds=fds)
+            code = START.format(path=[str(place) for place in sys.path], argv=sys.argv, fds=fds)
+            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=fds)
         os.close(reader)
         self._end = weakref.finalize(self, _end, self._process, self._connection, writer)
         self.names = self._answer_to((self.asked, self.weights, self.timeout, GRACE_S), None)
@@ -92,7 +91,7 @@ class RewardProcess:
                     if kind != "running":
                         break
                     running = content
-                elif rows is not None and time.monotonic() > heard + self.timeout + 2 * GRACE_S:
+                elif running and time.monotonic() > heard + self.timeout + 2 * GRACE_S:
                     raise EOFError
                 elif self._process.poll() is not None and not self._connection.poll():
                     raise EOFError
@@ -109,7 +108,7 @@ class RewardProcess:
 
     def _death(self, running: list[str], rows: Sequence[Row] | None, silent: float) -> InputError:
         """Says why the process is dead, or kills it because it holds the interpreter."""
-        late = rows is not None and silent > self.timeout
+        late = bool(running) and silent > self.timeout
         if late:
             self._process.kill()
         try:
