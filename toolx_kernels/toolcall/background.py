@@ -20,13 +20,14 @@ class Watchdog:
     A call of C code, such as that of an endless regular expression, may keep the interpreter to itself: then no other
     thread runs, and no signal handler either. So as long as functions with a limit run, also after they were given up,
     a thread sets faulthandler's timer anew every few seconds. If it cannot, that timer, which needs no interpreter,
-    prints the stacks of all threads to stderr and ends the process with code 1. A process has one such timer; user code
-    must not set it too.
+    prints the stacks of all threads to stderr and ends the process with code 1. A process has one such timer: user code
+    must not set it too. Time for which the process is stopped (Ctrl-Z) counts.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._limits: list[float] = []  # of the functions that run, in seconds
+        self._set_for = 0.0  # the limit for which the timer is set; 0.0 if it is not
         self._thread = threading.Thread()  # not started
 
     def watch(self, limit: float | None) -> Callable[..., None]:
@@ -35,32 +36,32 @@ class Watchdog:
         if limit is None:
             return lambda *_: None
         with self._changed:
-            if limit > max(self._limits, default=0.0):
-                self._set_timer(limit)
             self._limits.append(limit)
+            if limit > self._set_for:
+                self._set_timer()
             if not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._keep_setting, name="watchdog", daemon=True)
                 self._thread.start()
-            self._changed.notify()
         return lambda *_: self._leave(limit)
 
     def _leave(self, limit: float) -> None:
         with self._changed:
             self._limits.remove(limit)
-            if not self._limits:
-                faulthandler.cancel_dump_traceback_later()
 
     def _keep_setting(self) -> None:
         with self._changed:
-            while True:
-                self._changed.wait(GRACE_S / 6 if self._limits else None)
-                if self._limits:
-                    self._set_timer(max(self._limits))
+            while True:  # most functions end before it looks: a timer for each would cost more than they
+                self._changed.wait(GRACE_S / 6 if self._set_for else None)
+                self._set_timer()
 
-    @staticmethod
-    def _set_timer(limit: float) -> None:
-        # a notebook's sys.stderr is no file: 2 is stderr
-        faulthandler.dump_traceback_later(min(limit + GRACE_S, threading.TIMEOUT_MAX), exit=True, file=2)
+    def _set_timer(self) -> None:
+        self._set_for = max(self._limits, default=0.0)
+        if self._set_for:
+            # a notebook's sys.stderr is no file: 2 is stderr
+            faulthandler.dump_traceback_later(min(self._set_for + GRACE_S, threading.TIMEOUT_MAX), exit=True, file=2)
+            self._changed.notify()
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
 
 _watchdog = Watchdog()
