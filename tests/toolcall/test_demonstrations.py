@@ -18,6 +18,7 @@ from toolx_kernels.toolcall import (
 )
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.match import call_key
+from toolx_kernels.toolcall.rows import check_rows
 
 VALUE_TOOL = {"type": "object", "properties": {"value": {"type": "string"}}}
 
@@ -242,3 +243,15 @@ def test_no_prompt_of_a_dataset_tells_its_answer(name, read):
         shown += 1
     assert shown == sum(map(index.possible, rows))
     assert shown > 0 or name in ("bfcl:simple_java", "bfcl:simple_javascript")
+
+
+def test_another_spelling_of_a_number_reveals_the_answer_too():
+    answers = [{"x": 1, "y": [2.5]}, {"x": 1.0, "y": [2.5]}, {"x": 2, "y": [2.5]}]
+    tools = [{"name": "f", "parameters": {}}]
+    raws = [
+        {"prompt": f"p{n}", "tools": tools, "answer": [{"name": "f", "arguments": a}]} for n, a in enumerate(answers)
+    ]
+    rows = check_rows(raws, "d")
+    index = DemonstrationIndex(rows)
+    assert [row.id for row in index.choose(rows[0], random.Random(0), per_tool=3)] == ["d:2"]
+    assert not DemonstrationIndex(rows[:2]).possible(rows[0])

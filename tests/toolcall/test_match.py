@@ -89,3 +89,88 @@ def test_multiset():
     assert exact_match([a, b, a], [a, a, b])
     assert not exact_match([a, b, b], [a, a, b]) and not exact_match([a, b], [a, a, b]) and not exact_match([a], [b])
     assert exact_match([], []) and not exact_match(None, []) and not exact_match(None, [a])
+
+
+NUMBER, INTEGER = {"type": "number"}, {"type": "integer"}
+ONE_OR_NONE = {
+    "type": "object",
+    "properties": {
+        "x": NUMBER, "n": INTEGER, "s": {"type": "string"}, "any": {}, "maybe": {"type": ["number", "null"]},
+        "null": {"type": "number", "nullable": True}, "list": {"type": "array", "items": NUMBER},
+        "pair": {"prefixItems": [{}, NUMBER]}, "old": {"items": [{}, NUMBER]},
+        "o": {"properties": {"in": NUMBER}}, "more": {"additionalProperties": NUMBER},
+        "named": {"patternProperties": {"^n": NUMBER}}, "either": {"anyOf": [{"type": "string"}, NUMBER]},
+        "one": {"oneOf": [{"type": "array", "items": INTEGER}, {"type": "null"}]}, "all": {"allOf": [{}, NUMBER]},
+        "ref": {"$ref": "#/$defs/n"}, "tree": {"$ref": "#/$defs/tree"}, "enum": {"enum": [1, 2.5]},
+        "flag": {"type": "boolean"}, "not": {"not": NUMBER},
+    },
+    "$defs": {"n": NUMBER, "tree": {"properties": {"value": NUMBER, "left": {"$ref": "#/$defs/tree"}}}},
+}  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": ONE_OR_NONE}}]
+BIG = 2**53
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "same"),
+    [
+        ("x", 1, 1.0, True),
+        ("x", 0, -0.0, True),
+        ("x", 1, 1.5, False),
+        ("x", 1, True, False),
+        ("x", 1.0, True, False),
+        ("x", 1, "1", False),
+        ("x", BIG, float(BIG), True),
+        ("x", BIG + 1, float(BIG), False),
+        ("x", 10**300, 1e300, False),
+        ("x", int(1e300), 1e300, True),
+        ("x", 10**4000, 1e300, False),
+        ("n", 1, 1.0, True),
+        ("n", 1, True, False),
+        ("s", 1, 1.0, False),
+        ("any", 1, 1.0, False),
+        ("flag", 1, 1.0, False),
+        ("not", 1, 1.0, False),
+        ("unknown", 1, 1.0, False),
+        ("maybe", 1, 1.0, True),
+        ("null", 1, 1.0, True),
+        ("null", None, 0, False),
+        ("list", [1, 2.5], [1.0, 2.5], True),
+        ("list", [1, 2], [2.0, 1.0], False),
+        ("pair", [1, 1], [1, 1.0], True),
+        ("pair", [1, 1], [1.0, 1], False),
+        ("old", [1, 1], [1, 1.0], True),
+        ("o", {"in": 1}, {"in": 1.0}, True),
+        ("o", {"out": 1}, {"out": 1.0}, False),
+        ("more", {"k": 1}, {"k": 1.0}, True),
+        ("named", {"n1": 1}, {"n1": 1.0}, True),
+        ("named", {"m1": 1}, {"m1": 1.0}, False),
+        ("either", 1, 1.0, True),
+        ("one", [1], [1.0], True),
+        ("all", 1, 1.0, True),
+        ("ref", 1, 1.0, True),
+        ("tree", {"left": {"left": {"value": 1}}}, {"left": {"left": {"value": 1.0}}}, True),
+        ("enum", 1, 1.0, True),
+    ],
+)
+def test_1_is_1_0_where_the_schema_has_a_number(name, one, other, same):
+    one, other = ([{"name": "f", "arguments": {name: value}}] for value in (one, other))
+    for tools in (TOOLS, [TOOLS[0]["function"]]):
+        assert exact_match(one, other, tools) is exact_match(other, one, tools) is same
+    assert not exact_match(one, other) and not exact_match(one, other, [])
+    assert exact_match([*one, *other], [*other, *one], TOOLS)
+    assert exact_match([*one, *one], [*other, *one], TOOLS) is same
+
+
+def test_tools_that_are_no_functions_compare_strictly():
+    one, other = ([{"name": "f", "arguments": {"x": value}}] for value in (1, 1.0))
+    broken = [{"properties": {"x": {"type": "float"}}}, {"properties": {"x": {"$ref": "https://a.b"}}}, "text", None]
+    unusable = [[{"name": "f", "parameters": schema}] for schema in broken]
+    for tools in (
+        *unusable,
+        [{"name": "g", "parameters": ONE_OR_NONE}],
+        [{"name": "f"}],
+        [{"name": []}],
+        ["f"],
+        [None],
+    ):
+        assert not exact_match(one, other, tools) and exact_match(one, one, tools)

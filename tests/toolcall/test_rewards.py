@@ -7,6 +7,10 @@ from toolx_kernels.toolcall import (
     CallReward,
     RewardFunctions,
     Row,
+    SelfExemplifyingReward,
+    SimilarityReward,
+    check_row,
+    is_answer_correct,
     is_correct,
     no_think_reward,
     render_completion,
@@ -168,3 +172,17 @@ def test_rewards_of_calls_travel_and_have_names():
         assert rewarded(reward, render_completion(CALLS, FORMATS["llama3"]), EXACT) == 1.0
     assert pickle.loads(pickle.dumps(no_think_reward)) is no_think_reward
     assert RewardFunctions(no_think_reward).names == ["no_think_reward"]
+
+
+def test_a_number_may_be_written_1_or_1_0_where_the_schema_has_one():
+    """Arrow turns 1 into 1.0 in a column that also has 1.5."""
+    tools = [{"name": "pay", "parameters": {"properties": {"sum": {"type": "number"}, "note": {}}}}]
+    row = check_row({"prompt": "p", "tools": tools, "answer": [{"name": "pay", "arguments": {"sum": 1.0}}]}, "d", 0)
+    for value, right in (("1", True), ("1.0", True), ("1.5", False), ("true", False), ('"1"', False)):
+        text = f'<tool_call>{{"name": "pay", "arguments": {{"sum": {value}}}}}</tool_call>'
+        assert is_correct(text, row) == is_answer_correct(f"<think>So.</think>{text}", row) == right
+        for reward in (CallReward(), SimilarityReward(), SelfExemplifyingReward(distinct=False)):
+            (earned,) = reward(["p"], [text], [[1]], answer=[row.answer], tools=[row.tools])
+            assert (earned == 1) == right
+    text = '<tool_call>{"name": "pay", "arguments": {"sum": 1, "note": "x"}}</tool_call>'
+    assert SimilarityReward()(["p"], [text], [[1]], answer=[row.answer], tools=[row.tools]) == [0.5]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from toolx_kernels.toolcall.bfcl_match import bfcl_match
-from toolx_kernels.toolcall.match import call_key
+from toolx_kernels.toolcall.match import loose_key
 from toolx_kernels.toolcall.rows import Row
 
 
@@ -19,8 +19,8 @@ class DemonstrationIndex:
     ToolExpander (arXiv 2510.07737) shows a hard sample together with demonstrations of the tools that it offers.
     The tools of its own answer are not preferred: a preference would reveal the right one. No demonstration reveals
     the answer itself. Excluded are samples with the row's user text (ignoring case, white space and Unicode
-    compatibility forms), thus the row itself; samples that contain any call of its answer; and, if the row has
-    ``possible_answers``, samples with a call that BFCL's rules would accept.
+    compatibility forms), thus the row itself; samples that contain any call of its answer, whether a number in it is
+    written 1 or 1.0; and, if the row has ``possible_answers``, samples with a call that BFCL's rules would accept.
 
     The cost of ``choose`` does not depend on the number of rows, unless nearly all rows reveal the answer.
     """
@@ -127,4 +127,4 @@ def _folded(text: str) -> str:
 
 
 def _keys(row: Row) -> frozenset[str]:
-    return frozenset(map(call_key, row.answer))
+    return frozenset(map(loose_key, row.answer))

@@ -1,17 +1,57 @@
 """Exact match of calls with an answer."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
+
+from toolx_kernels.toolcall.schema import whole_numbers
 
 
-def exact_match(calls: list[dict] | None, answer: list[dict]) -> bool:
+def exact_match(calls: list[dict] | None, answer: list[dict], tools: Sequence[dict] | None = None) -> bool:
     """Whether ``calls`` and ``answer`` are the same multiset of (name, arguments).
 
     Types are JSON's and strict: True is not 1, and 1 is not 1.0. Order matters inside lists, not between calls or
     keys. None (malformed output) never matches.
+
+    With ``tools``, those of the row, 1 and 1.0 are the same where a tool's schema has a number or, as JSON Schema
+    means it, an integer; also inside arrays and objects, and in one of several alternatives. Their values are compared
+    exactly: 2**53 + 1 is not 2.0**53. Where the schema says nothing, and in tools that are no JSON-schema functions,
+    they stay different.
     """
-    return calls is not None and sorted(map(call_key, calls)) == sorted(map(call_key, answer))
+    if calls is None:
+        return False
+    if _keys(calls) == _keys(answer):
+        return True
+    return tools is not None and _keys(alike(calls, tools)) == _keys(alike(answer, tools))
 
 
 def call_key(call: dict) -> str:
-    """A string that two calls share exactly if ``exact_match`` considers them equal."""
+    """A string that two calls share exactly if ``exact_match`` considers them equal without tools."""
     return json.dumps([call["name"], call["arguments"]], sort_keys=True)
+
+
+def loose_key(call: dict) -> str:
+    """A string that two calls share if ``exact_match`` considers them equal with any tools."""
+    return json.dumps([call["name"], _all_whole(call["arguments"])], sort_keys=True)
+
+
+def alike(calls: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
+    """``calls`` with 1 instead of 1.0 where ``exact_match`` with ``tools`` considers them equal."""
+    schemas: dict[str, Any] = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            schemas[function["name"]] = function.get("parameters")
+    return [{**call, "arguments": whole_numbers(call["arguments"], schemas.get(call["name"]))} for call in calls]
+
+
+def _all_whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _all_whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_all_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _keys(calls: Sequence[dict]) -> list[str]:
+    return sorted(map(call_key, calls))

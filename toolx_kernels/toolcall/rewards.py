@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from toolx_kernels.toolcall.bfcl_match import bfcl_match
-from toolx_kernels.toolcall.match import exact_match
+from toolx_kernels.toolcall.match import alike, exact_match
 from toolx_kernels.toolcall.parse import Reading, read
 from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.schema import unknown_argument
 from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 
 NEARLY_RIGHT = 0.99  # the highest reward by similarity of calls that are not right
@@ -20,7 +21,7 @@ def is_correct(text: str | Sequence[str], row: Row, tool_format: ToolFormat = HE
     """Whether the calls in ``text`` are right for ``row``, whatever else ``text`` says.
 
     Rows with ``possible_answers`` are judged by BFCL's rules (``bfcl_match``), others by ``exact_match`` with their
-    answer. A leading thought is ignored; if it is never closed, nothing is right.
+    answer and tools. A leading thought is ignored; if it is never closed, nothing is right.
 
     If ``text`` is a list, the texts of several turns, each must be well-formed and their calls count together: a failed
     call that a later turn corrects is one call too many.
@@ -77,10 +78,10 @@ class SimilarityReward(CallReward):
     ``NEARLY_RIGHT``.
 
     Calls with the same name are paired, the most similar first. A pair scores the sum over its common arguments, 1 for
-    equal values (as JSON) and ROUGE-L's F1 for two strings, divided by the number of arguments in either call; without
-    arguments it scores 1. The sum over the pairs is divided by the number of calls in either answer, where a pair
-    counts once. A tool that is not offered, an argument that its schema does not name, a call where none is expected
-    and no call where one is expected earn 0.
+    equal values (as ``exact_match`` compares them) and ROUGE-L's F1 for two strings, divided by the number of arguments
+    in either call; without arguments it scores 1. The sum over the pairs is divided by the number of calls in either
+    answer, where a pair counts once. A tool that is not offered, an argument that its schema does not name, a call
+    where none is expected and no call where one is expected earn 0.
 
     Words are letters and digits of any script, in lower case. The longest common subsequence uses the first
     ``COMPARED_WORDS`` words, F1 the lengths of the whole texts. STAR's own code pairs calls in the order in which they
@@ -106,7 +107,7 @@ class SimilarityReward(CallReward):
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         if not calls or not all(_is_known(call, schemas) for call in calls):
             return 0.0
-        return min(_similarity(calls, answer), NEARLY_RIGHT)
+        return min(_similarity(alike(calls, tools), alike(answer, tools)), NEARLY_RIGHT)
 
 
 def no_think_reward(prompts: list, completions: list, completion_ids: list[list[int]], **columns: list) -> list[float]:
@@ -129,18 +130,12 @@ def completion_turns(completion: str | list[dict]) -> list[str]:
 
 def _is_right(turns: Sequence[Reading], answer: list, tools: list, possible: list | None, category: str) -> bool:
     calls = None if any(turn.calls is None for turn in turns) else [call for turn in turns for call in turn.calls or ()]
-    return exact_match(calls, answer) if possible is None else bfcl_match(calls, tools, possible, category)
+    return exact_match(calls, answer, tools) if possible is None else bfcl_match(calls, tools, possible, category)
 
 
 def _is_known(call: dict, schemas: dict[str, dict]) -> bool:
-    """Whether the tool is offered and its schema names the arguments, by the rule of ``arguments_fault``."""
-    if call["name"] not in schemas:
-        return False
-    schema = schemas[call["name"]]
-    properties = schema.get("properties")
-    return (
-        properties is None or bool(schema.get("additionalProperties")) or call["arguments"].keys() <= properties.keys()
-    )
+    """Whether the tool is offered and its schema names the arguments."""
+    return call["name"] in schemas and unknown_argument(call["arguments"], schemas[call["name"]]) is None
 
 
 def _similarity(calls: list[dict], answer: list[dict]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.bfcl_match import possible_fault
-from toolx_kernels.toolcall.schema import json_fault, schema_fault
-from toolx_kernels.toolcall.strict_json import read_json
+from toolx_kernels.toolcall.schema import schema_fault
+from toolx_kernels.toolcall.strict_json import json_fault, read_json
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 

@@ -1,169 +1,188 @@
-"""JSON Schema: conversion of datasets' type names, and faults of schemas, arguments and values."""
+"""Tools' schemas: whether they are JSON Schema, what in arguments breaks them, and where numbers are equal."""
 
-import math
-import re
+from __future__ import annotations
+
+import json
 import reprlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
 from typing import Any
 
+from toolx_kernels.toolcall.json_schema.keywords import NEVER, EndlessError, breach, errors, found, validator_of
+from toolx_kernels.toolcall.json_schema.validity import FaultError, checked, dialect_of, targets
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow
-
-JSON_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
-# BFCL's checker expects a string where its data say "any"; ToolACE uses the same names.
-_NAMES = {
-    "dict": "object", "map": "object", "float": "number", "double": "number", "int": "integer", "long": "integer",
-    "bool": "boolean", "str": "string", "any": "string", "list": "array", "tuple": "array", "set": "array",
-}  # fmt: skip
-_CLASSES = {
-    "string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict,
-    "null": type(None),
-}  # fmt: skip
-_OPTIONAL_SUFFIX = re.compile(r",?\s*optional\.?$", re.IGNORECASE)
-
-
-def json_schema(spec: dict) -> dict:
-    """A copy of ``spec`` with JSON Schema's type names in every property and item: ``dict`` becomes ``object``,
-    ``float`` becomes ``number``, ``tuple`` becomes ``array``, ``any`` becomes ``string``. Unknown names stay."""
-    schema = dict(spec)
-    name = schema.get("type")
-    if isinstance(name, str):
-        schema["type"] = _NAMES.get(name.lower(), name.lower() if name.lower() in JSON_TYPES else name)
-    if isinstance(schema.get("properties"), dict):
-        schema["properties"] = {
-            key: json_schema(value) if isinstance(value, dict) else value for key, value in schema["properties"].items()
-        }
-    if isinstance(schema.get("items"), dict):
-        schema["items"] = json_schema(schema["items"])
-    return schema
-
-
-def annotation_schema(annotation: str) -> dict:
-    """The schema of a Python annotation: ``"List[int], optional"`` gives an array of integers.
-
-    Types for which JSON Schema has no single name (``Union[...]``, ``Any``, a class) stay unconstrained: ``{}``.
-    """
-    annotation = _OPTIONAL_SUFFIX.sub("", annotation.strip())
-    head, _, inner = annotation.partition("[")
-    head, inner = head.strip().lower(), inner[:-1]
-    if head == "optional":
-        return annotation_schema(inner)
-    if head == "any":
-        return {}
-    name = _NAMES.get(head, head)
-    if name not in JSON_TYPES:
-        return {}
-    if head == "list" and inner:
-        return {"type": "array", "items": annotation_schema(inner)}
-    return {"type": name}
 
 
 def schema_fault(schema: Any, path: str = "") -> str | None:
-    """Describes why ``schema``, a JSON value (``json_fault``), is not a JSON schema, or returns None. ``path`` names
-    its place in the tool."""
+    """Describes why ``schema``, a JSON value (``json_fault``), is not a JSON schema of arguments, or returns None.
+    ``path`` names its place in the tool.
+
+    The draft is the one that ``$schema`` names, else 2020-12. Beyond the draft, texts such as ``description`` may be of
+    any type, and OpenAPI's and older drafts' forms are read: ``nullable``, a list as ``items``, and a bool as
+    ``exclusiveMinimum`` or ``exclusiveMaximum``; ``required`` may repeat a name. References must stay inside the
+    schema; nothing is ever downloaded. Whether a ``pattern`` is a regular expression is not checked.
+    """
     if not isinstance(schema, dict):
-        return f"{path} is not an object"
-    names = schema.get("type", [])
-    for name in names if isinstance(names, list) else [names]:
-        if not isinstance(name, str) or name not in JSON_TYPES:
-            return f"{path}.type is {name!r}, not one of {', '.join(sorted(JSON_TYPES))}"
-    properties = schema.get("properties", {})
-    if not isinstance(properties, dict):
-        return f"{path}.properties is not an object"
-    required = schema.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        return f"{path}.required is not a list of names"
-    if not isinstance(schema.get("enum", []), list):
-        return f"{path}.enum is not a list of values"
-    inner = [(f"{path}.properties.{name}", value) for name, value in properties.items()]
-    if isinstance(schema.get("items"), dict):
-        inner.append((f"{path}.items", schema["items"]))
-    for name in ("anyOf", "oneOf", "allOf"):
-        choices = schema.get(name, [])
-        if not isinstance(choices, list):
-            return f"{path}.{name} is not a list of schemas"
-        inner += [(f"{path}.{name}[{n}]", choice) for n, choice in enumerate(choices)]
-    return next((fault for where, value in inner if (fault := schema_fault(value, where))), None)
+        return f"{path} is {reprlib.repr(schema)}, which is not of type object"
+    read = _read(json.dumps(schema))
+    return path + read if isinstance(read, str) else None
 
 
 def arguments_fault(arguments: dict, parameters: dict) -> str | None:
     """Describes how the arguments of a call break ``parameters``, the checked schema of its tool, or returns None.
 
-    Faults are a missing required argument, an argument that the schema does not name, a value of a wrong type and one
-    outside its ``enum``; also inside arrays and objects, and by ``anyOf``, ``oneOf`` (treated as ``anyOf``) and
-    ``allOf``. As in JSON Schema, an integer is also a number and 1.0 is also an integer; unlike there, a name that is
-    not among the ``properties`` is a fault unless the schema has ``additionalProperties``. Patterns, formats and ranges
-    are not checked.
+    The meaning is JSON Schema's (1.0 is an integer, True is not 1), except that:
+
+    - null is right where the schema says ``nullable``;
+    - a name that the schema does not state is a fault, here and in objects inside, unless the schema has
+      ``additionalProperties``, ``unevaluatedProperties`` or ``patternProperties``, or states no names at all;
+    - formats are not checked, nor is a pattern that is not a regular expression or takes more than ``PATTERN_SECONDS``.
     """
-    return _members_fault(arguments, parameters, "")
+    schema = _schema_of(parameters)
+    return schema.fault(arguments) if schema else None
 
 
-def _members_fault(members: dict, schema: dict, path: str) -> str | None:
-    properties = schema.get("properties")
-    for name in schema.get("required", ()):
-        if name not in members:
-            return f"the required argument '{path}{name}' is missing"
-    if properties is None:
-        return None
-    for name, value in members.items():
-        if name in properties:
-            if fault := _value_fault(value, properties[name], path + name):
-                return fault
-        elif not schema.get("additionalProperties"):
-            return f"the schema has no argument '{path}{name}'"
-    return None
+def unknown_argument(arguments: dict, parameters: dict) -> str | None:
+    """An argument that ``parameters``, the schema of its tool, does not name, by the rule of ``arguments_fault``. None
+    if there is none, or ``parameters`` is not a schema."""
+    schema = _schema_of(parameters)
+    return next(schema.unknown(arguments), None) if schema else None
 
 
-def _value_fault(value: Any, schema: dict, path: str) -> str | None:
-    stated = schema.get("type", [])
-    names = stated if isinstance(stated, list) else [stated]
-    if names and not any(_has_type(value, name) for name in names):
-        return f"argument '{path}' is {reprlib.repr(value)}, which is not of type {' or '.join(names)}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"argument '{path}' is {reprlib.repr(value)}, which is not a value that the schema lists"
-    for name in ("anyOf", "oneOf"):
-        faults = [_value_fault(value, choice, path) for choice in schema.get(name, ())]
-        if faults and None not in faults:
-            return faults[0]
-    if isinstance(value, dict) and (fault := _members_fault(value, schema, f"{path}.")):
-        return fault
-    inner = [(choice, value, path) for choice in schema.get("allOf", ())]
-    if isinstance(value, list) and isinstance(schema.get("items"), dict):
-        inner += [(schema["items"], item, f"{path}[{n}]") for n, item in enumerate(value)]
-    return next((fault for part, item, where in inner if (fault := _value_fault(item, part, where))), None)
+def whole_numbers(arguments: dict, parameters: Any) -> dict:
+    """``arguments`` with an int for each whole float whose place ``parameters``, the schema of its tool, calls a number
+    or an integer, so that 1 and 1.0 are equal there. Unchanged if ``parameters`` is not a schema."""
+    schema = _schema_of(parameters)
+    return schema.with_whole_numbers(arguments, [schema.root]) if schema else arguments
 
 
-def _has_type(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == "boolean"
-    return isinstance(value, _CLASSES[name]) or name == "integer" and isinstance(value, float) and value.is_integer()
+class _Schema:
+    """A valid schema. ``targets`` has what the reference of a node, named by its ``id``, points at."""
 
+    def __init__(self, root: dict, targets: dict[int, Any], dialect: Any) -> None:
+        self.root, self._targets, self._dialect = root, targets, dialect
 
-def json_fault(value: Any, path: str) -> str | None:
-    """Describes why ``value`` is not JSON that a prompt can show, or returns None. Faults are a number that is not
-    finite, a key that is not a string, a lone surrogate, a value of another type, and more than ``MAX_DEPTH`` levels.
-    ``path`` names the value."""
-    if isinstance(value, dict | list | tuple) and not is_shallow(value):
-        return f"{path} is nested deeper than {MAX_DEPTH} levels"
-    return _json_fault(value, path)
+    def fault(self, arguments: dict) -> str | None:
+        """See ``arguments_fault``."""
+        from jsonschema.exceptions import best_match
 
-
-def _json_fault(value: Any, path: str) -> str | None:
-    if isinstance(value, str):
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return f"{path} holds the lone surrogate {value[error.start]!r}, which is not a character"
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            return f"{path} is {value!r}, which is not a JSON number"
-    elif isinstance(value, list | tuple):
-        inner = ((item, f"{path}[{n}]") for n, item in enumerate(value))
-        return next((fault for item, where in inner if (fault := _json_fault(item, where))), None)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                return f"{path} has the key {key!r}, which is not a string"
-            if fault := _json_fault(key, f"a key of {path}") or _json_fault(item, f"{path}.{key}"):
-                return fault
-    elif value is not None and not isinstance(value, int):
-        return f"{path} is of type {type(value).__name__}, which is not JSON"
-    return None
+            if error := best_match(errors(self._validator, arguments)):
+                return _argument_words(error)
+        except (RecursionError, EndlessError):
+            return "the arguments cannot be checked, as the schema refers to itself without end"
+        except ArithmeticError as error:
+            return f"the arguments cannot be checked ({error})"
+        return next((_no_argument(name) for name in self._all_unknown(arguments, [self.root], "")), None)
+
+    def unknown(self, members: dict, schemas: Iterable[Any] | None = None) -> Iterator[str]:
+        """The names of ``members`` that ``schemas``, by default the root, do not state."""
+        nodes = self._in_place([self.root] if schemas is None else schemas)
+        stated = [node["properties"] for node in nodes if "properties" in node]
+        more = ("additionalProperties", "unevaluatedProperties", "patternProperties")
+        if stated and not any(node.get(name, False) is not False for node in nodes for name in more):
+            yield from (name for name in members if not any(name in names for names in stated))
+
+    def with_whole_numbers(self, value: Any, schemas: Iterable[Any]) -> Any:
+        """See ``whole_numbers``; ``schemas`` are those of ``value``."""
+        nodes = self._in_place(schemas)
+        if not nodes:
+            return value
+        if isinstance(value, dict):
+            return {key: self.with_whole_numbers(item, self._of_member(nodes, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.with_whole_numbers(item, self._of_item(nodes, n)) for n, item in enumerate(value)]
+        is_whole = isinstance(value, float) and value.is_integer()
+        return int(value) if is_whole and any(map(_says_number, nodes)) else value
+
+    def _all_unknown(self, value: Any, schemas: Iterable[Any], path: str) -> Iterator[str]:
+        """The paths of names that the schema does not state, also in objects inside ``value``."""
+        nodes = self._in_place(schemas)
+        if isinstance(value, dict):
+            yield from (path + name for name in self.unknown(value, nodes))
+            for key, item in value.items():
+                yield from self._all_unknown(item, self._of_member(nodes, key), f"{path}{key}.")
+        elif isinstance(value, list):
+            for n, item in enumerate(value):
+                yield from self._all_unknown(item, self._of_item(nodes, n), f"{path[:-1]}[{n}].")
+
+    def _in_place(self, schemas: Iterable[Any]) -> list[dict]:
+        """``schemas`` and the schemas in them that speak of the same value, each once."""
+        nodes: dict[int, dict] = {}
+        left = list(schemas)
+        while left:
+            node = left.pop()
+            if isinstance(node, dict) and id(node) not in nodes:
+                nodes[id(node)] = node
+                for name in ("allOf", "anyOf", "oneOf"):
+                    left += node.get(name, ())
+                left += [node[name] for name in ("if", "then", "else") if name in node]
+                for name in ("dependentSchemas", "dependencies"):
+                    left += node.get(name, {}).values()
+                left.append(self._targets.get(id(node)))
+        return list(nodes.values())
+
+    def _of_member(self, nodes: list[dict], name: str) -> Iterator[Any]:
+        for node in nodes:
+            stated = [inner for pattern, inner in node.get("patternProperties", {}).items() if found(pattern, name)]
+            if name in node.get("properties", {}):
+                stated.append(node["properties"][name])
+            yield from stated or (node.get(key) for key in ("additionalProperties", "unevaluatedProperties"))
+
+    def _of_item(self, nodes: list[dict], n: int) -> Iterator[Any]:
+        for node in nodes:
+            first = node.get("prefixItems", node.get("items"))
+            if isinstance(first, list) and n < len(first):
+                yield first[n]
+            else:
+                yield from (node.get(key) for key in ("items", "additionalItems", "unevaluatedItems"))
+
+    @cached_property
+    def _validator(self) -> Any:
+        return validator_of(self.root, self._dialect)
+
+
+def _says_number(node: dict) -> bool:
+    stated = node.get("type", ())
+    values = [*node.get("enum", ()), node.get("const")]
+    return not {"number", "integer"}.isdisjoint([stated] if isinstance(stated, str) else stated) or any(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+
+
+def _schema_of(parameters: Any) -> _Schema | None:
+    """The schema that ``parameters``, which need not be checked, state; None if they are not a schema."""
+    try:
+        read = _read(json.dumps(parameters)) if isinstance(parameters, dict) else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return read if isinstance(read, _Schema) else None
+
+
+@lru_cache(maxsize=8192)
+def _read(text: str) -> _Schema | str:
+    """The schema of a JSON text, or its fault. Rows repeat the schemas of their tools, so they are kept."""
+    schema = json.loads(text)
+    if not is_shallow(schema):
+        return f" is nested deeper than {MAX_DEPTH} levels"
+    dialect = dialect_of(schema.get("$schema"))
+    try:
+        root = checked(schema, "", dialect)
+        return _Schema(root, targets(root, dialect), dialect)
+    except FaultError as error:
+        return str(error)
+
+
+def _argument_words(error: Any) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)[1:]
+    if error.validator == "not" and error.schema == NEVER:
+        return _no_argument(place)
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        return f"the required argument '{place and place + '.'}{missing}' is missing"
+    subject = f"argument '{place}' is" if place else "the arguments are"
+    return f"{subject} {reprlib.repr(error.instance)}, {breach(error)}"
+
+
+def _no_argument(place: str) -> str:
+    return f"the schema has no argument '{place}'"

@@ -1,10 +1,12 @@
 """Strict JSON, as calls are read: each text has one meaning, and its nesting is bounded."""
 
 import json
+import math
 import re
 from typing import Any
 
 MAX_DEPTH = 64  # deeper arguments are malformed, so that code may recurse through a parsed call
+_MOST_BITS = 14_000  # Python writes and reads no number of more than 4,300 digits
 
 _NOT_SPACE = re.compile(r"\S")
 
@@ -45,6 +47,15 @@ def is_shallow(value: dict | list | tuple) -> bool:
     return False
 
 
+def json_fault(value: Any, path: str) -> str | None:
+    """Describes why ``value`` is not JSON that a prompt can show, or returns None. Faults are a number that is not
+    finite or has thousands of digits, a key that is not a string, a lone surrogate, a value of another type, and more
+    than ``MAX_DEPTH`` levels. ``path`` names the value."""
+    if isinstance(value, dict | list | tuple) and not is_shallow(value):
+        return f"{path} is nested deeper than {MAX_DEPTH} levels"
+    return _json_fault(value, path)
+
+
 def skip_space(text: str, start: int) -> int:
     """The end of the white space that begins at ``start``."""
     found = _NOT_SPACE.search(text, start)
@@ -65,6 +76,32 @@ def finite(digits: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError("number out of range")
     return number
+
+
+def _json_fault(value: Any, path: str) -> str | None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"{path} holds the lone surrogate {value[error.start]!r}, which is not a character"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            return f"{path} is {value!r}, which is not a JSON number"
+    elif isinstance(value, list | tuple):
+        inner = ((item, f"{path}[{n}]") for n, item in enumerate(value))
+        return next((fault for item, where in inner if (fault := _json_fault(item, where))), None)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path} has the key {key!r}, which is not a string"
+            if fault := _json_fault(key, f"a key of {path}") or _json_fault(item, f"{path}.{key}"):
+                return fault
+    elif isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            return f"{path} is a number with too many digits to be written"
+    elif value is not None:
+        return f"{path} is of type {type(value).__name__}, which is not JSON"
+    return None
 
 
 def _refuse(constant: str) -> float:

@@ -68,7 +68,7 @@ def test_arguments_inside_the_schema(arguments):
         ({"at": {}}, "the required argument 'at.day' is missing"),
         ({"at": {"day": "1"}}, "argument 'at.day' is '1', which is not of type integer"),
         ({"at": {"day": 1, "hour": 2}}, "the schema has no argument 'at.hour'"),
-        ({"either": None}, "argument 'either' is None, which is not of type integer"),
+        ({"either": None}, "argument 'either' is None, which does not fit any of the schemas in anyOf"),
         ({"one": ["1"]}, "argument 'one[0]' is '1', which is not of type integer"),
         ({"both": "c"}, "argument 'both' is 'c', which is not a value that the schema lists"),
         ({"maybe": 1}, "argument 'maybe' is 1, which is not of type string or null"),

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.literals import write_literal
 from toolx_kernels.toolcall.rows import Row, check_rows
-from toolx_kernels.toolcall.schema import json_schema
 
 CATEGORIES = (
     "simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.pythonic import read_arguments
 from toolx_kernels.toolcall.rows import short
-from toolx_kernels.toolcall.schema import json_schema
 
 _log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets.type_names import annotation_schema
 from toolx_kernels.toolcall.rows import json_value, short
-from toolx_kernels.toolcall.schema import annotation_schema
 
 
 def from_xlam(raws: Sequence, where: str) -> list[dict]:
