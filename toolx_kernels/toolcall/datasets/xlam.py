@@ -1,25 +1,35 @@
 """Rows of xLAM-function-calling-60k."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.datasets.type_names import annotation_schema
+from toolx_kernels.toolcall.datasets.type_names import flat_schema
 from toolx_kernels.toolcall.rows import json_value, short
+
+_log = logging.getLogger(__name__)
 
 
 def from_xlam(raws: Sequence, where: str) -> list[dict]:
     """Converts rows of xLAM's format to ours.
 
-    There ``parameters`` is flat: name -> ``{"type": a Python annotation, "description", "default"?}``; a parameter with
-    a default or the word "optional" is not required.
+    There ``parameters`` is flat: name -> ``{"type": a Python annotation, "description", "default"?, "required"?}``;
+    ``flat_schema`` says which are required, and the tool itself may list them in ``required``. Types that cannot be
+    read may be anything and are counted in a warning.
 
     Raises InputError, naming the row, if one is not in that format.
     """
-    return [_row(raw, f"{where}:{n}") for n, raw in enumerate(raws)]
+    unread: list[str] = []
+    rows = [_row(raw, f"{where}:{n}", unread) for n, raw in enumerate(raws)]
+    if unread:
+        most = ", ".join(f"{short(name)} ({count})" for name, count in Counter(unread).most_common(5))
+        _log.warning("%s: %d types of parameters cannot be read and may be anything: %s", where, len(unread), most)
+    return rows
 
 
-def _row(raw: Any, place: str) -> dict:
+def _row(raw: Any, place: str, unread: list[str]) -> dict:
     if not isinstance(raw, Mapping):
         raise InputError(
             f"{place}: a row in xLAM's format is an object with query, tools and answers, not {short(raw)}."
@@ -32,22 +42,17 @@ def _row(raw: Any, place: str) -> dict:
     return {
         **{key: value for key, value in raw.items() if key not in ("query", "answers")},
         "prompt": raw.get("query"),
-        "tools": [_tool(tool, place) for tool in tools],
+        "tools": [_tool(tool, place, unread) for tool in tools],
         "answer": answer,
     }
 
 
-def _tool(tool: Mapping, place: str) -> dict:
-    properties: dict[str, dict] = {}
-    required: list[str] = []
+def _tool(tool: Mapping, place: str, unread: list[str]) -> dict:
     parameters = tool.get("parameters") or {}
     if not isinstance(parameters, Mapping) or not all(isinstance(spec, Mapping) for spec in parameters.values()):
         raise InputError(f"{place}: the parameters of tool {tool.get('name')!r} must map names to their descriptions.")
-    for name, spec in parameters.items():
-        annotation = str(spec.get("type", "any"))
-        rest = {key: value for key, value in spec.items() if key not in ("type", "required")}
-        properties[name] = {**annotation_schema(annotation), **rest}
-        if "default" not in spec and "optional" not in annotation.lower():
-            required.append(name)
-    schema = {"type": "object", "properties": properties, "required": required}
-    return {"name": tool.get("name"), "description": tool.get("description", ""), "parameters": schema}
+    return {
+        "name": tool.get("name"),
+        "description": tool.get("description", ""),
+        "parameters": flat_schema(parameters, tool.get("required"), unread),
+    }
