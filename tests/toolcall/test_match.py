@@ -2,7 +2,7 @@ import copy
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolx_kernels.toolcall import exact_match
@@ -174,3 +174,28 @@ def test_tools_that_are_no_functions_compare_strictly():
         [None],
     ):
         assert not exact_match(one, other, tools) and exact_match(one, one, tools)
+
+
+ANYWHERE = {"items": {"$ref": "#"}, "additionalProperties": {"$ref": "#"}, "anyOf": [{"type": "number"}, {}]}
+ALIKE = st.recursive(
+    st.sampled_from([0, 0.0, 1, 1.0, True, False, None, "1", BIG, float(BIG), BIG + 1, 1.5]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+def equal(one, other):
+    """Equality of JSON values by the meaning of JSON Schema."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(ALIKE, ALIKE)
+def test_with_numbers_everywhere_equality_is_json_schemas(one, other):
+    tools = [{"name": "f", "parameters": ANYWHERE}]
+    calls, answer = ([{"name": "f", "arguments": {"v": value}}] for value in (one, other))
+    assert exact_match(calls, answer, tools) == equal(one, other)

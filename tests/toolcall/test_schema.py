@@ -7,6 +7,7 @@ import pytest
 
 from toolx_kernels.toolcall.json_schema import keywords
 from toolx_kernels.toolcall.schema import arguments_fault, schema_fault, unknown_argument
+from toolx_kernels.toolcall.tools import tool_schema
 
 INT, TEXT, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}
 
@@ -177,3 +178,20 @@ def test_unknown_arguments():
     assert unknown_argument({"b": {"c": 1}}, {"properties": {"b": {"properties": {}}}}) is None, "only the arguments"
     for open_schema in ({}, {"properties": {}, "additionalProperties": {}}, {"properties": 5}, {"properties": {1j: 2}}):
         assert unknown_argument({"b": 1}, open_schema) is None
+
+
+def test_the_schema_that_transformers_writes_of_optional_takes_null():
+    def pay(amount: float | None = None, notes: list[str | None] | None = None):
+        """Pays.
+
+        Args:
+            amount: How much.
+            notes: What for.
+        """
+
+    parameters = tool_schema(pay)["function"]["parameters"]
+    assert parameters["properties"]["amount"]["nullable"]
+    assert schema_fault(parameters) is None
+    for arguments in ({}, {"amount": None, "notes": None}, {"amount": 1, "notes": ["x", None]}):
+        assert arguments_fault(arguments, parameters) is None
+    assert "type number" in arguments_fault({"amount": "1"}, parameters)

@@ -12,6 +12,10 @@ from toolx_kernels.toolcall.json_schema.keywords import NEVER, EndlessError, bre
 from toolx_kernels.toolcall.json_schema.validity import FaultError, checked, dialect_of, targets
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow
 
+# Keywords whose schemas speak of the same value, some of them by the name of a member.
+_BY_NAME = frozenset({"dependentSchemas", "dependencies"})
+_IN_PLACE = _BY_NAME | {"allOf", "anyOf", "oneOf", "if", "then", "else"}
+
 
 def schema_fault(schema: Any, path: str = "") -> str | None:
     """Describes why ``schema``, a JSON value (``json_fault``), is not a JSON schema of arguments, or returns None.
@@ -59,7 +63,7 @@ def whole_numbers(arguments: dict, parameters: Any) -> dict:
 class _Schema:
     """A valid schema. ``targets`` has what the reference of a node, named by its ``id``, points at."""
 
-    def __init__(self, root: dict, targets: dict[int, Any], dialect: Any) -> None:
+    def __init__(self, root: dict, targets: dict[int, list], dialect: Any) -> None:
         self.root, self._targets, self._dialect = root, targets, dialect
 
     def fault(self, arguments: dict) -> str | None:
@@ -114,12 +118,10 @@ class _Schema:
             node = left.pop()
             if isinstance(node, dict) and id(node) not in nodes:
                 nodes[id(node)] = node
-                for name in ("allOf", "anyOf", "oneOf"):
-                    left += node.get(name, ())
-                left += [node[name] for name in ("if", "then", "else") if name in node]
-                for name in ("dependentSchemas", "dependencies"):
-                    left += node.get(name, {}).values()
-                left.append(self._targets.get(id(node)))
+                for name in _IN_PLACE & node.keys():
+                    inner = node[name]
+                    left += inner if isinstance(inner, list) else inner.values() if name in _BY_NAME else [inner]
+                left += self._targets.get(id(node), ())
         return list(nodes.values())
 
     def _of_member(self, nodes: list[dict], name: str) -> Iterator[Any]:

@@ -103,7 +103,7 @@ def _node_fault(outline: str, dialect: Any) -> str | None:
     return None
 
 
-def targets(root: dict, dialect: Any) -> dict[int, Any]:
+def targets(root: dict, dialect: Any) -> dict[int, list]:
     """What the references in ``root`` point at, by the ``id`` of the node that has the reference. Raises FaultError
     for one that points at no schema inside ``root``."""
     text = json.dumps(root)
@@ -128,7 +128,7 @@ def targets(root: dict, dialect: Any) -> dict[int, Any]:
                     left.append((path + place, inner, resolver.in_subresource(specification.create_resource(inner))))
                 except ValueError as error:  # an address that is none
                     raise FaultError(f"{path + place}.$id is no address ({error})") from error
-    found: dict[int, Any] = {}
+    found: dict[int, list] = {}
     for path, node, resolver in schemas.values():
         for name in _REFERENCES:
             if not isinstance(reference := node.get(name), str):
@@ -142,7 +142,7 @@ def targets(root: dict, dialect: Any) -> dict[int, Any]:
                     f"{path}.{name} is {reprlib.repr(reference)}, which is no schema inside this one, and nothing is"
                     " downloaded"
                 )
-            found.setdefault(id(node), target)
+            found.setdefault(id(node), []).append(target)
     return found
 
 
