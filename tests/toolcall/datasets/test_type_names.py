@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolx_kernels.toolcall.datasets.annotations import read_annotation
 from toolx_kernels.toolcall.datasets.read import rows_from
-from toolx_kernels.toolcall.datasets.type_names import json_schema, read_annotation
+from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.schema import arguments_fault, schema_fault
 
 STR, INT, NUM, BOOL = ({"type": name} for name in ("string", "integer", "number", "boolean"))

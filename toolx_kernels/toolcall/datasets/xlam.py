@@ -1,15 +1,11 @@
 """Rows of xLAM-function-calling-60k."""
 
-import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolx_kernels.errors import InputError
-from toolx_kernels.toolcall.datasets.type_names import flat_schema
+from toolx_kernels.toolcall.datasets.type_names import flat_schema, unread_types_told
 from toolx_kernels.toolcall.rows import json_value, short
-
-_log = logging.getLogger(__name__)
 
 
 def from_xlam(raws: Sequence, where: str) -> list[dict]:
@@ -21,15 +17,11 @@ def from_xlam(raws: Sequence, where: str) -> list[dict]:
 
     Raises InputError, naming the row, if one is not in that format.
     """
-    unread: list[str] = []
-    rows = [_row(raw, f"{where}:{n}", unread) for n, raw in enumerate(raws)]
-    if unread:
-        most = ", ".join(f"{short(name)} ({count})" for name, count in Counter(unread).most_common(5))
-        _log.warning("%s: %d types of parameters cannot be read and may be anything: %s", where, len(unread), most)
-    return rows
+    with unread_types_told(where):
+        return [_row(raw, f"{where}:{n}") for n, raw in enumerate(raws)]
 
 
-def _row(raw: Any, place: str, unread: list[str]) -> dict:
+def _row(raw: Any, place: str) -> dict:
     if not isinstance(raw, Mapping):
         raise InputError(
             f"{place}: a row in xLAM's format is an object with query, tools and answers, not {short(raw)}."
@@ -42,17 +34,17 @@ def _row(raw: Any, place: str, unread: list[str]) -> dict:
     return {
         **{key: value for key, value in raw.items() if key not in ("query", "answers")},
         "prompt": raw.get("query"),
-        "tools": [_tool(tool, place, unread) for tool in tools],
+        "tools": [_tool(tool, place) for tool in tools],
         "answer": answer,
     }
 
 
-def _tool(tool: Mapping, place: str, unread: list[str]) -> dict:
+def _tool(tool: Mapping, place: str) -> dict:
     parameters = tool.get("parameters") or {}
     if not isinstance(parameters, Mapping) or not all(isinstance(spec, Mapping) for spec in parameters.values()):
         raise InputError(f"{place}: the parameters of tool {tool.get('name')!r} must map names to their descriptions.")
     return {
         "name": tool.get("name"),
         "description": tool.get("description", ""),
-        "parameters": flat_schema(parameters, tool.get("required"), unread),
+        "parameters": flat_schema(parameters, tool.get("required")),
     }
