@@ -45,7 +45,9 @@ def read_annotation(text: str) -> Annotation:
     A type that may be None is ``nullable``, as transformers writes it, and makes the parameter optional. Classes,
     callables and whatever else JSON Schema has no word for are ``unread``.
     """
-    return copy.deepcopy(_read(text))
+    read = _read(text)
+    is_flat = all(isinstance(value, str | bool) for value in read.schema.values())
+    return read._replace(schema=dict(read.schema) if is_flat else copy.deepcopy(read.schema))
 
 
 @lru_cache(maxsize=4096)

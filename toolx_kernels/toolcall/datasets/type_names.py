@@ -15,7 +15,7 @@ from toolx_kernels.toolcall.datasets.annotations import NAMES, Annotation, read_
 _SCHEMAS = frozenset({"items", "additionalProperties", "not", "contains"})
 _LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "items"})
 _MAPS = frozenset({"properties", "$defs", "definitions"})
-
+_HOLDING = _SCHEMAS | _LISTS | _MAPS
 
 _unread: ContextVar[list[str] | None] = ContextVar("unread", default=None)
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def flat_schema(parameters: Mapping[str, Mapping], required: Any) -> dict:
         rest = {key: value for key, value in spec.items() if key != "type"}
         if flags[name] is not None:
             del rest["required"]
-        properties[name] = {**read.schema, **json_schema(rest, unread)}
+        properties[name] = {**read.schema, **(rest if _HOLDING.isdisjoint(rest) else json_schema(rest, unread))}
         by_default = "default" not in spec and not read.optional and True not in flags.values()
         if by_default if flags[name] is None else flags[name]:
             needed.append(name)
