@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from tests.chat_templates import IM, family_tokenizer, trl_template
-from tests.toolcall.test_chat import CALLS, ROW, SYSTEM_ROW, WITH_TOOLS, tokenizer_with
+from tests.toolcall.test_chat import CALLS, ROW, SYSTEM_ROW, TOOLS, WITH_TOOLS, tokenizer_with
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.chat import Chat
-from toolx_kernels.toolcall.rows import Row
+from toolx_kernels.toolcall.rows import Row, check_row
 from toolx_kernels.toolcall.self_exemplify import parse_sections, render_self_exemplified
+from toolx_kernels.toolcall.template import MARK
 from toolx_kernels.toolcall.tool_format import FORMATS
 
 FAMILIES = {
@@ -125,6 +126,67 @@ def test_contents_become_no_control_token(chat):
         assert Counter(i for i in ids if i in special) == Counter(i for i in harmless if i in special)
         decoded = [chat.tokenizer.decode(those).replace("[TOOL_CALLS]", "") for those in (harmless, ids)]
         assert decoded[1].count(forged.replace("[TOOL_CALLS]", "")) == decoded[0].count("harmless") > 0
+
+
+def history(*calls, **message):
+    """A row whose prompt holds calls and their results, as OpenAI's clients store them."""
+    listed = [
+        {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+        for name, arguments in calls
+    ]
+    results = [{"role": "tool", "tool_call_id": f"call_{name}", "content": f"of {name}"} for name, _ in calls]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": listed, **message}]
+    turns += [*results, {"role": "user", "content": "And then?"}]
+    return check_row({"prompt": turns, "tools": TOOLS, "answer": []}, "d", 0)
+
+
+def calls_shown(chat, row):
+    """The calls between the user's first text and the first result, as the chat itself reads them."""
+    shown = chat.prompt_text(row).replace(MARK, "").rpartition("Hi")[2].partition("of weather.get")[0]
+    return chat.read(shown).calls
+
+
+def test_calls_of_earlier_turns_are_shown_as_the_model_writes_them(chat):
+    row = history(("weather.get", {"city": "Zürich"}))
+    assert calls_shown(chat, row) == [{"name": "weather.get", "arguments": {"city": "Zürich"}}]
+    text = chat.prompt_text(row)
+    assert text.index("Zürich") < text.index("of weather.get") < text.index("And then?")
+    chat.check([row])
+
+
+def test_ids_of_calls_fit_every_template():
+    """Mistral's templates refuse OpenAI's ids, and calls without one."""
+    chat = Chat(family_tokenizer("mistral"))
+    row = history(("weather.get", {"city": "Rome"}), ("ping", {}))
+    text = chat.prompt_text(row)
+    assert re.findall(r'"id": "(\w+)"', text) == re.findall(r'"call_id": "(\w+)"', text) == ["call00000", "call00001"]
+    first, second = row.messages[2:4]
+    turned = replace(row, prompt=[*row.messages[:2], second, first, row.messages[4]])
+    assert re.findall(r'"call_id": "(\w+)"', chat.prompt_text(turned)) == ["call00001", "call00000"]
+    calls = [{"type": "function", "function": call["function"]} for call in row.messages[1]["tool_calls"]]
+    results = [{"role": "tool", "content": result["content"]} for result in (first, second)]
+    bare = replace(row, prompt=[row.messages[0], {**row.messages[1], "tool_calls": calls}, *results, row.messages[4]])
+    assert chat.prompt_text(bare) == text
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"])
+def test_a_template_without_calls_gets_them_in_the_form_that_our_tool_prompt_requests(template):
+    chat = Chat(tokenizer_with(template))
+    row = history(("weather.get", {"city": "Zürich"}), content="Let me see.")
+    text = chat.prompt_text(row)
+    assert calls_shown(chat, row) == [{"name": "weather.get", "arguments": {"city": "Zürich"}}]
+    assert "Let me see.\n<tool_call>" in text and "<tool_response>\nof weather.get\n</tool_response>" in text
+    forced = Chat(family_tokenizer("qwen3"), "json")
+    assert '{"name": "weather.get", "arguments": {"city": "Zürich"}}' in forced.prompt_text(row)
+    assert "<tool_call>" not in forced.prompt_text(row).partition("Hi")[2]
+
+
+def test_a_template_that_writes_only_arguments_in_text_gets_text():
+    written = "{{ '{\"name\": \"' + c.function.name + '\", \"arguments\": ' + c.function.arguments + '}' }}"
+    chat = Chat(tokenizer_with(TURNS.replace("HERE", written)))
+    assert chat.conventions.text_arguments and not chat.own_tool_prompt
+    row = history(("weather.get", {"city": "Zürich"}))
+    assert calls_shown(chat, row) == [{"name": "weather.get", "arguments": {"city": "Zürich"}}]
 
 
 def test_no_part_of_an_earlier_turn_becomes_a_control_token():

@@ -37,6 +37,46 @@ def test_messages_and_default_id():
     assert row.messages == messages and row.user_text == "three" and row.id == "d.jsonl:4" and row.columns == {}
 
 
+def test_a_history_with_calls_is_read_as_templates_expect_it():
+    """As OpenAI's clients and TRL's datasets have it."""
+    call = {"name": "f", "arguments": {"a": 1}}
+    listed = [
+        {"id": "call_1", "type": "function", "function": {**call, "arguments": '{"a": 1}'}},
+        {"type": "function", "function": call},
+        call | {"id": None},
+    ]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "on"}, {"type": "text", "text": "e"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": listed, "refusal": None},
+        {"role": "tool", "tool_call_id": "call_1", "content": "5"},
+        {"role": "tool", "content": None, "name": "f"},
+        {"role": "tool", "content": {"degrees": 5}},
+        {"role": "assistant", "function_call": call, "content": "Well."},
+        {"role": "user", "content": "two", "tool_calls": None},
+    ]
+    row = check_row({**GOOD, "prompt": messages}, "d", 0)
+    function = {"type": "function", "function": call}
+    assert row.messages == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", **function}, function, function]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "5"},
+        {"role": "tool", "content": "null", "name": "f"},
+        {"role": "tool", "content": '{"degrees": 5}'},
+        {"role": "assistant", "content": "Well.", "tool_calls": [function]},
+        {"role": "user", "content": "two"},
+    ]
+    assert row.user_text == "two" and check_row({**GOOD, "prompt": row.messages}, "d", 0) == row
+
+
+@pytest.mark.parametrize(
+    "calls", ["f", [5], [{"name": "f"}], [{"function": {"name": "f", "arguments": "[1]"}}], [{**CALL, "name": None}]]
+)
+def test_bad_calls_in_a_history_are_named(calls):
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    with pytest.raises(InputError, match=r"d:0 \(id 'r'\): message 1 of field 'prompt' has 'tool_calls' that are not"):
+        check_row({**GOOD, "prompt": messages}, "d", 0)
+
+
 def changed(**fields):
     row = {**GOOD, **fields}
     return {key: value for key, value in row.items() if value is not ...}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 from toolx_kernels.errors import InputError
@@ -84,7 +84,7 @@ class Chat:
 
         Raises InputError if the template refuses the messages, or silently leaves one out.
         """
-        messages = [self._protected(message) for message in row.messages]
+        messages = self._history(_numbered([self._protected(message) for message in row.messages]))
         tools = mapped(row.tools, self.protect_data)
         asked = self._tool_prompt(tools) if tools and self.own_tool_prompt else ""
         shown = "\n".join(map(self._shown, demonstrations))
@@ -202,6 +202,28 @@ class Chat:
             for key, value in message.items()
         }
 
+    def _history(self, messages: list[dict]) -> list[dict]:
+        """The messages with calls and results of earlier turns in the form that the template shows, or else in the one
+        that our tool prompt requests."""
+        shown: list[dict] = []
+        for of_tools, group in groupby(messages, lambda message: message["role"] == "tool"):
+            if of_tools and not self.conventions.takes_results:
+                shown.append(_as_user(list(group)))
+            else:
+                shown += map(self._with_calls, group)
+        return shown
+
+    def _with_calls(self, message: dict) -> dict:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        if calls and (self.own_tool_prompt or not self.conventions.writes_calls):
+            text = "\n".join(filter(None, [message["content"], self.tool_format.render(calls)]))
+            return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
+        if calls and self.conventions.text_arguments:
+            functions = [{**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in calls]
+            written = zip(message["tool_calls"], functions, strict=True)
+            return {**message, "tool_calls": [{**call, "function": function} for call, function in written]}
+        return message
+
     def _with_system(self, messages: list[dict], text: str) -> list[dict]:
         first = messages[0]
         if first["role"] == "system":
@@ -248,12 +270,31 @@ def render_text(
 
 
 def _is_shown(message: Mapping[str, Any], text: str) -> bool:
-    """Whether ``text`` contains the longest word of a message: templates trim and quote contents, and remove thoughts
-    of earlier turns and switches such as ``/think``."""
+    """Whether ``text`` contains the names of a message's calls, and its longest word: templates trim and quote
+    contents, and remove thoughts of earlier turns and switches such as ``/think``."""
     content = re.sub("/(?:no_)?think", " ", message["content"])
     if message["role"] == "assistant":
         content = re.sub(r"(?s)^.*</think>", "", content)
-    return max(re.findall(r"\w+", content), key=len, default="") in text
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    return all(max(re.findall(r"\w+", part), key=len, default="") in text for part in (content, *names))
+
+
+def _numbered(messages: Sequence[dict]) -> list[dict]:
+    """The messages with new call ids, of nine letters and digits, as Mistral's templates require; a result without an
+    id is of the next call before it."""
+    numbers, waiting, numbered = count(), list[str](), list[dict]()
+    renamed: dict[Any, str] = {}
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            waiting = [f"call{next(numbers):05d}" for _ in calls]
+            renamed |= {call["id"]: new for call, new in zip(calls, waiting, strict=True) if "id" in call}
+            message = {**message, "tool_calls": [{**c, "id": new} for c, new in zip(calls, waiting, strict=True)]}
+        elif message["role"] == "tool":
+            new = renamed.get(message.get("tool_call_id"), next(iter(waiting), None))
+            waiting = [other for other in waiting if other != new]
+            message = {**message, "tool_call_id": new} if new else message
+        numbered.append(message)
+    return numbered
 
 
 def _as_user(results: Sequence[dict]) -> dict:

@@ -37,6 +37,8 @@ class Conventions:
     takes_results   it shows tool messages
     opens_thought   it opens a thought for the assistant
     thinks          the assistant is expected to think first
+    writes_calls    it shows the ``tool_calls`` of earlier turns
+    text_arguments  it shows them right only if their arguments are JSON text, not objects
     tool_format     the format in which it writes calls of earlier turns; if it writes none, the one that its tool
                     prompt asks for; None: unknown
     """
@@ -54,7 +56,9 @@ class Conventions:
         self.opens_thought = bool(opened_thought(header))
         known = any(closing in template.source for closing in THOUGHTS.values())
         self.thinks = self.opens_thought or (known and not any(closing in header for closing in THOUGHTS.values()))
-        self.tool_format = self._tool_format(offered)
+        written = self._written_calls()
+        self.writes_calls = bool(written)
+        self.tool_format, self.text_arguments = self._tool_format(written, offered)
 
     def after_turn(self, messages: Sequence[dict]) -> str:
         """The text after an assistant's text, if ``messages`` follow and then the assistant.
@@ -91,22 +95,24 @@ class Conventions:
         ends = [token for token in control if tails and all(tail.startswith(token) for tail in tails)]
         return max(ends, key=len, default=self._tokenizer.eos_token or "")
 
-    def _tool_format(self, offered: str) -> ToolFormat | None:
-        written = self._written_calls()
-        for text in written:
+    def _tool_format(self, written: dict[bool, str], offered: str) -> tuple[ToolFormat | None, bool]:
+        """The format of calls, and ``text_arguments``."""
+        for text_arguments, text in written.items():
             readers = [form for form in FORMATS.values() if read(text, form) == (None, [_CALL], True)]
             exact = [form for form in readers if _squeezed(form.render([_CALL])) in _squeezed(text)]
             if readers:
-                return max(exact or readers, key=lambda form: _marks(form, text))
-        return None if written else next((FORMATS[name] for cue, name in _CUES if cue in offered), None)
+                return max(exact or readers, key=lambda form: _marks(form, text)), text_arguments
+        cued = None if written else next((FORMATS[name] for cue, name in _CUES if cue in offered), None)
+        return cued, False
 
-    def _written_calls(self) -> list[str]:
-        """An assistant's turn with a call, as the template writes it for arguments in an object and in JSON text."""
+    def _written_calls(self) -> dict[bool, str]:
+        """An assistant's turn with a call, as the template writes it for arguments in an object (False) and in JSON
+        text (True), where it writes one."""
         said = self._tried(_CONVERSATION, generation=False).rpartition(_ASKED)[2]
         header, _, tail = said.partition(_ANSWERED)
         marks = {marker for form in FORMATS.values() for marker in form.markers}
         ends = tuple(filter(None, self.special_tokens() - marks))
-        found = []
+        found = {}
         for arguments in ({"value": "probed"}, '{"value": "probed"}'):
             call = {"type": "function", "id": CALL_ID, "function": {"name": _CALL["name"], "arguments": arguments}}
             turn = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -116,7 +122,7 @@ class Conventions:
             text = text.removeprefix(header.rstrip()).removesuffix(tail).strip()
             while end := next((end for end in ends if text.endswith(end)), None):
                 text = text.removesuffix(end).strip()
-            found.append(text)
+            found[isinstance(arguments, str)] = text
         return found
 
     def _rendered(self, messages: Sequence[dict], generation: bool = True) -> str:

@@ -1,5 +1,6 @@
 """Dataset rows: one prompt, the tools it offers, the calls that answer it. Checked once, here."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -138,15 +139,21 @@ def with_calls(rows: Iterable[Row], calls: int) -> list[Row]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for each line that is not blank in a file of JSON values.
+    """Yields (line number, value) for each line that is not blank in a file of JSON values; or (place from 0, value)
+    for each value of a file that is one JSON array.
 
     Raises InputError, naming file and line, if the file cannot be read or is not UTF-8 text, or a line is not JSON.
     """
+    remedy = "write one JSON object per line, or all in one array"
     try:
         with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors may write a byte order mark
+            begun = False
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json_value(line, f"{path}:{number}", "write one JSON object per line")
+                if not begun and line.lstrip().startswith("["):
+                    yield from enumerate(json_value(line + lines.read(), str(path), remedy))
+                elif line.strip():
+                    yield number, json_value(line, f"{path}:{number}", remedy)
+                begun = begun or bool(line.strip())
     except OSError as error:
         raise InputError(f"cannot read the dataset file {path} ({error.strerror}): name a readable file.") from error
     except UnicodeDecodeError as error:
@@ -159,6 +166,57 @@ def json_value(text: str, name: str, remedy: str) -> Any:
         return read_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not JSON ({error}): {remedy}.") from error
+
+
+def chat_message(raw: Any, place: str) -> dict:
+    """The chat message ``raw`` as templates expect it: a ``role``, a ``content`` that is text, and other keys.
+
+    Keys of None are dropped. The text parts of a content are joined, and a tool's result that is no text becomes JSON.
+    ``tool_calls``, or OpenAI's older ``function_call``, become a list of ``{"type": "function", "function": {"name",
+    "arguments": object}}``. Beside calls the content may be absent, and becomes "".
+
+    Raises InputError, with ``place``, for anything else.
+    """
+    message = {key: value for key, value in raw.items() if value is not None} if isinstance(raw, Mapping) else {}
+    calls: Any = [message.pop("function_call")] if "function_call" in message else message.pop("tool_calls", [])
+    parts = message.get("content", "" if calls else None)
+    if isinstance(parts, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        parts = "".join(str(part.get("text", "")) for part in parts)
+    elif message.get("role") == "tool" and not isinstance(parts, str):  # the value that a tool returned
+        parts = json.dumps(parts, ensure_ascii=False)
+    if not isinstance(message.get("role"), str) or not isinstance(parts, str):
+        raise InputError(
+            f"{place} must have a 'role' and a 'content' that are strings (beside 'tool_calls', the content may be"
+            f" null), not {short(raw)}."
+        )
+    message["content"] = parts
+    if calls:
+        read = [read_call(call) for call in calls] if isinstance(calls, list) else [None]
+        if None in read:
+            raise InputError(
+                f"{place} has 'tool_calls' that are not a list of calls with a name and arguments (an object, or JSON"
+                f" text of one): {short(calls)}: fix them."
+            )
+        ids = [{"id": call["id"]} if call.get("id") is not None else {} for call in calls]
+        message["tool_calls"] = [
+            {**named, "type": "function", "function": call} for named, call in zip(ids, read, strict=True)
+        ]
+    return message
+
+
+def read_call(value: Any) -> dict | None:
+    """The call ``{"name", "arguments": object}`` in ``value``, which has these keys or OpenAI's form, ``{"function":
+    {"name", "arguments"}}``; None if it is no call. The arguments may be JSON text, or null for none."""
+    call = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or "arguments" not in call:
+        return None
+    arguments = {} if call["arguments"] in (None, "") else call["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = read_json(arguments)
+        except (ValueError, RecursionError):
+            return None
+    return {"name": call["name"], "arguments": dict(arguments)} if isinstance(arguments, Mapping) else None
 
 
 def short(value: Any) -> str:
@@ -200,15 +258,10 @@ def _prompt(prompt: Any, place: str) -> str | list[dict]:
         return prompt
     if not isinstance(prompt, list):
         raise InputError(f"{place}: field 'prompt' must be a string or a list of chat messages, not {short(prompt)}.")
-    for n, message in enumerate(prompt):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(
-                f"{place}: message {n} of field 'prompt' must have a 'role' and a 'content' that are strings,"
-                f" not {short(message)}."
-            )
-    if not any(message["role"] == "user" for message in prompt):
+    messages = [chat_message(message, f"{place}: message {n} of field 'prompt'") for n, message in enumerate(prompt)]
+    if not any(message["role"] == "user" for message in messages):
         raise InputError(f"{place}: field 'prompt' holds no message of role 'user': add one.")
-    return [dict(message) for message in prompt]
+    return messages
 
 
 def _list(raw: Mapping, name: str, place: str) -> list:
