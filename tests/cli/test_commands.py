@@ -1,5 +1,6 @@
 """The command line as a user types it: whole small jobs, and bad input that ends in one sentence and exit code 2."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from toolx_kernels.cli.commands import main
-from toolx_kernels.cli.evaluate import settings_of_run
+from toolx_kernels.cli.evaluate import held_out_fraction, settings_of_run
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.engine import RolloutEngine
 from toolx_kernels.models.load import load_model
@@ -332,14 +333,50 @@ def test_a_second_run_into_the_same_folder_is_refused(run_folder, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_eval_looks_for_the_run_of_a_folder_only(tmp_path, monkeypatch):
-    """A config.yaml that happens to lie where the command is given is nobody's."""
+def write_run(folder, **settings):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "metrics.jsonl").write_text('{"event": "data", "step": 0, "timing": {}}\n')
+
+
+def test_eval_takes_settings_of_our_runs_only(tmp_path, monkeypatch):
+    """A stranger's config.yaml is nobody's: where the command is given, in a model's folder, or beside it."""
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text("self_exemplify: true")
-    assert settings_of_run("tiny") == {}
-    Path("run/checkpoint-3").mkdir(parents=True)
-    Path("run/config.yaml").write_text("max_completion_length: 512")
+    for content in ("self_exemplify: true", "[not, a, mapping", "decoder: {layers: 2}"):
+        Path("config.yaml").write_text(content)
+        Path("model").mkdir(exist_ok=True)
+        Path("model/config.yaml").write_text(content)
+        for log in ("", "3.5\n", '{"loss": 1.5}\n', "step,loss\n"):
+            Path("metrics.jsonl").write_text(log)
+            Path("model/metrics.jsonl").write_text(log)
+            assert settings_of_run("tiny") == settings_of_run("model") == {}
+    write_run(tmp_path / "run", max_completion_length=512)
+    for name in ("checkpoint-3", "model"):
+        Path("run", name).mkdir()
+    Path("run/checkpoint-3/state.json").write_text("{}")
     assert settings_of_run("run") == settings_of_run("run/checkpoint-3") == {"max_completion_length": 512}
+    assert settings_of_run("run/model") == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "named"),
+    [
+        ({"eval_dataset": "other.jsonl"}, [], "held out no rows of its dataset: give --dataset other.jsonl"),
+        ({"eval_fraction": 0.1}, ["--eval_fraction", "0.2"], "0.2: the run of {run} held out only 0.1"),
+    ],
+)
+def test_eval_calls_no_rows_held_out_that_the_run_was_trained_on(settings, flags, named, tmp_path, capsys):
+    write_run(tmp_path / "run", **settings)
+    arguments = ["--model", tmp_path / "run", "--dataset", tmp_path / "rows.jsonl", "--split", "held-out", *flags]
+    assert toolx("eval", *arguments) == 2
+    assert named.format(run=tmp_path / "run") in capsys.readouterr().err
+
+
+def test_eval_holds_out_what_the_run_did():
+    args = argparse.Namespace(model="run", eval_fraction=None)
+    assert held_out_fraction(args, {"eval_fraction": 0.1}) == 0.1 and held_out_fraction(args, {}) == 0.2
+    args.eval_fraction = 0.05
+    assert held_out_fraction(args, {"eval_fraction": 0.1}) == held_out_fraction(args, {}) == 0.05
 
 
 @pytest.fixture(scope="module")

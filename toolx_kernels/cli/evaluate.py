@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.scores import check_sampling
 
 DEFAULT_MODEL = "runs/builtin"  # of toolx train without flags
-MAX_COMPLETION_LENGTH = 256
+MAX_COMPLETION_LENGTH, EVAL_FRACTION = 256, 0.2
 CHAT_FLAGS = ("tool_format", "chat_template_kwargs", "date")
 
 
@@ -39,7 +41,8 @@ def add_flags(parser: Parser) -> None:
         default=["builtin"],
         metavar="NAME",
         help="builtin, builtin-facts, builtin-turns, bfcl:<category>, bfcl:single_turn (the eight categories, 2,351 "
-        "rows, that the paper averages over), seal-tools:<path>, a .jsonl file, or a dataset on the Hugging Face hub",
+        "rows, that the paper averages over), seal-tools:<path>, a .jsonl, .json, .parquet or .csv file, or a dataset "
+        "on the Hugging Face hub",
     )
     parser.flag("eval_rows", type=int, metavar="N", help="rows per dataset, drawn with a fixed seed (default: all)")
     parser.flag(
@@ -49,7 +52,13 @@ def add_flags(parser: Parser) -> None:
         metavar="NAME",
         help="all: every row; held-out: the rows that toolx train --dataset with the same name does not train on",
     )
-    parser.flag("eval_fraction", type=float, default=0.2, metavar="X", help="share of held-out rows, as in toolx train")
+    parser.flag(
+        "eval_fraction",
+        type=float,
+        metavar="X",
+        help=f"share of held-out rows; unless given, that of the model's run, or else of toolx train (default: "
+        f"{EVAL_FRACTION})",
+    )
     parser.flag("temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0: greedy")
     parser.flag("num_generations", type=int, default=1, metavar="N", help="completions per row")
     parser.flag("k", type=int, nargs="+", default=[], metavar="K", help="report pass@k for these k")
@@ -98,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("eval_rows", "max_completion_length"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
-    if not 0 < args.eval_fraction < 1:
+    if args.eval_fraction is not None and not 0 < args.eval_fraction < 1:
         raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
     if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
         raise InputError(f"--dataset names {twice[0]} twice: name it once.")
@@ -136,10 +145,13 @@ def run(args: argparse.Namespace) -> int:
     chosen |= {name: value for name in CHAT_FLAGS if (value := getattr(args, name)) is not None}
     asked = ChatSettings(**chosen)
 
+    split = args.split == "held-out" and not BUILT_IN.keys() >= set(args.dataset)
+    fraction = held_out_fraction(args, trained) if split else None
+
     def rows_of(dataset: str) -> list[Row]:
-        if args.split == "held-out" and dataset not in BUILT_IN:
-            return some_rows(split_rows(load_eval_rows(dataset), args.eval_fraction)[1], args.eval_rows)
-        return load_eval_rows(dataset, args.eval_rows)
+        if fraction is None or dataset in BUILT_IN:
+            return load_eval_rows(dataset, args.eval_rows)
+        return some_rows(split_rows(load_eval_rows(dataset), fraction)[1], args.eval_rows)
 
     rows = {dataset: rows_of(dataset) for dataset in args.dataset}
     logging.disable_progress_bar()  # ours is enough
@@ -186,14 +198,46 @@ def run(args: argparse.Namespace) -> int:
             settings = {name: value for name, value in vars(args).items() if name != "output"}
             settings |= {"self_exemplify": own_examples, "max_completion_length": length, "tool_format": form.name}
             settings |= {"chat_template_kwargs": asked.chat_template_kwargs, "date": asked.date}
+            settings |= {"eval_fraction": fraction}
             write_scores(folder, scores, settings)
     return 0
 
 
 def settings_of_run(model: str) -> dict[str, Any]:
-    """The settings of the run, if ``model`` is a run folder or a checkpoint in one; otherwise empty."""
-    from toolx_kernels.train.run.folder import CONFIG, RunFolder
+    """The settings of the run, if ``model`` is a run folder or a checkpoint in one; otherwise empty.
+
+    A folder is a run's if its log begins as a run's; one beside a model, whoever made it, says nothing about that model
+    unless the model is a checkpoint of ours.
+    """
+    from toolx_kernels.train.run.checkpoint import STATE_FILE
+    from toolx_kernels.train.run.folder import CONFIG, METRICS, RunFolder
 
     path = Path(os.path.expanduser(model))
-    folders = (path, path.parent) if path.is_dir() else ()
-    return next((RunFolder(folder).config() for folder in folders if (folder / CONFIG).is_file()), {})
+    folder = path.parent if (path / STATE_FILE).is_file() else path
+    if not (folder / CONFIG).is_file() or not (folder / METRICS).is_file():
+        return {}
+    try:
+        with open(folder / METRICS, encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
+    except ValueError:
+        return {}
+    ours = isinstance(first, dict) and {"event", "step", "timing"} <= first.keys()
+    return RunFolder(folder).config() if ours else {}
+
+
+def held_out_fraction(args: argparse.Namespace, trained: Mapping[str, Any]) -> float:
+    """The share of rows that ``--split held-out`` takes of a dataset, as the run of the model did, whose settings are
+    ``trained``. Raises InputError if it would take rows that the run was trained on."""
+    held_out = trained.get("eval_fraction", EVAL_FRACTION)
+    fraction = held_out if args.eval_fraction is None else args.eval_fraction
+    if own := trained.get("eval_dataset"):
+        raise InputError(
+            f"--split held-out: the run of {args.model} has an eval_dataset, so it held out no rows of its dataset:"
+            f" give --dataset {own} without --split."
+        )
+    if trained and fraction > held_out:
+        raise InputError(
+            f"--eval_fraction {fraction}: the run of {args.model} held out only {held_out} of the rows and trained on"
+            " the others: give at most that, or leave it out."
+        )
+    return fraction
