@@ -113,7 +113,7 @@ def test_the_recipe_is_the_tiny_models_whatever_its_seed():
     assert parse_train(["--model", "tiny:3"]) == replace(parse_train([]), model="tiny:3")
 
 
-def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
+def test_a_jsonl_dataset_trains_and_evaluates(tmp_path, capsys):
     tool = {"name": "find_hotel", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
     rows = [
         {
@@ -128,12 +128,15 @@ def test_a_jsonl_dataset_trains_and_evaluates(tmp_path):
     arguments = ["--prompts-per-step", 4, "--num_generations", 2, "--max_steps", 1, "--max_completion_length", 8]
     arguments += ["--cold_start_steps", 2, "--cold_start_batch_size", 4, "--probe_rollouts", 1]
     assert toolx("train", "--dataset", path, *arguments, "--output_dir", tmp_path / "run") == 0
+    said = f"{path}: 12 rows in the form of toolx (prompt, tools, answer)"
+    assert said in capsys.readouterr().err.splitlines()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["train_rows"] + summary["eval_rows"] == 12 and summary["eval_rows"] > 0
     for split, count in (("all", 12), ("held-out", summary["eval_rows"])):
         scores = tmp_path / split
         arguments = ["--dataset", path, "--model", tmp_path / "run", "--max_completion_length", 8, "--output", scores]
         assert toolx("eval", *arguments, "--split", split) == 0
+        assert said in capsys.readouterr().err.splitlines()
         assert json.loads((scores / "scores.json").read_text())["scores"][str(path)]["n"] == count
 
 

@@ -22,6 +22,9 @@ def test_a_row():
 
 def test_other_spellings_give_the_same_row():
     assert check_row({**GOOD, "tools": [FUNCTION]}, "d", 0) == check_row(GOOD, "d", 0)
+    for arguments in (CALL["arguments"], '{"a": 1}'):
+        call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        assert check_row({**GOOD, "answer": [call]}, "d", 0) == check_row(GOOD, "d", 0)
     text = {**GOOD, "tools": json.dumps([FUNCTION]), "answer": json.dumps([CALL])}
     assert check_row(text, "d", 0) == check_row(GOOD, "d", 0)
 

@@ -205,6 +205,17 @@ def test_datasets(tmp_path, name, rows, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_datasets_with_splits_and_frames(tmp_path):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = [{"prompt": row.prompt, "tools": row.tools, "answer": row.answer} for row in training_rows(4)]
+    train, test = (datasets.Dataset.from_list(those) for those in (rows, rows[:1]))
+    splits = datasets.DatasetDict(train=train, test=test)
+    task = trainer(tmp_path, train_dataset=splits, eval_dataset=pandas.DataFrame(rows[:2])).task
+    assert (len(task.rows), len(task.eval_rows)) == (4, 2)
+    with pytest.raises(InputError, match=r"has the splits train, test: pass one of them, such as dataset\['train'\]"):
+        trainer(tmp_path, eval_dataset=splits)
+
+
 def test_rows_to_train_on_are_needed_and_rows_to_evaluate_on_only_where_a_setting_asks_for_them(tmp_path):
     there = (
         r"train_dataset is None: pass a list of rows or a datasets.Dataset \(toolx_kernels.train.rows.load_rows give"

@@ -37,6 +37,18 @@ COMMANDS = {
 }
 
 
+class _Notes(logging.Handler):
+    """Prints what the package logs, such as the form of a dataset's rows, to stderr as it is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+_LOGGER = logging.getLogger("toolx_kernels")
+_LOGGER.setLevel(logging.INFO)
+_LOGGER.addHandler(_Notes())
+
+
 class CommandParser(Parser):
     """The parser of one command. It imports the command's module only when that command is called, because each module
     loads what it needs."""

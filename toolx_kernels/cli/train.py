@@ -177,6 +177,6 @@ def default_folder(recipes: Sequence[str], dataset: str) -> str:
     parts = []
     for name in recipes or dataset.split(","):
         kind, _, place = name.strip().rpartition(":")
-        parts += [kind, re.sub(r"\.(jsonl?|ya?ml)$", "", Path(place).name)]
+        parts += [kind, re.sub(r"\.(jsonl?|ya?ml|parquet|csv|arrow)$", "", Path(place).name)]
     safe = [re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts]
     return f"runs/{'-'.join(filter(None, safe)) or 'run'}"

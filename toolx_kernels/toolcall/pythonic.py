@@ -75,6 +75,14 @@ def read_arguments(text: str, start: int) -> tuple[dict, int]:
     return unique(pairs), end
 
 
+def read_value(text: str, start: int = 0) -> tuple[Any, int]:
+    """Reads the literal of Python or JSON that begins at ``start``, after white space; returns it and its end.
+
+    Raises ValueError for what ``read_calls`` considers malformed.
+    """
+    return _value(text, skip_space(text, start))
+
+
 def write_calls(calls: Sequence[dict]) -> str:
     """Writes a list of calls that ``read_calls`` reads back, with strings in double quotes.
 

@@ -54,10 +54,11 @@ class Row:
 def check_row(raw: Mapping, where: str, index: int) -> Row:
     """Checks ``raw``, a mapping with ``prompt``, ``tools``, ``answer``, optionally ``id``, and free columns.
 
-    Tools may be given as ``{"type": "function", "function": {...}}`` or bare as ``{"name", "parameters"}``; ``tools``
-    and ``answer`` may be JSON text. ``where`` (a file, a dataset name) and ``index`` (line or position) name the row in
-    messages and form its id if it has none. The free column ``possible_answers`` (see ``bfcl_match``) requires
-    ``category``; ``tier`` and ``category`` name the parts of a score. A column of None counts as absent.
+    Tools and calls may be in OpenAI's form, ``{"type": "function", "function": {...}}``, or bare, as ``{"name",
+    "parameters"}`` and ``{"name", "arguments"}``; ``tools`` and ``answer`` may be JSON text. ``where`` (a file, a
+    dataset name) and ``index`` (line or position) name the row in messages and form its id if it has none. The free
+    column ``possible_answers`` (see ``bfcl_match``) requires ``category``; ``tier`` and ``category`` name the parts of
+    a score. A column of None counts as absent.
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
     schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values
@@ -296,6 +297,8 @@ def _tool(tool: Any, place: str, n: int) -> dict:
 
 
 def _call(call: Any, place: str, n: int, offered: list[str]) -> dict:
+    if isinstance(call, Mapping) and "function" in call:  # OpenAI's form
+        call = read_call(call) or call
     well_formed = (
         isinstance(call, Mapping)
         and set(call) == {"name", "arguments"}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.adopt import unwrapped
+from toolx_kernels.toolcall.datasets.containers import has_splits
 from toolx_kernels.toolcall.rows import Row, short
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.reward_process import RewardProcess
@@ -123,6 +124,8 @@ def _check_rows(name: str, rows: Any) -> None:
     remedy = "pass a list of rows or a datasets.Dataset (toolx_kernels.train.rows.load_rows gives both sets)"
     if isinstance(rows, str | os.PathLike):
         remedy = f"pass toolx_kernels.toolcall.read_dataset({str(rows)!r})"
+    elif has_splits(rows):
+        return
     elif isinstance(rows, Mapping):
         keys = ", ".join(map(str, list(rows)[:3]))
         remedy = f"pass a list of rows, or one of its parts ({keys})"

@@ -59,8 +59,8 @@ class DataSettings(Settings):
 
     dataset: str | None = setting(
         None,
-        "training rows: builtin, builtin-facts or builtin-turns; or bfcl:<category>, seal-tools:<path>, a "
-        ".jsonl file, a dataset on the Hugging Face hub, or several of these, separated by commas",
+        "training rows: builtin, builtin-facts or builtin-turns; or bfcl:<category>, seal-tools:<path>, a .jsonl, "
+        ".json, .parquet or .csv file, a dataset on the Hugging Face hub, or several of these, separated by commas",
     )
     eval_dataset: str | None = setting(
         None, "evaluation rows, named as for --dataset (default: a held-out part of --dataset)"

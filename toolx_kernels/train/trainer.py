@@ -128,7 +128,8 @@ class ToolExpanderTrainer:
         self.run.check(args)
         reward_funcs = named_rewards(args) if reward_funcs is None else reward_funcs
         self.args = args = replace(args, date=args.date or self.run.date(args.resume))
-        rows, eval_rows = (rows_from(those) if those is not None else [] for those in (train_dataset, eval_dataset))
+        rows = rows_from(train_dataset)
+        eval_rows = [] if eval_dataset is None else rows_from(eval_dataset, for_training=False)
         self.model, self.tokenizer = policy_model(model, processing_class, args)
         self.engine = RolloutEngine(self.model, seed=args.seed, compile=args.torch_compile)
         prompts = prompts_of(args, self.tokenizer, context_of(self.model.get_decoder().config), args.self_exemplify)

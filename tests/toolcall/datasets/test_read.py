@@ -120,7 +120,7 @@ def test_numbers_that_are_not_json_in_a_dataset_object():
 
 def test_unknown_name_and_absent_library(monkeypatch):
     pytest.importorskip("datasets")
-    with pytest.raises(InputError, match="cannot load split 'train' of dataset 'nobody/nothing-here'"):
+    with pytest.raises(InputError, match="cannot load dataset 'nobody/nothing-here'"):
         read_dataset("nobody/nothing-here")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'toolx_kernels\[data\]'"):
@@ -166,18 +166,18 @@ XLAM = {"query": "q", "tools": [{"name": "f", "parameters": {}}], "answers": [{"
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ("text", "set:1: a row in xLAM's format"),
-        (None, "set:1: a row in xLAM's format"),
+        ("text", "set:1: a row must be an object, not 'text'"),
+        (None, "set:1: a row must be an object, not None"),
         ({}, "set:1: field 'tools' must be a list of functions"),
         ({**XLAM, "query": None}, "set:1: field 'prompt' is missing"),
         ({**XLAM, "tools": None}, "set:1: field 'tools' must be a list of functions"),
         ({**XLAM, "tools": 5}, "set:1: field 'tools' must be a list of functions"),
-        ({**XLAM, "tools": ["f"]}, "set:1: field 'tools' must be a list of functions"),
+        ({**XLAM, "tools": ["f"]}, "set:1: tool 0 of field 'tools' is not JSON"),
         ({**XLAM, "tools": "[NaN]"}, "set:1: field 'tools' is not JSON"),
         ({**XLAM, "tools": [{"parameters": {}}]}, "set:1: tool 0"),
         ({**XLAM, "tools": [{"name": "f", "parameters": ["a"]}]}, "set:1: the parameters of tool 'f'"),
         ({**XLAM, "tools": [{"name": "f", "parameters": {"a": "str"}}]}, "set:1: the parameters of tool 'f'"),
-        ({**XLAM, "answers": "f()"}, "set:1: field 'answer' is not JSON"),
+        ({**XLAM, "answers": "f()"}, "set:1: field 'answers' is not JSON"),
         ({**XLAM, "answers": [{"name": "g", "arguments": {}}]}, "set:1: call 0 of field 'answer' is of 'g'"),
         ({**XLAM, "answers": [{"name": "f", "arguments": []}]}, "set:1: call 0 of field 'answer' must be"),
     ],
@@ -235,7 +235,10 @@ def test_toolace_rows(caplog):
     schema = rows[0].tools[0]["function"]["parameters"]
     assert schema["type"] == "object" and schema["properties"]["limit"] == {"type": "integer"}
     (message,) = caplog.messages
-    assert message.startswith("ace: 6 of 9 rows left out: 1 with more than one user turn, 4 with calls")
+    assert message == (
+        "ace: 3 rows in the form of ToolACE (system, conversations); 6 left out: 1 with more than one user turn, 4 with"
+        " calls that cannot be read, 1 with no list of tools in the system text; 1 cut after the answer"
+    )
     with pytest.raises(InputError, match="ace holds no rows"):
         rows_from(raws[3:], "ace")
 
@@ -247,10 +250,10 @@ def system_of(*tools):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ("text", "set:1: a row in ToolACE's format"),
-        (None, "set:1: a row in ToolACE's format"),
+        ("text", "set:1: a row must be an object, not 'text'"),
+        (None, "set:1: a row must be an object, not None"),
         ({"system": ACE_SYSTEM}, "set:1: a row in ToolACE's format"),
-        ({**ace("one", "two"), "system": None}, "set:1: a row in ToolACE's format"),
+        ({**ace("one", "two"), "system": None}, "set:1 is in another form, Hermes or ShareGPT .*is read as ToolACE"),
         ({**ace("one", "two"), "system": 5}, "set:1: a row in ToolACE's format"),
         ({**ace("one", "two"), "conversations": {"from": "user"}}, "set:1: a row in ToolACE's format"),
         ({**ace("one", "two"), "conversations": ["one", "two"]}, "set:1: a turn of field 'conversations'"),

@@ -1,4 +1,4 @@
-"""Readers of datasets: JSONL, the Hugging Face hub, BFCL, Seal-Tools, and the formats of ToolACE and xLAM."""
+"""Readers of datasets: files, the Hugging Face hub, Python objects, BFCL and Seal-Tools."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,17 +6,19 @@ from typing import Any
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.datasets.bfcl import read_bfcl
+from toolx_kernels.toolcall.datasets.containers import chosen_split, values_of, without_filling
+from toolx_kernels.toolcall.datasets.forms import read_rows
 from toolx_kernels.toolcall.datasets.seal_tools import read_seal_tools
-from toolx_kernels.toolcall.datasets.toolace import from_toolace
-from toolx_kernels.toolcall.datasets.xlam import from_xlam
-from toolx_kernels.toolcall.rows import Row, check_numbered, check_rows, check_set, json_lines
+from toolx_kernels.toolcall.rows import Row, check_set, json_lines
 
-_NAMES = "bfcl:<category>, seal-tools:<path>, a JSONL file, or a dataset on the Hugging Face hub"
+_NAMES = "bfcl:<category>, seal-tools:<path>, a file of rows, or a dataset on the Hugging Face hub"
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # ending -> builder of ``datasets``
 
 
 def read_dataset(spec: str) -> list[Row]:
-    """Reads the rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a file or any path
-    that ends in ``.jsonl``, or else a name on the hub; or several of these, separated by commas.
+    """Reads the rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a table
+    (``read_table``), any other file or path that ends in ``.jsonl`` (``read_jsonl``), or else a name on the hub; or
+    several of these, separated by commas.
 
     Raises InputError for what cannot be found or read, and for an id that occurs in two of them.
     """
@@ -30,57 +32,71 @@ def read_dataset(spec: str) -> list[Row]:
     if kind == "seal-tools":
         return read_seal_tools(name)
     if spec.endswith(".jsonl") or Path(spec).is_file():
-        return read_jsonl(spec)
+        return read_table(spec) if Path(spec).suffix.lower() in _TABLES else read_jsonl(spec)
     return read_hub(spec)
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Reads rows from a file with one JSON object per line (see ``check_row``). Raises InputError, naming file and
-    line."""
-    return check_numbered(json_lines(path), str(path))
+    """Reads rows from a file with one JSON object per line, or with one array of objects, in any form that
+    ``rows_from`` recognizes. Raises InputError, naming file and line (of an array: the place in it, from 0)."""
+    numbered = list(json_lines(path))
+    numbers = [number for number, _ in numbered]
+    return read_rows(list(zip(numbers, without_filling([raw for _, raw in numbered]), strict=True)), str(path))
 
 
-def read_hub(name: str, split: str = "train") -> list[Row]:
-    """Reads the rows of a split of a dataset on the Hugging Face hub, or in a local folder that ``datasets`` can load.
+def read_table(path: str | Path) -> list[Row]:
+    """Reads rows from a .parquet, .arrow or .csv file, whose lists and objects may be JSON text.
+
+    Raises InputError if the ``datasets`` library is not installed or cannot load it.
+    """
+    return rows_from(
+        _loaded(str(path), _TABLES[Path(path).suffix.lower()], data_files=str(path), split="train"), str(path)
+    )
+
+
+def read_hub(name: str, split: str | None = None) -> list[Row]:
+    """Reads the rows of a dataset on the Hugging Face hub, or in a local folder that ``datasets`` can load or has
+    saved: of ``split``, or else as ``rows_from`` chooses it.
 
     Raises InputError if the ``datasets`` library is not installed, or cannot load that name or split.
     """
+    return rows_from(_loaded(name, name, split=split), name)
+
+
+def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset", *, for_training: bool = True) -> list[Row]:
+    """Reads rows from a list, tuple or generator of dicts (or of ``Row``s), a ``datasets.Dataset`` or
+    ``IterableDataset``, a pandas frame, or the ``train`` split, or else the only one, of a ``DatasetDict``.
+
+    The fields of the first row determine the form of all (``FORMS`` in ``forms.py``): ours (``check_row``), or TRL's,
+    OpenAI's, ToolACE's, Hermes' or ShareGPT's, or xLAM's, which is converted and logged in one line, together with the
+    rows that had to be left out. A ``datasets.Dataset`` fills missing keys of an object with None, so None is dropped
+    from its objects, and from those of rows that look as if they came from one (``without_filling``); an argument that
+    is really null is safe as JSON text.
+
+    Args:
+        for_training: whether the split ``train`` of several may be chosen.
+
+    Raises InputError for an invalid row, an unknown form, several splits without one to choose, or an empty dataset.
+    """
+    chosen, split = chosen_split(dataset, where, for_training)
+    return read_rows(list(enumerate(values_of(chosen, where))), where, split)
+
+
+def _loaded(shown: str, kind: str, **options: Any) -> Any:
+    """What ``datasets`` loads, called ``shown`` in messages."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"reading the dataset {name!r} needs the datasets library: run `pip install 'toolx_kernels[data]'`."
+            f"reading the dataset {shown!r} needs the datasets library: run `pip install 'toolx_kernels[data]'`."
         ) from error
+    split = options.get("split")
     try:
-        dataset = datasets.load_dataset(name, split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        if any((Path(kind) / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
+            saved = datasets.load_from_disk(kind)
+            return saved if split is None else saved[split]
+        return datasets.load_dataset(kind, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot load split {split!r} of dataset {name!r} ({reason}): give {_NAMES}.") from error
-    return rows_from(dataset, name)
-
-
-def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset") -> list[Row]:
-    """Reads rows from a list of dicts (or of ``Row``s), or from a ``datasets.Dataset``.
-
-    The first row determines the format: ours (``check_row``); xLAM-function-calling-60k's (``query``, ``tools``,
-    ``answers``); or ToolACE's (``system``, ``conversations``), of which rows with more than one user turn or with
-    unreadable calls are left out and counted in a warning. A ``datasets.Dataset`` fills missing keys of an object with
-    None, so None is dropped from its objects; an argument that is really null must be stored as JSON text.
-
-    Raises InputError for an invalid row, or an empty dataset.
-    """
-    raws: list[Any] = list(dataset)
-    if hasattr(dataset, "features"):
-        raws = [{key: _without_none(value) for key, value in raw.items()} for raw in raws]
-    keys = raws[0].keys() if raws and isinstance(raws[0], Mapping) else set()
-    if {"query", "answers", "tools"} <= keys:
-        raws = from_xlam(raws, where)
-    elif {"system", "conversations"} <= keys:
-        raws = from_toolace(raws, where)
-    return check_rows(raws, where)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        part = f"split {split!r} of " if split else ""
+        raise InputError(f"cannot load {part}dataset {shown!r} ({reason}): give {_NAMES}.") from error

@@ -1,49 +1,41 @@
 """Rows of ToolACE."""
 
 import json
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets.conversations import Converted
+from toolx_kernels.toolcall.datasets.offered import LeftOutError
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.pythonic import read_arguments
 from toolx_kernels.toolcall.rows import short
 
-_log = logging.getLogger(__name__)
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def from_toolace(raws: Sequence, where: str) -> list[dict]:
-    """Converts rows of ToolACE's format that have one user turn to ours.
+def from_toolace(raw: Mapping, place: str) -> Converted:
+    """Converts a row of ToolACE's format that has one user turn to ours.
 
     The system text contains the tools as a JSON list; the assistant's first reply is ``[name(arg=value, ...), ...]``,
-    or prose if no call is right. Other rows are left out and counted in a warning.
+    or prose if no call is right. What follows is cut.
 
-    Raises InputError, naming the row, if one is not in that format.
+    Raises:
+        InputError: beginning with ``place``, if the row is not in that format.
+        LeftOutError: it has more than one user turn, no list of tools, or calls that cannot be read.
     """
-    rows: list[dict] = []
-    skipped: Counter[str] = Counter()
-    for n, raw in enumerate(raws):
-        system, turns = _fields(raw, f"{where}:{n}")
-        roles = [turn["from"] for turn in turns]
-        if roles.count("user") != 1 or roles[:2] != ["user", "assistant"]:
-            skipped["more than one user turn"] += 1
-            continue
-        tools = _tools(system)
-        if tools is None:
-            skipped["no list of tools in the system text"] += 1
-            continue
-        answer = _calls(turns[1]["value"], [tool["name"] for tool in tools])
-        if answer is None:
-            skipped["calls that cannot be read"] += 1
-            continue
-        row_id = raw.get("id", f"{where}:{n}")
-        rows.append({"id": row_id, "prompt": turns[0]["value"], "tools": tools, "answer": answer})
-    if skipped:
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
-        _log.warning("%s: %d of %d rows left out: %s", where, skipped.total(), len(raws), reasons)
-    return rows
+    system, turns = _fields(raw, place)
+    roles = [_ROLES.get(turn["from"], turn["from"]) for turn in turns]
+    if roles.count("user") != 1 or roles[:2] != ["user", "assistant"]:
+        raise LeftOutError("more than one user turn")
+    tools = _tools(system)
+    if tools is None:
+        raise LeftOutError("no list of tools in the system text")
+    answer = _calls(turns[1]["value"], [tool["name"] for tool in tools])
+    if answer is None:
+        raise LeftOutError("calls that cannot be read")
+    columns = {key: value for key, value in raw.items() if key not in ("system", "conversations")}
+    return Converted({**columns, "prompt": turns[0]["value"], "tools": tools, "answer": answer}, len(turns) > 2)
 
 
 def _fields(raw: Any, place: str) -> tuple[str, list]:

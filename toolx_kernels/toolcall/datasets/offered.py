@@ -1,0 +1,91 @@
+"""Offered tools as datasets publish them: OpenAI's, bare JSON schemas, and xLAM's flat parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall.datasets.type_names import json_schema
+from toolx_kernels.toolcall.datasets.xlam import flat_tool
+from toolx_kernels.toolcall.pythonic import read_value
+from toolx_kernels.toolcall.rows import json_value, short
+from toolx_kernels.toolcall.strict_json import json_at, skip_space
+
+
+class LeftOutError(Exception):
+    """A valid row that cannot be used; the text is the reason, as a noun."""
+
+
+def read_tools(value: Any, place: str) -> list[dict]:
+    """The functions ``{"name", "description"?, "parameters"}`` in ``value``: a list of tools, or text of one.
+
+    A tool is bare, or in OpenAI's form, ``{"type": "function", "function": {...}}``. Its parameters are a JSON schema,
+    in which type names of Python are translated; or flat, as xLAM's (``flat_tool``); or absent, if it takes none.
+
+    A tool that occurs twice is offered once.
+
+    Raises:
+        InputError: beginning with ``place``, for what is no list of functions.
+        LeftOutError: two tools of one name differ, so a call of it could be of either.
+    """
+    if isinstance(value, str):
+        found = values_in(value)
+        value = json_value(value, f"{place}: field 'tools'", "write it as a list") if found is None else found
+    if not isinstance(value, list):
+        raise InputError(f"{place}: field 'tools' must be a list of functions, not {short(value)}.")
+    tools: list[dict] = []
+    for tool in (_tool(tool, place, n) for n, tool in enumerate(value)):
+        if tool not in tools:
+            tools.append(tool)
+    if len({repr(tool.get("name")) for tool in tools}) < len(tools):
+        raise LeftOutError("two different tools of one name")
+    return tools
+
+
+def values_in(text: str) -> list[Any] | None:
+    """The values in a text, in JSON or Python's notation: the items of one list, or one value after another. None if it
+    holds anything else."""
+    values: list[Any] = []
+    at = skip_space(text, 0)
+    while at < len(text):
+        try:
+            value, at = json_at(text, at) or read_value(text, at)
+        except ValueError:
+            return None
+        values += value if isinstance(value, list) else [value]
+        at = skip_space(text, at)
+        at = skip_space(text, at + text.startswith(",", at))
+    return values
+
+
+def _tool(tool: Any, place: str, n: int) -> dict:
+    if isinstance(tool, str):  # TRL keeps a schema that Arrow would fill with nulls as text
+        tool = json_value(tool, f"{place}: tool {n} of field 'tools'", "write it as an object")
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise InputError(f"{place}: field 'tools' must be a list of functions, and tool {n} is {short(tool)}.")
+    function = {key: value for key, value in function.items() if value is not None and key != "type"}
+    parameters: Any = function.get("parameters")
+    if not _is_schema(parameters):
+        return flat_tool(function, place)
+    properties = parameters.get("properties")
+    if isinstance(properties, Mapping) and any(map(_is_annotated, [parameters, *properties.values()])):
+        listed = {"parameters": properties, "required": parameters.get("required", function.get("required"))}
+        schema = {**parameters, **flat_tool({**function, **listed}, place)["parameters"]}
+    else:
+        schema = json_schema(parameters)
+    return {**function, "parameters": schema}
+
+
+def _is_schema(parameters: Any) -> bool:
+    """Whether parameters are a JSON schema, not a flat mapping of names, which may be "type" and "properties" too."""
+    if not isinstance(parameters, Mapping):
+        return False
+    properties = parameters.get("properties")
+    nested = isinstance(properties, Mapping) and all(isinstance(spec, Mapping) for spec in properties.values())
+    return isinstance(parameters.get("type"), str | list) or nested
+
+
+def _is_annotated(spec: Any) -> bool:
+    """Whether a type is Python's: ``dict`` around properties that xLAM would list flat, or more than a name."""
+    stated = spec.get("type") if isinstance(spec, Mapping) else None
+    return isinstance(stated, str) and (stated == "dict" or not stated.isidentifier())
