@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.compare.cases import write_run
-from toolx_kernels.compare.runs import ACCURACY, HARD, Curve, Point, collapse, read_run
+from toolx_kernels.compare.runs import ACCURACY, HARD, HARD_SHARE, Curve, Point, collapse, read_run
 from toolx_kernels.errors import InputError
 
 COLLAPSES = {
@@ -129,6 +129,20 @@ def test_a_probe_of_no_rows_is_none(tmp_path):
     metrics.write_text(metrics.read_text().replace('"rows": 50', '"rows": 0'))
     run = read_run(folder)
     assert (run.points(HARD), run.looks) == ([], {}) and len(run.points(ACCURACY)) == 1
+
+
+def test_a_partial_probe_is_no_drop_of_hard_rows(tmp_path):
+    """``max_steps`` ended the run within its second round, of whose 50 rows only 10 were probed."""
+    folder = write_run(tmp_path / "a", hard=(40, 8, 30), relapsed=(0, 0, 6))
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        line |= {"round_rows": 50, "rows": 10 if line["hard"] == 8 else 50} if line["event"] == "probe" else {}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert [point.value for point in run.points(HARD_SHARE)] == [0.8, 0.8, 0.6]
+    assert [point.value for point in run.points(HARD)] == [40, 30]
+    assert [look.rows for look in run.looks.values()] == [50, 50] and run.relapse_rate == 6 / 10
 
 
 def test_a_probe_that_goes_on_with_its_round_counts_once(tmp_path):

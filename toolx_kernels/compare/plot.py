@@ -11,7 +11,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolx_kernels.compare.arms import Arm, tiers_of
-from toolx_kernels.compare.runs import ACCURACY, HARD, Curve
+from toolx_kernels.compare.runs import ACCURACY, HARD_SHARE, Curve
 from toolx_kernels.pictures import MARKERS, LineEnd, distinct_colors, label_ends, panel_grid, write_picture
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def comparison_figure(arms: Sequence[Arm]) -> Figure:
     from matplotlib.figure import Figure
 
     along = "fe" if all(run.fe is not None for arm in arms for run in arm.runs) else "tokens"
-    curves = [ACCURACY, HARD, *(Curve("accuracy", tier) for tier in tiers_of(arms))]
+    curves = [ACCURACY, HARD_SHARE, *(Curve("accuracy", tier) for tier in tiers_of(arms))]
     measured = [curve for curve in curves if any(run.points(curve) for arm in arms for run in arm.runs)]
     means = {(arm.name, curve): mean_line(arm, curve, along) for arm in arms for curve in measured}
     labels = short_names([arm.name for arm in arms])
@@ -81,7 +81,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _title(curve: Curve) -> str:
-    return {ACCURACY: "evaluation accuracy", HARD: "hard rows (no solved rollout)"}.get(curve, f"tier {curve.tier}")
+    names = {ACCURACY: "evaluation accuracy", HARD_SHARE: "hard rows (no solved rollout)"}
+    return names.get(curve, f"tier {curve.tier}")
 
 
 def _caption(arms: Sequence[Arm], crowded: bool, absent: Sequence[str]) -> str:
@@ -114,7 +115,7 @@ def _curves(
                 _mean(panel, arm, look, mean)
                 values += [value for _, value in mean]
                 ends[panel].append(LineEnd(*mean[-1], look.label, look.color))
-        _set_top(panel, curve, max(values))
+        _set_top(panel, max(values))
     part.supxlabel(AXES[along], fontsize=9)
     return ends
 
@@ -135,7 +136,7 @@ def _seeds(part: SubFigure, arms: Sequence[Arm], looks: Looks, curve: Curve, mea
         values += _runs(panel, arm, looks[arm.name], curve, along)
         if mean := means[arm.name, curve]:
             _mean(panel, arm, looks[arm.name], mean)
-    _set_top(panels[0], curve, max(values))
+    _set_top(panels[0], max(values))
     for panel in panels[len(arms) :]:
         panel.set_visible(False)
     for panel in panels[max(0, len(arms) - columns) : len(arms)]:  # nothing is drawn below them
@@ -190,6 +191,6 @@ def _mean(panel: Axes, arm: Arm, look: Look, mean: Sequence[tuple[float, float]]
     panel.plot(x, y, color=look.color, marker=look.marker, **style)
 
 
-def _set_top(panel: Axes, curve: Curve, most: float) -> None:
+def _set_top(panel: Axes, most: float) -> None:
     top = 1.08 * most or 1e-9
-    panel.set_ylim(0, top if curve == HARD else min(1.02, max(top, 0.05)))
+    panel.set_ylim(0, min(1.02, max(top, 0.05)))

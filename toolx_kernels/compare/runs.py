@@ -24,6 +24,7 @@ class Curve(NamedTuple):
 
 
 ACCURACY, HARD = Curve("accuracy"), Curve("hard")
+HARD_SHARE = Curve("hard share")  # of the rows probed, which are fewer where ``max_steps`` cut a round short
 
 
 class Look(NamedTuple):
@@ -56,7 +57,7 @@ class Run:
     fe           forward-equivalents spent; None unless every line of the metrics has them
     rounds       optimizer steps of each round, without those of supervised training before RL
     supervised   the last step of supervised training before RL; 0 if there was none
-    looks        the probes by round
+    looks        the probes by round, without those that covered only a part of their round's rows
     """
 
     path: Path
@@ -201,11 +202,16 @@ def _take(run: Run, record: dict[str, Any]) -> None:
         values[ACCURACY] = record["accuracy"]
         values |= {Curve("accuracy", name): value for name, value in record.get("parts", {}).items()}
     elif event == "probe" and record.get("rows") != 0:  # a run without steps probes no rows
-        values[HARD] = record["hard"]
         # a probe that a resumed run made for more rows of a round counts all of the round's rows
-        told = [None if record.get(name) is None else int(record[name]) for name in ("rows", "relapsed")]
-        look = Look(run.step, told[0], int(record["hard"]), told[1])
-        run.looks[record.get("round", len(run.looks))] = look
+        names = ("rows", "relapsed", "round_rows")
+        rows, relapsed, whole = (None if record.get(name) is None else int(record[name]) for name in names)
+        if rows:
+            values[HARD_SHARE] = record["hard"] / rows
+        first = next(iter(run.looks.values()), None)
+        if first is None or whole is None or rows in (whole, first.rows):  # not of a part of the rows only
+            values[HARD] = record["hard"]
+            look = Look(run.step, rows, int(record["hard"]), relapsed)
+            run.looks[record.get("round", len(run.looks))] = look
     for curve, value in values.items():
         if not math.isfinite(float(value)):
             raise ValueError(value)

@@ -19,7 +19,8 @@ def _style():
 
 
 ALL = [
-    "evaluation accuracy: 10.0% to 30.0%", "mean reward", "hard rows: 40 to 20", "truncated completions",
+    "evaluation accuracy: 10.0% to 30.0%", "mean reward", "hard rows (of those probed): 80.0% to 40.0%",
+    "truncated completions",
     "clipped tokens", "KL to the model before RL", "entropy (nats per token)", "completion length (tokens)",
     "gradient norm",
 ]  # fmt: skip
@@ -31,9 +32,17 @@ def step(number, **values):
 
 
 def records(steps=30, **values):
-    lines = [{"event": "eval", "step": 0, "accuracy": 0.1}, {"event": "probe", "step": 0, "hard": 40, "replaced": 30}]
+    lines = [
+        {"event": "data", "step": 0, "rows": 50},
+        {"event": "eval", "step": 0, "accuracy": 0.1},
+        {"event": "probe", "step": 0, "rows": 50, "hard": 40},
+    ]
     lines += [step(number, **values) for number in range(1, steps + 1)]
-    return [*lines, {"event": "eval", "step": steps, "accuracy": 0.3}, {"event": "probe", "step": steps, "hard": 20}]
+    return [
+        *lines,
+        {"event": "eval", "step": steps, "accuracy": 0.3},
+        {"event": "probe", "step": steps, "rows": 50, "hard": 20},
+    ]
 
 
 def titles(figure):
@@ -59,6 +68,13 @@ def test_what_a_run_lacks_is_named_and_has_no_panel():
     assert all(place.colspan.stop - place.colspan.start == 1 for place in others)
     figure = curves_figure([line for line in records(5) if line["event"] == "step"], "title")
     assert "evaluation accuracy, hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
+
+
+def test_a_partial_probe_is_no_drop_of_hard_rows():
+    """``max_steps`` may end a run within a round, whose probe then covers fewer rows."""
+    probes = [dict(step=3 * at, rows=rows, hard=hard) for at, (rows, hard) in enumerate([(12, 12), (4, 4), (12, 9)])]
+    (axes,) = curves_figure([{"event": "probe"} | probe for probe in probes], "title").axes
+    assert [*axes.lines[0].get_ydata()] == [1.0, 1.0, 0.75]
 
 
 def test_many_steps_are_thin_below_their_mean_and_few_are_points():

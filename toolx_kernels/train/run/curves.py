@@ -53,7 +53,7 @@ class Panel:
 PANELS = (
     Panel("evaluation accuracy", "eval", {"accuracy": ("", BLUE)}, percent=True, top=1.0),
     Panel("mean reward", "step", {"reward": ("", GREEN)}),
-    Panel("hard rows", "probe", {"hard": ("", VERMILION)}),
+    Panel("hard rows (of those probed)", "probe", {"hard_share": ("", VERMILION)}, percent=True, top=1.0),
     Panel("truncated completions", "step", {"truncated": ("", PINK)}, percent=True),
     Panel("clipped tokens", "step", {"clip_high": ("above", BLACK), "clip_low": ("below", GRAY)}, percent=True),
     Panel("KL to the model before RL", "step", {"kl": ("", SKY)}),
@@ -81,6 +81,7 @@ def curves_figure(records: Sequence[dict], title: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    records = [_with_share(record) for record in records]
     steps = [record["step"] for record in records if record["event"] in ("step", "sft")]
     supervised = [record["step"] for record in records if record["event"] == "sft"]
     found = {panel.title: _lines(panel, records) for panel in PANELS}
@@ -103,6 +104,13 @@ def curves_figure(records: Sequence[dict], title: str) -> Figure:
     if any(ends.values()):
         label_ends(figure, ends)
     return figure
+
+
+def _with_share(record: dict) -> dict:
+    """Adds the share of hard rows to a probe, as ``max_steps`` may let it cover fewer rows than others."""
+    if record["event"] != "probe" or not record.get("rows"):
+        return record
+    return record | {"hard_share": record["hard"] / record["rows"]}
 
 
 def _lines(panel: Panel, records: Sequence[dict]) -> dict[str, list[tuple[int, float]]]:
