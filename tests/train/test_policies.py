@@ -60,7 +60,7 @@ def test_the_bonus_keeps_its_size_where_everything_else_is_equal():
     """Rewards 1, 1, 1, 1, 1.01: normalized by std, the last would get 1.75, as much as a lone success."""
     group = scored([1.0, 1.0, 1.0, 1.0, 1.01])
     trap = GroupRelative(min_std=0.0)([group])
-    floored = GroupRelative(min_std=ToolExpanderConfig().min_reward_std)([group])
+    floored = GroupRelative(min_std=ToolExpanderConfig().settled().min_reward_std)([group])
     assert float(trap[-1]) == pytest.approx(1.75, abs=0.02)
     assert float(floored[-1]) == pytest.approx(0.08, abs=0.001)
     zero_one = scored([1.0, 0.0, 0.0, 0.0, 0.0])

@@ -103,17 +103,16 @@ def announcement(config: ToolExpanderConfig, recipes: Sequence[str]) -> str:
 
 
 def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
-    """The last line of a run."""
+    """The last lines of a run: its notices, then where it came."""
     before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
     trained_on = summary["eval_rows_seen"]
     hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
-    idle = summary["steps"] and not summary["trained_tokens"]
-    return (
+    notices = "".join(f"notice: {sentence}\n" for sentence in summary["notices"])
+    return notices + (
         f"accuracy on {summary['eval_rows']} rows of {config.eval_dataset or config.dataset} "
         f"{f'({trained_on} of them shown in training)' if trained_on else 'held out from training'}: "
         f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps"
-        f"{', none with a gradient: the rewards of each group were equal' if idle else ''}, "
-        f"{summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
+        f", {summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
     )
 
 

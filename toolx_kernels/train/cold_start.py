@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.tool_loop import supervised_episode
 from toolx_kernels.toolcall.datasets import builtin, builtin_facts, builtin_turns
@@ -18,6 +19,7 @@ from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.self_exemplify import instructions, render_self_exemplified
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.reporter import Reporter
+from toolx_kernels.train.task import Task
 from toolx_kernels.train.update.batch import PackedGroup
 from toolx_kernels.train.update.learner import Learner
 
@@ -43,7 +45,12 @@ def imitate(
             started, progress = time.perf_counter(), step / args.cold_start_steps
             for parameters in learner.optimizer.base.param_groups:
                 parameters["lr"] = args.cold_start_learning_rate * min(progress / 0.05, 1.05 - progress, 1.0)
-            taken = islice(examples, args.cold_start_batch_size)
+            taken = list(islice(examples, args.cold_start_batch_size))
+            if not taken:
+                raise InputError(
+                    f"cold_start ended before step {step} of cold_start_steps={args.cold_start_steps}: give one that "
+                    "does not end, or fewer steps."
+                )
             batch, cuts = zip(*(supervised(prompts, example) for example in taken), strict=True)
             with naming(f"cold-start step {step}"):
                 metrics = learner.imitate(batch, step)
@@ -61,6 +68,16 @@ def built_in_cold_start(config: ToolExpanderConfig) -> Iterator[Example | Episod
     if config.dataset == "builtin-facts":
         return builtin_facts.cold_start_examples(config.seed)
     return None
+
+
+def own_cold_start(config: ToolExpanderConfig, task: Task) -> Iterator[Example]:
+    """Returns examples made of the training rows' own answers, and counts the rows that do not fit in the task.
+
+    Raises InputError: rows do not fit the context, and none is to be dropped or all would be.
+    """
+    answerable = task.prompts.fitting_rows(task.rows, config.overlong, answers=True)
+    task.no_examples = len(task.rows) - len(answerable)
+    return cold_start_examples(config, answerable, task.demonstrations)
 
 
 def cold_start_examples(

@@ -17,7 +17,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, Help, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
 from toolx_kernels.train.phases import Phases
-from toolx_kernels.train.task import Task, solved_by_default
+from toolx_kernels.train.task import Task
 
 Prompt = tuple[int, Help]  # the index of a row, and the help in its prompt
 NAMES = {"verify": "verification", "measure": "probe"}  # on the bar, where they differ from the purpose
@@ -116,7 +116,7 @@ class Collector:
         functions are called after all rollouts, with as many at a time as in a step.
         """
         solved, done = [False] * len(prompts), [first] * len(prompts)
-        at_once = self.task.solved is solved_by_default
+        at_once = not self.task.own_rewards
 
         def ends_its_group(place: int, _: int, rollout: Rollout) -> bool:
             if at_once and not solved[place]:

@@ -57,6 +57,7 @@ class ScoredGroup:
     correct: list[bool] = field(default_factory=list)  # the calls are right, whatever other text there is
     solved: list[bool] = field(default_factory=list)  # its reward is that of a solution, see ``Task.solved``
     advantages: list[float | list[float]] = field(default_factory=list)  # one number, or one per token
+    least_std: float = 0.0  # took the place of its rewards' smaller standard deviation; 0: none did
     tries: int = 0  # retries of the whole group
     revived: bool = False  # whether a rollout of a retry was solved
     retry_of: ScoredGroup | None = None  # the dead group that this one retries without joining it

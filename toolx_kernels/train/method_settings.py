@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from toolx_kernels.loss_config import LossType
 from toolx_kernels.settings import POSITIVE, SHARE, Bounds, Settings, setting
@@ -116,10 +116,11 @@ class RewardSettings(Settings):
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "divide advantages by the standard deviation of the rewards in the group or the batch; none: do not"
     )
-    min_reward_std: float = setting(
-        0.1,
-        "least standard deviation that advantages are divided by, so that a bonus of 0.01 stays small; 0: "
-        "any. With rewards of 0 and 1, groups of up to 100 rollouts never have less than 0.1",
+    min_reward_std: float | None = setting(
+        None,
+        "least standard deviation that advantages are divided by; 0: any (default: 0 for reward functions of "
+        "your own; 0.1 for the default rewards, so that a bonus of 0.01 stays small. With rewards of 0 and 1, "
+        "groups of up to 100 rollouts never have less than 0.1)",
         bounds=NOT_NEGATIVE,
     )
     advantage_shaping: Literal["group", "difficulty", "successes", "routed", "zero-variance"] = setting(
@@ -129,6 +130,12 @@ class RewardSettings(Settings):
         "routed: groups that got help imitate their solved rollouts (SRPO); zero-variance: groups whose "
         "rewards are all equal learn from their entropy (RL-ZVP)",
     )
+
+    def settled(self, own_rewards: bool = False) -> Self:
+        """Returns the settings with a number for ``min_reward_std``; ``own_rewards``: functions are given besides."""
+        if self.min_reward_std is not None:
+            return self
+        return replace(self, min_reward_std=0.0 if own_rewards or self.reward_funcs else 0.1)
 
 
 @dataclass(kw_only=True)

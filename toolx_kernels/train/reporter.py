@@ -32,6 +32,7 @@ from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
 from toolx_kernels.train.memory.planner import plan_of
 from toolx_kernels.train.memory.workload import Workload
+from toolx_kernels.train.notices import Notices
 from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.rounds import Rounds
 from toolx_kernels.train.run.curves import write_curves
@@ -53,6 +54,7 @@ class Reporter:
         self.run, self.model, self.args, self.task = run, model, args, task
         self.bar = ProgressBar()
         self.phases = Phases(model.device, self.bar)
+        self.notices = Notices(args, task.prompts.context, task.own_rewards, self._notice)
         self.eval_before: float | None = None
         self.hard_before: int | None = None
         self.evaluated = 0
@@ -71,6 +73,7 @@ class Reporter:
             "wall_seconds": time.perf_counter() - self._started,
             "phases": dict(self.phases.seconds),
             "peaks": dict(self.phases.peaks),
+            "notices": self.notices.state_dict(),
             "lines": self.run.lines(),
         }
 
@@ -79,6 +82,7 @@ class Reporter:
         self.run.forget_after(state["lines"])
         self.eval_before, self.hard_before = state["eval_before"], state["hard_before"]
         self.evaluated = state["evaluated"]
+        self.notices.load_state_dict(state["notices"])
         self._earlier = state["wall_seconds"]
         self.phases.seconds.update(state["phases"])
         self.phases.peaks.update(state["peaks"])
@@ -125,17 +129,21 @@ class Reporter:
         for line in report.lines():
             self.bar.write(line)
         self.bar.write(f"calls: {task.prompts.chat.describe()}")
-        if task.left_out:
-            self.bar.write(f"rows left out, as they do not fit the context: {task.left_out}")
         if task.eval_rows_seen:
             self.bar.write(
                 f"evaluation rows that are also training rows or demonstrations: {task.eval_rows_seen} of "
                 f"{len(task.eval_rows)}"
             )
         self.run.log("data", 0, {}, **asdict(report), eval_rows_seen=task.eval_rows_seen, left_out=task.left_out)
+        given = len(task.rows) + len(task.eval_rows) + task.left_out
+        self.notices.rows(task.left_out, given, task.no_examples, len(task.rows))
         if self._plan:
             self.bar.write(self._plan.sentence())
             self.run.log("plan", 0, self._plan.to_dict())
+
+    def _notice(self, step: int, name: str, sentence: str) -> None:
+        self.bar.write(f"notice: {sentence}")
+        self.run.log("notice", step, {}, name=name, sentence=sentence)
 
     def cold_start(self, step: int, seconds: float, metrics: dict) -> None:
         self.run.log("cold_start", step, {"seconds": seconds}, **metrics)
@@ -150,6 +158,7 @@ class Reporter:
         timing = {"seconds": time.perf_counter() - started}
         parts = {name: score.accuracy.value for name, score in scores.parts.items()}
         self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **rounds.spent)
+        self.notices.evaluation(rounds.step, scores)
         self.evaluated = rounds.step
         return scores.accuracy
 
@@ -161,8 +170,9 @@ class Reporter:
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs the result of a probe, and the table of all rows."""
         saved = len(found.tried) * self.args.probe_rollouts - found.rollouts
-        counts = {"rollouts": found.rollouts, "saved_rollouts": saved, **rounds.spent}
+        counts = {"rollouts": found.rollouts, "saved_rollouts": saved, "round_rows": rounds.round_rows, **rounds.spent}
         self.run.log("probe", rounds.step, {"seconds": found.seconds}, round=round_index, **counters, **counts)
+        self.notices.probe(rounds.step, counters, rounds.round_rows, rounds.per_round)
         self.run.write_hard_samples(rounds.table.lines())
 
     # ---- a step
@@ -225,7 +235,10 @@ class Reporter:
         }
         for line in rollout_lines(sampled, learned, self.task.rows, self.args.log_completions):
             self.run.log_rollout(step=step, **line)
-        return self.run.log("step", step, timing, round=round_index, **step_values(sampled, dropped), **values)
+        values |= step_values(sampled, dropped) | {"floored": sum(group.least_std > 0 for group in learned)}
+        record = self.run.log("step", step, timing, round=round_index, **values)
+        self.notices.step(record, sampled, learned)
+        return record
 
     def progress(self, record: dict, rounds: Rounds) -> None:
         """Advances the bar by a step."""
@@ -260,6 +273,7 @@ class Reporter:
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
             "memory": self._plan.compared(peaks) if self._plan else None,
             "checkpoint": str(checkpoint),
+            "notices": self.notices.end(values["steps"]),
         }
         self.run.write_summary(summary)
         write_curves(self.run.path, model=type(self.model).__name__)

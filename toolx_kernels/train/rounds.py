@@ -26,6 +26,7 @@ class Rounds:
     step            optimizer steps done
     batch           batches drawn: one per step, unless groups are dropped and the step filled up
     probed_round    the round of the last probe
+    round_rows      rows that this probe covers if the round is not cut short
     trained_tokens  tokens that passed through the training forward
     trained_fe      forward-equivalents of all updates, see ``Learner.improve``
     supervised      those steps that sampled nothing
@@ -42,7 +43,7 @@ class Rounds:
     ):
         self.table, self.policy, self.order, self.collector, self.args = table, policy, order, collector, args
         self.step = self.batch = self.supervised = self.trained_tokens = self.trained_fe = 0
-        self.probed_round = -1
+        self.probed_round, self.round_rows = -1, 0
         self._begun = -1  # round begun by this process; a resumed run begins its round again
         self.per_epoch = max(1, len(table.rows) // args.prompts_per_step)
         self.per_round = self.per_epoch * args.epochs_per_round
@@ -124,10 +125,12 @@ class Rounds:
         """Rounds between two probes; 0: only the first round has one."""
         return self.args.probe_every or int(self.policy.needs_probe)
 
-    def members(self, round_index: int, rounds: int = 1) -> list[int]:
-        """Returns the training rows that ``rounds`` rounds from ``round_index`` on may use, in dataset order."""
+    def members(self, round_index: int, rounds: int = 1, *, whole: bool = False) -> list[int]:
+        """Returns the training rows that ``rounds`` rounds from ``round_index`` on may use, in dataset order; with
+        ``whole`` also those of batches that come after ``max_steps``."""
+        end = self.args.num_train_epochs * self.per_epoch if whole else self.total
         first = round_index * self.per_round
-        return self.order.candidates(range(first, min(first + rounds * self.per_round, self.total)))
+        return self.order.candidates(range(first, min(first + rounds * self.per_round, end)))
 
     def begin_round(self) -> Probe | None:
         """Probes the raw prompts of the next batch's round and of the rounds up to the next probe, then lets the policy
@@ -139,6 +142,7 @@ class Rounds:
         self._begun, every = self.next_round, self._probe_every
         due = self.next_round // every * every if every else 0
         members = self.members(due, every or 1)
+        self.round_rows = len(self.members(due, every or 1, whole=True))
         if self.probed_round == due:
             done = {i for i, row in enumerate(self.table.states) if row.probes and row.probes[-1][0] == due}
             members = [row for row in members if row not in done]
@@ -151,7 +155,9 @@ class Rounds:
 
     def measure(self) -> Probe:
         """Probes the rows of the first probe again, after the run."""
-        return self.probe(self.members(0, self._probe_every or 1), self.probed_round + 1, "measure")
+        every = self._probe_every or 1
+        self.round_rows = len(self.members(0, every, whole=True))
+        return self.probe(self.members(0, every), self.probed_round + 1, "measure")
 
     def probe(self, members: list[int], round_index: int, purpose: str = "probe") -> Probe:
         """Probes the raw prompts of ``members`` and records the result in the table."""

@@ -102,7 +102,11 @@ class Task:
         solved: says which rollouts are solved, given their rewards; decides which rows are hard and which groups dead.
         demonstrate_rows: whether ``rows`` may be demonstrations for one another.
         left_out: number of rows dropped because they do not fit the model's context.
+
+    ``no_examples`` is the number of training rows that the cold start leaves out because their answers do not fit it.
     """
+
+    no_examples = 0
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class Task:
     ):
         self.rows, self.eval_rows = rows, eval_rows
         self.prompts, self.judge, self.rewards, self.left_out = prompts, judge, rewards, left_out
-        self.solved = solved
+        self.solved, self.own_rewards = solved, solved is not solved_by_default
         self.demonstration_rows = demonstration_rows(rows if demonstrate_rows else (), demonstrations)
         self.demonstrations = DemonstrationIndex(self.demonstration_rows)
         self.eval_rows_seen = len(shared_rows(eval_rows, [*rows, *demonstrations]))

@@ -36,7 +36,7 @@ from toolx_kernels.toolcall.datasets.builtin_turns import Episode
 from toolx_kernels.toolcall.datasets.read import rows_from
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.arguments import check_arguments
-from toolx_kernels.train.cold_start import cold_start_examples, imitate
+from toolx_kernels.train.cold_start import imitate, own_cold_start
 from toolx_kernels.train.collect import Collector, chosen_rollouter
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.hard_sampling import HardSamples
@@ -123,7 +123,7 @@ class ToolExpanderTrainer:
             advantage_shaper=advantage_shaper,
             policy_loss=policy_loss,
         )
-        args = args or ToolExpanderConfig()
+        args = (args or ToolExpanderConfig()).settled(own_rewards=reward_funcs is not None)
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
         reward_funcs = named_rewards(args) if reward_funcs is None else reward_funcs
@@ -143,8 +143,7 @@ class ToolExpanderTrainer:
         given = (rows, eval_rows, demonstrations, prompts)
         self.task = task = Task(*given, *judging, left_out, args.demonstrate_training_rows)
         if args.cold_start_steps and cold_start is None:
-            answerable = prompts.fitting_rows(rows, args.overlong, answers=True)
-            cold_start = cold_start_examples(args, answerable, task.demonstrations)
+            cold_start = own_cold_start(args, task)
         self.cold_start = cold_start
         self.reporter = Reporter(self.run, self.model, args, task)
         stops, phases = stop_token_ids(self.model, chat), self.reporter.phases

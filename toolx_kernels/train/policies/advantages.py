@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from toolx_kernels.ops.advantages import group_advantages
 from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.method_settings import RewardSettings
+
+EPS = 1e-4  # added to a standard deviation
 
 
 class AdvantageShaper(Protocol):
@@ -31,7 +34,7 @@ class GroupRelative:
     def __call__(self, groups: Sequence[ScoredGroup]) -> Tensor:
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
         min_std = self.min_std if self.scale == "group" else 0.0
-        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale, min_std=min_std)
+        return group_advantages(rewards, group_ids=_group_ids(groups), scale=self.scale, eps=EPS, min_std=min_std)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +129,11 @@ def give_advantages(groups: Sequence[ScoredGroup], shaper: AdvantageShaper) -> N
         values = iter(advantages.tolist())
         for group in groups:
             group.advantages = [next(values) for _ in group.rollouts]
+    _note_least_std(groups, shaper)
 
 
 def chosen_advantage_shaper(args: RewardSettings) -> AdvantageShaper:
-    relative = GroupRelative(args.scale_rewards, args.min_reward_std)
+    relative = GroupRelative(args.scale_rewards, args.settled().min_reward_std or 0.0)
     shapers: dict[str, Callable[[AdvantageShaper], AdvantageShaper]] = {
         "group": lambda of: of,
         "difficulty": DifficultyWeighted,
@@ -138,6 +142,25 @@ def chosen_advantage_shaper(args: RewardSettings) -> AdvantageShaper:
         "zero-variance": ZeroVariance,
     }
     return shapers[args.advantage_shaping](relative)
+
+
+def shrunk(groups: Sequence[ScoredGroup]) -> list[float]:
+    """Returns by how much the advantages of each group with a ``least_std`` are smaller for it, e.g. 17 for rewards of
+    .90 and .91 and a least one of .1."""
+    floored = [(group.least_std, statistics.stdev(group.rewards)) for group in groups if group.least_std]
+    return [(least + EPS) / (std + EPS) for least, std in floored]
+
+
+def _note_least_std(groups: Sequence[ScoredGroup], shaper: Any) -> None:
+    """Notes the least standard deviation in groups where it took the place of theirs: that of ``GroupRelative``, also
+    where another shaper works on its advantages (``of``)."""
+    while hasattr(shaper, "of"):
+        shaper = shaper.of
+    if not isinstance(shaper, GroupRelative) or shaper.scale != "group":
+        return
+    for group in groups:
+        smaller = group.has_gradient and not group.equal_rewards and statistics.stdev(group.rewards) < shaper.min_std
+        group.least_std = shaper.min_std if smaller else 0.0
 
 
 def _group_ids(groups: Sequence[ScoredGroup]) -> Tensor:

@@ -60,8 +60,9 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
 class RunFolder:
     """The files of one run. Lines are appended and flushed whole; files are replaced atomically.
 
-    Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step", "sft" or "eval") and
-    the ``step`` it belongs to. Machine-dependent values are under ``timing``, so that the rest is equal in equal runs.
+    Every line of metrics.jsonl has an ``event`` ("data", "plan", "cold_start", "probe", "step", "sft", "eval" or
+    "notice") and the ``step`` it belongs to. Machine-dependent values are under ``timing``, so that the rest is equal
+    in equal runs.
     """
 
     def __init__(self, path: str | Path):
