@@ -182,4 +182,6 @@ def test_the_last_lines_of_a_run_are_its_notices_and_where_it_came():
     }  # fmt: skip
     *notices, line = describe(parse_train([]), summary).splitlines()
     assert notices == ["notice: No group had a gradient.", "notice: All cut off."]
-    assert "hard rows 0 -> 0 of 4; 3 steps, 1 s; see " in line
+    assert "held out from training: 1.000 -> 1.000; hard rows 0 -> 0 of 4; 3 steps, 1 s; see " in line
+    line = describe(parse_train([]), summary | {"eval_reward_before": None, "eval_reward_after": 0.25})
+    assert "1.000 -> 1.000; their mean reward not evaluated -> 0.250; hard rows 0" in line

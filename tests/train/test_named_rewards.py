@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from tests.train.test_trainer import SMALL, even_is_good, training_rows
+from tests.train.scripted import scripted_trainer
+from tests.train.test_trainer import SMALL, even_is_good, metrics, training_rows
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.named_rewards import named_rewards
@@ -96,3 +97,24 @@ def test_the_trainer_takes_functions_or_names(here):
         trainer(None, ["own_faulty.py:f"], "missing")  # before the model is loaded
     with pytest.raises(InputError, match="reward=similarity is a default reward, which reward_funcs replaces"):
         ToolExpanderConfig(reward="similarity", reward_funcs=names)
+
+
+def test_evaluations_tell_the_mean_reward_of_own_functions(finished, tmp_path):
+    """Which get at most as many completions at a time as in a step; the default reward is not called."""
+    sizes = []
+
+    def length(completion_ids, **columns):
+        sizes.append(len(completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    small = dict(prompts_per_step=1, num_generations=2)
+    trainer = scripted_trainer(tmp_path / "own", lambda *_: False, length, **small)
+    trainer.task.eval_rows *= 3
+    scores = trainer.evaluate()
+    assert sizes == [2, 2, 2] and scores.reward == sum(answer.tokens for (answer,) in scores.answers) / 6
+    assert scripted_trainer(tmp_path / "default", lambda *_: False, **small).evaluate().reward is None
+
+    folder, summary = finished
+    first, *_, last = metrics(folder, ["eval"])
+    assert 0 < first["reward"] == summary["eval_reward_before"] and last["reward"] == summary["eval_reward_after"]
+    assert first["step"] == 0 and last["step"] == 6

@@ -104,16 +104,24 @@ def announcement(config: ToolExpanderConfig, recipes: Sequence[str]) -> str:
 
 def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
     """The last lines of a run: its notices, then where it came."""
-    before = "not evaluated" if summary["eval_before"] is None else f"{summary['eval_before']:.3f}"
+    before, after = _figure(summary["eval_before"]), _figure(summary["eval_after"])
     trained_on = summary["eval_rows_seen"]
     hard = f"hard rows {summary['hard_before']} -> {summary['hard_after']} of {summary['probed_rows']}; "
+    reward = ""
+    if "eval_reward_after" in summary:  # of the user's own functions
+        figures = (_figure(summary[f"eval_reward_{when}"]) for when in ("before", "after"))
+        reward = f"their mean reward {' -> '.join(figures)}; "
     notices = "".join(f"notice: {sentence}\n" for sentence in summary["notices"])
     return notices + (
         f"accuracy on {summary['eval_rows']} rows of {config.eval_dataset or config.dataset} "
         f"{f'({trained_on} of them shown in training)' if trained_on else 'held out from training'}: "
-        f"{before} -> {summary['eval_after']:.3f}; {hard if summary['probed_rows'] else ''}{summary['steps']} steps"
-        f", {summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
+        f"{before} -> {after}; {reward}{hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
+        f"{summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
     )
+
+
+def _figure(value: float | None) -> str:
+    return "not evaluated" if value is None else f"{value:.3f}"
 
 
 def parse_train(argv: list[str]) -> ToolExpanderConfig:

@@ -29,6 +29,7 @@ class Answer:
     right: bool
     tokens: int
     finish_reason: str
+    reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,12 @@ class Scores:
     def cut_off(self) -> int:
         """The number of completions that ended at the token limit."""
         return sum(answer.finish_reason == "length" for of_row in self.answers for answer in of_row)
+
+    @property
+    def reward(self) -> float | None:
+        """The mean reward of the completions that have one."""
+        rewards = [answer.reward for of_row in self.answers for answer in of_row if answer.reward is not None]
+        return math.fsum(rewards) / len(rewards) if rewards else None
 
     @property
     def thoughts(self) -> tuple[int, int]:

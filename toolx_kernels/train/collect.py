@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from toolx_kernels.engine import RolloutEngine
@@ -13,6 +13,8 @@ from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
 from toolx_kernels.rollout.tool_loop import ToolLoop
+from toolx_kernels.toolcall.reward_runner import Rewards
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import GroupPlan, Help, ScoredGroup
 from toolx_kernels.train.hard_sampling import Attempt, Demonstrations
@@ -131,12 +133,19 @@ class Collector:
             return solved
         rows = [self.task.rows[row] for row, _ in prompts for _ in range(n)]
         rollouts = [rollout for group in groups for rollout in group]
-        size, flags = self.args.num_generations * self.args.prompts_per_step, []
         with self.phases.phase("probe"):
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                flags += self.task.solves(rows[part], rollouts[part])
+            flags = [flag for scores in self._in_parts(rows, rollouts) for flag in self.task.solved(scores)]
         return [any(flags[place * n : (place + 1) * n]) for place in range(len(prompts))]
+
+    def total(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> list[float]:
+        """Returns the total reward of each rollout."""
+        return [total for scores in self._in_parts(rows, rollouts) for total in scores.total]
+
+    def _in_parts(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> Iterator[Rewards]:
+        """Yields the rewards of many rollouts: a user's functions get as many at a time as in a step."""
+        size = self.args.num_generations * self.args.prompts_per_step
+        for start in range(0, len(rows), size):
+            yield self.task.rewards(rows[start : start + size], rollouts[start : start + size])
 
     def _roll_out(
         self,

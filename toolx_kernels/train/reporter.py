@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,9 @@ from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.adopt import adapter_settings
 from toolx_kernels.models.shape import EXPERTS_NOTE, has_experts
 from toolx_kernels.progress import ProgressBar
-from toolx_kernels.rollout.rollout import Rollout
 from toolx_kernels.toolcall.datasets.report import dataset_report
-from toolx_kernels.toolcall.parse import split_thought
-from toolx_kernels.toolcall.rewards import completion_turns
-from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.groups import RAW, ScoredGroup
+from toolx_kernels.train.groups import ScoredGroup
 from toolx_kernels.train.hard_sampling import Probe
 from toolx_kernels.train.memory.flops import Flops, gemm_speed
 from toolx_kernels.train.memory.plan import MemoryPlan
@@ -37,6 +32,7 @@ from toolx_kernels.train.phases import Phases
 from toolx_kernels.train.rounds import Rounds
 from toolx_kernels.train.run.curves import write_curves
 from toolx_kernels.train.run.folder import TRACE, RunFolder
+from toolx_kernels.train.step_lines import rollout_lines, step_values
 from toolx_kernels.train.task import Task
 
 BETWEEN = ("probe", "evaluation")  # phases outside steps
@@ -48,6 +44,7 @@ class Reporter:
     bar                        shows the progress of the run
     eval_before, hard_before   accuracy and hard rows before RL; None until known
     evaluated                  the last step that was evaluated
+    eval_rewards               mean rewards of the first and the last evaluation, if the rewards are the user's own
     """
 
     def __init__(self, run: RunFolder, model: PreTrainedModel, args: ToolExpanderConfig, task: Task):
@@ -56,6 +53,7 @@ class Reporter:
         self.phases = Phases(model.device, self.bar)
         self.notices = Notices(args, task.prompts.context, task.own_rewards, self._notice)
         self.eval_before: float | None = None
+        self.eval_rewards: list[float] = []
         self.hard_before: int | None = None
         self.evaluated = 0
         self._plan: MemoryPlan | None = None
@@ -69,6 +67,7 @@ class Reporter:
         return {
             "eval_before": self.eval_before,
             "hard_before": self.hard_before,
+            "eval_rewards": self.eval_rewards,
             "evaluated": self.evaluated,
             "wall_seconds": time.perf_counter() - self._started,
             "phases": dict(self.phases.seconds),
@@ -81,7 +80,7 @@ class Reporter:
         """Continues from a checkpoint; drops what was logged after it."""
         self.run.forget_after(state["lines"])
         self.eval_before, self.hard_before = state["eval_before"], state["hard_before"]
-        self.evaluated = state["evaluated"]
+        self.evaluated, self.eval_rewards = state["evaluated"], state["eval_rewards"]
         self.notices.load_state_dict(state["notices"])
         self._earlier = state["wall_seconds"]
         self.phases.seconds.update(state["phases"])
@@ -157,7 +156,9 @@ class Reporter:
             scores = evaluate()
         timing = {"seconds": time.perf_counter() - started}
         parts = {name: score.accuracy.value for name, score in scores.parts.items()}
-        self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **rounds.spent)
+        own = {} if scores.reward is None else {"reward": scores.reward}
+        self.eval_rewards = [*self.eval_rewards[:1], *own.values()]
+        self.run.log("eval", rounds.step, timing, accuracy=scores.accuracy, parts=parts, **own, **rounds.spent)
         self.notices.evaluation(rounds.step, scores)
         self.evaluated = rounds.step
         return scores.accuracy
@@ -165,7 +166,8 @@ class Reporter:
     def before(self, accuracy: float | None) -> None:
         self.eval_before = accuracy
         measured = "not measured, as there is no eval_dataset" if accuracy is None else f"{accuracy:.3f}"
-        self.bar.write(f"accuracy before RL: {measured}")
+        reward = f", mean reward {self.eval_rewards[-1]:.3f}" if self.eval_rewards else ""
+        self.bar.write(f"accuracy before RL: {measured}{reward}")
 
     def probe(self, rounds: Rounds, found: Probe, round_index: int, counters: dict) -> None:
         """Logs the result of a probe, and the table of all rows."""
@@ -258,9 +260,12 @@ class Reporter:
     def summary(self, eval_after: float | None, probed: dict, checkpoint: Path, **values) -> dict:
         """Writes ``summary.json`` and ``curves.png``; ``probed`` has the counters of the last probe."""
         task, peaks = self.task, self.phases.peaks
+        before = self.eval_rewards[0] if self.eval_rewards and self.eval_before is not None else None
+        after = self.eval_rewards[-1] if self.eval_rewards else None
         summary = {
             "eval_before": self.eval_before,
             "eval_after": eval_after,
+            **({"eval_reward_before": before, "eval_reward_after": after} if task.own_rewards else {}),
             "hard_before": self.hard_before,
             "hard_after": probed["hard"],
             "probed_rows": probed["rows"],
@@ -278,71 +283,3 @@ class Reporter:
         self.run.write_summary(summary)
         write_curves(self.run.path, model=type(self.model).__name__)
         return summary
-
-
-def step_values(groups: Sequence[ScoredGroup], dropped: int) -> dict:
-    """Returns metrics of all groups that a step sampled, ``dropped`` of them by the prompt order: rewards, right calls
-    and solved groups over first draws only, lengths and the rest over all rollouts."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    first = [group.part(places) for group in groups if (places := group.first_places)]
-    correct = [flag for group in first for flag in group.correct]
-    rewards = [reward for group in first for reward in group.rewards]
-    written = sum(rollout.written for rollout in rollouts)
-    thoughts = [_thought(rollout) for rollout in rollouts]
-    return {
-        "reward": sum(rewards) / len(rewards),
-        "rewards": {name: _mean_part(first, name) for name in first[0].parts},
-        "accuracy": sum(correct) / len(correct),
-        "solved": sum(not group.dead for group in first) / len(first),
-        "replaced": sum(any(help != RAW for help in group.plan.shown) for group in first),
-        "retried": sum(group.tries > 0 for group in first),
-        "revived": sum(group.revived for group in first),
-        "dropped": dropped,
-        "sampler_entropy": sum(sum(rollout.entropies) for rollout in rollouts) / written,
-        "completion_length": written / len(rollouts),
-        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "thoughts": sum(begun for begun, _ in thoughts) / len(thoughts),
-        "unclosed_thoughts": sum(unclosed for _, unclosed in thoughts) / len(thoughts),
-    }
-
-
-def _thought(rollout: Rollout) -> tuple[bool, bool]:
-    """Returns whether a turn begins with a thought, and whether a thought is never closed."""
-    turns = [split_thought(text) for text in completion_turns(rollout.messages)]
-    return any(thought is not None for thought, _ in turns), any(rest is None for _, rest in turns)
-
-
-def _mean_part(groups: Sequence[ScoredGroup], name: str) -> float | None:
-    """Returns the mean of one reward function where it applied."""
-    values = [value for group in groups for value in group.parts[name] if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _mean(advantage: float | list[float]) -> float:
-    return sum(advantage) / len(advantage) if isinstance(advantage, list) else advantage
-
-
-def rollout_lines(
-    groups: Sequence[ScoredGroup], learned: Sequence[ScoredGroup], rows: Sequence[Row], count: int
-) -> Iterator[dict]:
-    """Yields at most ``count`` lines of rollouts.jsonl: one rollout of each group, then a second one of each, ...; only
-    rollouts in ``learned`` groups have an advantage."""
-    advantages = {
-        id(rollout): _mean(advantage)
-        for group in learned
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-    }
-    longest = max(len(group.rollouts) for group in groups)
-    places = ((place, group) for place in range(longest) for group in groups if place < len(group.rollouts))
-    for place, group in islice(places, count):
-        yield {
-            "row": rows[group.plan.row].id,
-            "demonstrations": [demonstration.id for demonstration in group.shown[place].demonstrations],
-            "hint": group.shown[place].hint,
-            "retried": group.retried[place],
-            "learned_with": [demonstration.id for demonstration in group.plan.scored_with.demonstrations],
-            "prompt": rows[group.plan.row].user_text,
-            "completion": group.rollouts[place].text,
-            "reward": group.rewards[place],
-            "advantage": advantages.get(id(group.rollouts[place])),
-        }

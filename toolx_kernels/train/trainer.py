@@ -254,9 +254,10 @@ class ToolExpanderTrainer:
         }
 
     def evaluate(self) -> Scores:
-        """Scores greedy answers to the held-out rows."""
+        """Scores greedy answers to the held-out rows; with their rewards, if these are the user's own."""
         task, bar = self.task, self.reporter.bar
-        return evaluate(self.rollouter, task.prompts, task.eval_rows, self.greedy, judge=task.judge, bar=bar)
+        asked, reward = (task.prompts, task.eval_rows, self.greedy), self.collector.total if task.own_rewards else None
+        return evaluate(self.rollouter, *asked, judge=task.judge, bar=bar, reward=reward)
 
     # ---- its parts
 

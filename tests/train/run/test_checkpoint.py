@@ -199,7 +199,7 @@ def test_every_setting_that_differs_is_named_with_both_values(tmp_path):
         "lr_decay_per": "step", "distinct_examples": False, "eval_on_start": False, "eval_dataset": "builtin",
         "demonstration_dataset": "builtin", "calls": 2, "train_rows": 7, "eval_rows": 7, "delta": 2.0,
         "tool_format": "json", "overlong": "drop", "demonstrate_training_rows": False,
-        "retry_with": "hint", "probe_every": 2, "sft_learning_rate": 0.5,
+        "retry_with": "hint", "probe_every": 2, "min_reward_std": 0.5, "sft_learning_rate": 0.5,
         "retry_learns": "shown", "rollout_selection": "max-variance", "reward": "similarity", "denominator": "live",
         "chat_template_kwargs": {"enable_thinking": False}, "thoughts": "forbidden",
     }  # fmt: skip

@@ -16,7 +16,7 @@ from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import RAW, GroupPlan, ScoredGroup
 from toolx_kernels.train.notices import Notices
 from toolx_kernels.train.policies.advantages import chosen_advantage_shaper, give_advantages
-from toolx_kernels.train.reporter import step_values
+from toolx_kernels.train.step_lines import step_values
 from toolx_kernels.train.trainer import ToolExpanderTrainer
 
 # ---- steps made by hand
