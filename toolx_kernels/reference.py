@@ -27,6 +27,9 @@ class TokenStats(NamedTuple):
 
 
 LOG_RATIO_BOUND = 40.0  # log-ratios are clamped to +-40: the product of two such exponentials still fits fp32
+LARGEST_LOSS = 2.0**120  # of a row, so that the sum of rows fits fp32 too
+LARGEST_COEFFICIENT = 2.0**100  # so that its products with hidden states and weights, and their sums, fit fp32 too
+K3_TERMS = 19  # powers of the series of exp(gap) up to |gap| = 1: the next is below 2**-61 of the first
 VESPO_LOG_BOUNDS = (math.log(1e-8), 20.0)  # of a completion's log-weight; a token's log-ratio is clamped to +-20
 
 
@@ -34,10 +37,16 @@ class GRPOOutput(NamedTuple):
     """``loss`` (scalar) carries the gradient; the rest is for logging and has none.
 
     logprobs, entropy: (N), NaN on rows that were not computed. stats: scalars. ``live_tokens`` counts the computed
-    rows and ``nonfinite`` those of them that were dropped because a log-prob made a log-ratio NaN or infinite. The
-    others are means over the remaining live rows: ``entropy``, ``ratio``, ``clip_low`` and ``clip_high`` (shares of
-    tokens whose gradient the clip removed; for ``cispo``, high is the share that the cap cuts; none for ``sapo`` and
-    ``vespo``) and, if there are reference log-probs, ``kl`` (the estimate, not multiplied by beta or a ratio).
+    rows and ``nonfinite`` those of them that were dropped: all zeros in loss and gradient. A row is dropped
+
+    - if its log-prob, or its log-ratio to old, reference or sampler log-probs, is NaN or infinite;
+    - if its weighted loss is beyond +-2^120 or NaN, or a derivative of the whole loss, in its log-prob or entropy, is
+      beyond +-2^100 (1e30) or NaN, in every precision; at sequence level the whole completion with it.
+
+    The other stats are means over the remaining live rows: ``entropy``, ``ratio``, ``clip_low`` and ``clip_high``
+    (shares of tokens whose gradient the clip removed; for ``cispo``, high is the share that the cap cuts; none for
+    ``sapo`` and ``vespo``) and, if there are reference log-probs, ``kl`` (the estimate, not multiplied by beta or a
+    ratio).
     """
 
     loss: Tensor
@@ -142,14 +151,34 @@ def completion_losses(
     ref: Tensor | None = None,  # (T)
     sampler: Tensor | None = None,  # (T)
     kept: Tensor | bool = True,  # (T) bool: among the top entropies
+    share: Tensor | float = 1.0,  # () or (T) weight of a token in the loss
 ) -> CompletionLosses:
-    """The objective of each unmasked token of one completion, before the weights of the loss type.
+    """The weighted objective of each unmasked token of one completion; which rows are dropped: see ``GRPOOutput``.
 
-    ``kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL``, see ``GRPOLossConfig``. Where the
-    advantage is zero and no KL is part of it, old and sampler log-probs are used only by a bias-corrected KL and may
-    otherwise be NaN. If the tokens of a completion share a ratio or a weight, the log-probs of all of them are used as
-    soon as one has an advantage.
+    ``share * (kept * (importance weight * policy term - entropy_coef * entropy) + beta * KL)``, see
+    ``GRPOLossConfig``. Where the advantage is zero and no KL is part of it, old and sampler log-probs are used only by
+    a bias-corrected KL and may otherwise be NaN. If the tokens of a completion share a ratio or a weight, the log-probs
+    of all of them are used as soon as one has an advantage.
     """
+
+    def parts_of(logprobs: Tensor, entropy: Tensor) -> CompletionLosses:
+        return _losses_of_any_size(logprobs, entropy, advantage, config, old, ref, sampler, kept, share)
+
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (logprobs, entropy)]
+        losses = parts_of(*leaves).losses
+        slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    fits = (losses.abs() <= LARGEST_LOSS) & (torch.stack(slopes).abs() <= LARGEST_COEFFICIENT).all(0)
+    if config.importance_sampling_level == "sequence":
+        fits = fits.all().expand_as(fits)
+    parts = parts_of(*(torch.where(fits, x, x.detach()) for x in (logprobs, entropy)))
+    losses, ratio, low, high, kl, finite = parts
+    losses, ratio, kl = (None if x is None else torch.where(fits, x, 0) for x in (losses, ratio, kl))
+    return CompletionLosses(losses, ratio, low & fits, high & fits, kl, finite & fits)
+
+
+def _losses_of_any_size(logprobs, entropy, advantage, config, old, ref, sampler, kept, share) -> CompletionLosses:
+    """``completion_losses`` in which only rows with a log-ratio that is NaN or infinite are dropped."""
     own, bound = logprobs.detach(), LOG_RATIO_BOUND
     old, ref, sampler = (x if x is None else x.detach().to(own.dtype) for x in (old, ref, sampler))
     weighted = (advantage != 0) | config.kl_in_advantage
@@ -175,7 +204,7 @@ def completion_losses(
     penalty, kl = torch.zeros_like(logprobs), None
     if ref is not None:
         gap = (torch.where(finite, ref, 0) - logprobs).clamp(-bound, bound)
-        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - gap - 1}[config.kl_estimator]
+        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": k3_estimate(gap)}[config.kl_estimator]
         if config.kl_in_advantage:
             advantage = advantage - config.beta * kl.detach()
         elif config.kl_in_loss:
@@ -218,7 +247,7 @@ def completion_losses(
         clip_low = (ratio < 1 - config.epsilon) & (advantage < 0)
         clip_high = (ratio > 1 + config.clip_high) & (advantage > 0)
 
-    losses = kept * (weight * policy - config.entropy_coef * entropy) + config.beta * penalty
+    losses = share * (kept * (weight * policy - config.entropy_coef * entropy) + config.beta * penalty)
     return CompletionLosses(
         torch.where(finite, losses, 0),
         torch.where(finite, ratio.detach(), 0),
@@ -227,6 +256,14 @@ def completion_losses(
         None if kl is None else torch.where(finite, kl.detach(), 0),
         finite,
     )
+
+
+def k3_estimate(gap: Tensor) -> Tensor:
+    """``exp(gap) - gap - 1``, by its series near 0, where the three terms cancel."""
+    series = torch.ones_like(gap)
+    for k in range(K3_TERMS, 2, -1):
+        series = 1 + gap * series / k
+    return torch.where(gap.abs() < 1, gap**2 / 2 * series, gap.exp() - gap - 1)
 
 
 def linear_grpo_loss(
@@ -283,26 +320,6 @@ def linear_grpo_loss(
     used = stats_of(sound)
     logprobs, entropy = (blank.index_put((sound,), x) for x in (used.logprobs, used.entropy))
 
-    kept = torch.ones_like(live)
-    if config.top_entropy_quantile < 1 and sound.any():
-        kept = seen_entropy >= seen_entropy[sound].quantile(1 - config.top_entropy_quantile)
-    total = used.logprobs.sum() * 0  # a zero that backward accepts even if no row is live
-    logged = []
-    for start, end in spans:
-        rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
-        parts = completion_losses(
-            logprobs[rows],
-            entropy[rows],
-            advantages[rows],
-            config,
-            kept=kept[rows],
-            old=None if old_logprobs is None else old_logprobs[rows],
-            ref=None if ref_logprobs is None else ref_logprobs[rows],
-            sampler=None if sampler_logprobs is None else sampler_logprobs[rows],
-        )
-        logged.append(parts)
-        tokens = mask[start:end].sum().clamp(min=1)
-        total = total + (parts.losses.sum() / tokens if config.loss_type in ("grpo", "sapo") else parts.losses.sum())
     if denominator is None:
         n_completions, n_tokens = len(spans), mask.sum().clamp(min=1)
         denominator = {
@@ -312,13 +329,35 @@ def linear_grpo_loss(
             "dr_grpo": n_completions * (config.max_completion_length or 1),
         }.get(config.loss_type, n_tokens)
 
+    kept = torch.ones_like(live)
+    if config.top_entropy_quantile < 1 and sound.any():
+        kept = seen_entropy >= seen_entropy[sound].quantile(1 - config.top_entropy_quantile)
+    total = used.logprobs.sum() * 0  # a zero that backward accepts even if no row is live
+    logged = []
+    for start, end in spans:
+        rows = torch.arange(start, end, device=hidden.device)[live[start:end]]
+        tokens = mask[start:end].sum().clamp(min=1) if config.loss_type in ("grpo", "sapo") else 1
+        parts = completion_losses(
+            logprobs[rows],
+            entropy[rows],
+            advantages[rows],
+            config,
+            kept=kept[rows],
+            share=total.new_ones(()) / tokens / denominator,
+            old=None if old_logprobs is None else old_logprobs[rows],
+            ref=None if ref_logprobs is None else ref_logprobs[rows],
+            sampler=None if sampler_logprobs is None else sampler_logprobs[rows],
+        )
+        logged.append(parts)
+        total = total + parts.losses.sum()
+
     finite = torch.cat([parts.finite for parts in logged])
     stats = {"entropy": seen_entropy[live]}
     for name in ("ratio", "clip_low", "clip_high", "kl"):
         if name != "kl" or ref_logprobs is not None:
             stats[name] = torch.cat([getattr(parts, name) for parts in logged])
     return GRPOOutput(
-        loss=total / denominator,
+        loss=total,
         logprobs=seen_logprobs,
         entropy=seen_entropy,
         stats={"live_tokens": live.sum(), "nonfinite": (~finite).sum()}

@@ -81,9 +81,10 @@ def definition(vectors, config):
                 **others,
                 sampler=sampler,
                 kept=kept[rows],
+                share=vectors["weights"][rows],
             )
         )
-    weighted = torch.cat([part.losses for part in parts]) * vectors["weights"]
+    weighted = torch.cat([part.losses for part in parts])
     return parts, weighted.detach(), torch.autograd.grad(weighted.sum(), leaves, allow_unused=True)
 
 

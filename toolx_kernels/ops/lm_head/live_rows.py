@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.ops.dual import is_finite
 from toolx_kernels.ops.lm_head.checks import wrong_rows
 from toolx_kernels.ops.lm_head.head import Head, Trained
-from toolx_kernels.ops.lm_head.objective import RowVectors, is_finite, token_weights
+from toolx_kernels.ops.lm_head.objective import RowVectors, token_weights
 
 try:
     import triton

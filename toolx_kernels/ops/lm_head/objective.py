@@ -1,9 +1,4 @@
-"""The objective: short elementwise functions of per-token vectors, written once for torch and for Triton kernels.
-
-A function decorated with ``dual`` is a Triton device function if triton is installed, and ``in_torch`` holds its twin:
-the same code object run on torch tensors. So its body may only use what both support: arithmetic, comparisons,
-``&`` and ``|``, ``tl.exp``, ``tl.abs``, ``tl.where`` (at least one branch a tensor), ``tl.sigmoid``, other dual
-functions, and ``if`` on attributes of CONFIG (a GRPOLossConfig, a ``tl.constexpr`` in a kernel) and on HAS_* flags.
+"""The objective: short elementwise functions of per-token vectors, written once for torch and Triton (``dual``).
 
 Gradients are analytic. A token's loss depends on its log-prob in two ways, whose slopes are kept separate until the
 end: through the log-ratio, which at sequence level is shared by the whole completion, and directly.
@@ -11,53 +6,29 @@ end: through the log-ratio, which at sequence level is shared by the whole compl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import FunctionType, SimpleNamespace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.reference import LOG_RATIO_BOUND, VESPO_LOG_BOUNDS
+from toolx_kernels.ops.dual import clamp, dual, in_torch, is_finite, k3_estimate
+from toolx_kernels.reference import LARGEST_COEFFICIENT, LARGEST_LOSS, LOG_RATIO_BOUND, VESPO_LOG_BOUNDS
 
 try:
     import triton
     import triton.language as tl
 
-    BOUND = tl.constexpr(LOG_RATIO_BOUND)
+    BOUND, MOST_LOSS, MOST = map(tl.constexpr, (LOG_RATIO_BOUND, LARGEST_LOSS, LARGEST_COEFFICIENT))
 except ImportError:  # a CPU build of torch comes without triton; then only the twins exist
     triton = None
-
-in_torch = SimpleNamespace()
-_twin_globals = {
-    "__builtins__": __builtins__,  # C code that imports something looks here
-    "tl": SimpleNamespace(exp=torch.exp, abs=torch.abs, where=torch.where, sigmoid=torch.sigmoid),
-    "BOUND": LOG_RATIO_BOUND,
-}
-
-
-def dual(function: Callable) -> Callable:
-    """Decorator: compiles ``function`` for Triton kernels and adds its torch twin to ``in_torch`` by the same name."""
-    twin = FunctionType(function.__code__, _twin_globals, function.__name__)
-    _twin_globals[function.__name__] = twin
-    setattr(in_torch, function.__name__, twin)
-    return function if triton is None else triton.jit(function)
-
-
-@dual
-def is_finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@dual
-def clamp(x, low, high):
-    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @dual
 def kl_term(logprobs, ref, CONFIG):
-    """The estimate of KL(policy || reference) per token, and its slope in the log-prob: 0 where the gap is clamped."""
+    """The estimate of KL(policy || reference) per token; its slope in the log-prob, 0 where the gap is clamped; and the
+    slope of ratio * KL divided by the ratio: their sum, which for k3 is a small difference of large numbers."""
     gap = ref - logprobs
     beyond = tl.abs(gap) > BOUND
     gap = clamp(gap, -BOUND, BOUND)
@@ -68,11 +39,13 @@ def kl_term(logprobs, ref, CONFIG):
         value = 0.5 * gap * gap
         slope = -gap
     else:
-        value = tl.exp(gap) - gap - 1.0
-        slope = 1.0 - tl.exp(gap)
+        value, slope = k3_estimate(gap)
     if CONFIG.kl_gradient == "straight_through":
         slope = -gap
-    return value, tl.where(beyond, 0.0, slope)
+    both = value + slope
+    if CONFIG.kl_estimator == "k3":
+        both = -gap
+    return value, tl.where(beyond, 0.0, slope), tl.where(beyond, value, both)
 
 
 @dual
@@ -104,7 +77,8 @@ def policy_term(logprobs, log_ratio, advantage, CONFIG):
         steepness = tl.where(advantage > 0.0, CONFIG.sapo_temperature_pos, nothing + CONFIG.sapo_temperature_neg)
         gate = tl.sigmoid(steepness * (ratio - 1.0))
         loss = -4.0 / steepness * gate * advantage
-        return loss, -4.0 * gate * (1.0 - gate) * advantage * growth, nothing, ratio, growth, never, never
+        rest = tl.sigmoid(steepness * (1.0 - ratio))  # 1 - gate, which would lose its digits where the gate is near 1
+        return loss, -4.0 * gate * rest * advantage * growth, nothing, ratio, growth, never, never
     else:
         below, above = ratio < 1 - CONFIG.epsilon, ratio > 1 + CONFIG.clip_high
         clipped = clamp(ratio, 1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
@@ -121,14 +95,14 @@ def policy_term(logprobs, log_ratio, advantage, CONFIG):
 
 @dual
 def row_inputs(logprobs, advantage, idle, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER):
-    """From a row's log-probs: (finite, logprobs, log_ratio, gap to the sampler, KL, its slope, advantage).
+    """From a row's log-probs: (finite, logprobs, log_ratio, gap to the sampler, KL, its two slopes, advantage).
 
     All results are finite, even on rows whose inputs are not. On ``idle`` rows, whose advantage is zero, old and
     sampler log-probs are ignored, unless the KL is part of the advantage or is weighted by the ratio.
     """
     finite = is_finite(logprobs)
     nothing = tl.where(finite, 0.0 * logprobs, 0.0)
-    log_ratio, gap, kl, kl_slope = nothing, nothing, nothing, nothing
+    log_ratio, gap, kl, kl_slope, kl_both = nothing, nothing, nothing, nothing, nothing
     if CONFIG.kl_in_advantage:
         idle = idle & (advantage != 0.0)
     if HAS_OLD:
@@ -148,17 +122,18 @@ def row_inputs(logprobs, advantage, idle, old, ref, sampler, CONFIG, HAS_OLD, HA
         ref = tl.where(finite, ref, 0.0)
     logprobs = tl.where(finite, logprobs, 0.0)
     if HAS_REF:
-        kl, kl_slope = kl_term(logprobs, ref, CONFIG)
+        kl, kl_slope, kl_both = kl_term(logprobs, ref, CONFIG)
         if CONFIG.kl_in_advantage:
             advantage = advantage - CONFIG.beta * kl
     return (
-        finite, logprobs, tl.where(finite, log_ratio, 0.0), tl.where(finite, gap, 0.0), kl, kl_slope, advantage,
+        finite, logprobs, tl.where(finite, log_ratio, 0.0), tl.where(finite, gap, 0.0), kl, kl_slope, kl_both,
+        advantage,
     )  # fmt: skip
 
 
 @dual
 def weighted_terms(
-    finite, logprobs, log_ratio, importance, kl, kl_slope, advantage, entropy, weight, kept_weight, CONFIG
+    finite, logprobs, log_ratio, importance, kl, kl_slope, kl_both, advantage, entropy, weight, kept_weight, CONFIG
 ):
     """(loss, slope in log_ratio, slope in logprobs, slope in entropy, ratio, clip_low, clip_high, kl) of each row.
 
@@ -173,7 +148,10 @@ def weighted_terms(
         penalty = weight * CONFIG.beta
         if CONFIG.use_bias_correction_kl:
             if CONFIG.kl_gradient == "own":
-                ratio_slope = ratio_slope + penalty * kl * growth
+                if CONFIG.importance_sampling_level == "token":
+                    kl_slope = tl.where(growth > 0.0, kl_both, kl_slope)
+                else:
+                    ratio_slope = ratio_slope + penalty * kl * growth
             penalty = penalty * ratio
         loss = loss + penalty * kl
         slope = slope + penalty * kl_slope
@@ -181,9 +159,21 @@ def weighted_terms(
     if CONFIG.entropy_coef != 0:
         entropy_slope = -CONFIG.entropy_coef * kept_weight
         loss = loss + entropy_slope * tl.where(finite, entropy, 0.0)
+    return loss, ratio_slope, slope, entropy_slope, ratio, clip_low, clip_high, kl
+
+
+@dual
+def fits(loss, coefficient, entropy_coefficient):
+    """Whether a row may be applied; False for NaN. ``GRPOOutput`` has the rule."""
+    return (tl.abs(loss) <= MOST_LOSS) & (tl.abs(coefficient) <= MOST) & (tl.abs(entropy_coefficient) <= MOST)
+
+
+@dual
+def applied(loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite):
+    """The results of rows, all zeros where ``finite`` is False."""
     return (
-        loss, ratio_slope, slope, entropy_slope,
-        tl.where(finite, ratio, 0.0), clip_low & finite, clip_high & finite, tl.where(finite, kl, 0.0),
+        tl.where(finite, loss, 0.0), tl.where(finite, coefficient, 0.0), tl.where(finite, entropy_coefficient, 0.0),
+        tl.where(finite, ratio, 0.0), clip_low & finite, clip_high & finite, tl.where(finite, kl, 0.0), finite,
     )  # fmt: skip
 
 
@@ -195,19 +185,21 @@ def token_objective(logprobs, entropy, advantage, weight, old, ref, sampler, CON
     only the bonus uses ``entropy``.
 
     Returns (loss, coefficient, entropy_coefficient, ratio, clip_low, clip_high, kl, finite): ``loss`` includes the
-    weight, ``coefficient`` is d total / d logprob and ``entropy_coefficient`` d total / d entropy. A row with a
-    non-finite log-ratio is all zeros.
+    weight, ``coefficient`` is d total / d logprob and ``entropy_coefficient`` d total / d entropy. A row that is
+    dropped (``GRPOOutput`` says which are) is all zeros.
     """
-    finite, logprobs, log_ratio, gap, kl, kl_slope, advantage = row_inputs(
+    finite, logprobs, log_ratio, gap, kl, kl_slope, kl_both, advantage = row_inputs(
         logprobs, advantage, advantage == 0.0, old, ref, sampler, CONFIG, HAS_OLD, HAS_REF, HAS_SAMPLER
     )
     importance = 1.0
     if HAS_SAMPLER:
         importance = importance_weight(gap, CONFIG)
     loss, ratio_slope, slope, entropy_slope, ratio, clip_low, clip_high, kl = weighted_terms(
-        finite, logprobs, log_ratio, importance, kl, kl_slope, advantage, entropy, weight, weight, CONFIG
+        finite, logprobs, log_ratio, importance, kl, kl_slope, kl_both, advantage, entropy, weight, weight, CONFIG
     )
-    return loss, ratio_slope + slope, entropy_slope, ratio, clip_low, clip_high, kl, finite
+    coefficient = ratio_slope + slope
+    finite = finite & fits(loss, coefficient, entropy_slope)
+    return applied(loss, coefficient, entropy_slope, ratio, clip_low, clip_high, kl, finite)
 
 
 class RowVectors(NamedTuple):
@@ -259,7 +251,7 @@ def policy_objective(
     idle = advantages == 0
     if config.needs_whole_sequences:  # a row without an advantage is still part of what its completion's rows share
         idle = spread_sum((~idle).to(logprobs.dtype)) == 0
-    finite, own, log_ratio, gap, kl, kl_slope, advantages = in_torch.row_inputs(
+    finite, own, log_ratio, gap, kl, kl_slope, kl_both, advantages = in_torch.row_inputs(
         logprobs, advantages, idle, old, ref, sampler, config, old is not None, ref is not None, sampler is not None
     )
     by_sequence = config.importance_sampling_level == "sequence"
@@ -278,13 +270,21 @@ def policy_objective(
     if needs_whole_batch(config):
         kept_weights = weights * entropy_mask(entropy, config.top_entropy_quantile)
     losses, ratio_slope, slope, entropy_slope, ratio, clip_low, clip_high, kl = in_torch.weighted_terms(
-        finite, own, log_ratio, importance, kl, kl_slope, advantages, entropy, weights, kept_weights, config
+        finite, own, log_ratio, importance, kl, kl_slope, kl_both, advantages, entropy, weights, kept_weights, config
     )
     if by_sequence:
         ratio_slope = torch.where(finite, spread_sum(ratio_slope) / tokens, 0)
+    coefficients = ratio_slope + slope
+    fit = in_torch.fits(losses, coefficients, entropy_slope)
+    if by_sequence:  # a row that does not fit leaves its completion with a wrong ratio
+        fit = spread_sum((~fit).to(own.dtype)) == 0
+    parts = in_torch.applied(
+        losses, coefficients, entropy_slope, ratio, clip_low, clip_high, kl, finite & fit
+    )  # fmt: skip
+    losses, coefficients, entropy_slope, ratio, clip_low, clip_high, kl, finite = parts
     return Objective(
         losses,
-        ratio_slope + slope,
+        coefficients,
         entropy_slope if config.entropy_coef else None,
         ratio,
         clip_low,

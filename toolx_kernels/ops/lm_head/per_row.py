@@ -11,14 +11,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.ops.dual import dual, in_torch
 from toolx_kernels.ops.lm_head.head import Head
-from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, dual, in_torch, policy_objective, token_objective
+from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, policy_objective, token_objective
+from toolx_kernels.reference import LARGEST_COEFFICIENT
+
+LARGEST_LOG_SUM = 55.0  # beyond it an anchor is so far off that exponentials may have over- or underflowed
 
 try:
     import triton
     import triton.language as tl
 
     from toolx_kernels.ops.triton_common import per_row_kernel
+
+    MOST_LOG_SUM, MOST = tl.constexpr(LARGEST_LOG_SUM), tl.constexpr(LARGEST_COEFFICIENT)
 except ImportError:  # a CPU build of torch comes without triton
     triton = None
 
@@ -26,7 +32,7 @@ except ImportError:  # a CPU build of torch comes without triton
 class RowStatistics(NamedTuple):
     logprobs: Tensor  # (n)
     entropy: Tensor  # (n)
-    total: Tensor  # (n) sum of exp(z - anchor)
+    anchored: Tensor  # (n) bool: whether the row's exponentials can be used, see ``is_anchored``
 
 
 class Factors(NamedTuple):
@@ -73,10 +79,15 @@ def factors_of(logprobs, entropy, log_total, c, e, target_logit, scale, softcap,
     return factor, at_target, tl.where(factor == 0.0, 0.0, at_target / factor), alpha, beta
 
 
-def row_statistics(total: Tensor, moment: Tensor, anchor: Tensor, target_logits: Tensor) -> RowStatistics:
-    """The statistics from the sums (n) over the whole vocabulary."""
-    log_total = total.log()
-    return RowStatistics(target_logits - anchor - log_total, log_total - moment / total, total)
+@dual
+def is_anchored(log_total, factor, alpha, beta, MOST_LOG_SUM, MOST):
+    """Whether the anchor is close enough to the row's log-sum-exp; False for NaN.
+
+    One that is far above makes the exponentials small and the factors large: c and 1 / total may fit where their
+    product does not.
+    """
+    fits = (tl.abs(factor) <= MOST) & (tl.abs(alpha) <= MOST) & (tl.abs(beta) <= MOST)
+    return fits & (tl.abs(log_total) < MOST_LOG_SUM)
 
 
 def statistics_and_objective(
@@ -93,14 +104,18 @@ def statistics_and_objective(
     """The statistics, the objective and the factors; in one kernel if ``fused``: for token-by-token objectives only."""
     if fused:
         return fused_statistics(partials, anchor, target_logits, head, vectors, config)
-    stats = row_statistics(partials[0].sum(0), partials[1].sum(0), anchor, target_logits)
-    objective = policy_objective(stats.logprobs, stats.entropy, vectors, lengths, config)
+    total, moment = partials[0].sum(0), partials[1].sum(0)
+    log_total = total.log()
+    logprobs, entropy = target_logits - anchor - log_total, log_total - moment / total
+    objective = policy_objective(logprobs, entropy, vectors, lengths, config)
     c, e = objective.coefficients, objective.entropy_coefficients
-    factors = in_torch.factors_of(
-        stats.logprobs, stats.entropy, stats.total.log(), c, c if e is None else e, target_logits, head.scale,
-        head.softcap, e is not None, bool(head.softcap),
-    )  # fmt: skip
-    return stats, objective, Factors(*factors)
+    factors = Factors(*in_torch.factors_of(
+        logprobs, entropy, log_total, c, c if e is None else e, target_logits, head.scale, head.softcap,
+        e is not None, bool(head.softcap),
+    ))  # fmt: skip
+    limits = LARGEST_LOG_SUM, LARGEST_COEFFICIENT
+    anchored = in_torch.is_anchored(log_total, factors.factor, factors.alpha, factors.beta, *limits)
+    return RowStatistics(logprobs, entropy, anchored), objective, factors
 
 
 if triton is not None:
@@ -140,11 +155,12 @@ if triton is not None:
             logprobs, entropy, log_total, coefficient, entropy_coefficient, target_logit, tl.load(scale_ptr + row),
             softcap, HAS_ENTROPY, HAS_SOFTCAP,
         )  # fmt: skip
+        anchored = is_anchored(log_total, factor, alpha, beta, MOST_LOG_SUM, MOST)
         outs = out_ptr + offs_n
         plane = N.to(tl.int64)
         tl.store(outs, logprobs, mask=mask_n)
         tl.store(outs + plane, entropy, mask=mask_n)
-        tl.store(outs + 2 * plane, total, mask=mask_n)
+        tl.store(outs + 2 * plane, anchored.to(tl.float32), mask=mask_n)
         tl.store(outs + 3 * plane, loss, mask=mask_n)
         tl.store(outs + 4 * plane, coefficient, mask=mask_n)
         tl.store(outs + 5 * plane, entropy_coefficient, mask=mask_n)
@@ -179,12 +195,12 @@ def fused_statistics(
         HAS_SAMPLER=vectors.sampler is not None, HAS_ENTROPY=bool(config.entropy_coef),
         HAS_SOFTCAP=bool(head.softcap), BLOCK_N=16, BLOCK_T=64,
     )  # fmt: skip
-    logprobs, entropy, total, loss, coefficients, entropy_coefficients, ratio, low, high, kl, finite, *factors = out
+    logprobs, entropy, anchored, loss, coefficients, entropy_coefficients, ratio, low, high, kl, finite, *factors = out
     objective = Objective(
         loss, coefficients, entropy_coefficients if config.entropy_coef else None, ratio, low, high,
         None if vectors.ref is None else kl, finite,
     )  # fmt: skip
-    return RowStatistics(logprobs, entropy, total), objective, Factors(*factors)
+    return RowStatistics(logprobs, entropy, anchored != 0), objective, Factors(*factors)
 
 
 class PerRow(NamedTuple):

@@ -15,11 +15,16 @@ from toolx_kernels.ops.lm_head.gradients import Gradients
 from toolx_kernels.ops.lm_head.head import Head, HeadGradients, blocks
 from toolx_kernels.ops.lm_head.live_rows import Batch
 from toolx_kernels.ops.lm_head.objective import Objective, RowVectors, needs_whole_batch
-from toolx_kernels.ops.lm_head.per_row import Factors, PerRow, RowStatistics, statistics_and_objective
+from toolx_kernels.ops.lm_head.per_row import (
+    LARGEST_LOG_SUM,
+    Factors,
+    PerRow,
+    RowStatistics,
+    statistics_and_objective,
+)
 from toolx_kernels.ops.lm_head.vocab_shard import reducer, vocab_size_of
 
 Results = TypeVar("Results")
-LARGEST_LOG_SUM = 55.0  # beyond it an anchor is so far off that exponentials may have over- or underflowed
 
 
 class HostCopy:
@@ -88,10 +93,10 @@ def single_sweep(
             sums, anchor, target_logits[rows], chunk, vectors, config, lengths, fused=fused
         )
         parts.append((stats, objective))
-        if on_cpu and not _anchored(stats.total):
+        if on_cpu and not stats.anchored.all():
             return None
         if rows.stop == len(head.hidden):
-            anchored = HostCopy(_anchored(torch.cat([stats.total for stats, _ in parts])))
+            anchored = HostCopy(torch.cat([stats.anchored for stats, _ in parts]).all())
         dropped = _add_gradients(grads, exponentials, chunk, anchor, objective, factors, rows, size, drops=drops)
         # Finding rows to drop waits for a GPU: if the first chunk has too few, the others are not searched.
         drops = drops and (dropped or on_cpu)
@@ -103,11 +108,6 @@ def single_sweep(
     per_row = PerRow(stats.logprobs, stats.entropy, None, objective)
     results = finish(per_row, grads.results().spread(batch.rows, batch.n_rows))
     return results if anchored.read() else None
-
-
-def _anchored(total: Tensor) -> Tensor:
-    """() bool: whether every anchor was close enough to its log-sum-exp, which must not be NaN."""
-    return (total.log().abs() < LARGEST_LOG_SUM).all()
 
 
 def _chunks(batch: Batch, size: int, config: GRPOLossConfig) -> list[tuple[slice, Tensor]]:
