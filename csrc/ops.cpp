@@ -11,6 +11,7 @@ using torch::stable::Tensor;
 
 void kv_write_cpu(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots);
 void exp_sums_cpu(Tensor z, Tensor anchor, Tensor out, Tensor sums);
+void bit_sum_cpu(Tensor words, Tensor columns, Tensor rows, Tensor out);
 Tensor paged_attention_cpu(
     Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,
     std::optional<Tensor> cu_groups, std::optional<Tensor> prefix_lens, int64_t max_queries, double scale,
@@ -28,6 +29,7 @@ void kv_write_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cach
 STABLE_TORCH_LIBRARY_IMPL(toolx, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&toolx::kv_write_cpu));
   m.impl("exp_sums", TORCH_BOX(&toolx::exp_sums_cpu));
+  m.impl("bit_sum", TORCH_BOX(&toolx::bit_sum_cpu));
   m.impl("paged_attention", TORCH_BOX(&toolx::paged_attention_cpu));
   m.impl("sample_sweep", TORCH_BOX(&toolx::sample_sweep_cpu));
   m.impl("add_gumbel", TORCH_BOX(&toolx::add_gumbel_cpu));

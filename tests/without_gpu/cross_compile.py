@@ -155,10 +155,8 @@ def cases_without_tiles():
     write = {"KV_HEADS": 2, "D": 64, "BLOCK": 128, "stride_kd": 1, "stride_vd": 1, "stride_s": 1}
     yield "kv_write", "kv_write_kernel", write, "bf16", (4, 3)
     yield "join_samples", "join_samples_kernel", {"BLOCK_N": 4, "BLOCK_T": 256}, "fp32", (4, 3)
-    columns = triton.next_power_of_2(bit_sum.COLUMNS)
-    words = {"BLOCK_R": bit_sum_triton.ROWS_AT_ONCE, "BLOCK_C": columns, "ROWS": bit_sum_triton.ROWS}
-    constants = {**words, "COLUMNS": bit_sum.COLUMNS, "MULTIPLIER": bit_sum.MULTIPLIER}
-    yield "bit_sum", "bit_sum_kernel", constants, "fp32", (4, 3)
+    words = {"COLUMNS": bit_sum.COLUMNS, "ROWS": bit_sum_triton.ROWS, "BLOCK_R": bit_sum_triton.ROWS_AT_ONCE}
+    yield "bit_sum", "bit_sum_kernel", words, "fp32", (4, 3)
     yield "add_gumbel", "add_gumbel_kernel", {"BLOCK": sampling_triton.BLOCK_OF_ROW}, "fp32", (4, 3)
 
 

@@ -94,8 +94,9 @@ class RolloutEngine:
         """Empties the prefix cache: the next call computes every prompt again, as a new engine would.
 
         Cached prefixes were computed in another batch, so they may differ in the last bits: call this where a run must
-        be exactly repeatable. Changes of the weights or of a module's settings are detected without it; other changes
-        (for example of the model's config) are not.
+        be exactly repeatable, and after a change that a call does not notice. It notices changes of weights, buffers,
+        adapters, hooks and plain attributes of modules, however they were made, but not of the model's config, nor
+        functions that were replaced (``fingerprint`` lists both).
         """
         if self.pool:
             self.pool.forget_all()

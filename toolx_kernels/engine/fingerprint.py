@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from toolx_kernels.engine.bit_sum import bit_sum
 
 
 class Fingerprint(NamedTuple):
-    """Changes when a weight or a setting of a module changes."""
+    """Changes when a weight or a setting of a module changes; ``fingerprint`` says what that includes."""
 
-    settings: tuple  # of each module: its plain attributes
+    settings: tuple  # of each module: its class and its plain attributes
     hooks: tuple  # of all modules, as the numbers that torch gives them, unique in a process
-    places: tuple  # (address, dtype) of each tensor
+    places: tuple  # (address, dtype, shape, strides) of each tensor, for every module that holds it
     versions: tuple
     sums: tuple  # of each tensor's bits
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """The model's fingerprint. Optimizers may write weights unnoticed, so it sums their bits (``bit_sum``).
+    """The model's fingerprint, which sees every way to change a weight, because it hashes the bits (``bit_sum``).
 
-    270 MB take about 30 ms on two CPU cores; on a GPU they are read once, in one launch.
+    Seen: changes of parameters, of buffers and of tensors that are attributes of a module (also in a list, tuple or
+    dict), by an optimizer, in place, through ``.data`` or views, by loading, merging or replacing; replaced modules;
+    plain attributes of modules (numbers, strings, and lists, tuples and dicts of them), such as the active adapter and
+    its scale; hooks. Not seen: the model's config, functions that were replaced, and values inside other objects.
+
+    The bits are read once: 270 MB take about 30 ms on two CPU cores; on a GPU it is one launch.
     """
     modules = list(model.modules())
-    held = (t for module in modules for t in (*module._parameters.values(), *module._buffers.values()))
-    tensors = list({id(tensor): tensor.detach() for tensor in held if tensor is not None}.values())
+    held = [part for module in modules for tensor in _tensors(module) for part in _plain(tensor)]
+    tensors = list({id(tensor): tensor for tensor in held}.values())
     return Fingerprint(
         settings=tuple(map(_settings, modules)),
         hooks=tuple(number for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for number in hooks),
-        places=tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors),
-        versions=tuple(tensor._version for tensor in tensors),
-        sums=tuple(bit_sums(tensors).tolist()),
+        places=tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in held),
+        versions=tuple(None if tensor.is_inference() else tensor._version for tensor in tensors),
+        sums=tuple(bit_sums([tensor.detach() for tensor in tensors])),
     )
 
 
@@ -44,22 +50,52 @@ _OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
 _PLAIN = (bool, int, float, str, type(None))
 
 
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, object]]:
+    """The attributes of a module that not every module has."""
+    return ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+
+
+def _parts(value: object) -> list:
+    """The members of a list, tuple or dict; otherwise the value alone."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _settings(module: torch.nn.Module) -> tuple:
-    """The plain attributes of a module, for example a scale or the active adapter."""
-    found = []
-    for name, value in vars(module).items():
-        if name not in _OF_EVERY_MODULE:
-            if isinstance(value, _PLAIN):
-                found.append((name, value))
-            elif isinstance(value, list | tuple | dict):
-                parts = [*value, *value.values()] if isinstance(value, dict) else value
-                if all(isinstance(part, _PLAIN) for part in parts):
-                    found.append((name, repr(value)))
-    return tuple(found)
+    """The class of a module and its plain attributes, for example a scale or the active adapter."""
+    plain = ((name, value) for name, value in _attributes(module) if all(isinstance(x, _PLAIN) for x in _parts(value)))
+    return type(module), *((name, value if isinstance(value, _PLAIN) else repr(value)) for name, value in plain)
 
 
-def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """(tensors) int64: the ``bit_sum`` of each."""
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    """The parameters, buffers and other tensors of a module itself."""
+    registered = (*module._parameters.values(), *module._buffers.values())
+    others = (part for _, value in _attributes(module) for part in _parts(value))
+    return (tensor for tensor in (*registered, *others) if isinstance(tensor, Tensor))
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's values: itself, or those inside a quantized or distributed one."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def bit_sums(tensors: Sequence[Tensor]) -> list[int]:
+    """The ``bit_sum`` of each tensor; waits once for each GPU that they are on."""
+    sums = {}
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [at for at, tensor in enumerate(tensors) if tensor.device == device]
+        sums |= dict(zip(here, _on_one_device([tensors[at] for at in here]).tolist(), strict=True))
+    return [sums[at] for at in range(len(tensors))]
+
+
+def _on_one_device(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors) int64"""
     if tensors[0].device.type == "cuda" and importlib.util.find_spec("triton"):
         from toolx_kernels.engine import bit_sum_triton
 

@@ -161,10 +161,10 @@ def test_another_format_names_both(run, monkeypatch):
     model = small_model("llama")
     with monkeypatch.context() as patched:
         patched.setattr(module, "FORMAT", 7)
-        with pytest.raises(InputError, match="checkpoint-4 has format 4, and .* reads format 7: resume with"):
+        with pytest.raises(InputError, match="checkpoint-4 has format 5, and .* reads format 7: resume with"):
             resumable_checkpoint(run, model)
     (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
-    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 4"):
+    with pytest.raises(InputError, match="checkpoint-4 has format 0, and .* reads format 5"):
         resumable_checkpoint(run, model)
 
 

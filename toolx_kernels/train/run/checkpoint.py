@@ -30,7 +30,7 @@ from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 
-FORMAT = 4  # of checkpoints; raised when the content of state.json or its meaning changes
+FORMAT = 5  # of checkpoints; raised when the content of state.json or its meaning changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
 
@@ -344,5 +344,5 @@ def model_shape(model: PreTrainedModel) -> dict:
     shape = {name: getattr(config, name, None) for name in names}
     if has_adapter(model):  # it fits these exact base weights only
         frozen = [bit_sum(p.detach()) for name, p in model.named_parameters() if ".lora_" not in name]
-        shape["sum of its base's weights"] = int(torch.stack(frozen).sum())
+        shape["sum of its base's weights"] = int(bit_sum(torch.stack(frozen)))
     return shape
