@@ -87,7 +87,7 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 def bit_sums(tensors: Sequence[Tensor]) -> list[int]:
     """The ``bit_sum`` of each tensor; waits once for each GPU that they are on."""
-    sums = {}
+    sums: dict[int, int] = {}
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         here = [at for at, tensor in enumerate(tensors) if tensor.device == device]
         sums |= dict(zip(here, _on_one_device([tensors[at] for at in here]).tolist(), strict=True))

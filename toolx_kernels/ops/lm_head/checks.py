@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
@@ -24,7 +26,7 @@ def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tenso
             f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
         )
     check_devices(hidden.device, temperature=temperature)
-    return temperature
+    return saved(temperature)
 
 
 def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -163,3 +165,49 @@ def check_first_derivative(upstream: Tensor) -> None:
     """Raises InputError for ``create_graph=True``: the graph of the gradient would silently lack this op."""
     if torch.is_grad_enabled() and type(upstream) is Tensor and not torch.compiler.is_compiling():
         raise InputError("The fused loss has no second derivative: leave out create_graph=True.")
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Raises InputError if an input is differentiated by ``torch.func`` or in forward mode, which would silently give
+    zeros: only the backward pass is defined."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        refused = forward_ad.unpack_dual(tensor).tangent is not None
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            refused |= functorch.is_gradtrackingtensor(tensor)
+            tensor = functorch.get_unwrapped(tensor)
+        if refused:
+            raise InputError(
+                "The fused loss has a backward pass only: use torch.autograd.grad or .backward() instead of torch.func "
+                "(grad, jvp, vjp, ...) or forward-mode differentiation."
+            )
+
+
+def is_trained(tensor: Tensor | None) -> bool:
+    """Whether a tensor needs a gradient; inside ``vmap`` the tensor that it maps over tells."""
+    while tensor is not None and not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor is not None and tensor.requires_grad
+
+
+def saved(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made under ``torch.inference_mode`` and a backward pass could not read it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def check_saved(**leaves: Tensor | None) -> None:
+    """Raises InputError for a leaf made under ``torch.inference_mode`` if a backward pass has to read the leaves."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(leaf is not None and leaf.requires_grad for leaf in leaves.values()):
+        for name, leaf in leaves.items():
+            if leaf is not None and leaf.is_inference():
+                raise InputError(
+                    f"{name} was made under torch.inference_mode, so no backward pass can read it: make it under "
+                    f"torch.no_grad, or pass {name}.clone()."
+                )

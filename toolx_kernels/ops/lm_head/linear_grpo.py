@@ -35,11 +35,15 @@ from toolx_kernels.ops.lm_head.checks import (
     check_bounds,
     check_first_derivative,
     check_head,
+    check_saved,
     check_targets,
+    check_transforms,
     check_values,
     check_vectors,
     given_denominator,
+    is_trained,
     row_temperatures,
+    saved,
 )
 from toolx_kernels.ops.lm_head.head import (
     HeadGradients,
@@ -139,10 +143,15 @@ def linear_grpo_loss(
             rewards, group_size=group_size, group_ids=group_ids, scale=config.scale_rewards, check_finite=False
         )
     denominator = given_denominator(denominator, hidden)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    needs = [torch.is_grad_enabled() and is_trained(t) for t in (hidden, weight, bias)]
     temperature = row_temperatures(config.temperature if temperature is None else temperature, hidden, targets)
-    head = HeadInputs(hidden, weight, targets, temperature, bias, softcap or 0.0, -1 if shard is None else shard.key)
+    head = HeadInputs(
+        hidden, weight, saved(targets), temperature, bias, softcap or 0.0, -1 if shard is None else shard.key
+    )
+    if gradients_in_backward(head, config):
+        check_saved(hidden=hidden, weight=weight, bias=bias)
     logprobs = old_logprobs, ref_logprobs, sampler_logprobs
+    check_transforms(hidden, weight, bias, temperature, rewards, advantages, *logprobs, denominator)
     rewards = None if rewards is None else rewards.detach()
     given = LossInputs(cu_seqlens, advantages, *logprobs, mask, denominator, config.key, needs, rewards)
     loss, logprobs, entropy, stats, *_ = torch.ops.toolx.linear_grpo(*head, *given)

@@ -19,9 +19,12 @@ from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head.checks import (
     check_first_derivative,
     check_head,
+    check_saved,
     check_targets,
+    check_transforms,
     check_values,
     row_temperatures,
+    saved,
 )
 from toolx_kernels.ops.lm_head.head import (
     TRAINABLE,
@@ -65,12 +68,17 @@ def linear_logprob(
 
     Raises:
         InputError: shapes or devices that do not fit, targets outside the vocabulary, a temperature that is not
-            positive. The check of values waits for a GPU.
+            positive, ``torch.func`` or forward-mode differentiation, a leaf made under ``torch.inference_mode`` where
+            another one is trained. The check of values waits for a GPU.
     """
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
+    check_saved(hidden=hidden, weight=weight, bias=bias)
     temperature = row_temperatures(temperature, hidden, targets)
-    inputs = HeadInputs(hidden, weight, targets, temperature, bias, softcap or 0.0, -1 if shard is None else shard.key)
+    check_transforms(hidden, weight, bias, temperature)
+    inputs = HeadInputs(
+        hidden, weight, saved(targets), temperature, bias, softcap or 0.0, -1 if shard is None else shard.key
+    )
     logprobs, lse, entropies = torch.ops.toolx.linear_logprob(*inputs, entropy)
     return TokenStats(logprobs, lse, entropies if entropy else None)
 
