@@ -1,5 +1,6 @@
 """Settings: each has help and bounds and belongs to a section; values are checked against types and bounds."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import get_type_hints
 
@@ -7,7 +8,7 @@ import pytest
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.settings import POSITIVE, Settings, setting, without_none
+from toolx_kernels.settings import FINITE, NOT_NEGATIVE, POSITIVE, Settings, setting, without_none
 from toolx_kernels.train.config import ToolExpanderConfig
 
 KINDS = get_type_hints(ToolExpanderConfig)
@@ -20,6 +21,24 @@ def test_every_setting_has_help_and_a_numeric_one_has_bounds_or_says_why_not(fie
     numeric = without_none(KINDS[field.name]) in (int, float, list[float])
     assert (bool(bounds) + bool(unbounded)) == numeric, "either bounds, or a reason to have none"
     assert not bounds or field.default is None or bounds.allow(field.default)
+
+
+@pytest.mark.parametrize("field", fields(ToolExpanderConfig), ids=lambda field: field.name)
+def test_no_number_is_unbounded(field):
+    """Sizes are refused before anything is allocated by them."""
+    kind = without_none(KINDS[field.name])
+    values: list = [10**30, -(10**30)] if kind is int else [math.nan, -math.inf, math.inf] if kind is float else []
+    if field.name in ("epsilon_high", "delta"):
+        values.remove(math.inf)  # it means no clip
+    for value in values:
+        with pytest.raises(InputError, match=rf"^[^.]*\b{field.name}={value}"):
+            ToolExpanderConfig(**{field.name: value})
+
+
+def test_the_rollouts_of_a_step_are_bounded_together():
+    ToolExpanderConfig(num_generations=64, prompts_per_step=1024)
+    with pytest.raises(InputError, match="num_generations=65 and prompts_per_step=1024 make 66,560 rollouts per step"):
+        ToolExpanderConfig(num_generations=65, prompts_per_step=1024)
 
 
 def test_every_setting_belongs_to_one_section():
@@ -37,20 +56,30 @@ def test_a_section_stands_alone():
 @dataclass
 class Small(Settings):
     steps: int = setting(3, "steps", least=1)
-    decay: float = setting(0.0, "decay", least=0)
+    few: int = setting(0, "few", least=0, most=8)
+    decay: float = setting(0.0, "decay", bounds=NOT_NEGATIVE)
+    weights: list[float] | None = setting(None, "weights", bounds=FINITE)
     rate: float | None = setting(None, "rate", bounds=POSITIVE)
 
 
 @pytest.mark.parametrize(
     "values, sentence",
     [
-        ({"steps": 0}, "steps=0 must be at least 1."),
+        ({"steps": 0}, "steps=0 must be at least 1 and at most 1,000,000,000."),
+        ({"steps": 10**30}, f"steps={10**30} must be at least 1 and at most 1,000,000,000."),
+        ({"steps": 10**5000}, "steps=a number of thousands of digits must be at least 1 and at most 1,000,000,000."),
+        ({"few": 9}, "few=9 must be at least 0 and at most 8."),
         ({"steps": 1.0}, "steps=1.0 must be a whole number."),
         ({"steps": True}, "steps=True must be a whole number."),
         ({"steps": None}, "steps=None must be a whole number."),
-        ({"decay": -1}, "decay=-1.0 must not be negative."),
-        ({"decay": float("nan")}, "decay=nan must not be negative."),
-        ({"rate": "0"}, "rate=0.0 must be positive and finite."),
+        ({"steps": "9" * 100}, f"steps='{'9' * 76}... must be a whole number."),
+        ({"decay": -1}, "decay=-1.0 must not be negative, and be finite, up to 1e+30."),
+        ({"decay": float("nan")}, "decay=nan must not be negative, and be finite, up to 1e+30."),
+        ({"decay": "inf"}, "decay=inf must not be negative, and be finite, up to 1e+30."),
+        ({"decay": 10**400}, f"decay=1{'0' * 76}... must be a number."),
+        ({"rate": "0"}, "rate=0.0 must be positive and finite, from 1e-30 to 1e+30."),
+        ({"rate": 1e-300}, "rate=1e-300 must be positive and finite, from 1e-30 to 1e+30."),
+        ({"weights": [1, "nan"]}, "weights=nan must be finite, from -1e+30 to 1e+30."),
         ({"rate": "fast"}, "rate='fast' must be a number."),
     ],
 )
@@ -70,7 +99,7 @@ def test_a_misspelt_setting_is_refused():
 
 def test_values_become_what_the_fields_are():
     small = Small(steps=1, decay=2, rate="5e-4")
-    assert (small, type(small.decay)) == (Small(1, 2.0, 5e-4), float) and Small().rate is None
+    assert (small, type(small.decay)) == (Small(1, decay=2.0, rate=5e-4), float) and Small().rate is None
 
 
 def test_the_loss_has_every_setting_that_it_shares_a_name_with():

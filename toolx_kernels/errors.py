@@ -57,6 +57,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def short(value: object) -> str:
+    """``repr(value)`` as one line of at most 80 characters."""
+    try:
+        text = " ".join(repr(value).split("\n"))
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     """The end of a sentence about an unknown ``word``: the ``known`` one that begins with it or is spelled most like
     it, or ``otherwise``.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Literal, get_args
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
+from toolx_kernels.settings import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, between, check_number
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LOSS_TYPES = get_args(LossType)
@@ -21,6 +21,26 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "scale_rewards": ("group", "batch", "none"),
+}
+
+_NO_LIMIT_OR_LESS = Bounds("not be negative", lambda value: value >= 0)  # inf: no limit
+BOUNDS = {
+    "epsilon": Bounds("lie in [0, 1), as the lower clip is 1 - epsilon", lambda value: 0 <= value < 1),
+    "epsilon_high": _NO_LIMIT_OR_LESS,
+    "delta": _NO_LIMIT_OR_LESS,
+    "beta": NOT_NEGATIVE,
+    "entropy_coef": NOT_NEGATIVE,
+    "top_entropy_quantile": SHARE,
+    "sapo_temperature_neg": POSITIVE,
+    "sapo_temperature_pos": POSITIVE,
+    "vespo_k_pos": NOT_NEGATIVE,
+    "vespo_lambda_pos": POSITIVE,
+    "vespo_k_neg": NOT_NEGATIVE,
+    "vespo_lambda_neg": POSITIVE,
+    "temperature": POSITIVE,
+    "importance_sampling_cap": POSITIVE,
+    "max_completion_length": between(1, COUNT),
+    "workspace_mib": between(1, 1 << 20),
 }
 
 
@@ -117,39 +137,15 @@ class GRPOLossConfig:
             )
         for name, value in values.items():
             if name in CHOICES:
-                if value not in CHOICES[name]:
-                    raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+                if not (isinstance(value, str) and value in CHOICES[name]):
+                    raise InputError(f"{name}={short(value)} is unknown: choose one of {', '.join(CHOICES[name])}.")
             elif name in ("use_bias_correction_kl", "compute_all_logprobs", "recompute"):
                 if not isinstance(value, bool):
-                    raise InputError(f"{name}={value!r} must be True or False.")
-            elif name in ("epsilon_high", "delta", "max_completion_length", "workspace_mib") and value is None:
-                continue
-            elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InputError(f"{name}={value!r} must be a Python number.")
-        self._check_numbers()
+                    raise InputError(f"{name}={short(value)} must be True or False.")
+            elif not (name in ("epsilon_high", "delta", "max_completion_length", "workspace_mib") and value is None):
+                check_number(name, value, BOUNDS[name], whole=name in ("max_completion_length", "workspace_mib"))
         self._check_combinations()
         object.__setattr__(self, "key", json.dumps(values))
-
-    def _check_numbers(self) -> None:
-        for name in ("epsilon", "epsilon_high", "beta", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise InputError(f"{name}={value} must not be negative.")
-            if value == math.inf and name != "epsilon_high":
-                raise InputError(f"{name}={value} must be finite.")
-        for name in (
-            "temperature", "importance_sampling_cap", "sapo_temperature_neg", "sapo_temperature_pos",
-            "vespo_lambda_pos", "vespo_lambda_neg",
-        ):  # fmt: skip
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise InputError(f"{name}={value} must be positive and finite.")
-        if not self.epsilon < 1:
-            raise InputError(f"epsilon={self.epsilon} must be below 1: the lower clip is 1 - epsilon.")
-        if not 0 <= self.top_entropy_quantile <= 1:
-            raise InputError(f"top_entropy_quantile={self.top_entropy_quantile} must lie in [0, 1].")
-        if self.workspace_mib is not None and not (isinstance(self.workspace_mib, int) and self.workspace_mib >= 1):
-            raise InputError(f"workspace_mib={self.workspace_mib} must be a whole number of MiB, at least 1.")
-        if self.max_completion_length is not None and not self.max_completion_length > 0:
-            raise InputError(f"max_completion_length={self.max_completion_length} must be positive.")
 
     def _check_combinations(self) -> None:
         if self.delta is not None and self.loss_type not in CLIPPED_LOSS_TYPES:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from toolx_kernels.errors import InputError, did_you_mean
+from toolx_kernels.errors import InputError, did_you_mean, short
 
 
 class Bounds(NamedTuple):
@@ -19,18 +18,47 @@ class Bounds(NamedTuple):
     allow: Callable[[float], bool]
 
 
-POSITIVE = Bounds("be positive and finite", lambda value: 0 < value < math.inf)
+# fp32 holds these numbers and their inverses
+TINY, HUGE = 1e-30, 1e30
+POSITIVE = Bounds(f"be positive and finite, from {TINY:g} to {HUGE:g}", lambda value: TINY <= value <= HUGE)
+NOT_NEGATIVE = Bounds(f"not be negative, and be finite, up to {HUGE:g}", lambda value: 0 <= value <= HUGE)
+FINITE = Bounds(f"be finite, from -{HUGE:g} to {HUGE:g}", lambda value: -HUGE <= value <= HUGE)
 SHARE = Bounds("lie in [0, 1]", lambda value: 0 <= value <= 1)
-NO_LIMIT_OR_POSITIVE = Bounds("be -1 (no limit) or at least 1", lambda value: value == -1 or value >= 1)
+SECONDS = Bounds("be positive, and at most 1,000,000 seconds", lambda value: 0 < value <= 1e6)
+LIMIT = Bounds("be -1 (no limit), or at least 1 and at most 10^18", lambda value: value == -1 or 1 <= value <= 10**18)
+COUNT = 10**9  # the most of what is only counted up to
+
+
+def between(least: int, most: int) -> Bounds:
+    """Whole numbers from ``least`` to ``most``."""
+    return Bounds(f"be at least {least} and at most {most:,}", lambda value: least <= value <= most)
+
+
+def check_number(name: str, value: Any, bounds: Bounds, *, whole: bool = True) -> None:
+    """Raises InputError unless the argument ``name`` is a Python number (or a whole one) within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise InputError(f"{name}={short(value)} must be a {'whole ' * whole}number.")
+    if not bounds.allow(value):
+        raise InputError(f"{name}={short(value)} must {bounds.words}.")
 
 
 def setting(
-    default: Any, help: str, *, least: int | None = None, bounds: Bounds | None = None, unbounded: str = ""
+    default: Any,
+    help: str,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    bounds: Bounds | None = None,
+    unbounded: str = "",
 ) -> Any:
-    """A field of ``Settings``. A numeric field has bounds, ``least`` or ``bounds``, or says why it has none. The help
-    of a field with choices names each of them; a default of None is explained in the help, any other is added to it."""
-    if least is not None:
-        bounds = Bounds(f"be at least {least}" if least else "not be negative", lambda value: value >= least)
+    """A field of ``Settings``. A numeric field has bounds, from ``least`` to ``most`` or ``bounds``, or says why it has
+    none. ``least`` is 1 by default and ``most`` is ``COUNT``; a number of which lists or tables are made has a smaller
+    one, so that no list of that length exhausts a machine's memory.
+
+    The help of a field with choices names each of them; a default of None is explained in the help, any other is added
+    to it."""
+    if least is not None or most is not None:
+        bounds = between(1 if least is None else least, most or COUNT)
     return field(default=default, metadata={"help": help, "bounds": bounds, "unbounded": unbounded})
 
 
@@ -52,24 +80,25 @@ class Settings:
             value = _of_kind(each.name, getattr(self, each.name), kinds[each.name])
             setattr(self, each.name, value)
             bounds = each.metadata["bounds"]
-            if bounds and value is not None and not bounds.allow(value):
-                raise InputError(f"{each.name}={value} must {bounds.words}.")
+            for number in value if isinstance(value, list) else [value]:
+                if bounds and number is not None:
+                    check_number(each.name, number, bounds, whole=False)
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> Any:
     """``value`` as the field's type, or InputError. Numbers may be text, because YAML reads 5e-4 as text."""
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            choices = get_args(kind)
+        choices = get_args(kind)
+        if not (isinstance(value, str) and value in choices):
             remedy = did_you_mean(value, choices, f"choose one of {', '.join(choices)}.")
-            raise InputError(f"{name}={value!r} is unknown: {remedy}")
+            raise InputError(f"{name}={short(value)} is unknown: {remedy}")
         return value
     if value is None and NoneType in get_args(kind):
         return None
     wanted = without_none(kind)
     if get_origin(wanted) is list:
         if not isinstance(value, list) or not value:
-            raise InputError(f"{name}={value!r} must be a list, one item after the other.")
+            raise InputError(f"{name}={short(value)} must be a list, one item after the other.")
         return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
     if wanted is dict and isinstance(value, str):  # from the command line
         try:
@@ -83,7 +112,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
             pass
     if type(value) is not wanted or (wanted is dict and not _is_json(value)):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
-        raise InputError(f"{name}={value!r} must be {words[wanted]}.")
+        raise InputError(f"{name}={short(value)} must be {words[wanted]}.")
     return value
 
 

@@ -45,8 +45,11 @@ BAD_YAML = [
     ("num_generations: 1", "mine.yaml, line 1: num_generations=1 has no siblings"),
     ("overwrite: 1", "mine.yaml, line 1: overwrite=1 must be true or false."),
     ("epsilon: [0.2]", "mine.yaml, line 1: epsilon=[0.2] must be a number."),
-    ("epsilon: -1", "mine.yaml, line 1: epsilon=-1.0 must not be negative."),  # as the loss says
-    ("seed: 1\ntop_p: 0", "mine.yaml, line 2: top_k=0, top_p=0.0"),  # as the sampler says
+    (
+        "epsilon: -1",
+        "mine.yaml, line 1: epsilon=-1.0 must lie in [0, 1), as the lower clip is 1 - epsilon.",
+    ),  # as the loss says
+    ("seed: 1\ntop_p: 0", "mine.yaml, line 2: top_p=0.0 must lie in (0, 1]"),  # as the sampler says
     ("device: tpu9", "mine.yaml, line 1: device='tpu9' is unknown"),
     ("model: 5", "mine.yaml, line 1: model=5 must be text."),
     ("resume: true\noverwrite: true", "mine.yaml, line 1 and mine.yaml, line 2: resume=True keeps the run"),

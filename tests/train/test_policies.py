@@ -41,6 +41,11 @@ def test_fewer_rows_than_a_batch_are_one_batch():
     assert sorted(EpochOrder(count=2, size=8, seed=0).rows(3, NOTHING)) == [0, 1]
 
 
+def test_a_round_of_a_billion_epochs_has_the_rows_of_a_few():
+    assert EpochOrder(count=5, size=2, seed=0).candidates(range(10**9)) == list(range(5))
+    assert EpochOrder(count=5, size=9, seed=0).candidates(range(10**9)) == list(range(5))
+
+
 def test_dynamic_sampling_drops_groups_of_equal_reward_by_comparing_them():
     dapo = DynamicSampling(count=4, size=2, seed=0)
     assert dapo.max_batches == 10 and EpochOrder(count=4, size=2, seed=0).max_batches == 1

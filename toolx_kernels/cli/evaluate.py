@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from toolx_kernels.cli.parser import Parser
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.evaluate.scores import check_sampling
+from toolx_kernels.train.config import ChatSettings, ToolExpanderConfig
 
 DEFAULT_MODEL = "runs/builtin"  # of toolx train without flags
 MAX_COMPLETION_LENGTH, EVAL_FRACTION = 256, 0.2
@@ -104,11 +105,10 @@ def add_flags(parser: Parser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for flags that cannot work."""
-    for flag in ("eval_rows", "max_completion_length"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)} must be at least 1.")
-    if args.eval_fraction is not None and not 0 < args.eval_fraction < 1:
-        raise InputError(f"--eval_fraction {args.eval_fraction} must lie between 0 and 1.")
+    for flag in ("eval_rows", "eval_fraction", "max_completion_length", "seed"):
+        bounds, value = ToolExpanderConfig.__dataclass_fields__[flag].metadata["bounds"], getattr(args, flag)
+        if value is not None and not bounds.allow(value):
+            raise InputError(f"--{flag} {short(value)} must {bounds.words}.")
     if twice := [name for name in args.dataset if args.dataset.count(name) > 1]:
         raise InputError(f"--dataset names {twice[0]} twice: name it once.")
     check_sampling(args.temperature, args.num_generations, args.k)
@@ -132,7 +132,6 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.rollout.tool_loop import ToolLoop
     from toolx_kernels.toolcall.datasets.builtin_turns import MAX_TURNS, Registry
     from toolx_kernels.toolcall.rows import Row
-    from toolx_kernels.train.config import ChatSettings
     from toolx_kernels.train.rows import BUILT_IN, load_eval_rows, some_rows, split_rows
     from toolx_kernels.train.task import judge_of, prompts_of
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
+from toolx_kernels.settings import COUNT, HUGE, SHARE, TINY, Bounds, between, check_number
+
+SAMPLING = {
+    "max_new_tokens": between(1, 1 << 20),
+    "temperature": Bounds(
+        f"be 0 (greedy), or from {TINY:g} to {HUGE:g}", lambda value: value == 0 or TINY <= value <= HUGE
+    ),
+    "top_k": between(0, COUNT),
+    "top_p": Bounds("lie in (0, 1]", lambda value: 0 < value <= 1),
+    "min_p": SHARE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +38,15 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "top_k"):
-            if type(getattr(self, name)) is not int:
-                raise InputError(f"{name}={getattr(self, name)!r} must be a whole number.")
+        for name, bounds in SAMPLING.items():
+            check_number(name, getattr(self, name), bounds, whole=name in ("max_new_tokens", "top_k"))
         stops: tuple = (None,)
-        with suppress(TypeError):
-            stops = tuple(self.stop_token_ids)
+        if not isinstance(self.stop_token_ids, str | bytes):
+            with suppress(TypeError):
+                stops = tuple(self.stop_token_ids)
         if not all(type(token) is int for token in stops):
-            raise InputError(f"stop_token_ids={self.stop_token_ids!r} must be token ids, such as (2,).")
+            raise InputError(f"stop_token_ids={short(self.stop_token_ids)} must be token ids, such as (2,).")
         object.__setattr__(self, "stop_token_ids", stops)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if not (self.temperature == 0 or 1e-30 < self.temperature < float("inf")):  # 1 / T must be finite in fp32
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy), or positive, finite and over 1e-30.")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise InputError(
-                f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: top_k must be 0 or more, "
-                "top_p in (0, 1] and min_p in [0, 1]."
-            )
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, wilson
 from toolx_kernels.evaluate.tables import aligned, markdown
 from toolx_kernels.files import write_atomically
+from toolx_kernels.settings import between, check_number
 from toolx_kernels.toolcall.parse import split_thought
 from toolx_kernels.toolcall.rows import Row
 
@@ -207,10 +208,12 @@ def write_scores(folder: Path, scores: Mapping[str, Scores], settings: Mapping) 
     write_atomically(folder / SCORES, json.dumps({"settings": dict(settings), "scores": described}, indent=1) + "\n")
 
 
+MOST_GENERATIONS = 4096
+
+
 def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
     """Raises InputError for several greedy completions, which would all be the same, and for pass@k with k > n."""
-    if n < 1:
-        raise InputError(f"num_generations={n} must be at least 1.")
+    check_number("num_generations", n, between(1, MOST_GENERATIONS))
     if temperature == 0 and n > 1:
         raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
     for k in ks:

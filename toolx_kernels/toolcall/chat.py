@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.conventions import Conventions, opened_thought
 from toolx_kernels.toolcall.parse import THOUGHTS, Reading, read
-from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.template import MARK, Protector, Template, mapped
 from toolx_kernels.toolcall.tool_format import FORMATS, HERMES, ToolFormat
 

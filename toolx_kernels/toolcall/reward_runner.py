@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.background import Background, in_time, one_line, run
-from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.rows import Row
 
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 # Advantages divide by the root of a sum of squares: those of a million rewards of this size stay far below the largest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.bfcl_match import possible_fault
 from toolx_kernels.toolcall.schema import schema_fault
 from toolx_kernels.toolcall.strict_json import json_fault, read_json
@@ -218,12 +218,6 @@ def read_call(value: Any) -> dict | None:
         except (ValueError, RecursionError):
             return None
     return {"name": call["name"], "arguments": dict(arguments)} if isinstance(arguments, Mapping) else None
-
-
-def short(value: Any) -> str:
-    """``repr(value)`` as one line of at most 80 characters."""
-    text = " ".join(repr(value).split("\n"))
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_json(value: Any, name: str, place: str) -> None:

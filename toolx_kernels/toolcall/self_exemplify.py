@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.rewards import CallReward, completion_text, is_correct
-from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.strict_json import is_shallow, read_json, skip_space
 from toolx_kernels.toolcall.tool_format import HERMES, ToolFormat
 

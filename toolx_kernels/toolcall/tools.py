@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.background import Background, in_time, one_line
-from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.strict_json import encodable
 
 MAX_THREADS = 128  # concurrent calls of all episodes together

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.models.adopt import unwrapped
 from toolx_kernels.toolcall.datasets.containers import has_splits
-from toolx_kernels.toolcall.rows import Row, short
+from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.reward_process import RewardProcess
 

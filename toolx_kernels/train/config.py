@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
-from toolx_kernels.settings import NO_LIMIT_OR_POSITIVE, POSITIVE, SHARE, Bounds, Settings, setting
+from toolx_kernels.settings import LIMIT, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, Bounds, Settings, setting
 from toolx_kernels.train.method_settings import (
     ColdStartSettings,
     HardSamplingSettings,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it loads torch, which reading flags does without
 
 BELOW_1 = Bounds("lie in [0, 1)", lambda value: 0 <= value < 1)
 BY_SAMPLING = "SamplingParams checks it"
+MOST_ROLLOUTS = 1 << 16  # of a step
 
 
 @dataclass(kw_only=True)
@@ -70,12 +71,10 @@ class DataSettings(Settings):
         True, "take demonstrations from the training rows; false: only from --demonstration_dataset"
     )
     calls: int | None = setting(
-        None,
-        "keep only rows whose answer has this many calls (default: all rows)",
-        unbounded="a number that no row has leaves no rows",
+        None, "keep only rows whose answer has this many calls (default: all rows)", least=0, most=1000
     )
-    train_rows: int | None = setting(None, "rows to train on (default: all; of the built-in tasks 640)", least=1)
-    eval_rows: int | None = setting(None, "rows to evaluate on (default: all; of the built-in tasks 480)", least=1)
+    train_rows: int | None = setting(None, "rows to train on (default: all; of the built-in tasks 640)", most=10**6)
+    eval_rows: int | None = setting(None, "rows to evaluate on (default: all; of the built-in tasks 480)", most=10**6)
     eval_fraction: float = setting(
         0.2,
         "share of --dataset to hold out if there is no --eval_dataset",
@@ -114,8 +113,8 @@ class ChatSettings(Settings):
 class RolloutSettings(Settings):
     """What a step samples, and how."""
 
-    num_generations: int = setting(5, "completions per prompt: the group size G", least=1)
-    prompts_per_step: int = setting(8, "prompts per step", least=1)
+    num_generations: int = setting(5, "completions per prompt: the group size G", most=4096)
+    prompts_per_step: int = setting(8, "prompts per step", most=MOST_ROLLOUTS)
     prompt_sampling: Literal["epochs", "dynamic", "solve-rate"] = setting(
         "epochs",
         "epochs: every prompt once per epoch; dynamic: drop groups whose rewards are all equal, and fill the "
@@ -135,20 +134,25 @@ class RolloutSettings(Settings):
         "sample only tokens that have this share of the most likely token's probability; 0: off",
         unbounded=BY_SAMPLING,
     )
-    max_completion_length: int = setting(128, "tokens per completion; 128 are enough for a few calls", least=1)
+    max_completion_length: int = setting(128, "tokens per completion; 128 are enough for a few calls", most=1 << 20)
     torch_compile: bool = setting(
         False, "compile the decode step of rollouts: takes a minute, and pays off in long runs on a GPU"
     )
     # only for a trainer that was given tools or an environment
     max_tool_calling_iterations: int = setting(
-        4, "turns with tool calls per rollout, where there are tools to call", least=1
+        4, "turns with tool calls per rollout, where there are tools to call", most=1000
     )
-    tool_timeout: float = setting(10.0, "seconds allowed for one tool call", bounds=POSITIVE)
+    tool_timeout: float = setting(10.0, "seconds allowed for one tool call", bounds=SECONDS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations == 1:
             raise InputError("num_generations=1 has no siblings to compare with: GRPO needs at least 2.")
+        if (rollouts := self.num_generations * self.prompts_per_step) > MOST_ROLLOUTS:
+            raise InputError(
+                f"num_generations={self.num_generations} and prompts_per_step={self.prompts_per_step} make "
+                f"{rollouts:,} rollouts per step: lower one of them, to at most {MOST_ROLLOUTS:,} in all."
+            )
         self.sampling()  # which checks itself
 
     def sampling(self, stop_token_ids: tuple[int, ...] = (), greedy: bool = False) -> SamplingParams:
@@ -187,25 +191,25 @@ class UpdateSettings(Settings):
     adam_beta1: float = setting(0.9, "AdamW's decay of the mean gradient", bounds=BELOW_1)
     adam_beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", bounds=BELOW_1)
     adam_epsilon: float = setting(1e-8, "AdamW's addend to the denominator", bounds=POSITIVE)
-    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", bounds=NOT_NEGATIVE)
     max_grad_norm: float = setting(1.0, "clip gradients to this norm", bounds=POSITIVE)
     num_train_epochs: int = setting(10, "passes over the training rows; 0: only the cold start", least=0)
     max_steps: int = setting(
-        -1, "stop after N steps, or num_train_epochs if that is earlier; -1: no limit", bounds=NO_LIMIT_OR_POSITIVE
+        -1, "stop after N steps, or num_train_epochs if that is earlier; -1: no limit", bounds=LIMIT
     )
     max_tokens: int = setting(
         -1,
         "stop after N tokens: generated (including the method's probes) plus trained-on tokens; -1: no limit",
-        bounds=NO_LIMIT_OR_POSITIVE,
+        bounds=LIMIT,
     )
     max_fe: int = setting(
         -1,
         "stop after N forward-equivalents: tokens read, plus tokens written, plus 3 times the tokens trained "
         "on (docs/remedies.md); -1: no limit",
-        bounds=NO_LIMIT_OR_POSITIVE,
+        bounds=LIMIT,
     )
     micro_batch_tokens: int = setting(
-        4096, "tokens per forward and backward pass; limits memory, does not change the gradient", least=1
+        4096, "tokens per forward and backward pass; limits memory, does not change the gradient", most=1 << 20
     )
     gradient_checkpointing: bool = setting(
         False, "recompute the activations of each layer in the backward pass: less memory, a third more work"
@@ -217,7 +221,7 @@ class AdapterSettings(Settings):
     """LoRA adapter."""
 
     use_peft: bool = setting(False, "train a LoRA adapter (needs peft) instead of all weights")
-    lora_r: int = setting(16, "rank of the adapter", least=1)
+    lora_r: int = setting(16, "rank of the adapter", most=4096)
     lora_alpha: int = setting(32, "the adapter's output is scaled by lora_alpha / lora_r", least=1)
     lora_target_modules: list[str] | None = setting(
         None, "linear layers that get an adapter (default: all but the LM head)"

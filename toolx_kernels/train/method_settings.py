@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from toolx_kernels.loss_config import LossType
-from toolx_kernels.settings import POSITIVE, SHARE, Bounds, Settings, setting
+from toolx_kernels.settings import FINITE, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, Settings, setting
 
 BY_LOSS = "GRPOLossConfig checks it"
-FINITE = Bounds("be finite", math.isfinite)
-NOT_NEGATIVE = Bounds("be a number that is not negative", lambda value: 0 <= value < math.inf)
 
 
 @dataclass(kw_only=True)
@@ -25,7 +22,9 @@ class HardSamplingSettings(Settings):
         "demonstrations: in place of the raw prompt (replace), in addition to it (add), or in addition to it "
         "and learned on the raw prompt (distill). none: plain GRPO, which only counts them",
     )
-    probe_rollouts: int = setting(10, "rollouts of a prompt in a probe; it is hard if none of them is solved", least=1)
+    probe_rollouts: int = setting(
+        10, "rollouts of a prompt in a probe; it is hard if none of them is solved", most=4096
+    )
     probe_every: int | None = setting(
         None,
         "rounds from one probe to the next (default: 1 for replace, add and distill; otherwise a probe before"
@@ -33,8 +32,8 @@ class HardSamplingSettings(Settings):
         least=1,
     )
     epochs_per_round: int = setting(1, "passes over the training rows in a round", least=1)
-    few_shots_per_tool: int = setting(1, "demonstrations per offered tool", least=1)
-    max_few_shots: int = setting(3, "largest number of demonstrations in a prompt", least=1)
+    few_shots_per_tool: int = setting(1, "demonstrations per offered tool", most=1000)
+    max_few_shots: int = setting(3, "largest number of demonstrations in a prompt", most=1000)
     demonstrations: Literal["random", "better"] = setting(
         "random",
         "random: any that use the offered tools; better: drawn again until a model answers correctly with "
@@ -43,9 +42,9 @@ class HardSamplingSettings(Settings):
     verification: Literal["cautious", "bold"] = setting(
         "cautious", "which model checks better demonstrations: cautious: the one before RL; bold: the current one"
     )
-    demonstration_tries: int = setting(4, "draws of better demonstrations per row and round", least=1)
+    demonstration_tries: int = setting(4, "draws of better demonstrations per row and round", most=1000)
     verify_rollouts: int = setting(
-        4, "rollouts that check a draw of better demonstrations; one solved rollout is enough", least=1
+        4, "rollouts that check a draw of better demonstrations; one solved rollout is enough", most=4096
     )
     retry_with: Literal["demonstrations", "hint"] = setting(
         "demonstrations",
@@ -110,9 +109,9 @@ class RewardSettings(Settings):
         True, "count duplicates and trivial edits as one example; false: only parse and count examples"
     )
     reward_weights: list[float] | None = setting(
-        None, "one weight per reward function (default: 1 each)", unbounded="a weight below 0 punishes"
+        None, "one weight per reward function (default: 1 each); one below 0 punishes", bounds=FINITE
     )
-    reward_timeout: float = setting(60.0, "seconds allowed for one call of a reward function", bounds=POSITIVE)
+    reward_timeout: float = setting(60.0, "seconds allowed for one call of a reward function", bounds=SECONDS)
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "divide advantages by the standard deviation of the rewards in the group or the batch; none: do not"
     )
@@ -162,7 +161,7 @@ class LossSettings(Settings):
     importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "one ratio per token, or per sequence (GSPO)"
     )
-    num_iterations: int = setting(1, "updates per batch; with 1 the ratio is exactly 1, and no clip acts", least=1)
+    num_iterations: int = setting(1, "updates per batch; with 1 the ratio is exactly 1, and no clip acts", most=1000)
     old_logprobs: Literal["trainer", "sampler"] = setting(
         "trainer",
         "log-probs that ratios compare with, if a batch has several updates: trainer: those of the first "
@@ -217,7 +216,7 @@ class ColdStartSettings(Settings):
     """Supervised training before RL."""
 
     cold_start_steps: int = setting(0, "supervised steps on right answers before RL", least=0)
-    cold_start_batch_size: int = setting(24, "examples per supervised step", least=1)
+    cold_start_batch_size: int = setting(24, "examples per supervised step", most=1 << 16)
     cold_start_learning_rate: float = setting(1e-5, "peak learning rate of these steps", bounds=POSITIVE)
     cold_start_demonstrations: float = setting(
         0.3, "share of examples that show demonstrations; the built-in tasks have their own", bounds=SHARE

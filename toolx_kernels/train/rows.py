@@ -17,6 +17,7 @@ from toolx_kernels.train.config import DataSettings, ToolExpanderConfig
 BUILT_IN = {"builtin": builtin, "builtin-turns": builtin_turns, "builtin-facts": builtin_facts}
 BUILT_IN_TRAIN_ROWS = 640
 BUILT_IN_EVAL_ROWS = 480
+MOST_BUILT_IN_ROWS = 100_000  # a row takes 4 to 6 KiB
 
 
 def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
@@ -30,7 +31,7 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
     """
     dataset = config.dataset or "builtin"
     if built_in := BUILT_IN.get(dataset):
-        train = built_in.train_rows(config.train_rows or BUILT_IN_TRAIN_ROWS, config.seed)
+        train = built_in.train_rows(_few("train_rows", config.train_rows or BUILT_IN_TRAIN_ROWS), config.seed)
     else:
         train = _read(dataset)
     if config.calls is not None:
@@ -47,7 +48,7 @@ def load_rows(config: ToolExpanderConfig) -> tuple[list[Row], list[Row]]:
 def load_eval_rows(dataset: str, count: int | None = None) -> list[Row]:
     """Loads ``count`` rows of a dataset (default: all), or held-out rows of a built-in task, always the same."""
     if built_in := BUILT_IN.get(dataset):
-        return built_in.heldout_rows(count or BUILT_IN_EVAL_ROWS, seed=0)
+        return built_in.heldout_rows(_few("eval_rows", count or BUILT_IN_EVAL_ROWS), seed=0)
     return some_rows(_read(dataset), count)
 
 
@@ -65,6 +66,12 @@ def demonstration_rows(rows: Sequence[Row], more: Sequence[Row]) -> list[Row]:
     """Returns ``rows`` plus those of ``more`` whose ids are not among theirs."""
     ids = {row.id for row in rows}
     return [*rows, *(row for row in more if row.id not in ids)]
+
+
+def _few(name: str, count: int) -> int:
+    if count > MOST_BUILT_IN_ROWS:
+        raise InputError(f"{name}={count}: a built-in task generates at most {MOST_BUILT_IN_ROWS:,} rows.")
+    return count
 
 
 def _read(dataset: str) -> list[Row]:

@@ -871,8 +871,8 @@ def test_a_tensor_on_another_device_is_named(name):
     "settings, message",
     [
         ({"loss_type": "ppo"}, "loss_type='ppo' is unknown"),
-        ({"epsilon": -0.1}, "epsilon=-0.1 must not be negative"),
-        ({"epsilon": 1.0}, "epsilon=1.0 must be below 1"),
+        ({"epsilon": -0.1}, r"epsilon=-0.1 must lie in \[0, 1\)"),
+        ({"epsilon": 1.0}, r"epsilon=1.0 must lie in \[0, 1\), as the lower clip"),
         ({"importance_sampling_cap": -1.0}, "importance_sampling_cap=-1.0 must be positive"),
         ({"temperature": 0}, "temperature=0 must be positive and finite"),
         ({"delta": 1.1}, "delta=1.1 must exceed"),

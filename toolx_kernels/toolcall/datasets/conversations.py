@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.offered import LeftOutError, read_tools, values_in
 from toolx_kernels.toolcall.datasets.queries import TOOLS, named
 from toolx_kernels.toolcall.parse import read
-from toolx_kernels.toolcall.rows import Row, chat_message, json_value, read_call, short
+from toolx_kernels.toolcall.rows import Row, chat_message, json_value, read_call
 from toolx_kernels.toolcall.tool_format import FORMATS
 
 CALLS = "function_call"  # a turn whose text is a call, or a list of calls

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.conversations import (
     Converted,
     from_openai,
@@ -17,7 +17,7 @@ from toolx_kernels.toolcall.datasets.offered import LeftOutError
 from toolx_kernels.toolcall.datasets.queries import from_query, is_query
 from toolx_kernels.toolcall.datasets.toolace import from_toolace
 from toolx_kernels.toolcall.datasets.type_names import unread_types_told
-from toolx_kernels.toolcall.rows import Row, check_numbered, short
+from toolx_kernels.toolcall.rows import Row, check_numbered
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow
 
 _log = logging.getLogger(__name__)

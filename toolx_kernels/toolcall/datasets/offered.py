@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.datasets.xlam import flat_tool
 from toolx_kernels.toolcall.pythonic import read_value
-from toolx_kernels.toolcall.rows import json_value, short
+from toolx_kernels.toolcall.rows import json_value
 from toolx_kernels.toolcall.strict_json import json_at, skip_space
 
 

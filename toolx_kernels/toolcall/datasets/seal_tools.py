@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.type_names import json_schema
-from toolx_kernels.toolcall.rows import Row, check_numbered, check_set, json_lines, short
+from toolx_kernels.toolcall.rows import Row, check_numbered, check_set, json_lines
 
 SPLITS = ("train", "dev", "test_in_domain", "test_out_domain")
 _OUTPUT = re.compile(r"API_call_\d+")

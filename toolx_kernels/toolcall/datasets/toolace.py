@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.conversations import Converted
 from toolx_kernels.toolcall.datasets.offered import LeftOutError
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.pythonic import read_arguments
-from toolx_kernels.toolcall.rows import short
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -264,7 +264,8 @@ def step_prompts(args: ToolExpanderConfig, workload: Workload) -> tuple[list[int
 def micro_batch(learned: Sequence[GroupSize], limit: int, token_budget: int) -> tuple[tuple[GroupSize, ...], int]:
     """Returns the step's largest micro-batch: its groups or parts of groups, and its tokens. Completions have ``limit``
     tokens."""
-    batches = micro_batches([group.packed(limit) for group in learned], token_budget)
+    packed = {size: size.packed(limit) for size in set(learned)}  # groups of one size share their tokens
+    batches = micro_batches([packed[size] for size in learned], token_budget)
     sizes = [tokens_of(batch) for batch in batches]
     most = max(sizes)
     largest = batches[sizes.index(most)]

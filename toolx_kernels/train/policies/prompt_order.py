@@ -52,7 +52,12 @@ class EpochOrder:
         return self._rows(batch)
 
     def candidates(self, batches: Iterable[int]) -> list[int]:
-        return sorted({row for batch in batches for row in self._rows(batch)})
+        found: set[int] = set()
+        for batch in batches:
+            found.update(self._rows(batch))
+            if len(found) == self.count:  # a round may have a billion epochs
+                break
+        return sorted(found)
 
     def _rows(self, batch: int) -> list[int]:
         epoch, place = divmod(batch, max(1, self.count // self.size))
