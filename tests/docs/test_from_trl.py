@@ -10,6 +10,7 @@ import pytest
 
 from tests.docs.markdown import ROOT, Page, rows_of, spans_of
 from toolx_kernels import GRPOLossConfig, ToolExpanderConfig, ToolExpanderTrainer, linear_grpo_loss
+from toolx_kernels.cli.trl import is_trls
 from toolx_kernels.loss_config import LOSS_TYPES
 
 PAGE = Page(ROOT / "docs" / "from-trl.md")
@@ -47,6 +48,14 @@ def test_names_and_defaults(section):
         assert name in known, f"{section} has no {name}"
         if default is not None:
             assert repr(ast.literal_eval(default)) == repr(known[name]), f"{name} is {known[name]!r} by default"
+
+
+def test_trls_settings_are_known_where_a_flag_is_not():
+    """A flag of TRL's is answered with this page, not with the flag of ours that is spelled most like it."""
+    for row in rows_of(PAGE.section("`ToolExpanderConfig`")):
+        for name, _ in names_in(row[0]):
+            assert is_trls(name) != (name in KNOWN["ToolExpanderConfig"]), name
+    assert not any(map(is_trls, KNOWN["ToolExpanderConfig"]))
 
 
 def test_the_arguments_in_their_order():

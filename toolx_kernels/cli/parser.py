@@ -11,9 +11,12 @@ from dataclasses import Field, fields
 from itertools import zip_longest
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from toolx_kernels.errors import InputError, did_you_mean
+from toolx_kernels.cli.trl import SEE, is_trls
+from toolx_kernels.errors import InputError, did_you_mean, short
 from toolx_kernels.settings import Settings, without_none
 
+# argparse takes any other word that begins with a dash for a flag: also -1e-4, which is a value
+_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 TRUTH = dict.fromkeys(("yes", "true", "y", "t", "1"), True) | dict.fromkeys(("no", "false", "n", "f", "0"), False)
 
 
@@ -26,6 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": Texts} | options, allow_abbrev=False, conflict_handler="resolve")
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
+        self._negative_number_matcher = _NEGATIVE
         self.names: list[str] = []
         self.groups: dict[str, type[Settings]] = {}
         self.defaults: Mapping[str, str] = {}
@@ -89,7 +93,8 @@ class Parser(argparse.ArgumentParser):
         if unknown and unknown[0].startswith("-"):
             name = unknown[0].partition("=")[0]
             see = f"see {self.prog} --help."
-            raise InputError(f"unknown flag {name}: {did_you_mean(name, self.names, see)}")
+            remedy = SEE if is_trls(name[2:]) else did_you_mean(name, self.names, see)
+            raise InputError(f"unknown flag {name}: {remedy}")
         if unknown:
             self.error(f"{unknown[0]!r} follows no flag")
         return found, unknown
@@ -177,17 +182,17 @@ def _whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{short(text)} is not a whole number") from None
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"{short(text)} is not a number") from None
 
 
 def _truth(text: str) -> bool:
     if text.lower() not in TRUTH:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{short(text)} is neither true nor false")
     return TRUTH[text.lower()]

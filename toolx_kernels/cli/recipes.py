@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from toolx_kernels.cli.trl import SEE, is_trls
 from toolx_kernels.errors import InputError, did_you_mean, first_line
 from toolx_kernels.train.config import ToolExpanderConfig
 
@@ -47,7 +48,8 @@ def read_recipe(name: str) -> Recipe:
     for key, line, value in _entries(path, shown):
         place = f"{shown}, line {line}"
         if key not in ToolExpanderConfig.__dataclass_fields__:
-            remedy = did_you_mean(key, ToolExpanderConfig.__dataclass_fields__, "see toolx train --help.")
+            known = ToolExpanderConfig.__dataclass_fields__
+            remedy = SEE if is_trls(key) else did_you_mean(key, known, "see toolx train --help.")
             raise InputError(f"{place}: {key!r} is not a setting: {remedy}")
         if key in recipe.places:
             raise InputError(f"{place}: {key!r} is set twice, first in {recipe.places[key]}: leave one of them out.")
