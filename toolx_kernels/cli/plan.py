@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from toolx_kernels.cli import train
 from toolx_kernels.cli.parser import Parser
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 
 if TYPE_CHECKING:
     from toolx_kernels.train.memory.plan import MemoryPlan
 
-
+MOST_MEMORY, MOST_TOKENS = 10**6, 1 << 20  # GiB; of a prompt
 DESCRIPTION = """\
 Estimates the memory that toolx train takes with the same settings, before
 anything is loaded, and suggests settings that fit. Exits with 1 if it does not
@@ -40,8 +40,8 @@ def add_flags(parser: Parser) -> None:
         "prompt_length",
         type=int,
         metavar="N",
-        help="tokens of the longest prompt, demonstrations included (default: measured if the dataset is on this "
-        "machine, otherwise 1000)",
+        help="tokens of the longest prompt, demonstrations included (default: measured if dataset and tokenizer are on "
+        "this machine, otherwise 1000)",
     )
     parser.flag("json", action="store_true", help="print the plan as JSON")
     train.add_settings(parser)
@@ -51,10 +51,10 @@ def add_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     flags = vars(args)
     given, prompt_length, as_json = (flags.pop(name) for name in ("memory", "prompt_length", "json"))
-    if given is not None and not 0 < given < float("inf"):
-        raise InputError(f"--memory {given} must be a positive number of GiB.")
-    if prompt_length is not None and prompt_length < 1:
-        raise InputError(f"--prompt_length {prompt_length} must be at least 1.")
+    if given is not None and not 0 < given <= MOST_MEMORY:
+        raise InputError(f"--memory {given} must be a positive number of GiB, at most {MOST_MEMORY:,}.")
+    if prompt_length is not None and not 1 <= prompt_length <= MOST_TOKENS:
+        raise InputError(f"--prompt_length {short(prompt_length)} must be at least 1 and at most {MOST_TOKENS:,}.")
     config = train.config_from(flags)
 
     import torch
@@ -77,16 +77,18 @@ def run(args: argparse.Namespace) -> int:
     assert config.model  # config_from names one
     shape = config_of(config.model)
     check_config(shape)
-    work = (None if prompt_length else Workload.local(config, shape)) or Workload.assumed(config, prompt_length or 1000)
+    work, assumed = Workload.planned(config, shape, prompt_length)
     planner = Planner(shape, device="cuda" if on_gpu else "cpu", memory=memory, workload=work)
     planned = planner.plan(config)
     better = None if planned.fits else planner.advice(config)
     if as_json:
         advice = {"settings": better[0], "plan": better[1].to_dict()} if better else None
-        print(json.dumps(planned.to_dict() | {"work": asdict(work), "advice": advice}, indent=2))
+        print(json.dumps(planned.to_dict() | {"work": asdict(work), "assumed": assumed, "advice": advice}, indent=2))
         return 0 if planned.fits else 1
     shown = f", {work.shown_length:,} with demonstrations" * (work.shown_length > work.prompt_length)
     print(f"{config.model}, {config.dtype}, {config.optim}; prompts of up to {work.prompt_length:,} tokens{shown}")
+    if assumed:
+        print(f"assumption: {assumed}")
     if has_experts(shape.get_text_config(decoder=True)):
         print(f"model: {EXPERTS_NOTE}")
     print(planned.table())

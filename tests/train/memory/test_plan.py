@@ -405,6 +405,7 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
         "1",
     ]
     code, out, _ = run(capsys, *flags)
+    assert "\nassumption: some/where is not read, so prompts of 1,000 tokens are assumed (--prompt_length" in out
     assert code == 0 and "prompts of up to 1,000 tokens\n" in out and "fits a" in out and "to spare" in out
     size = ["--prompt_length", "80", "--memory"]
     needed = json.loads(run(capsys, *flags, *size, "24", "--json")[1])["needed"]
@@ -435,6 +436,15 @@ def test_the_command_knows_the_built_in_prompts(capsys):
     "flags, message",
     [
         (["--memory", "0"], "--memory 0.0 must be a positive number"),
+        (["--memory", "1e300"], "--memory 1e+300 must be a positive number of GiB, at most 1,000,000"),
+        (["--prompt_length", str(10**30)], "must be at least 1 and at most 1,048,576"),
+        (["--dataset", "nope.jsonl"], "there is no file nope.jsonl: give the path"),
+        (["--dataset", "nope.jsonl", "--prompt_length", "80"], "there is no file nope.jsonl"),
+        (["--dataset", "no/such/rows.jsonl,some/where"], "there is no file no/such/rows.jsonl"),
+        (["--dataset", "some/where", "--eval_dataset", "./nope"], "there is no file ./nope"),
+        (["--dataset", "some/where", "--eval_dataset", "{bad}"], "bad.jsonl:1 is not JSON"),
+        (["--demonstration_dataset", "nope.json"], "there is no file nope.json"),
+        (["--dataset", "bfcl:cooking"], "unknown BFCL category 'cooking'"),
         (["--prompt_length", "0"], "--prompt_length 0 must be at least 1"),
         (["--model", "./nowhere"], "./nowhere is not a model folder"),
         (["--model", "nowhere.gguf"], "There is no file nowhere.gguf"),
@@ -442,8 +452,9 @@ def test_the_command_knows_the_built_in_prompts(capsys):
         (["--memroy", "24"], "unknown flag --memroy: did you mean --memory?"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, message, capsys):
-    code, out, err = run(capsys, *flags)
+def test_bad_input_is_one_sentence(flags, message, capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{oops\n")
+    code, out, err = run(capsys, *(flag.format(bad=tmp_path / "bad.jsonl") for flag in flags))
     assert code == 2 and not out and message in err and len(err.splitlines()) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from toolx_kernels.models.load import resolve
 from toolx_kernels.models.shape import context_of
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
+from toolx_kernels.toolcall.datasets.read import read_dataset
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.collect import MAX_ROLLOUTS
@@ -31,6 +33,8 @@ from toolx_kernels.train.task import prompts_of
 
 MOST_SHOWN = 256  # rows whose prompts are measured with demonstrations
 LARGEST_DATASET = 16 << 20  # bytes; prompts of larger files are not measured
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".yaml")
+ASSUMED_LENGTH = 1000  # tokens of prompts that are not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +85,59 @@ class Workload:
         return cls(prompt_length, prompt_length, args.train_rows or train, args.eval_rows or held_out)
 
     @classmethod
-    def local(cls, args: ToolExpanderConfig, config: PreTrainedConfig) -> Workload | None:
-        """Measures the run's rows, without loading weights; None unless rows and tokenizer are on this machine."""
-        named = (args.dataset, args.eval_dataset, args.demonstration_dataset)
-        if not all(map(_is_local, named)):
-            return None
+    def planned(
+        cls, args: ToolExpanderConfig, config: PreTrainedConfig, prompt_length: int | None = None
+    ) -> tuple[Workload, str]:
+        """The workload of the run with these settings, and what of it is assumed, in words: nothing if rows and
+        tokenizer are on this machine, because the rows are measured then. ``prompt_length`` is measured if it is None.
+
+        Raises InputError for a dataset that is not there or cannot be read.
+        """
+        named = [name for name in (args.dataset, args.eval_dataset, args.demonstration_dataset) if name]
+        away = [name for name in named if not _is_local(name)]
+        if away:
+            for name in named:
+                if name not in away and name not in BUILT_IN:
+                    read_dataset(name)
+            assumed = f"{away[0]} is not read, so "
+            if prompt_length is None:
+                assumed += f"prompts of {ASSUMED_LENGTH:,} tokens are assumed (--prompt_length gives another number)"
+            else:
+                assumed += "the number of rows is assumed"
+            return cls.assumed(args, prompt_length or ASSUMED_LENGTH), assumed
+        rows, eval_rows = load_rows(args)
+        if prompt_length is not None:
+            load_demonstrations(args)
+            return cls(prompt_length, prompt_length, len(rows), len(eval_rows)), ""
         tokenizer = _local_tokenizer(args.model) if args.model else None
         if tokenizer is None:
-            return None
-        rows, eval_rows = load_rows(args)
+            assumed = f"the tokenizer of {args.model} is not on this machine, so prompts of {ASSUMED_LENGTH:,} tokens"
+            assumed += " are assumed (--prompt_length gives another number)"
+            return cls(ASSUMED_LENGTH, ASSUMED_LENGTH, len(rows), len(eval_rows)), assumed
         prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)), args.self_exemplify)
         rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
         more = load_demonstrations(args)
         index = DemonstrationIndex(demonstration_rows(rows if args.demonstrate_training_rows else (), more))
-        return cls.of(args, prompts, index, rows, eval_rows)
+        return cls.of(args, prompts, index, rows, eval_rows), ""
 
 
-def _is_local(dataset: str | None) -> bool:
-    file = Path(dataset or "")
-    return dataset is None or dataset in BUILT_IN or (file.is_file() and file.stat().st_size <= LARGEST_DATASET)
+def _is_local(dataset: str) -> bool:
+    """Whether ``dataset`` is read for a plan: all but large files, folders, and names on the hub.
+
+    Raises InputError for a path of nothing.
+    """
+    if "," in dataset and not Path(dataset).exists():
+        return all([_is_local(part.strip()) for part in dataset.split(",")])
+    path = Path(dataset)
+    if path.is_file():
+        return path.stat().st_size <= LARGEST_DATASET
+    if dataset in BUILT_IN or dataset.startswith(("bfcl:", "seal-tools:")) or not dataset.strip():
+        return True
+    if not path.exists() and (path.suffix in DATA_FILES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset)):
+        raise InputError(
+            f"there is no file {dataset}: give the path of a dataset, or its name on the Hugging Face hub."
+        )
+    return False
 
 
 def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
