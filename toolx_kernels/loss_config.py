@@ -8,7 +8,7 @@ from functools import cache
 from typing import Literal, get_args
 
 from toolx_kernels.errors import InputError, short
-from toolx_kernels.settings import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, between, check_number
+from toolx_kernels.settings import COUNT, HUGE, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, between, check_number
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LOSS_TYPES = get_args(LossType)
@@ -23,11 +23,13 @@ CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
 }
 
-_NO_LIMIT_OR_LESS = Bounds("not be negative", lambda value: value >= 0)  # inf: no limit
+_MAY_BE_INF = Bounds(
+    f"not be negative, and be up to {HUGE:g} or inf", lambda value: 0 <= value <= HUGE or value == float("inf")
+)
 BOUNDS = {
     "epsilon": Bounds("lie in [0, 1), as the lower clip is 1 - epsilon", lambda value: 0 <= value < 1),
-    "epsilon_high": _NO_LIMIT_OR_LESS,
-    "delta": _NO_LIMIT_OR_LESS,
+    "epsilon_high": _MAY_BE_INF,
+    "delta": _MAY_BE_INF,
     "beta": NOT_NEGATIVE,
     "entropy_coef": NOT_NEGATIVE,
     "top_entropy_quantile": SHARE,
@@ -131,7 +133,7 @@ class GRPOLossConfig:
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        if self.loss_type == "gspo":
+        if isinstance(self.loss_type, str) and self.loss_type == "gspo":
             raise InputError(
                 "loss_type='gspo' is loss_type='grpo' with importance_sampling_level='sequence': set these two."
             )

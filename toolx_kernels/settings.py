@@ -24,6 +24,8 @@ POSITIVE = Bounds(f"be positive and finite, from {TINY:g} to {HUGE:g}", lambda v
 NOT_NEGATIVE = Bounds(f"not be negative, and be finite, up to {HUGE:g}", lambda value: 0 <= value <= HUGE)
 FINITE = Bounds(f"be finite, from -{HUGE:g} to {HUGE:g}", lambda value: -HUGE <= value <= HUGE)
 SHARE = Bounds("lie in [0, 1]", lambda value: 0 <= value <= 1)
+TEMPERATURE = Bounds(f"be 0 (greedy), or from {TINY:g} to {HUGE:g}", lambda value: value == 0 or TINY <= value <= HUGE)
+TOP_P = Bounds("lie in (0, 1]", lambda value: 0 < value <= 1)
 SECONDS = Bounds("be positive, and at most 1,000,000 seconds", lambda value: 0 < value <= 1e6)
 LIMIT = Bounds("be -1 (no limit), or at least 1 and at most 10^18", lambda value: value == -1 or 1 <= value <= 10**18)
 COUNT = 10**9  # the most of what is only counted up to
@@ -32,6 +34,9 @@ COUNT = 10**9  # the most of what is only counted up to
 def between(least: int, most: int) -> Bounds:
     """Whole numbers from ``least`` to ``most``."""
     return Bounds(f"be at least {least} and at most {most:,}", lambda value: least <= value <= most)
+
+
+TOP_K = between(0, COUNT)
 
 
 def check_number(name: str, value: Any, bounds: Bounds, *, whole: bool = True) -> None:

@@ -1,5 +1,7 @@
 """The rollout engine against transformers' ``generate``, and its guarantees about randomness and memory."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.engine import engine as engine_module
 from toolx_kernels.engine import runner as runner_module
 from toolx_kernels.engine.scheduler import Scheduler
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.models.bridge import attention_function, head_of, toolx_attention
 from toolx_kernels.ops.lm_head.linear_logprob import linear_logprob
 from toolx_kernels.train.update.batch import PackedGroup, pack
@@ -311,6 +313,83 @@ def test_a_callback_cannot_call_the_engine_that_called_it():
     assert engine.generate([[5]], 1, GREEDY)
 
 
+def test_a_callback_may_call_the_model():
+    model = small_model("llama")
+    asked = torch.tensor([[5, 6, 7]], device=DEVICE)
+    with torch.no_grad():
+        expected = model.eval()(asked).logits
+    engine, seen = RolloutEngine(model), []
+    usual = ids(engine.generate(prompts(), 2, WARM))
+    groups = engine.generate(prompts(), 2, WARM, on_completion=lambda *_: seen.append(model(asked).logits))
+    assert ids(groups) == usual and len(seen) == 2 * len(groups)
+    assert all(logits.equal(expected) for logits in seen)
+
+
+def test_weights_that_are_not_finite_are_told_and_not_sampled_from():
+    engine = RolloutEngine(model := small_model("llama"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(DivergedError, match=r"log-probs are not finite on prompt 0 \(row 3\), completion 0"):
+        engine.generate([[5]], 2, WARM, row_ids=[3])
+    with pytest.raises(InputError, match="should be equal and finite"):
+        RolloutEngine(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"page_size": 10**30}, "page_size=1000000000000000000000000000000 must be at least 1 and at most 65,536"),
+        ({"page_size": 16.0}, "page_size=16.0 must be a whole number"),
+        ({"max_pages": 10**12}, "max_pages=1000000000000 must be at least 1 and at most 4,194,304"),
+        ({"max_pages": "8"}, "max_pages='8' must be a whole number"),
+        ({"page_size": 2**16, "max_pages": 2**22}, "page_size=65536 with max_pages=4194304 takes .* GiB, but .* has"),
+        ({"seed": "a"}, "seed='a' must be a whole number"),
+        ({"seed": 2**32}, "seed=4294967296 must be at least 0 and at most 4,294,967,295"),
+        ({"compile": "yes"}, "compile='yes' must be True or False"),
+        ({"model": None}, "NoneType cannot be run exactly"),
+        ({"model": torch.nn.DataParallel(torch.nn.Linear(2, 2))}, "not a PreTrainedModel .*, but its module may be"),
+        ({"model": small_model("llama").to("meta")}, r"without weights \(on the meta device\)"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        RolloutEngine(**{"model": small_model("llama")} | arguments)
+
+
+def test_a_sharded_model_is_refused():
+    class DTensor(torch.nn.Parameter):
+        pass
+
+    model = small_model("llama")
+    model.lm_head.weight = DTensor(model.lm_head.weight)
+    with pytest.raises(InputError, match=r"its weights are sharded \(FSDP's fully_shard\)"):
+        RolloutEngine(model)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_new_tokens": 10**30}, "max_new_tokens=10+ must be at least 1 and at most 1,048,576"),
+        ({"max_new_tokens": "4"}, "max_new_tokens='4' must be a whole number"),
+        ({"temperature": "a"}, "temperature='a' must be a number"),
+        ({"temperature": math.inf}, "temperature=inf must be 0"),
+        ({"temperature": 1e-300}, r"temperature=1e-300 must be 0 \(greedy\), or from 1e-30 to 1e\+30"),
+        ({"temperature": torch.tensor(0.5)}, r"temperature=tensor\(0.5000\) must be a number"),
+        ({"top_k": 1.0}, "top_k=1.0 must be a whole number"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"top_p": None}, "top_p=None must be a number"),
+        ({"top_p": math.nan}, r"top_p=nan must lie in \(0, 1\]"),
+        ({"min_p": 2}, r"min_p=2 must lie in \[0, 1\]"),
+        ({"stop_token_ids": 2}, "stop_token_ids=2 must be token ids"),
+        ({"stop_token_ids": "ab"}, "stop_token_ids='ab' must be token ids"),
+        ({"stop_token_ids": (True,)}, r"stop_token_ids=\(True,\) must be token ids"),
+    ],
+)
+def test_sampling_parameters_are_checked(wrong, message):
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**{"max_new_tokens": 4} | wrong)
+
+
 def test_prompts_may_be_tensors_and_arrays():
     engine = RolloutEngine(small_model("llama"))
     expected = ids(engine.generate(prompts(), 1, GREEDY))
@@ -326,7 +405,31 @@ def test_prompts_may_be_tensors_and_arrays():
         ({"step": -1}, "step=-1 must"),
         ({"first_rollout": 2**32 - 1}, "rollout=4294967296 must"),
         ({"params": SamplingParams(4, stop_token_ids=(131,))}, "stop token 131 is outside the vocabulary of 131"),
+        ({"row_ids": [True]}, "row id=True must be a whole number from 0"),
+        ({"row_ids": [0, 1]}, "2 row_ids for 1 prompts"),
+        ({"row_ids": 3}, "row_ids is 3: give a list of whole numbers"),
+        ({"first_rollout": "a"}, "first_rollout is 'a': give a whole number or a list of them"),
+        ({"first_rollout": None}, "first_rollout=None must be a whole number"),
+        ({"limits": ["a"]}, "limits holds 'a': give a list of whole numbers"),
+        ({"step": "a"}, "step='a' must be a whole number"),
         ({"prompts": [[5, "x"]]}, r"Prompt 0 \(row 0\) holds token id 'x'"),
+        ({"prompts": [[5, True]]}, r"Prompt 0 \(row 0\) holds token id True, outside the vocabulary of 131: ids are"),
+        ({"prompts": [[5.0]]}, "holds token id 5.0"),
+        ({"prompts": [torch.tensor([5.5])]}, "holds token id 5.5"),
+        ({"prompts": [[10**30]]}, "holds token id 1000000"),
+        ({"prompts": [[5], [[6]]]}, r"Prompt 1 \(row 1\) holds token id \[6\]"),
+        ({"prompts": [5, 6]}, "prompt 0 is 5: give a list of token ids"),
+        ({"prompts": [[5], None]}, "prompt 1 is None: give a list of token ids"),
+        ({"prompts": ["hello"]}, "prompt 0 is 'hello': give a list of token ids"),
+        ({"prompts": None}, "prompts is None: give a list of prompts, each a list of token ids"),
+        ({"prompts": "hello"}, "prompts is 'hello': give a list of prompts"),
+        ({"prompts": [torch.zeros(2, device="meta")]}, "prompt 0 is tensor.* give a list of token ids"),
+        ({"n": 10**9}, "n=1000000000 must be at least 1 and at most 1,048,576"),
+        ({"n": 2**20, "prompts": [[5], [6]]}, "n=1048576 completions of 2 prompts are 2,097,152: sample at most"),
+        ({"n": "2"}, "n='2' must be a whole number"),
+        ({"n": True}, "n=True must be a whole number"),
+        ({"params": {"max_new_tokens": 4}}, r"params is {'max_new_tokens': 4}: pass SamplingParams"),
+        ({"on_completion": 3}, "on_completion=3 must be a function"),
     ],
 )
 def test_words_of_a_stream_and_tokens_are_checked_and_cost_no_pool(arguments, message):
@@ -503,7 +606,7 @@ def test_bad_sampling_parameters_are_named(settings):
         SamplingParams(**({"max_new_tokens": 4} | settings))
     with pytest.raises(InputError, match="page_size=0"):
         RolloutEngine(small_model("llama"), page_size=0)
-    with pytest.raises(InputError, match="max_pages=0 must be at least 1 page"):
+    with pytest.raises(InputError, match="max_pages=0 must be at least 1 and"):
         RolloutEngine(small_model("llama"), max_pages=0)
 
 

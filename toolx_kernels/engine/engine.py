@@ -27,13 +27,15 @@ from toolx_kernels.engine.runner import Runner
 from toolx_kernels.engine.scheduler import Scheduler
 from toolx_kernels.engine.sequence import Capacity, Sequence, sequences_of
 from toolx_kernels.engine.types import Completion, Group, SamplingParams
-from toolx_kernels.errors import InputError, retry_with_less
-from toolx_kernels.models.bridge import evaluating, head_of, toolx_attention
+from toolx_kernels.errors import InputError, retry_with_less, short
+from toolx_kernels.models.bridge import attention_of, evaluating, head_of, toolx_attention
 from toolx_kernels.models.shape import cache_shape, context_of
 from toolx_kernels.models.support import check_supported
+from toolx_kernels.settings import between, check_number
 
 MAX_SEQUENCES = 512  # that decode together
 PAGE_SIZE = 16  # tokens
+MOST_PAGE_TOKENS, MOST_PAGES = 1 << 16, 1 << 22  # a page costs about 150 bytes besides its tokens
 
 
 class RolloutEngine:
@@ -68,14 +70,22 @@ class RolloutEngine:
         seed: int = 0,
         compile: bool = False,
     ):
-        if page_size < 1:
-            raise InputError(f"page_size={page_size} must be at least 1 token.")
-        if max_pages is not None and max_pages < 1:
-            raise InputError(f"max_pages={max_pages} must be at least 1 page.")
+        check_number("page_size", page_size, between(1, MOST_PAGE_TOKENS))
+        if max_pages is not None:
+            check_number("max_pages", max_pages, between(1, MOST_PAGES))
+        check_number("seed", seed, between(0, 2**32 - 1))
+        if not isinstance(compile, bool):
+            raise InputError(f"compile={short(compile)} must be True or False.")
         check_supported(model)
         self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.compile = compile
         self.config = model.get_decoder().config
+        needed, there = (max_pages or 1) * self._page_bytes, device_memory(self._device)
+        if needed > there:
+            raise InputError(
+                f"page_size={page_size} with max_pages={max_pages} takes {needed / 2**30:,.1f} GiB, but {self._device} "
+                f"has {there / 2**30:,.1f}: lower one of them."
+            )
         self.runner: Runner | None = None
         self.preemptions = 0
         self._running = False
@@ -126,15 +136,20 @@ class RolloutEngine:
         turns.
 
         ``on_completion(index of the prompt, rollout index, completion)`` is called with each completion as soon as
-        it ends; if it returns True, the unfinished ones of the prompt are cancelled.
+        it ends; if it returns True, the unfinished ones of the prompt are cancelled. It may call the model, which is in
+        evaluation mode then, but not this engine.
 
         It computes in the weights' dtype, even inside autocast. The model is left unchanged.
 
         Raises:
-            InputError: n < 1, an empty prompt, an id outside the vocabulary, a prompt that fills the model's
-                context, one whose sequence would not fit the pool, a limit below 1, or a step, row id or rollout index
-                outside [0, 2**32); raised before anything runs, naming the prompt.
+            InputError: an argument of the wrong type, n < 1, more than 2**20 completions in all, an empty prompt, an id
+                outside the vocabulary, a prompt that fills the model's context, one whose sequence would not fit the
+                pool, a limit below 1, or a step, row id or rollout index outside [0, 2**32); raised before anything
+                runs, naming the prompt.
+            DivergedError: a log-prob is not finite.
         """
+        if on_completion is not None and not callable(on_completion):
+            raise InputError(f"on_completion={short(on_completion)} must be a function, or None.")
         if self._running:
             raise InputError("generate was called from its own on_completion: call it after that call has returned.")
         vocab_size = head_of(self.model)["weight"].shape[0]
@@ -152,8 +167,13 @@ class RolloutEngine:
         if not groups:
             return []
 
+        own = self.config._attn_implementation
+
         def ended(seq: Sequence) -> bool:
-            return on_completion is not None and on_completion(seq.group, seq.stream[3], seq.completion)
+            if on_completion is None:
+                return False
+            with attention_of(self.model, own):  # it may call the model
+                return on_completion(seq.group, seq.stream[3], seq.completion)
 
         self._running = True
         try:
@@ -234,8 +254,7 @@ class RolloutEngine:
 
     def _pool_for(self, groups: list[list[Sequence]], weight: torch.Tensor) -> PagePool:
         """The existing pool, enlarged if the work needs it, or a new one; with fewer pages if memory runs out."""
-        shape = cache_shape(self.config)
-        page_bytes = 2 * math.prod(shape) * weight.element_size() * self.page_size
+        shape, page_bytes = cache_shape(self.config), self._page_bytes
         prompts, limits = [len(seq.prompt) for seq, *_ in groups], [seq.limit for seq, *_ in groups]
         least = max(map(partial(pages_of, page_size=self.page_size), prompts, limits))
         if self.max_pages is None:
@@ -276,6 +295,10 @@ class RolloutEngine:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"{self._device} ran out of memory during rollouts: {consequence}.", stacklevel=2)
+
+    @property
+    def _page_bytes(self) -> int:
+        return 2 * math.prod(cache_shape(self.config)) * next(self.model.parameters()).element_size() * self.page_size
 
     @property
     def _device(self) -> torch.device:

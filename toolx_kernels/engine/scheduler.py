@@ -24,6 +24,7 @@ from toolx_kernels.engine.pool_size import pages_of
 from toolx_kernels.engine.sequence import Sequence
 from toolx_kernels.engine.step_inputs import DecodeInputs
 from toolx_kernels.engine.types import SamplingParams
+from toolx_kernels.errors import DivergedError
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,6 +55,7 @@ class Batch(NamedTuple):
 
 
 STATS = ("logprobs", "lse", "entropies", "kept_mass")  # fields of a Completion, in the order of a step's statistics
+FINITE = [0, 2]  # of these: log-probs and entropies
 
 
 class Scheduler:
@@ -217,6 +219,13 @@ class Scheduler:
 
     def record(self, places: np.ndarray, tokens: np.ndarray, stats: np.ndarray) -> None:
         """Adds each place's next token, (R), and its statistics, (R, 4); ends the sequences that are done."""
+        if not np.isfinite(stats[:, FINITE]).all():
+            place = int(places[np.flatnonzero(~np.isfinite(stats[:, FINITE]).all(1))[0]])
+            seq = self._sequences[place]
+            raise DivergedError(
+                f"the model's log-probs are not finite on prompt {seq.group} (row {seq.stream[2]}), completion "
+                f"{seq.stream[3]}"
+            )
         made = self._length[places] - self._prompt[places]
         self._tokens[places, made], self._stats[places, made] = tokens, stats
         self._newest[places] = tokens

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 from toolx_kernels.engine.pool_size import pages_of
 from toolx_kernels.engine.types import Completion, SamplingParams
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
+from toolx_kernels.settings import between, check_number
+
+MOST_SEQUENCES = 1 << 20  # of one call; one costs about 700 bytes besides its tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -45,12 +48,25 @@ def sequences_of(
     limits: abc.Sequence[int] | None,
 ) -> list[list[Sequence]]:
     """``n`` sequences for each prompt. Arguments and errors are those of ``RolloutEngine.generate``."""
-    if n < 1:
-        raise InputError(f"n={n} completions per prompt: n must be at least 1.")
-    tokens = [_integers(ids) for ids in prompts]
-    rows = list(range(len(tokens))) if row_ids is None else _integers(row_ids)
-    firsts = _integers(first_rollout if hasattr(first_rollout, "__len__") else [first_rollout] * len(tokens))
-    most = [params.max_new_tokens] * len(tokens) if limits is None else _integers(limits)
+    check_number("n", n, between(1, MOST_SEQUENCES))
+    if not isinstance(params, SamplingParams):
+        raise InputError(f"params is {short(params)}: pass SamplingParams(max_new_tokens=...).")
+    given = _listed("prompts", prompts, "a list of prompts, each a list of token ids")
+    tokens = [_integers(f"prompt {i}", ids, "a list of token ids") for i, ids in enumerate(given)]
+    if n * len(tokens) > MOST_SEQUENCES:
+        raise InputError(
+            f"n={n} completions of {len(tokens)} prompts are {n * len(tokens):,}: sample at most {MOST_SEQUENCES:,} in "
+            "one call."
+        )
+    rows = list(range(len(tokens))) if row_ids is None else _integers("row_ids", row_ids, "a list of whole numbers")
+    firsts = [first_rollout] * len(tokens)
+    if hasattr(first_rollout, "__len__"):
+        firsts = _integers("first_rollout", first_rollout, "a whole number or a list of them")
+    most = [params.max_new_tokens] * len(tokens)
+    if limits is not None:
+        most = _integers("limits", limits, "a list of whole numbers")
+        if wrong := [limit for limit in most if type(limit) is not int]:
+            raise InputError(f"limits holds {short(wrong[0])}: give a list of whole numbers.")
     for name, values in (("row_ids", rows), ("first_rollout", firsts), ("limits", most)):
         if len(values) != len(tokens):
             raise InputError(f"{len(values)} {name} for {len(tokens)} prompts: give one for each.")
@@ -58,7 +74,8 @@ def sequences_of(
         min(limit, params.max_new_tokens, capacity.context - len(ids)) for ids, limit in zip(tokens, most, strict=True)
     ]
     words = {"seed": [seed], "step": [step], "row id": rows, "first_rollout": firsts}
-    _check_streams(words | {"last_rollout": (first + n - 1 for first in firsts)})
+    _check_streams(words)
+    _check_streams({"last_rollout": (first + n - 1 for first in firsts)})
     for token in params.stop_token_ids:
         if not 0 <= token < capacity.vocab_size:
             raise InputError(
@@ -75,8 +92,10 @@ def sequences_of(
 def _check_streams(words: dict[str, abc.Iterable[int]]) -> None:
     for name, given in words.items():
         for word in given:
-            if not (isinstance(word, int) and 0 <= word < 2**32):
-                raise InputError(f"{name}={word!r} must be a whole number from 0 to 2**32 - 1, because it is a seed.")
+            if not (type(word) is int and 0 <= word < 2**32):
+                raise InputError(
+                    f"{name}={short(word)} must be a whole number from 0 to 2**32 - 1, because it is a seed."
+                )
 
 
 def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> None:
@@ -84,8 +103,10 @@ def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> 
     if not ids:
         raise InputError(f"{name} is empty: give it at least one token.")
     if not (_all_int(ids) and min(ids) >= 0 and max(ids) < vocab_size):
-        bad = [token for token in ids if not (isinstance(token, int) and 0 <= token < vocab_size)]
-        raise InputError(f"{name} holds token id {bad[0]!r}, outside the vocabulary of {vocab_size}.")
+        bad = [token for token in ids if not (type(token) is int and 0 <= token < vocab_size)]
+        raise InputError(
+            f"{name} holds token id {short(bad[0])}, outside the vocabulary of {vocab_size}: ids are whole numbers."
+        )
     if len(ids) >= context:
         raise InputError(f"{name} has {len(ids)} tokens, but the model's context is {context}: shorten it.")
     if limit < 1:
@@ -98,10 +119,31 @@ def _check_prompt(name: str, ids: list[int], limit: int, capacity: Capacity) -> 
         )
 
 
-def _integers(values: Any) -> list[int]:
-    """The values of a list, an array or a tensor as a list of Python numbers."""
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    return values if _all_int(values) else [v.item() if hasattr(v, "item") else v for v in values]
+def _listed(name: str, values: Any, wanted: str) -> list:
+    """The items of a list, an array or a tensor. Raises InputError for anything else."""
+    try:
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        elif isinstance(values, abc.Iterable) and not isinstance(values, str | bytes | abc.Mapping | abc.Set):
+            values = list(values)
+    except (TypeError, RuntimeError):  # a tensor without values
+        pass
+    if not isinstance(values, list):
+        raise InputError(f"{name} is {short(values)}: give {wanted}.")
+    return values
+
+
+def _integers(name: str, values: Any, wanted: str) -> list[int]:
+    """The same, with Python numbers in place of arrays and tensors of one number."""
+    values = _listed(name, values, wanted)
+    return values if _all_int(values) else list(map(_plain, values))
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # it holds no single number
+        return value
 
 
 def _all_int(values: list) -> bool:

@@ -6,15 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from toolx_kernels.errors import InputError, short
-from toolx_kernels.settings import COUNT, HUGE, SHARE, TINY, Bounds, between, check_number
+from toolx_kernels.settings import SHARE, TEMPERATURE, TOP_K, TOP_P, between, check_number
 
 SAMPLING = {
     "max_new_tokens": between(1, 1 << 20),
-    "temperature": Bounds(
-        f"be 0 (greedy), or from {TINY:g} to {HUGE:g}", lambda value: value == 0 or TINY <= value <= HUGE
-    ),
-    "top_k": between(0, COUNT),
-    "top_p": Bounds("lie in (0, 1]", lambda value: 0 < value <= 1),
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
+    "top_p": TOP_P,
     "min_p": SHARE,
 }
 

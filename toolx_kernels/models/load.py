@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
+from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line, short
 from toolx_kernels.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from toolx_kernels.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from toolx_kernels.models.adapters import attach_adapter, base_of
 from toolx_kernels.models.tiny import is_tiny, tiny_model, tiny_tokenizer
+from toolx_kernels.settings import between, check_number
 from toolx_kernels.toolcall.chat import Chat
 
 SMOLLM2 = "smollm2-135m"
@@ -50,6 +51,11 @@ def load_model(
     Raises:
         InputError: nothing of that name can be loaded; the message names what was tried.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"name is {short(name)}: give the name of a model, or a path.")
+    if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise InputError(f"dtype={short(dtype)} is unknown: give 'float32', 'bfloat16', 'float16' or 'float64'.")
+    check_number("seed", seed, between(0, 2**63 - 1))
     on = resolve_device(device)
     source, name = resolve(name), os.fspath(name)
     model: PreTrainedModel
@@ -178,13 +184,15 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def resolve_device(device: str) -> torch.device:
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:<number>.")
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise InputError(f"device={short(device)} is unknown: use auto, cpu, cuda or cuda:<number>.")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={device!r}: torch sees no GPU here; use --device cpu.")
+    if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        raise InputError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on.")
     return resolved
 
 

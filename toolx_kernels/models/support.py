@@ -60,6 +60,7 @@ def check_supported(model: PreTrainedModel) -> None:
         InputError: they differ, or the model cannot be run this way at all.
     """
     try:
+        _check_weights(model)
         _try_architecture(model)
         _try_itself(model)
     except Unsupported as reason:
@@ -108,6 +109,17 @@ def _try_architecture(model: PreTrainedModel) -> float:
     if isinstance(verdict, str):
         raise Unsupported(verdict)
     return verdict
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if any(type(weight).__name__ == "DTensor" for weight in weights):  # by name: importing it takes a second
+        raise Unsupported("its weights are sharded (FSDP's fully_shard), but one process must hold them whole")
+    devices = sorted({str(weight.device) for weight in weights})
+    if "meta" in devices:
+        raise Unsupported("it is without weights (on the meta device)")
+    if len(devices) > 1:
+        raise Unsupported(f"its weights are on several devices ({', '.join(devices)}), but must be on one")
 
 
 def _check_parts(model: PreTrainedModel) -> None:

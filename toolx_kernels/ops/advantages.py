@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.ops import library
 from toolx_kernels.reference import compute_dtype
+from toolx_kernels.settings import COUNT, NOT_NEGATIVE, between, check_number
 
 try:
     import triton
@@ -42,21 +41,28 @@ def group_advantages(
         InputError: neither or both of group_size and group_ids, a group_size that does not divide B, an unknown scale,
             a ``min_std`` that is negative or not finite, a reward that is not a finite fp32 number.
     """
+    if not isinstance(rewards, Tensor) or rewards.layout != torch.strided or rewards.is_complex():
+        raise InputError(f"rewards is {short(rewards)}: pass a tensor of one number per completion.")
     if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
-    if scale not in ("group", "batch", "none"):
-        raise InputError(f"scale={scale!r} is unknown: choose one of group, batch, none.")
-    if not 0 <= min_std < math.inf:
-        raise InputError(f"min_std={min_std} must be a finite number that is not negative: 0 for no lower bound.")
+    if not (isinstance(scale, str) and scale in ("group", "batch", "none")):
+        raise InputError(f"scale={short(scale)} is unknown: choose one of group, batch, none.")
+    check_number("min_std", min_std, NOT_NEGATIVE, whole=False)
+    check_number("eps", eps, NOT_NEGATIVE, whole=False)
+    if not isinstance(check_finite, bool):
+        raise InputError(f"check_finite={short(check_finite)} must be True or False.")
     if group_size is not None and group_ids is None:
-        if group_size < 1 or rewards.shape[0] % group_size:
+        check_number("group_size", group_size, between(1, COUNT))
+        if rewards.shape[0] % group_size:
             raise InputError(f"group_size={group_size} does not divide the {len(rewards)} rewards.")
     elif group_ids is not None and group_size is None:
+        if not isinstance(group_ids, Tensor) or group_ids.layout != torch.strided:
+            raise InputError(f"group_ids is {short(group_ids)}: pass a tensor of one integer per completion.")
         if group_ids.shape != rewards.shape:
             raise InputError(
                 f"group_ids {tuple(group_ids.shape)} must have one entry for each of the {len(rewards)} rewards."
             )
-        if group_ids.is_floating_point() or group_ids.device != rewards.device:
+        if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.device != rewards.device:
             raise InputError(
                 f"group_ids is {group_ids.dtype} on {group_ids.device}: it must hold integers on {rewards.device}."
             )

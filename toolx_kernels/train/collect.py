@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from toolx_kernels.engine import RolloutEngine
-from toolx_kernels.errors import DivergedError, InputError
+from toolx_kernels.errors import InputError
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.rollout.rollout import OnRollout, Rollout, Rollouter
 from toolx_kernels.rollout.single_turn import SingleTurn
@@ -172,10 +171,8 @@ class Collector:
                 first_rollout=first_rollout,
                 on_rollout=on_rollout,
             )
-        for row, rollouts in zip(rows, groups, strict=True):
+        for rollouts in groups:
             for rollout in rollouts:
-                if not math.isfinite(sum(rollout.logprobs) + sum(rollout.entropies)):
-                    raise DivergedError(f"the model's log-probs on row {row.id} are not finite")
                 self.tokens[purpose] += rollout.written
                 self.prefilled[purpose] += len(rollout.ids) - rollout.written
         return groups

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.lm_head.vocab_shard import VocabShard
 from toolx_kernels.reference import compute_dtype
+from toolx_kernels.settings import NOT_NEGATIVE, POSITIVE, check_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_ROWS = 2**31 - 1
 
 
 def row_temperatures(temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
     """Temperatures (N), from a number or a tensor of one per row."""
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise InputError(f"temperature={temperature} must be positive.")
-        return torch.full(targets.shape, temperature, dtype=compute_dtype(hidden), device=hidden.device)
+        check_number("temperature", temperature, POSITIVE, whole=False)
+        return torch.full(targets.shape, float(temperature), dtype=compute_dtype(hidden), device=hidden.device)
     if temperature.shape != targets.shape:
         raise InputError(
             f"temperature has shape {tuple(temperature.shape)}: give a number or one per row ({len(targets)})."
         )
+    check_tensors(temperature=temperature)
     check_devices(hidden.device, temperature=temperature)
     return saved(temperature)
 
@@ -37,13 +41,15 @@ def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Ten
         if denominator.numel() != 1:
             raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
         return denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
-    if not 0 < denominator < float("inf"):
-        raise InputError(f"denominator={denominator} must be positive and finite, because it is a divisor.")
-    return torch.full((), denominator, dtype=compute_dtype(hidden), device=hidden.device)
+    check_number("denominator", denominator, POSITIVE, whole=False)
+    return torch.full((), float(denominator), dtype=compute_dtype(hidden), device=hidden.device)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     """Raises InputError unless hidden (N, D), weight (V, D) and bias (V) fit together."""
+    check_tensors(hidden=hidden, weight=weight)
+    if bias is not None:
+        check_tensors(bias=bias)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.shape[1] == 0:
         raise InputError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D) with one D."
@@ -53,8 +59,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
             raise InputError(f"{name} is {tensor.dtype}: it must be fp32, bf16, fp16 or float64.")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: float64 goes with float64 only.")
-    if softcap is not None and not 0 <= softcap < float("inf"):
-        raise InputError(f"softcap={softcap} must be positive and finite, or None for no softcap.")
+    if len(hidden) > MOST_ROWS:
+        raise InputError(f"hidden has {len(hidden):,} rows: give at most {MOST_ROWS:,}, as int32 bounds hold no more.")
+    if softcap is not None:
+        check_number("softcap", softcap, NOT_NEGATIVE, whole=False)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias {tuple(bias.shape)} must have one entry for each of the {len(weight)} rows of weight.")
     check_devices(hidden.device, weight=weight, bias=bias)
@@ -62,12 +70,15 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
 
 def check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard | None) -> None:
     """Raises InputError unless targets (N) int64 fit hidden (N, D), and weight lies inside the shard's vocabulary."""
+    check_tensors(targets=targets)
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise InputError(
             f"targets {tuple(targets.shape)} of {targets.dtype} must be int64 with one id for each of the "
             f"{len(hidden)} rows of hidden."
         )
     check_devices(hidden.device, targets=targets)
+    if not isinstance(shard, VocabShard | None):
+        raise InputError(f"shard is {short(shard)}: pass a VocabShard, or None.")
     if shard is not None and not 0 <= shard.start <= shard.vocab_size - len(weight):
         raise InputError(
             f"shard.start={shard.start} and the {len(weight)} rows of weight must lie inside "
@@ -84,10 +95,10 @@ def check_vectors(
     per_row: dict,
 ) -> None:
     """Raises InputError for vectors of a loss that do not fit; reads no values, so a GPU is not waited for."""
-    vectors = {"cu_seqlens": cu_seqlens, "rewards": rewards, "advantages": advantages, **per_row}
-    for name, vector in vectors.items():
-        if not isinstance(vector, Tensor | None):
-            raise InputError(f"{name} is a {type(vector).__name__}: pass a tensor on {hidden.device}.")
+    vectors = {"rewards": rewards, "advantages": advantages, **per_row}
+    check_tensors(cu_seqlens=cu_seqlens, **{name: vector for name, vector in vectors.items() if vector is not None})
+    if not isinstance(config, GRPOLossConfig):
+        raise InputError(f"config is {short(config)}: pass a GRPOLossConfig.")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise InputError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
@@ -107,11 +118,20 @@ def check_vectors(
             raise InputError(
                 f"{name} has shape {tuple(vector.shape)}: it must be ({size},) to fit cu_seqlens and hidden."
             )
-    check_devices(hidden.device, **vectors)
+    check_devices(hidden.device, cu_seqlens=cu_seqlens, **vectors)
     if (mask := per_row["mask"]) is not None and mask.dtype != torch.bool:
         raise InputError(f"mask is {mask.dtype}: pass mask.bool(), True where a token counts.")
     if config.beta and per_row["ref_logprobs"] is None:
         raise InputError(f"beta={config.beta} needs ref_logprobs: pass the reference policy's log-probs or set beta=0.")
+
+
+def check_tensors(**given: Any) -> None:
+    """Raises InputError for what is not a dense tensor of real numbers."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} is {short(tensor)}: pass a tensor.")
+        if tensor.layout != torch.strided or tensor.is_complex():
+            raise InputError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}: pass a dense one of real numbers.")
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:

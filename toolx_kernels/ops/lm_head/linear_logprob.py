@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from toolx_kernels.errors import InputError, short
 from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head.checks import (
     check_first_derivative,
@@ -74,6 +75,8 @@ def linear_logprob(
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
     check_saved(hidden=hidden, weight=weight, bias=bias)
+    if not isinstance(entropy, bool):
+        raise InputError(f"entropy={short(entropy)} must be True or False.")
     temperature = row_temperatures(temperature, hidden, targets)
     check_transforms(hidden, weight, bias, temperature)
     inputs = HeadInputs(

@@ -9,8 +9,6 @@ time as fit a bounded workspace.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,10 @@ from toolx_kernels import reference
 from toolx_kernels.errors import InputError
 from toolx_kernels.ops import library
 from toolx_kernels.ops.lm_head import sampling_torch, tiles
-from toolx_kernels.ops.lm_head.checks import check_devices, check_head
+from toolx_kernels.ops.lm_head.checks import check_devices, check_head, check_tensors
 from toolx_kernels.ops.lm_head.head import as_given, blocks
 from toolx_kernels.reference import Sample, compute_dtype
+from toolx_kernels.settings import SHARE, TEMPERATURE, TOP_K, TOP_P, check_number
 
 TOP_P_CANDIDATES = 512
 FILTER_BYTES = 64  # of workspace per logit, measured: logit, sorted logit, index, probabilities, sums and masks
@@ -52,23 +51,20 @@ def sample(
     Raises:
         InputError: shapes, dtypes or devices that do not fit together, or a setting out of range.
     """
+    check_head(hidden, weight, bias, softcap)
+    check_tensors(streams=streams)
     if streams.ndim != 2 or streams.shape[1] != 5 or streams.dtype != torch.int64 or len(streams) != len(hidden):
         raise InputError(
             f"streams {tuple(streams.shape)} of {streams.dtype} must be int64 (R, 5), one row for each of the "
             f"{len(hidden)} rows of hidden."
         )
     check_devices(hidden.device, streams=streams)
-    check_head(hidden, weight, bias, softcap)
     if len(weight) == 0:
         raise InputError("weight has no rows: there must be a token to sample.")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature} must be 0 (greedy), or positive and finite.")
-    if top_k < 0:
-        raise InputError(f"top_k={top_k} must be 0 (no filter) or positive.")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} must lie in (0, 1]: 1 is no filter.")
-    if not 0 <= min_p <= 1:
-        raise InputError(f"min_p={min_p} must lie in [0, 1]: 0 is no filter.")
+    check_number("temperature", temperature, TEMPERATURE, whole=False)
+    check_number("top_k", top_k, TOP_K)
+    check_number("top_p", top_p, TOP_P, whole=False)
+    check_number("min_p", min_p, SHARE, whole=False)
     outputs = torch.ops.toolx.sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, softcap or 0.0)
     return Sample(*outputs)
 
