@@ -30,8 +30,8 @@ NEEDED = ("torch", "triton", "transformers", "pytest")
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if not args.minutes > 0:
-        return refuse(f"--minutes {args.minutes:g} must be more than 0.")
+    if not 0 < args.minutes <= 10_000:
+        return refuse(f"--minutes {args.minutes:g} must be more than 0, and at most 10,000.")
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return refuse(f"{sys.executable} has no {absent[0]}: install it, or use another Python: make gpu PYTHON=...")
     if args.known and not args.known.exists():

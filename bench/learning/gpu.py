@@ -43,6 +43,7 @@ from pathlib import Path
 
 import torch
 
+from bench.common.arguments import MINUTES, SEED, WORKERS
 from bench.gpu.__main__ import without_paths
 from bench.gpu.commands import exit_status
 from bench.gpu.machine import machine
@@ -311,9 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--bundle", type=Path, help="folder of rows and, optionally, a cold start")
     size.add_argument("--toy", action="store_true", help="the tiny model and a built-in task: no figure means anything")
-    parser.add_argument("--minutes", type=float, default=8, help="time limit of the whole call (default: 8)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(8), help="of pairs, in order (default: 0 to 7)")
-    parser.add_argument("--at-once", type=int, default=2, help="most pairs at a time (default: 2)")
+    parser.add_argument("--minutes", type=MINUTES, default=8, help="time limit of the whole call (default: 8)")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=range(8), help="of pairs, in order (default: 0 to 7)")
+    parser.add_argument("--at-once", type=WORKERS, default=2, help="most pairs at a time (default: 2)")
     parser.add_argument("--device", default="cuda", help="cpu is for --toy")
     own, more = parser.parse_known_args(argv)
     deadline = time.monotonic() + 60 * own.minutes - LAST_SECONDS

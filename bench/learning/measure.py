@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+from bench.common.arguments import number
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import wilson
@@ -151,7 +152,9 @@ def measurement_of(args: ToolExpanderConfig, rollouts: int, rows: Sequence[Row],
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--rollouts", type=int, default=10, help="rollouts of each training row (default: 10)")
+    parser.add_argument(
+        "--rollouts", type=number(int, 1, 4096), default=10, help="rollouts of each training row (default: 10)"
+    )
     own, flags = parser.parse_known_args(argv)
     own.output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as nowhere:

@@ -42,6 +42,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from bench.common.arguments import number
 from toolx_kernels.cli.train import parse_train
 from toolx_kernels.files import write_atomically
 from toolx_kernels.toolcall.datasets.builtin_facts import Fact, fact_of
@@ -201,7 +202,7 @@ def measured(trainer: ToolExpanderTrainer, more: Sequence[Row]) -> tuple[list[Me
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--budget", type=int, required=True, help="forward-equivalents of an arm")
+    parser.add_argument("--budget", type=number(int, 1, 10**18), required=True, help="forward-equivalents of an arm")
     own, flags = parser.parse_known_args()
     with TemporaryDirectory() as nowhere:
         args = parse_train([*flags, "--output_dir", f"{nowhere}/run"])

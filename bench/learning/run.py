@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.common.arguments import SEED, WORKERS, number
 from toolx_kernels.cli.recipes import read_recipe
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -139,11 +140,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", choices=RECORDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the arms (default: the record's)")
+    parser.add_argument("--seeds", type=SEED, nargs="+", help="seeds of the arms (default: the record's)")
     parser.add_argument("--arms", nargs="+", help="any recipes of toolx train (default: the record's)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument(
+        "--workers", type=WORKERS, default=os.cpu_count(), help="runs at a time (default: one per core)"
+    )
     parser.add_argument("--model", help="the model from which arms begin, for a record without a cold start")
-    parser.add_argument("--turn", type=int, help="saved steps after which a run yields to the next one")
+    parser.add_argument(
+        "--turn", type=number(int, 1, 10**9), help="saved steps after which a run yields to the next one"
+    )
     args = parser.parse_args()
     record, shared = RECORDS[args.record], CONFIGS / f"{args.record}-arm.yaml"
     seeds, threads = args.seeds or record.seeds, max(1, os.cpu_count() // args.workers)

@@ -207,7 +207,8 @@ def test_bad_arguments_and_missing_packages_are_one_sentence(tmp_path, monkeypat
     assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "none").exists()
     assert done.stderr.startswith("make gpu: torch ") and done.stderr.count("\n") == 1
     for arguments, sentence in (
-        (["--minutes", "0"], "--minutes 0 must be more than 0."),
+        (["--minutes", "0"], "--minutes 0 must be more than 0, and at most 10,000."),
+        (["--minutes", "inf"], "--minutes inf must be more than 0, and at most 10,000."),
         (["--known", "not/there"], "--known not/there does not exist: name the facts.jsonl of an earlier run."),
     ):
         assert gpu.main(arguments) == 1

@@ -84,3 +84,12 @@ def test_arms_take_turns_until_all_are_finished(monkeypatch, tmp_path):
     )
     run.main()
     assert asked == [(f"{name}-seed0", "m.gguf", 2, 1) for name in ("grpo", "retry", "grpo", "retry")]
+
+
+@pytest.mark.parametrize("flag", ["--workers 0", "--workers 1000000000", "--turn 0", "--seeds -1", "--seeds 1e9"])
+def test_numbers_out_of_bounds_are_refused(flag, capsys, tmp_path, monkeypatch):
+    name, value = flag.split()
+    monkeypatch.setattr(sys, "argv", ["run", "smollm2", str(tmp_path), f"{name}={value}"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert f"argument {name}: '{value}' must be a number from" in capsys.readouterr().err
