@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -374,3 +376,36 @@ def test_adapters_beside_models_and_checkpoints(tmp_path):
         load_model(out)
     saved(out)
     assert resolve(out) == ("folder", str(out)), "a merged model, with what was left of its adapter"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"name": None}, "name is None: give the name of a model"),
+        ({"name": 3}, "name is 3: give the name of a model"),
+        ({"dtype": "bf16"}, "dtype='bf16' is unknown: give 'float32', 'bfloat16'"),
+        ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16 is unknown: give 'float32'"),
+        ({"device": 0}, "device=0 is unknown: use auto, cpu, cuda or cuda:<number>"),
+        ({"device": "cuda:99999999999999999999"}, "device='cuda:9+' is unknown"),
+        ({"seed": "a"}, "seed='a' must be a whole number"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be at least 0"),
+    ],
+)
+def test_wrong_arguments(wrong, message):
+    with pytest.raises(InputError, match=message):
+        load_model(**{"name": "tiny"} | wrong)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="device='cuda:2': torch sees 2 GPUs here, from cuda:0 on"):
+        load_model("tiny", device="cuda:2")
+
+
+def test_loading_a_model_prints_no_warnings_of_libraries_that_transformers_loads():
+    """torchao warns about its parts for other machines, when transformers loads it."""
+    code = "import logging; from toolx_kernels import ToolExpanderTrainer, RolloutEngine, load_model"
+    code += "; print(logging.getLogger('torchao').level)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

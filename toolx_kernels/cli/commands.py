@@ -16,9 +16,6 @@ from toolx_kernels.versions import version_of
 
 # OpenMP threads that spin while they wait slow each other down many times; this must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# transformers loads torchao if it is installed, which then warns about its parts for other machines and about torch.
-for name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Command(NamedTuple):
