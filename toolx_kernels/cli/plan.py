@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.models.config import config_of
     from toolx_kernels.models.shape import EXPERTS_NOTE, has_experts
     from toolx_kernels.models.support import check_config
-    from toolx_kernels.train.memory.plan import GIB
+    from toolx_kernels.train.memory.plan import BF16_ON_CPU, GIB
     from toolx_kernels.train.memory.planner import Planner
     from toolx_kernels.train.memory.workload import Workload
     from toolx_kernels.train.run.folder import RunFolder
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"assumption: {assumed}")
     if has_experts(shape.get_text_config(decoder=True)):
         print(f"model: {EXPERTS_NOTE}")
+    if not on_gpu and config.dtype == "bfloat16":
+        print(f"bfloat16: {BF16_ON_CPU}")
     print(planned.table())
     print(verdict(planned, better))
     return 0 if planned.fits else 1

@@ -12,6 +12,11 @@ GIB = 1 << 30
 # Memory outside tensors. On a GPU: CUDA's context, cuBLAS workspaces and fragmentation of the allocator; a guess, not
 # measured. On a CPU: what importing torch and transformers takes.
 OVERHEAD = {"cuda": 1 << 30, "cpu": 500 << 20}
+# oneDNN's cache of primitives; how much it takes was not measured for this plan, because no such CPU was at hand.
+BF16_ON_CPU = (
+    "on a CPU with bfloat16 instructions, oneDNN keeps a kernel for each shape of a product, which has taken hundreds "
+    "of MiB: they are not in this plan, and the environment variable ONEDNN_PRIMITIVE_CACHE_CAPACITY limits them"
+)
 
 
 class Bytes(NamedTuple):
