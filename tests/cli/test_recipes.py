@@ -50,6 +50,11 @@ BAD_YAML = [
         "mine.yaml, line 1: epsilon=-1.0 must lie in [0, 1), as the lower clip is 1 - epsilon.",
     ),  # as the loss says
     ("seed: 1\ntop_p: 0", "mine.yaml, line 2: top_p=0.0 must lie in (0, 1]"),  # as the sampler says
+    (
+        "seed: 1\nper_device_train_batch_size: 8",
+        "mine.yaml, line 2: 'per_device_train_batch_size' is not a",
+    ),  # it is TRL's
+    ("seed: 1\nprompts_per_step: 999999999999", "mine.yaml, line 2: prompts_per_step=999999999999 must be at"),
     ("device: tpu9", "mine.yaml, line 1: device='tpu9' is unknown"),
     ("model: 5", "mine.yaml, line 1: model=5 must be text."),
     ("resume: true\noverwrite: true", "mine.yaml, line 1 and mine.yaml, line 2: resume=True keeps the run"),

@@ -128,14 +128,14 @@ def test_the_kernel_agrees_with_the_definition(scale, min_std):
     "arguments, message",
     [
         ({"group_size": 3}, "group_size=3 does not divide the 8"),
-        ({"group_size": 0}, "group_size=0 does not divide the 8"),
+        ({"group_size": 0}, "group_size=0 must be at least 1"),
         ({}, "either group_size or group_ids"),
         ({"group_size": 4, "group_ids": torch.zeros(8)}, "either group_size or group_ids"),
         ({"group_ids": torch.zeros(3)}, "one entry for each of the 8"),
         ({"group_size": 4, "scale": "std"}, "scale='std' is unknown"),
-        ({"group_size": 4, "min_std": -0.1}, "min_std=-0.1 must be a finite number"),
-        ({"group_size": 4, "min_std": torch.inf}, "min_std=inf must be a finite number"),
-        ({"group_size": 4, "min_std": torch.nan}, "min_std=nan must be a finite number"),
+        ({"group_size": 4, "min_std": -0.1}, "min_std=-0.1 must not be negative"),
+        ({"group_size": 4, "min_std": torch.inf}, "min_std=inf must not be negative, and be finite"),
+        ({"group_size": 4, "min_std": torch.nan}, "min_std=nan must not be negative, and be finite"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

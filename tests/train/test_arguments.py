@@ -81,6 +81,13 @@ def test_models(tmp_path, model, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_that_were_changed_in_a_config_are_checked_again(tmp_path):
+    args = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **SMALL)
+    args.prompts_per_step = 10**9
+    with pytest.raises(InputError, match="prompts_per_step=1000000000 must be at least 1 and at most 65,536"):
+        trainer(tmp_path, args=args)
+
+
 class Processor(ProcessorMixin):
     def __init__(self):
         self.tokenizer = TOKENIZER

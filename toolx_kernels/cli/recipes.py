@@ -48,8 +48,8 @@ def read_recipe(name: str) -> Recipe:
     for key, line, value in _entries(path, shown):
         place = f"{shown}, line {line}"
         if key not in ToolExpanderConfig.__dataclass_fields__:
-            known = ToolExpanderConfig.__dataclass_fields__
-            remedy = SEE if is_trls(key) else did_you_mean(key, known, "see toolx train --help.")
+            names = ToolExpanderConfig.__dataclass_fields__
+            remedy = SEE if is_trls(key) else did_you_mean(key, names, "see toolx train --help.")
             raise InputError(f"{place}: {key!r} is not a setting: {remedy}")
         if key in recipe.places:
             raise InputError(f"{place}: {key!r} is set twice, first in {recipe.places[key]}: leave one of them out.")

@@ -59,7 +59,7 @@ def sequences_of(
             "one call."
         )
     rows = list(range(len(tokens))) if row_ids is None else _integers("row_ids", row_ids, "a list of whole numbers")
-    firsts = [first_rollout] * len(tokens)
+    firsts: list[Any] = [first_rollout] * len(tokens)
     if hasattr(first_rollout, "__len__"):
         firsts = _integers("first_rollout", first_rollout, "a whole number or a list of them")
     most = [params.max_new_tokens] * len(tokens)
@@ -73,7 +73,7 @@ def sequences_of(
     most = [
         min(limit, params.max_new_tokens, capacity.context - len(ids)) for ids, limit in zip(tokens, most, strict=True)
     ]
-    words = {"seed": [seed], "step": [step], "row id": rows, "first_rollout": firsts}
+    words: dict[str, abc.Iterable[int]] = {"seed": [seed], "step": [step], "row id": rows, "first_rollout": firsts}
     _check_streams(words)
     _check_streams({"last_rollout": (first + n - 1 for first in firsts)})
     for token in params.stop_token_ids:

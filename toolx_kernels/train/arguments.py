@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,10 @@ def check_arguments(
 
 
 def _check_args(args: Any) -> None:
-    if args is None or isinstance(args, ToolExpanderConfig):
+    if args is None:
+        return
+    if isinstance(args, ToolExpanderConfig):
+        replace(args)  # checks settings that were changed since the config was made
         return
     remedy = "pass a ToolExpanderConfig, whose settings have TRL's names where TRL has one"
     if isinstance(args, dict):
