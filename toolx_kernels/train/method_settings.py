@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from toolx_kernels.loss_config import LossType
 from toolx_kernels.settings import FINITE, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, Settings, setting
+
+if TYPE_CHECKING:
+    from typing import Self  # since Python 3.11
 
 BY_LOSS = "GRPOLossConfig checks it"
 
