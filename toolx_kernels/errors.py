@@ -66,6 +66,15 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, in the plural where it needs one.
+
+    >>> counted(1, "step"), counted(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     """The end of a sentence about an unknown ``word``: the ``known`` one that begins with it or is spelled most like
     it, or ``otherwise``.

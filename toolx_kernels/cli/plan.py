@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.train.run.folder import RunFolder
 
     if config.resume:
-        RunFolder(config.output_dir).check(config)
+        RunFolder(config.output_dir).check_content(config)
     on_gpu = config.device.startswith("cuda") or (
         config.device == "auto" and (given is not None or torch.cuda.is_available())
     )

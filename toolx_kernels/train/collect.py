@@ -51,8 +51,7 @@ class Collector:
         return {"tokens": dict(self.tokens), "prefilled": dict(self.prefilled), "unrewarded": self.unrewarded}
 
     def load_state_dict(self, state: dict) -> None:
-        self.tokens.update(state["tokens"])
-        self.prefilled.update(state["prefilled"])
+        self.tokens, self.prefilled = Counter(state["tokens"]), Counter(state["prefilled"])
         self.unrewarded = state["unrewarded"]
 
     def groups(self, plans: Sequence[GroupPlan], stream: int, purpose: str = "step") -> list[ScoredGroup]:

@@ -77,8 +77,7 @@ class Reporter:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues from a checkpoint; drops what was logged after it."""
-        self.run.forget_after(state["lines"])
+        """Continues from a checkpoint."""
         self.eval_before, self.hard_before = state["eval_before"], state["hard_before"]
         self.evaluated, self.eval_rewards = state["evaluated"], state["eval_rewards"]
         self.notices.load_state_dict(state["notices"])
@@ -91,13 +90,8 @@ class Reporter:
 
     @contextmanager
     def running(self, rounds: Rounds) -> Iterator[None]:
-        """Context that shows the run's steps on the bar, the only bar until the run ends.
-
-        Raises InputError if ``profile_step`` is beyond the steps of the run.
-        """
+        """Context that shows the run's steps on the bar, the only bar until the run ends."""
         args, steps = self.args, rounds.planned_steps
-        if args.profile_step > steps:
-            raise InputError(f"profile_step={args.profile_step} is beyond this run: choose one of its {steps} steps.")
         self._started = time.perf_counter() - self._earlier
         budget = args.max_tokens > 0 or args.max_fe > 0  # may end the run before its last step
         others = logging.is_progress_bar_enabled()  # transformers shows one when saving a checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, counted
 from toolx_kernels.train.collect import Collector
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.groups import ScoredGroup
@@ -31,6 +31,8 @@ class Rounds:
     trained_fe      forward-equivalents of all updates, see ``Learner.improve``
     supervised      those steps that sampled nothing
     table           the state of every training row
+
+    Raises InputError if ``args.profile_step`` is beyond the steps of the run.
     """
 
     def __init__(
@@ -50,6 +52,10 @@ class Rounds:
         self.total = args.num_train_epochs * self.per_epoch
         if args.max_steps > 0:
             self.total = min(self.total, args.max_steps * order.max_batches)
+        if args.profile_step > (steps := self.planned_steps):
+            raise InputError(
+                f"profile_step={args.profile_step} is beyond this run of {counted(steps, 'step')}: choose one of those."
+            )
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in COUNTS} | {"table": self.table.lines()}

@@ -23,6 +23,7 @@ from toolx_kernels.train.method_settings import RewardSettings
 from toolx_kernels.train.reward_process import RewardProcess
 from toolx_kernels.train.rows import demonstration_rows, digest, shared_rows
 
+REWARDS = "reward functions"  # by name, in what a checkpoint keeps of the task
 Solved = Callable[[Rewards], list[bool]]
 
 
@@ -132,6 +133,8 @@ class Task:
             "demonstrations": digest(demonstrations),
             "prompts (chat template, its arguments, date or tokenizer)": prompts.digest([*rows, *eval_rows]),
         }
+        weighted = zip(rewards.names, rewards.weights, strict=True)
+        self.reward_functions = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
 
     def solves(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether ``rollouts[i]`` solves ``rows[i]``."""
@@ -152,8 +155,18 @@ class Task:
         rollout = Rollout(ids, zeros, zeros, None, text, [{"role": "assistant", "content": text}], "stop")
         self.rewards([row] * count, [rollout] * count)
 
-    def check_same(self, run: Path, digests: dict[str, str]) -> None:
-        """Raises InputError if the run used other rows or prompts than these."""
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with the original run, apart from settings."""
+        return self.digests | {REWARDS: self.reward_functions}
+
+    def check_same(self, run: Path, before: dict[str, str]) -> None:
+        """Raises InputError if the run had another ``identity``: other rows, prompts or reward functions."""
         for name, own in self.digests.items():
-            if digests[name] != own:
+            if before[name] != own:
                 raise InputError(f"{run} was run with other {name}: resume with the same, or start another run.")
+        if before[REWARDS] != self.reward_functions:
+            raise InputError(
+                f"{run} was run with the {REWARDS} {before[REWARDS]}, not {self.reward_functions}: resume with the "
+                "same (functions that were passed in Python can only be passed there), or start another run."
+            )

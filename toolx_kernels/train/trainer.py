@@ -26,7 +26,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolx_kernels.engine import RolloutEngine
-from toolx_kernels.errors import DivergedError
+from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.evaluate.evaluate import evaluate
 from toolx_kernels.evaluate.scores import Scores
 from toolx_kernels.models.load import stop_token_ids
@@ -49,8 +49,9 @@ from toolx_kernels.train.policies.prompt_order import PromptOrder, chosen_prompt
 from toolx_kernels.train.policies.selection import GroupSelector, chosen_group_selector
 from toolx_kernels.train.reporter import Reporter
 from toolx_kernels.train.rounds import Rounds
-from toolx_kernels.train.run.checkpoint import check_reference, resumable_checkpoint, save_checkpoint
-from toolx_kernels.train.run.folder import RunFolder, binding_settings, check_same_settings
+from toolx_kernels.train.run.checkpoint import save_checkpoint
+from toolx_kernels.train.run.folder import RunFolder, binding_settings
+from toolx_kernels.train.run.resuming import checkpoint_to_resume, rewind
 from toolx_kernels.train.run.stopping import Stop
 from toolx_kernels.train.task import Task, judge_and_rewards, named_rewards, prompts_of
 from toolx_kernels.train.update.learner import Learner
@@ -108,13 +109,9 @@ class ToolExpanderTrainer:
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
+        positional = (model, reward_funcs, args, train_dataset, eval_dataset, processing_class)
         check_arguments(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
+            *positional,
             demonstrations=demonstrations,
             cold_start=cold_start,
             hard_sample_policy=hard_sample_policy,
@@ -161,7 +158,7 @@ class ToolExpanderTrainer:
         )
         self.group_selector = group_selector or chosen_group_selector(args)
         self.advantage_shaper = advantage_shaper or chosen_advantage_shaper(args)
-        self.stop = Stop()
+        self.stop, self._begun = Stop(), False  # a run that has begun has changed the model
 
     # ---- the run
 
@@ -169,10 +166,15 @@ class ToolExpanderTrainer:
         """Runs or resumes the whole job; returns the summary, which is also written to ``summary.json``.
 
         Raises:
+            InputError: among others: the run folder is in use, or this trainer has run and is not told to resume.
             Stopped: ``stop`` was requested. A step in progress is finished and saved first; a probe or an evaluation
                 ends at once and is repeated by the resumed run. No signal handler is installed here.
         """
         self.stop = stop or self.stop
+        with self.run.writing(self.args):
+            return self._run()
+
+    def _run(self) -> dict:
         args, task, rounds, report = self.args, self.task, self.rounds, self.reporter
         task.try_rewards(args.num_generations)
         resumed = self._resume()
@@ -181,8 +183,9 @@ class ToolExpanderTrainer:
             if not resumed:
                 report.beginning()
                 self._cold_start()
-                if args.eval_on_start:
-                    report.before(self._evaluate())
+                self._save()
+            if args.eval_on_start and rounds.step == 0 and report.eval_before is None:
+                report.before(self._evaluate())
                 self._save()
             if args.needs_reference:
                 self.learner.reference = ReferenceModel(self.model, self.run.path / "checkpoint-0")
@@ -298,9 +301,8 @@ class ToolExpanderTrainer:
             yield
         except DivergedError as error:
             last = self.run.latest_checkpoint() or "none yet"
-            raise DivergedError(
-                f"{where}: {error}; the last good checkpoint is {last}; lower the learning rate."
-            ) from None
+            said = f"{where}: {error}; the last good checkpoint is {last}; lower the learning rate."
+            raise DivergedError(said) from None
 
     # ---- checkpoints
 
@@ -309,8 +311,9 @@ class ToolExpanderTrainer:
             with self._naming(f"checkpoint {self.rounds.step}"):
                 raise DivergedError("the weights are not finite")
         state = {name: getattr(self, name).state_dict() for name in WITH_STATE}
-        state |= {"settings": binding_settings(self.args), "data": self.task.digests}
+        state |= {"settings": binding_settings(self.args), "data": self.task.identity}
         self._forget_prefixes()
+        self.run.check_lock()
         with self.stop.deferred():
             return save_checkpoint(
                 self.run.path,
@@ -325,20 +328,19 @@ class ToolExpanderTrainer:
 
     def _resume(self) -> bool:
         """Opens the run folder; returns True if a checkpoint was loaded to continue from."""
-        checkpoint = resumable_checkpoint(self.run.path, self.model) if self.args.resume else None
+        run, resume = self.run, self.args.resume
+        checkpoint = checkpoint_to_resume(run, self.model, self.args, self.task) if resume else None
+        if self._begun and not checkpoint:
+            raise InputError(f"This trainer has changed its model: make another one to start {run.path} again.")
+        if resume:
+            self.reporter.bar.write(rewind(run, checkpoint))
+        self._begun = True
         if checkpoint:
-            if self.args.needs_reference:
-                why = f"beta={self.args.beta}" if self.args.beta else "verification='cautious'"
-                check_reference(self.run.path / "checkpoint-0", why)
-            check_same_settings(checkpoint.path, checkpoint.state["settings"], self.args)
-            self.task.check_same(self.run.path, checkpoint.state["data"])
             checkpoint.copy_into(self.model, self.learner.optimizer)
             for name in WITH_STATE:
                 getattr(self, name).load_state_dict(checkpoint.state[name])
-            self.run.write_hard_samples(self.rounds.table.lines())
-        elif self.args.resume:  # interrupted before its first checkpoint
-            self.run.forget_after(dict.fromkeys(self.run.lines(), 0))
-        self.run.start(self.args)
+            run.write_hard_samples(self.rounds.table.lines())
+        run.start(self.args)
         return checkpoint is not None
 
     def _release_pools(self) -> bool:

@@ -449,7 +449,7 @@ def test_only_memory_that_ran_out_keeps_micro_batches_small(tmp_path):
 
 
 def test_a_profile_of_a_step_that_never_comes_is_refused(tmp_path):
-    with pytest.raises(InputError, match="profile_step=9 is beyond this run: choose one of its 2 steps"):
+    with pytest.raises(InputError, match="profile_step=9 is beyond this run of 2 steps: choose one of those"):
         make_trainer(tmp_path / "run", max_steps=2, profile_step=9).train()
 
 

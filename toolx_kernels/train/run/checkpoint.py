@@ -29,6 +29,7 @@ from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line
 from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
+from toolx_kernels.train.run.lock import gone
 
 FORMAT = 5  # of checkpoints; raised when the content of state.json or its meaning changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
@@ -165,12 +166,6 @@ def _write(
         sync(final.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def gone(run: Path) -> InputError:
-    return InputError(
-        f"{run} was deleted or moved while the run wrote to it: put it back and pass --resume, or start a new run."
-    )
 
 
 # ---- reading

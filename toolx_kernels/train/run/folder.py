@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from io import BytesIO
@@ -13,15 +14,17 @@ from pathlib import Path
 
 import yaml
 
-from toolx_kernels.errors import InputError, first_line
+from toolx_kernels.errors import InputError, counted, first_line
 from toolx_kernels.files import write_atomically
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.run.checkpoint import gone, remove, sweep
+from toolx_kernels.train.run.checkpoint import remove, sweep
+from toolx_kernels.train.run.lock import LOCK, RunLock, check_free, gone
 
 CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",
 )  # fmt: skip
+NOUNS = {"cold_start": "cold-start step", "sft": "step", "step": "step", "probe": "probe", "eval": "evaluation"}
 LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; replaced as a whole
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "max_fe", "num_train_epochs", "device", "output_dir",
@@ -57,6 +60,28 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
         )
 
 
+def _record(path: Path, number: int, line: bytes) -> dict:
+    """The object in line ``number`` of a log; raises InputError if it is damaged."""
+    found = next(iter(_readable([line])), None) if path.name == METRICS else _object(line)
+    if found is None:
+        raise InputError(f"{path}, line {number}, is damaged: restore the file, or start another run folder.")
+    return found
+
+
+def _object(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _readable(lines: Iterable[bytes]) -> list[dict]:
+    """The lines of metrics.jsonl that are not damaged."""
+    found = [record for line in lines if (record := _object(line))]
+    return [record for record in found if isinstance(record.get("event"), str) and type(record.get("step")) is int]
+
+
 class RunFolder:
     """The files of one run. Lines are appended and flushed whole; files are replaced atomically.
 
@@ -67,17 +92,45 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._lock: RunLock | None = None  # held while this object writes a run
+
+    @contextmanager
+    def writing(self, config: ToolExpanderConfig) -> Iterator[None]:
+        """Context in which no other process, and no other trainer, writes to the folder, which is made if absent.
+
+        Raises InputError if the folder is in use, or as ``check`` does, of which the answer cannot change any more.
+        """
+        self.check(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.path) as lock:
+            self.check_content(config)
+            self._lock = lock
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def check_lock(self) -> None:
+        """Raises InputError if the folder is no longer this run's alone."""
+        if self._lock:
+            self._lock.check()
 
     def check(self, config: ToolExpanderConfig) -> None:
-        """Raises InputError if the folder's content and the settings do not fit together; changes nothing."""
+        """Raises InputError if the folder is in use, or its content and the settings do not fit together; changes
+        nothing."""
+        check_free(self.path)
+        self.check_content(config)
+
+    def check_content(self, config: ToolExpanderConfig) -> None:
+        """``check`` of a folder that may be in use."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not there.is_dir():
             raise InputError(f"output_dir={self.path}: {there} is a file, so choose a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"output_dir={self.path}: {there} is not writable, so choose another folder.")
         holds_run = (self.path / CONFIG).exists()
-        leftovers = (path for path in self.path.iterdir() if path.suffix != ".part") if self.path.is_dir() else ()
-        if not holds_run and any(leftovers):
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        if not holds_run and any(path.suffix != ".part" and path.name != LOCK for path in found):
             raise InputError(f"output_dir={self.path} holds other files but no run: choose an empty or new folder.")
         if holds_run and not (config.resume or config.overwrite):
             raise InputError(
@@ -88,6 +141,20 @@ class RunFolder:
             if not holds_run:
                 raise InputError(f"{self.path} holds no run to resume: start one without --resume.")
             check_same_settings(self.path, self.config(), config)
+            self._check_saved()
+
+    def _check_saved(self) -> None:
+        """Raises InputError if all checkpoints are gone: a run has one before its first probe and step."""
+        if latest_checkpoint(self.path):
+            return
+        path = self.path / METRICS
+        with open(path, "rb") if path.exists() else BytesIO() as file:
+            later = [record["step"] for record in _readable(file) if record["event"] in ("probe", "sft", "step")]
+        if later or any((self.path / name).exists() for name in (ROLLOUTS, HARD_SAMPLES, SUMMARY)):
+            raise InputError(
+                f"{self.path} has logged {counted(max(later, default=0), 'step')} and holds no checkpoint: put its "
+                "last checkpoint-<step> folder back, or start the run again with --overwrite."
+            )
 
     def config(self) -> dict:
         """Returns the settings that the run was started with."""
@@ -144,6 +211,7 @@ class RunFolder:
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
         """Context that turns an OSError into an InputError saying why the file cannot be written."""
+        self.check_lock()
         try:
             yield
         except OSError as error:
@@ -156,16 +224,19 @@ class RunFolder:
             ) from None
 
     def metrics(self) -> list[dict]:
+        """Raises InputError, naming the line, if one is damaged."""
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_record(path, number, line) for number, line in enumerate(lines, 1)]
 
-    def forget_after(self, lines: dict[str, int]) -> None:
-        """Truncates each log to the number of lines that it had at the resumed checkpoint.
+    def forget_after(self, lines: dict[str, int]) -> str:
+        """Truncates each log to the number of lines that it had at the resumed checkpoint; returns what that drops in
+        words, e.g. ``2 steps and 1 probe``.
 
         Raises:
-            InputError: a file has fewer whole lines; then no file is changed.
+            InputError: a file has fewer whole lines, or a damaged one among these; then no file is changed.
         """
-        ends = {}
+        ends, dropped = {}, []
         for name in LOGS:
             path, start = self.path / name, 0
             with open(path, "rb") if path.exists() else BytesIO() as file:
@@ -173,14 +244,18 @@ class RunFolder:
                     line = file.readline()
                     if not line.endswith(b"\n"):
                         raise InputError(
-                            f"{path} has {number} whole lines, and the checkpoint counts {lines[name]}: restore the "
-                            "file, or start another run folder."
+                            f"{path} has {counted(number, 'whole line')}, and the checkpoint counts {lines[name]}: "
+                            "restore the file, or start another run folder."
                         )
+                    _record(path, number + 1, line)
                     start += len(line)
+                dropped += _readable(file) if name == METRICS else []
             ends[path] = start
         for path, end in ends.items():
             if path.exists():
                 os.truncate(path, end)
+        kinds = Counter(NOUNS[record["event"]] for record in dropped if record["event"] in NOUNS)
+        return " and ".join(counted(count, noun) for noun, count in kinds.items())
 
     def lines(self) -> dict[str, int]:
         """Returns the number of lines in each log, after syncing them to disk."""

@@ -1,0 +1,38 @@
+"""Resuming: everything that a run must share with its checkpoint, checked before anything changes."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from toolx_kernels.train.config import ToolExpanderConfig
+from toolx_kernels.train.run.checkpoint import Checkpoint, check_reference, resumable_checkpoint
+from toolx_kernels.train.run.folder import LOGS, RunFolder, check_same_settings
+from toolx_kernels.train.task import Task
+
+
+def checkpoint_to_resume(
+    run: RunFolder, model: PreTrainedModel, args: ToolExpanderConfig, task: Task
+) -> Checkpoint | None:
+    """Reads the run's last checkpoint; None if the run was interrupted before its first.
+
+    Raises InputError: the checkpoint is damaged, or is of another model, other settings, rows, prompts or reward
+    functions.
+    """
+    checkpoint = resumable_checkpoint(run.path, model)
+    if checkpoint:
+        if args.needs_reference:
+            why = f"beta={args.beta}" if args.beta else "verification='cautious'"
+            check_reference(run.path / "checkpoint-0", why)
+        check_same_settings(checkpoint.path, checkpoint.state["settings"], args)
+        task.check_same(run.path, checkpoint.state["data"])
+    return checkpoint
+
+
+def rewind(run: RunFolder, checkpoint: Checkpoint | None) -> str:
+    """Drops what was logged after the checkpoint; returns a line for the screen that says what is repeated.
+
+    Raises InputError: a log is damaged before that place; then nothing is changed.
+    """
+    repeated = run.forget_after(checkpoint.state["reporter"]["lines"] if checkpoint else dict.fromkeys(LOGS, 0))
+    start = f"from {checkpoint.path.name}" if checkpoint else "from the start, as nothing was saved yet"
+    return f"resuming {start}" + (f", repeating {repeated}" if repeated else "")
