@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, short
+
+
+def expanded(name: str) -> str:
+    """A name or path that a user gave, with the home folder in place of ``~`` or ``~user``, also after a comma or colon
+    (``seal-tools:~/data``).
+
+    Raises InputError, which begins with the name: it is empty, no file can have it, or there is no such user.
+    """
+    if not name.strip():
+        raise InputError(f"{short(name)} is empty: give a name, or leave it out.")
+    if odd := next((char for char in name if unicodedata.category(char) in ("Cc", "Cs")), None):
+        kind = "a control character" if unicodedata.category(odd) == "Cc" else "not UTF-8 text"
+        raise InputError(f"{short(name)} holds {odd!r}, which is {kind}: give a name without it.")
+    return re.sub(r"(?<![^,:])(\s*)(~[^/,:]*)", lambda found: found[1] + _home(name, found[2]), name)
+
+
+def _home(name: str, user: str) -> str:
+    home = os.path.expanduser(user)
+    if home == user:
+        raise InputError(
+            f"{short(name)} names the home folder {user}, and there is no such user: write ./{user} for a file."
+        )
+    return home
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from toolx_kernels.errors import InputError, did_you_mean, short
+from toolx_kernels.files import expanded
 
 
 class Bounds(NamedTuple):
@@ -118,6 +119,11 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
     if type(value) is not wanted or (wanted is dict and not _is_json(value)):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
         raise InputError(f"{name}={short(value)} must be {words[wanted]}.")
+    if isinstance(value, str):
+        try:
+            return expanded(value)
+        except InputError as error:
+            raise InputError(f"{name}={error}") from None
     return value
 
 

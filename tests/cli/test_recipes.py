@@ -164,7 +164,7 @@ def test_a_run_is_resumed_by_the_same_words_with_the_same_reward_functions(tmp_p
     assert toolx("train", "--config", "mine.yaml", "--resume", "--max_steps", 2) == 0
     assert capsys.readouterr().out.startswith("Resuming runs/mine: tiny on builtin, rewarded by run_rewards.py:short.")
     run = tmp_path / "runs" / "mine"
-    assert yaml.safe_load((run / "config.yaml").read_text())["reward_funcs"] == ["run_rewards.py:short"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["reward_funcs"] == [f"{tmp_path}/run_rewards.py:short"]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["rewards"] for line in steps if line["event"] == "step"]
     assert len(rewards) == 2 and all(each.keys() == {"short"} and 0 < each["short"] <= 1 for each in rewards)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["compare", folders[0], "--names", "mine", "--output", "one"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith("mine ") and (tmp_path / "one" / "comparison.png").is_file()
+    assert "They replace" not in out
+    assert main(["compare", folders[1], "--output", "one"]) == 0
+    assert "and comparison.json. They replace the comparison that was there." in capsys.readouterr().out
+    before = (tmp_path / "one" / "comparison.md").read_text()
+    (tmp_path / "one" / "notes.txt").write_text("")
+    for output, other in (("one", "notes.txt"), (folders[0], "config.yaml")):
+        assert main(["compare", folders[0], "--output", output]) == 2
+        said = f"--output {output} holds {other}, which is no comparison's: name a new folder."
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "one" / "comparison.md").read_text() == before
+    assert sorted(path.name for path in Path(folders[0]).iterdir()) == ["config.yaml", "metrics.jsonl", "summary.json"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from toolx_kernels.cli.parser import Parser
-from toolx_kernels.errors import InputError
 
 DESCRIPTION = """\
 Compares runs: accuracy, hard rows and accuracy per tier over the cost of
@@ -32,21 +31,20 @@ def add_flags(parser: Parser) -> None:
         "output",
         default="runs/comparison",
         metavar="FOLDER",
-        help="folder for comparison.png, comparison.md and comparison.json, which are replaced",
+        help="folder for comparison.png, comparison.md and comparison.json, new or that of another comparison",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: name a folder.")
-
     from toolx_kernels.compare.arms import arms_of
-    from toolx_kernels.compare.report import describe, write_comparison
+    from toolx_kernels.compare.report import check_folder, describe, write_comparison
     from toolx_kernels.compare.runs import read_run
 
+    output = Path(args.output)
+    replaced = check_folder(output)
     arms = arms_of([read_run(Path(run)) for run in args.runs], args.names)
     write_comparison(output, arms)
     print(describe(arms))
-    print(f"See {output}/comparison.md, which shows comparison.png, and comparison.json.")
+    replaces = " They replace the comparison that was there." if replaced else ""
+    print(f"See {output}/comparison.md, which shows comparison.png, and comparison.json.{replaces}")
     return 0

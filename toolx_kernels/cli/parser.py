@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from toolx_kernels.cli.trl import SEE, is_trls
 from toolx_kernels.errors import InputError, did_you_mean, short
+from toolx_kernels.files import expanded
 from toolx_kernels.settings import Settings, without_none
 
 # argparse takes any other word that begins with a dash for a flag: also -1e-4, which is a value
@@ -27,6 +28,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         # "resolve": the --help of grouped settings replaces argparse's
         super().__init__(**{"formatter_class": Texts} | options, allow_abbrev=False, conflict_handler="resolve")
+        self.register("type", None, _text)
+        self.register("type", str, _text)
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
         self._negative_number_matcher = _NEGATIVE
@@ -172,10 +175,21 @@ def _reading(kind: Any) -> dict[str, Any]:
         return {"nargs": "+", "type": kind, "metavar": _METAVARS[kind]}
     if kind is bool:
         return {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
-    return {"type": str if kind is dict else kind, "metavar": _METAVARS[kind]}
+    return {"type": _json if kind is dict else kind, "metavar": _METAVARS[kind]}
 
 
 _METAVARS = {int: "N", float: "X", str: "NAME", dict: "JSON"}
+
+
+def _text(text: str) -> str:
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _json(text: str) -> str:
+    return text  # which ``Settings`` reads
 
 
 def _whole_number(text: str) -> int:

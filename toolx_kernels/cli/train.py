@@ -11,6 +11,8 @@ from typing import Any
 
 from toolx_kernels.cli.parser import Parser
 from toolx_kernels.cli.recipes import naming, read_recipe, recipe_names
+from toolx_kernels.errors import counted
+from toolx_kernels.files import expanded
 from toolx_kernels.train.config import ToolExpanderConfig
 
 DEFAULT_MODEL, DEFAULT_DATASET = "tiny", "builtin"
@@ -92,9 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
 def announcement(config: ToolExpanderConfig, recipes: Sequence[str]) -> str:
     """The first line of a run."""
-    what = f"{config.model} on {config.dataset}"
-    if config.reward_funcs:
-        what += f", rewarded by {', '.join(config.reward_funcs)}"
+    from toolx_kernels.train.run.places import without_folders
+
+    shown = without_folders(config.to_dict()) if config.resume else config.to_dict()
+    what = f"{shown['model']} on {shown['dataset']}"
+    if shown["reward_funcs"]:
+        what += f", rewarded by {', '.join(shown['reward_funcs'])}"
     if config.resume:
         return f"Resuming {config.output_dir}: {what}."
     names = [*base_recipe(config.model, config.dataset), *recipes]
@@ -113,9 +118,10 @@ def describe(config: ToolExpanderConfig, summary: dict[str, Any]) -> str:
         reward = f"their mean reward {' -> '.join(figures)}; "
     notices = "".join(f"notice: {sentence}\n" for sentence in summary["notices"])
     return notices + (
-        f"accuracy on {summary['eval_rows']} rows of {config.eval_dataset or config.dataset} "
+        f"accuracy on {counted(summary['eval_rows'], 'row')} of {config.eval_dataset or config.dataset} "
         f"{f'({trained_on} of them shown in training)' if trained_on else 'held out from training'}: "
-        f"{before} -> {after}; {reward}{hard if summary['probed_rows'] else ''}{summary['steps']} steps, "
+        f"{before} -> {after}; {reward}{hard if summary['probed_rows'] else ''}"
+        f"{counted(summary['steps'], 'step')}, "
         f"{summary['wall_seconds']:.0f} s; see {config.output_dir}/curves.png and {config.output_dir}/summary.json"
     )
 
@@ -148,7 +154,7 @@ def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
     settings |= {name: value for name, value in flags.items() if name != "config"}
     if settings.get("output_dir") is None:
         settings["output_dir"] = default_folder(flags["config"], str(settings.get("dataset") or DEFAULT_DATASET))
-    folder = Path(str(settings["output_dir"]))
+    folder = Path(expanded(str(settings["output_dir"])))
     if settings.get("resume") and (folder / CONFIG).exists():
         started, names = RunFolder(folder).config(), ToolExpanderConfig.__dataclass_fields__
         settings = {name: value for name, value in started.items() if name in names} | settings

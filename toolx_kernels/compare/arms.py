@@ -14,6 +14,7 @@ import numpy as np
 from toolx_kernels.compare.runs import Curve, Run
 from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.intervals import Estimate, mean_of
+from toolx_kernels.train.run.places import without_folders
 
 # settings in which runs of one arm may differ: the seed, when and where they ran, and what they kept
 INCIDENTAL = (
@@ -129,7 +130,7 @@ def _members(runs: Sequence[Run], labels: Sequence[str], label: str) -> list[Run
 
 def _kind(run: Run) -> str:
     """Returns a text that is equal for two runs exactly if their settings differ only in ``INCIDENTAL`` ones."""
-    settings = {name: value for name, value in run.config.items() if name not in INCIDENTAL}
+    settings = {name: value for name, value in without_folders(run.config).items() if name not in INCIDENTAL}
     return re.sub(r"(?i)seed[-_]?\d+", "seed", json.dumps(settings, sort_keys=True, default=str))
 
 

@@ -17,6 +17,7 @@ from toolx_kernels.compare.tables import (
     run_table,
     tier_table,
 )
+from toolx_kernels.errors import InputError
 from toolx_kernels.evaluate.tables import aligned, markdown
 from toolx_kernels.files import write_atomically
 
@@ -36,6 +37,17 @@ DEFINITIONS = (
 def describe(arms: Sequence[Arm]) -> str:
     """Returns the tables for a terminal; the table of runs is only on the page."""
     return "\n\n".join([*map(aligned, _tables(arms)), DEFINITIONS])
+
+
+def check_folder(folder: Path) -> bool:
+    """Whether the folder holds a comparison, which would be replaced; raises InputError if it holds anything else, such
+    as a run, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file: name a folder.")
+    found = {path.name.removesuffix(".part") for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := found - {PICTURE, PAGE, FIGURES}:
+        raise InputError(f"--output {folder} holds {min(others)}, which is no comparison's: name a new folder.")
+    return bool(found)
 
 
 def write_comparison(folder: Path, arms: Sequence[Arm]) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from toolx_kernels.errors import LOADING_ERRORS, InputError, first_line, short
+from toolx_kernels.files import expanded
 from toolx_kernels.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from toolx_kernels.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from toolx_kernels.models.adapters import attach_adapter, base_of
@@ -99,7 +100,7 @@ def resolve(name: str | os.PathLike) -> Source:
         InputError: the name is that of a file or folder that cannot hold a model; or the folder has checkpoints, but
             its own weights are in a file that is never loaded, or its last checkpoint has no weights.
     """
-    name = os.path.expanduser(os.fspath(name))
+    name = expanded(os.fspath(name)) if os.fspath(name) else ""
     path = Path(name)
     if is_tiny(name):
         if len(name) > len("tiny:") + 18:  # a generator's seed has 64 bits

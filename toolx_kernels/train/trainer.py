@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ class ToolExpanderTrainer:
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
         reward_funcs = named_rewards(args) if reward_funcs is None else reward_funcs
-        self.args = args = replace(args, date=args.date or self.run.date(args.resume))
+        self.args = args = self.run.settled(args)
         rows = rows_from(train_dataset)
         eval_rows = [] if eval_dataset is None else rows_from(eval_dataset, for_training=False)
         self.model, self.tokenizer = policy_model(model, processing_class, args)

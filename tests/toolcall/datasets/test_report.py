@@ -121,7 +121,7 @@ def test_a_report():
 
 def test_nothing_odd_takes_one_line():
     rows = [row("one", "a", ("a", {"n": 1})), row("two", "a", ("a", {"n": 2}))]
-    assert dataset_report(rows).lines() == ["2 rows, 1 tools; rows by calls in the answer: 1 call: 2"]
+    assert dataset_report(rows).lines() == ["2 rows, 1 tool; rows by calls in the answer: 1 call: 2"]
 
 
 @pytest.mark.parametrize(

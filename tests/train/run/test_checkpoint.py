@@ -17,7 +17,7 @@ import yaml
 from tests.ops.cases import DEVICE
 from tests.small_models import small_model
 from tests.train.run.killing import outcome
-from tests.train.test_trainer import even_is_good, make_trainer
+from tests.train.test_trainer import SMALL, even_is_good, make_trainer
 from toolx_kernels.errors import InputError
 from toolx_kernels.files import write_atomically
 from toolx_kernels.models.load import checkpoints, latest_checkpoint, load_model
@@ -470,6 +470,84 @@ def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
     with largest_file(10), pytest.raises(OSError):
         write_atomically(tmp_path / "file", "new" * 10)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_line_is_named_before_anything_changes(finished, tmp_path):
+    """Except in the table of rows, which is written anew from the checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    said = "line 2, is damaged: restore the file, or start another run"
+    for name, damages in {
+        "rollouts.jsonl": [b'"text"', b'{"step": 1, "prompt', b"{}{}", b'{"prompt": "\0"}'],
+        "metrics.jsonl": [b"{", b"[1]", b"null", b'{"event": "step"}', b'{"step": 1}', b'{"a": "\xff"}', b"", b"\0\0"],
+    }.items():
+        whole = (run / name).read_bytes()
+        for damage in damages:
+            lines = whole.split(b"\n")
+            lines[1] = damage
+            (run / name).write_bytes(b"\n".join(lines))
+            there = contents(run)
+            with pytest.raises(InputError, match=f"{name}, {said}"):
+                RunFolder(run).forget_after({"metrics.jsonl": 4, "rollouts.jsonl": 4})
+            assert contents(run) == there
+        if name == "rollouts.jsonl":
+            (run / name).write_bytes(whole)
+    with pytest.raises(InputError, match=f"metrics.jsonl, {said}"):
+        RunFolder(run).metrics()
+    trainer = make_trainer(run, resume=True)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(InputError, match=f"metrics.jsonl, {said}"):
+        trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert contents(run) == there
+    (run / "metrics.jsonl").write_bytes(whole)
+    (run / "hard_samples.jsonl").write_bytes(b"\0")
+    trainer._run = trainer._resume  # no more than the start of it
+    trainer.train()
+    table = [json.loads(line) for line in (run / "hard_samples.jsonl").read_text().splitlines()]
+    assert table == trainer.rounds.table.lines() and len(table) == 12
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json"])
+def test_a_run_whose_checkpoints_are_gone_is_not_resumed(finished, tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", left):
+        shutil.copy(finished[0] / name, run)
+    there, steps = contents(run), 6 if left == "metrics.jsonl" else 0
+    config = ToolExpanderConfig(output_dir=str(run), resume=True, **SMALL)
+    with pytest.raises(InputError, match=f"run has logged {steps} steps and holds no checkpoint: put its last"):
+        RunFolder(run).check(config)
+    assert contents(run) == there
+    (run / left).unlink()
+    (run / "metrics.jsonl").write_text("".join((finished[0] / "metrics.jsonl").read_text().splitlines(True)[:5]))
+    assert [line["event"] for line in RunFolder(run).metrics()] == ["data", "plan", "cold_start", "cold_start", "eval"]
+    RunFolder(run).check(config)  # interrupted before its first checkpoint
+
+
+def test_nothing_is_written_or_deleted_before_all_checks_are_through(finished, tmp_path):
+    """So the corrected command runs."""
+    with pytest.raises(InputError, match="profile_step=9 is beyond this run of 1 step: choose one of those"):
+        make_trainer(tmp_path / "new", profile_step=9, max_steps=1)
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for settings in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match="profile_step=9"):
+            make_trainer(tmp_path / "run", profile_step=9, **settings)
+    assert contents(tmp_path / "run") == before
+
+
+def test_other_reward_functions_are_refused_and_both_are_named(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    trainer = make_trainer(run, None, resume=True)
+    said = r"even_is_good \(weight 1\), not no_think_reward \(weight 1\): resume with the same \(functions that"
+    with pytest.raises(InputError, match=said):
+        trainer.train()
+    with pytest.raises(InputError, match=r"not even_is_good \(weight 1\), first_is_small \(weight 1\): resume"):
+        make_trainer(run, [even_is_good, first_is_small], resume=True).train()
+    assert contents(run) == contents(finished[0])
 
 
 # ---- whole runs, stopped and resumed

@@ -95,7 +95,8 @@ STOPS = {
     "a wave of the second probe": ((INT,), Collector, "_solved", 4, 130, 0),
     "an evaluation between": ((TERM,), ToolExpanderTrainer, "evaluate", 2, 143, 0),
     "the last evaluation": ((INT,), ToolExpanderTrainer, "evaluate", 3, 130, 4),
-    "the cold start": ((TERM,), ToolExpanderTrainer, "_cold_start", 1, 143, None),
+    "the first evaluation": ((TERM,), ToolExpanderTrainer, "evaluate", 1, 143, 0),
+    "the cold start": ((TERM,), ToolExpanderTrainer, "_save", 1, 143, None),
 }
 
 
@@ -118,6 +119,13 @@ def test_a_run_that_is_told_to_stop(tmp_path, monkeypatch, capsys, undisturbed, 
         assert said.endswith(f"stopped by {signals[0].name}: nothing was saved yet, so --overwrite starts it again.")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert run(tmp_path / "run", "--resume", "true") == 0
+    resumed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming "))
+    if last:
+        assert re.fullmatch(
+            rf"resuming from checkpoint-{step}(, repeating( and|( \d+ (step|probe|evaluation)s?))+)?", resumed
+        )
+    else:
+        assert resumed == "resuming from the start, as nothing was saved yet, repeating 1 cold-start step"
     assert outcome(tmp_path / "run") == undisturbed
 
 

@@ -1,10 +1,12 @@
 """Readers of datasets: files, the Hugging Face hub, Python objects, BFCL and Seal-Tools."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from toolx_kernels.errors import InputError
+from toolx_kernels.files import expanded
 from toolx_kernels.toolcall.datasets.bfcl import read_bfcl
 from toolx_kernels.toolcall.datasets.containers import chosen_split, values_of, without_filling
 from toolx_kernels.toolcall.datasets.forms import read_rows
@@ -24,14 +26,15 @@ def read_dataset(spec: str) -> list[Row]:
     """
     if not spec.strip():
         raise InputError(f"the dataset name {spec!r} is empty: give {_NAMES}.")
+    spec = expanded(spec)
     kind, _, name = spec.partition(":")
-    if "," in spec and not Path(name if kind == "seal-tools" else spec).exists():
+    if "," in spec and not os.path.exists(name if kind == "seal-tools" else spec):
         return check_set([row for part in spec.split(",") for row in read_dataset(part.strip())], spec)
     if kind == "bfcl":
         return read_bfcl(name)
     if kind == "seal-tools":
         return read_seal_tools(name)
-    if spec.endswith(".jsonl") or Path(spec).is_file():
+    if spec.endswith(".jsonl") or os.path.isfile(spec):
         return read_table(spec) if Path(spec).suffix.lower() in _TABLES else read_jsonl(spec)
     return read_hub(spec)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolx_kernels.errors import counted
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.schema import arguments_fault
@@ -31,8 +32,9 @@ class DatasetReport:
 
     def lines(self) -> list[str]:
         """The report as text: one line on all rows, and one for each kind of unusual rows that occurs."""
-        by_calls = ", ".join(f"{calls} {'call' if calls == 1 else 'calls'}: {n}" for calls, n in self.calls.items())
-        lines = [f"{self.rows} rows, {self.tools} tools; rows by calls in the answer: {by_calls}"]
+        by_calls = ", ".join(f"{counted(calls, 'call')}: {n}" for calls, n in self.calls.items())
+        of_all = f"{counted(self.rows, 'row')}, {counted(self.tools, 'tool')}"
+        lines = [f"{of_all}; rows by calls in the answer: {by_calls}"]
         if self.without_demonstrations:
             lines.append(
                 "rows without any possible demonstration, so never shown with one:"

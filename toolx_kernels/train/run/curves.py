@@ -27,6 +27,7 @@ from toolx_kernels.pictures import (
     write_picture,
 )
 from toolx_kernels.train.run.folder import CURVES, RunFolder
+from toolx_kernels.train.run.places import without_folders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +71,7 @@ def write_curves(run: Path, picture: Path | None = None, model: str = "a given m
     Returns False without matplotlib, which a source tree may lack: a run must not fail at its last step.
     """
     folder = RunFolder(run)
-    settings = folder.config()
+    settings = without_folders(folder.config())
     names = settings.get("model") or model, settings.get("dataset") or "given rows"
     title = "{} on {}, seed {}".format(*names, settings.get("seed"))
     return write_picture(picture or run / CURVES, lambda: curves_figure(folder.metrics(), title))

@@ -20,6 +20,7 @@ from toolx_kernels.models.load import checkpoints, latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run.checkpoint import remove, sweep
 from toolx_kernels.train.run.lock import LOCK, RunLock, check_free, gone
+from toolx_kernels.train.run.places import absolute, without_folders
 
 CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",
@@ -36,8 +37,8 @@ MAY_DIFFER = (
 
 
 def binding_settings(config: ToolExpanderConfig) -> dict:
-    """Returns the settings that a resumed run must share with the original run."""
-    return {name: value for name, value in config.to_dict().items() if name not in MAY_DIFFER}
+    """Returns the settings that a resumed run must share with the original run, with absolute paths."""
+    return {name: value for name, value in absolute(config.to_dict()).items() if name not in MAY_DIFFER}
 
 
 def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) -> None:
@@ -47,11 +48,8 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
     A setting added since counts as its default; a setting that no longer exists is reported.
     """
     defaults = ToolExpanderConfig().to_dict()
-    differing = [
-        f"{name}={before.get(name, defaults[name])!r}, not {value!r}"
-        for name, value in binding_settings(config).items()
-        if before.get(name, defaults[name]) != value
-    ]
+    then, now = without_folders(defaults | before), without_folders(binding_settings(config))
+    differing = [f"{name}={then[name]!r}, not {value!r}" for name, value in now.items() if then[name] != value]
     differing += [f"{name}={before[name]!r}, which is not a setting now" for name in before if name not in defaults]
     if differing:
         raise InputError(
@@ -123,11 +121,14 @@ class RunFolder:
 
     def check_content(self, config: ToolExpanderConfig) -> None:
         """``check`` of a folder that may be in use."""
-        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
         if not there.is_dir():
             raise InputError(f"output_dir={self.path}: {there} is a file, so choose a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"output_dir={self.path}: {there} is not writable, so choose another folder.")
+        longest = os.pathconf(there, "PC_NAME_MAX")  # in bytes
+        if too_long := [part for part in self.path.parts if len(os.fsencode(part)) > longest]:
+            raise InputError(f"output_dir has the name {too_long[0][:40]}..., which is too long: choose a shorter one.")
         holds_run = (self.path / CONFIG).exists()
         found = self.path.iterdir() if self.path.is_dir() else ()
         if not holds_run and any(path.suffix != ".part" and path.name != LOCK for path in found):
@@ -167,10 +168,11 @@ class RunFolder:
             raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
         return settings
 
-    def date(self, resume: bool) -> str:
-        """Returns the day on which the run began, as YYYY-MM-DD; today for a new run."""
-        began = self.config().get("date") if resume else None
-        return str(began or date.today())
+    def settled(self, config: ToolExpanderConfig) -> ToolExpanderConfig:
+        """Returns the settings with absolute paths and a date: that of the run's first day, as YYYY-MM-DD."""
+        began = self.config().get("date") if config.resume else None
+        settings = absolute(config.to_dict())
+        return ToolExpanderConfig(**settings | {"date": config.date or str(began or date.today())})
 
     def start(self, config: ToolExpanderConfig) -> None:
         """Prepares the folder: a new run gets an empty one with its config, a resumed run keeps its files."""
