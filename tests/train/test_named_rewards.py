@@ -50,7 +50,7 @@ FAULTS = [
     ("missing.py:f", "there is no Python file missing.py: write module.function or path/to/file.py:function."),
     ("notes.txt:f", "there is no Python file notes.txt: write"),
     ("missing_module.f", "there is no module 'missing_module': write"),
-    ("own_faulty.inner.f", "there is no module 'own_faulty.inner': write"),
+    ("own_faulty.inner.f", "file.py:function; modules are those that are installed and those in /"),
     ("own_faulty.py:shrt", "reward_funcs=own_faulty.py:shrt: own_faulty.py has no 'shrt': did you mean short?"),
     ("own_faulty.shrt", "reward_funcs=own_faulty.shrt: own_faulty has no 'shrt': did you mean short?"),
     ("own_faulty.py:x", "own_faulty.py has no 'x': write module.function"),

@@ -55,7 +55,8 @@ def _from_module(module: str, asked: str) -> ModuleType:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise InputError(f"{asked}: there is no module {error.name!r}: {FORMS}.") from None
+            found = f"modules are those that are installed and those in {Path.cwd()}"
+            raise InputError(f"{asked}: there is no module {error.name!r}: {FORMS}; {found}.") from None
         raise _raised(error, asked) from None
 
 

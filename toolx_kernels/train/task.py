@@ -133,8 +133,7 @@ class Task:
             "demonstrations": digest(demonstrations),
             "prompts (chat template, its arguments, date or tokenizer)": prompts.digest([*rows, *eval_rows]),
         }
-        weighted = zip(rewards.names, rewards.weights, strict=True)
-        self.reward_functions = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
+        self.reward_functions = ", ".join(rewards.names)
 
     def solves(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether ``rollouts[i]`` solves ``rows[i]``."""

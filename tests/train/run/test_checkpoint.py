@@ -542,10 +542,10 @@ def test_other_reward_functions_are_refused_and_both_are_named(finished, tmp_pat
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     trainer = make_trainer(run, None, resume=True)
-    said = r"even_is_good \(weight 1\), not no_think_reward \(weight 1\): resume with the same \(functions that"
+    said = r"even_is_good, not no_think_reward: resume with the same \(functions that"
     with pytest.raises(InputError, match=said):
         trainer.train()
-    with pytest.raises(InputError, match=r"not even_is_good \(weight 1\), first_is_small \(weight 1\): resume"):
+    with pytest.raises(InputError, match=r"not even_is_good, first_is_small: resume"):
         make_trainer(run, [even_is_good, first_is_small], resume=True).train()
     assert contents(run) == contents(finished[0])
 

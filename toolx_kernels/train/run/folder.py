@@ -1,5 +1,5 @@
 """The run folder: config.yaml, metrics.jsonl, rollouts.jsonl, hard_samples.jsonl, curves.png, summary.json and
-checkpoints."""
+checkpoints; and run.lock while a run writes to it."""
 
 from __future__ import annotations
 
