@@ -58,8 +58,7 @@ from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.verification import Verification
 
-# parts whose state a checkpoint keeps, besides weights and optimizer
-WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")
+WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")  # parts whose state a checkpoint keeps
 
 
 class ToolExpanderTrainer:
@@ -200,8 +199,7 @@ class ToolExpanderTrainer:
                         if self.stop.requested or (rounds.step % args.save_steps == 0 and not self.finished):
                             self._save()
             checkpoint = self._save()
-            no_step = rounds.step == 0 and report.eval_before is not None
-            accuracy = report.eval_before if no_step else self._evaluate()
+            accuracy = report.eval_before if rounds.step == 0 and report.eval_before is not None else self._evaluate()
             probed = self._measure()
         return report.summary(
             accuracy,

@@ -170,7 +170,6 @@ def test_a_folder_that_is_no_longer_the_runs_is_not_written_to(tmp_path):
                 with pytest.raises(InputError, match="run/run.lock was removed or replaced while the run wrote to"):
                     write()
             other.check_lock()
-        run.path.rmdir()  # with nothing in it
         with pytest.raises(InputError, match="run was deleted or moved"):
             run.check_lock()
     assert (tmp_path / "moved" / LOCK).exists(), "what is elsewhere now is left alone"
@@ -195,6 +194,18 @@ def test_a_lock_that_cannot_be_written_is_named(tmp_path):
         InputError, match=r"run.lock cannot be written \(Is a directory\): mend that, or choose another"
     ):
         RunLock(tmp_path).__enter__()
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "run")
+    with pytest.raises(ZeroDivisionError), run.writing(ToolExpanderConfig()):
+        assert (run.path / LOCK).exists()
+        raise ZeroDivisionError
+    assert not run.path.parent.exists()
+    run.path.mkdir(parents=True)
+    with run.writing(ToolExpanderConfig()):
+        pass
+    assert [*run.path.iterdir()] == [], "a folder that was there stays"
 
 
 # ---- whole runs

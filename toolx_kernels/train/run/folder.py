@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from io import BytesIO
 from pathlib import Path
@@ -99,14 +99,20 @@ class RunFolder:
         Raises InputError if the folder is in use, or as ``check`` does, of which the answer cannot change any more.
         """
         self.check(config)
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.path) as lock:
-            self.check_content(config)
-            self._lock = lock
-            try:
-                yield
-            finally:
-                self._lock = None
+        try:
+            with RunLock(self.path) as lock:
+                self.check_content(config)
+                self._lock = lock
+                try:
+                    yield
+                finally:
+                    self._lock = None
+        finally:
+            with suppress(OSError):
+                for path in made:  # if nothing was written
+                    path.rmdir()
 
     def check_lock(self) -> None:
         """Raises InputError if the folder is no longer this run's alone."""
