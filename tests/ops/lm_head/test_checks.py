@@ -26,7 +26,9 @@ WRONG = ["a", [1.0], {}, 1j, np.ones(N), 10**5000, float("nan"), -1, torch.zeros
 
 
 @pytest.mark.parametrize(
-    "function, name", [(function, name) for function, usual in CALLS.items() for name in usual], ids=str
+    "function, name",
+    [(function, name) for function, usual in CALLS.items() for name in usual],
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
 )
 def test_no_wrong_argument_ends_in_a_raw_error(function, name):
     usual = {key: value for key, value in CALLS[function].items() if value is not None}
