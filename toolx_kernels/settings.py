@@ -22,7 +22,7 @@ class Bounds(NamedTuple):
 # fp32 holds these numbers and their inverses
 TINY, HUGE = 1e-30, 1e30
 POSITIVE = Bounds(f"be positive and finite, from {TINY:g} to {HUGE:g}", lambda value: TINY <= value <= HUGE)
-NOT_NEGATIVE = Bounds(f"not be negative, and be finite, up to {HUGE:g}", lambda value: 0 <= value <= HUGE)
+NOT_NEGATIVE = Bounds(f"lie in [0, {HUGE:g}]", lambda value: 0 <= value <= HUGE)
 FINITE = Bounds(f"be finite, from -{HUGE:g} to {HUGE:g}", lambda value: -HUGE <= value <= HUGE)
 SHARE = Bounds("lie in [0, 1]", lambda value: 0 <= value <= 1)
 TEMPERATURE = Bounds(f"be 0 (greedy), or from {TINY:g} to {HUGE:g}", lambda value: value == 0 or TINY <= value <= HUGE)

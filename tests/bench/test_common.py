@@ -43,8 +43,8 @@ def test_a_value_that_is_missing_is_an_empty_cell():
     assert table(["a", "b"], [["1", ""]]) == ["| a | b |", "| --- | --- |", "| 1 |  |"]
 
 
-def test_what_is_shared_knows_no_benchmark_and_of_the_package_how_plots_look():
+def test_what_is_shared_knows_no_benchmark_and_of_the_package_pictures_and_errors():
     paths = [*(ROOT / "bench/common").glob("*.py")]
-    known = {f"bench.common.{path.stem}" for path in paths} | {"toolx_kernels.pictures"}
+    known = {f"bench.common.{path.stem}" for path in paths} | {"toolx_kernels.pictures", "toolx_kernels.errors"}
     for path in paths:
         assert {*re.findall(r"^\s*(?:from|import) ((?:bench|toolx)\S*)", path.read_text(), re.M)} <= known, path

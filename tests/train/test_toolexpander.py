@@ -315,7 +315,7 @@ def test_a_policy_of_ones_own(tmp_path):
         ({"max_tokens": 0}, "max_tokens=0 must be -1"),
         ({"demonstration_tries": 0}, "demonstration_tries=0 must be at least 1"),
         ({"min_lr_rate": 2}, "min_lr_rate=2.0 must lie in"),
-        ({"min_reward_std": -1}, "min_reward_std=-1.0 must be a number"),
+        ({"min_reward_std": -1}, "min_reward_std=-1.0 must lie in"),
         ({"hard_sampling": "drop"}, "hard_sampling='drop' is unknown"),
         ({"reward_weights": []}, "reward_weights=\\[\\] must be a list"),
         ({"chat_template_kwargs": {True: 1}}, "chat_template_kwargs={True: 1} must be a JSON object"),

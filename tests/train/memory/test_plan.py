@@ -424,7 +424,7 @@ def test_the_command_tells_what_to_change(capsys, tmp_path):
 
 def test_the_command_knows_the_built_in_prompts(capsys):
     code, out, _ = run(capsys, "--device", "cpu", "--dtype", "bfloat16")
-    assert "bfloat16: on a CPU with bfloat16 instructions oneDNN keeps a kernel for each shape" in out
+    assert "bfloat16: on a CPU with bfloat16 instructions, oneDNN keeps a kernel for each shape" in out
     assert "assumption:" not in out
     assert (
         code == 0

@@ -61,7 +61,7 @@ def test_one_step_and_one_more_are_two(whole, tmp_path):
     trainer(tmp_path / "parts", *adapted(), max_steps=2, resume=True).train()
     steps = metrics(whole[0], ["step"])
     assert steps == metrics(tmp_path / "parts", ["step"])
-    assert steps[0]["kl"] == 0 < steps[1]["kl"], "the reference is the adapter as it was given"
+    assert steps[0]["kl"] < 1e-12 < steps[1]["kl"], "the reference is the adapter as it was given"
     for file in ("optimizer.safetensors", "adapter_model.safetensors"):
         assert len({(latest_checkpoint(run) / file).read_bytes() for run in (whole[0], tmp_path / "parts")}) == 1
 
