@@ -1,51 +1,14 @@
-"""The page pool under random use."""
+"""The page pool; ``test_fuzz.py`` uses it at random."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from toolx_kernels.engine.pages import PagePool
-from toolx_kernels.errors import InputError, out_of_memory
+from toolx_kernels.errors import out_of_memory
 
 
 def make_pool(n_pages=12):
     return PagePool(n_pages, 4, 2, 1, 3, like=torch.zeros(1))
-
-
-ACTIONS = ["allocate", "share", "release", "find", "remember", "enlarge", "forget"]
-
-
-@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5)), max_size=60))
-def test_pages_are_free_exactly_when_nobody_holds_them(actions):
-    pool = make_pool()
-    held: list[list[int]] = []
-    for action, number in actions:
-        if action == "allocate":
-            if number > len(pool.free):
-                with pytest.raises(InputError, match=f"not {number}"):
-                    pool.allocate(number)
-                continue
-            held.append(pool.allocate(number))
-        elif held and action == "share":
-            pages = held[number % len(held)]
-            pool.share(pages)
-            held.append(pages)
-        elif held and action == "release":
-            pool.release(held.pop(number % len(held)))
-        elif held and action == "remember":
-            pages = held[number % len(held)]
-            pool.remember([number % 3] * 4 * len(pages), pages)
-        elif action == "find":
-            if found := pool.find([number % 3] * 11):
-                held.append(found)
-        elif action == "enlarge":
-            pool.enlarge(pool.n_pages + number)
-        elif action == "forget":
-            pool.forget_all()
-        holders = [sum(pages.count(page) for pages in held) for page in range(pool.n_pages)]
-        assert pool.references == holders
-        assert sorted(pool.free) == [page for page, count in enumerate(holders) if count == 0]
 
 
 def test_misuse_is_caught():

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from toolx_kernels.engine.pages import PagePool
@@ -101,46 +101,6 @@ def pages_of(prompt, limit, page_size=4):
     return -(-(len(prompt) + limit - 1) // page_size)
 
 
-@settings(max_examples=150)
-@given(st.data())
-def test_every_row_reads_its_own_tokens_whatever_happens(data):
-    page_size = data.draw(st.sampled_from([1, 3, 4]), label="page size")
-    limit = data.draw(st.integers(1, 12), label="limit")
-    # few different tokens, so that prompts often share a prefix
-    prompts = data.draw(st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=5))
-    least = max(pages_of(p, limit, page_size) for p in prompts)
-    pool = make_pool(least + data.draw(st.integers(0, 12), label="pages to spare"), page_size)
-    n = data.draw(st.integers(1, 5), label="n")
-    rng = data.draw(st.randoms(use_true_random=False))
-    cancel_share = data.draw(st.sampled_from([0.0, 0.3]))
-    cancelled = set()
-
-    def cancels(row):
-        if rng.random() < cancel_share:
-            cancelled.add(row.group)
-            return True
-        return False
-
-    def draw():
-        return STOP if rng.random() < 0.15 else rng.randrange(1, 4)
-
-    for _ in range(2):  # the second call finds prefixes of the first
-        cancelled.clear()
-        simulation = Simulation(pool, prompts, n, limit, draw, data.draw(st.integers(1, 6)), cancels).run()
-        assert pool.references == [0] * pool.n_pages and len(pool.free) == pool.n_pages
-        for row in simulation.rows:
-            c = row.completion
-            assert c.logprobs == c.lse == c.entropies == c.kept_mass == [t / 2 for t in c.ids]
-            if c.finish_reason == "cancelled":
-                assert row.group in cancelled and len(c.ids) < limit and STOP not in c.ids
-                assert simulation.ended[id(row)] == 0
-                continue
-            assert simulation.ended[id(row)] == 1
-            assert c.finish_reason == ("stop" if c.ids[-1] == STOP else "length")
-            assert STOP not in c.ids[:-1] and len(c.ids) <= limit
-            assert c.finish_reason == "stop" or len(c.ids) == limit
-
-
 def test_the_youngest_rows_are_preempted_and_nothing_is_lost():
     """Early stops make rows look short; then rows grow, and the pool is too small for all that were started."""
     lengths = iter([1] * 6)  # the first six rows end with their first token
@@ -194,15 +154,6 @@ def test_a_row_that_was_preempted_goes_on_from_its_tokens():
     assert [row.completion.ids for row in scheduler.waiting] == [[4, 5, 6]] and scheduler.preemptions == 1
     _, _, [chunk] = scheduler.admit()
     assert chunk.tokens == [3, 2, 1, 4, 5, 6] and chunk.start == 4, "its first page still lay there"
-
-
-def test_a_thousand_groups_leave_an_empty_pool():
-    pool = make_pool(64)
-    rng = np.random.default_rng(0)
-    for start in range(0, 1000, 100):
-        prompts = [rng.integers(1, 4, size=rng.integers(1, 20)).tolist() for _ in range(100)]
-        Simulation(pool, prompts, 3, 8, lambda: int(rng.choice([STOP, 1, 2, 3])), max_rows=12).run()
-        assert pool.references == [0] * 64 and sorted(pool.free) == list(range(64)), start
 
 
 def test_a_prompt_is_read_once_for_siblings_that_start_later():
