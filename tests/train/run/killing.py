@@ -1,6 +1,6 @@
 """Random killing of a small run: it is resumed after each kill and must end like an undisturbed run.
 
-    python -m tests.train.run.killing --kills 50 --seed 0
+    python -m tests.train.run.killing --kills 200 --seed 0
 
 One process imports everything and forks each run. A run is killed by the clock, before one of its file operations
 (open, rename, removal, sync, ...) or in the middle of a write. This repeats until ``--kills`` kills are done.
@@ -198,7 +198,7 @@ def campaign(folder: Path, kills: int, seed: int) -> int:
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     parser = argparse.ArgumentParser(prog="python -m tests.train.run.killing", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -27,7 +27,7 @@ FLAGS = (
 
 @pytest.mark.soak
 def test_killed_runs_end_as_undisturbed_ones():
-    """Four kills, one per entry of ``KINDS``; ``make soak`` does fifty."""
+    """Four kills, one per entry of ``KINDS``; ``make soak`` does two hundred."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.run.killing", "--kills", "4"],
         cwd=Path(__file__).parents[3],
