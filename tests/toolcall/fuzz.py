@@ -283,7 +283,7 @@ def _nest(rng: random.Random, text: str) -> str:
 
 
 def _run(rng: random.Random, text: str) -> str:
-    """A long run of a piece; rarely, because reading it in all formats takes as long as a hundred other cases."""
+    """A long run of a piece; rarely, because it takes as long as a hundred other cases."""
     if rng.random() < 0.95:
         return _insert(rng, text)
     piece = "".join(rng.choices(REPEATED, k=rng.choice([1, 1, 2, 3])))
@@ -321,7 +321,8 @@ def check(setting: Setting, text: str) -> Counter:
     elif setting.right:
         assert reading.bare and called == similar == 1.0, "the right completion is not rewarded"
     outcome = "malformed" if reading.calls is None else "with calls" if reading.calls else "without calls"
-    return Counter({outcome: 1, "right": judged, "similar": 0 < similar < 1, "exemplifying": exemplified > 0})
+    seen = {"right": judged, "similar": 0 < similar < 1, "exemplifying": exemplified > 0}
+    return Counter({outcome: 1} | {name: 1 for name, holds in seen.items() if holds})
 
 
 def _check_calls(calls: list[dict], form: ToolFormat) -> None:
@@ -331,6 +332,8 @@ def _check_calls(calls: list[dict], form: ToolFormat) -> None:
         assert call.keys() == {"name", "arguments"} and type(call["name"]) is str and type(call["arguments"]) is dict
         assert is_shallow(call), "a call is nested too deep"
         _check_value(call["arguments"])
+    if not is_shallow(calls):
+        return  # no answer of a row is nested as deep, because its list counts
     try:
         text = form.render(calls)
     except InputError:
