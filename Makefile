@@ -50,12 +50,14 @@ train: setup  ## teaches a small model to call tools, in minutes: runs/builtin
 test: setup  ## the tests
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-# Slow tests that rarely fail, which `make test` leaves out; the suite's fuzzers with a million completions, a million
-# operations on page pools, and 5000 schedules; then small runs that are killed 200 times at random moments and compared
-# with an undisturbed one. ARGS="--seed 1" gives the fuzzers and the kills other random numbers.
+# Slow tests that rarely fail, which `make test` leaves out; the fuzzers of the suite, among them a million completions and
+# a million operations on page pools; then small runs that are killed 200 times at random moments and compared with an
+# undisturbed one. ARGS="--seed 1" gives the fuzzers and the kills other random numbers.
 soak: setup  ## slow tests, fuzzers at length, and runs that are killed and resumed
 	$(PY) -m pytest -m soak
 	$(PY) -m tests.toolcall.fuzz --cases 1000000 $(ARGS)
+	$(PY) -m tests.toolcall.datasets.fuzz_rows --cases 100000 $(ARGS)
+	$(PY) -m tests.cli.fuzz_settings --cases 20000 $(ARGS)
 	$(PY) -m tests.engine.fuzz_pages --cases 5000 $(ARGS)
 	$(PY) -m tests.engine.fuzz_scheduler --cases 5000 $(ARGS)
 	OMP_NUM_THREADS=1 $(PY) -m tests.train.run.killing --kills 200 $(ARGS)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-SHRINKING = 10.0  # seconds to look for a smaller part that fails
+SHRINKING = 3.0  # seconds to look for a smaller part that fails
 SHOWN = 2000  # characters of a failing case
 
 
