@@ -392,8 +392,8 @@ def _check_rewards(setting: Setting, text: str) -> tuple[float, ...]:
 
 
 def _seconds(text: str) -> float:
-    """A hundred times what a check takes, and linear in the length of the text."""
-    return 0.3 + 2e-5 * len(text)
+    """Linear in the length of the text: several times what a check takes where every few characters are a call."""
+    return 0.5 + 5e-5 * len(text)
 
 
 FUZZER = Fuzzer("completions", "tests.toolcall.fuzz", draw, check, _seconds)
