@@ -284,7 +284,7 @@ def _nest(rng: random.Random, text: str) -> str:
 
 def _run(rng: random.Random, text: str) -> str:
     """A long run of a piece; rarely, because it takes as long as a hundred other cases."""
-    if rng.random() < 0.95:
+    if rng.random() < 0.98:
         return _insert(rng, text)
     piece = "".join(rng.choices(REPEATED, k=rng.choice([1, 1, 2, 3])))
     length = int(math.exp(rng.uniform(math.log(100), math.log(LONGEST))))
