@@ -13,6 +13,7 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tests.fuzzing import Fuzzer, main
@@ -146,7 +147,7 @@ def _of_calls(rng: random.Random, form: str) -> Setting:
     ]
     keys = {call["name"]: {} for call in answer} | {"f": {"x": {}}}
     for call in answer:
-        keys[call["name"]] |= dict.fromkeys(call["arguments"], {})
+        keys[call["name"]] |= dict.fromkeys(call["arguments"], rng.choice([{}, {}, {"type": "number"}]))
     return Setting(form, answer, [_tool(name, properties) for name, properties in keys.items()])
 
 
@@ -358,8 +359,11 @@ def _check_judgment(setting: Setting, text: str, calls: list[dict] | None) -> bo
     row = Row("r", "Question?", setting.tools, setting.answer, columns)
     judged = is_correct(text, row, form)
     if setting.possible is None:
-        assert judged == exact_match(calls, setting.answer), "is_correct and exact_match differ"
-        assert judged == (calls is not None and _multiset(calls) == _multiset(setting.answer)), "not the answer's calls"
+        assert judged == exact_match(calls, setting.answer, setting.tools), "is_correct and exact_match differ"
+        same = calls is not None and _multiset(calls) == _multiset(setting.answer)
+        assert same == exact_match(calls, setting.answer), "not the answer's calls"
+        assert judged in (same, calls is not None and _multiset(calls, _whole) == _multiset(setting.answer, _whole))
+        assert judged >= same, "the same calls, but not right"
     else:
         assert judged == bfcl_match(calls, setting.tools, setting.possible, setting.category), "differs from bfcl_match"
     sections = parse_sections(text, form)
@@ -369,8 +373,13 @@ def _check_judgment(setting: Setting, text: str, calls: list[dict] | None) -> bo
     return judged
 
 
-def _multiset(calls: list[dict]) -> Counter:
-    return Counter(json.dumps(call, sort_keys=True) for call in calls)
+def _multiset(calls: list[dict], number: Callable[[str], Any] = float) -> Counter:
+    texts = (json.dumps(call) for call in calls)
+    return Counter(json.dumps(json.loads(text, parse_float=number), sort_keys=True) for text in texts)
+
+
+def _whole(digits: str) -> int | float:
+    return int(number) if (number := float(digits)).is_integer() else number
 
 
 def _check_rewards(setting: Setting, text: str) -> tuple[float, ...]:

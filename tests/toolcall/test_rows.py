@@ -170,6 +170,7 @@ def judged(possible, schema=None, category="simple_python"):
         (changed(possible_answers=[{"f": {"a": [1]}}]), ["'possible_answers'", "'category'"]),
         (judged("f"), ["'possible_answers'", "not a list"]),
         (judged(["f"]), ["'possible_answers'", "entry 0"]),
+        (judged([{"f": {"a": [1]}}], True), ["'possible_answers'", "argument 'a' of entry 0", "the schema True"]),
         (judged([{"f": {"a": [1]}, "g": {}}]), ["entry 0"]),
         (judged([{}]), ["entry 0"]),
         (judged([{"f": {"a": [1]}}, {"f": {"a": 1}}]), ["entry 1"]),

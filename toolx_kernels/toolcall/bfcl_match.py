@@ -65,7 +65,9 @@ def possible_fault(tools: list[dict], possible_answers: Any, category: str) -> s
     return None
 
 
-def _type_fault(schema: dict, language: str) -> str | None:
+def _type_fault(schema: dict | bool, language: str) -> str | None:
+    if isinstance(schema, bool):
+        return f"has the schema {schema}, which names no type: BFCL's rules need one"
     if language == "python":
         outer = schema.get("type")
         items = schema.get("items")

@@ -60,6 +60,13 @@ FORMS = {
         ],
         "tools": [{"type": "function", "function": FUNCTION}],
     },
+    "Hermes": {
+        "conversations": [
+            {"from": "system", "value": f"<tools>{json.dumps([FUNCTION])}</tools>"},
+            {"from": "human", "value": "u"},
+            {"from": "gpt", "value": f"<tool_call>{json.dumps(CALL)}</tool_call>"},
+        ],
+    },
 }
 ODD = [
     None, True, 0, -1, 1.0, math.nan, math.inf, "", " ", "x", "\ud800", "\x00", "null", "[", "{}", "[1]", "a\nb",
@@ -75,7 +82,7 @@ def draw(rng: random.Random) -> tuple[None, list[Any]]:
     for _ in range(rng.choice([1, 1, 2, 3])):
         _change(rng, rng.choice(rows))
     if rng.random() < 0.05:
-        rows.insert(rng.randint(0, len(rows)), rng.choice([*ODD, copy.deepcopy(rng.choice(list(FORMS.values())))]))
+        rows.insert(rng.randint(0, len(rows)), rng.choice([_odd(rng), copy.deepcopy(rng.choice(list(FORMS.values())))]))
     return None, rows
 
 
@@ -87,7 +94,7 @@ def _change(rng: random.Random, row: dict) -> None:
     if kind == 0:
         del outer[key]
     elif kind == 1 and isinstance(outer, dict):
-        outer[rng.choice(["x", "", "type", "completions", "tier", "required", "items", 3])] = rng.choice(ODD)
+        outer[rng.choice(["x", "", "type", "completions", "tier", "required", "items", 3])] = _odd(rng)
     elif kind == 2 and isinstance(outer[key], str):
         outer[key] = rng.choice(MUTATIONS)(rng, outer[key])
     elif kind == 3:
@@ -97,7 +104,11 @@ def _change(rng: random.Random, row: dict) -> None:
         for _ in range(rng.choice([60, 64, 100])):
             outer[key] = {"items": outer[key]} if rng.random() < 0.5 else [outer[key]]
     else:
-        outer[key] = copy.copy(rng.choice(ODD))
+        outer[key] = _odd(rng)
+
+
+def _odd(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -3,8 +3,9 @@
 import pytest
 
 from tests.fuzzing import fuzz
-from tests.toolcall.datasets.fuzz_rows import FUZZER
-from toolx_kernels.toolcall import rows
+from tests.toolcall.datasets.fuzz_rows import FORMS, FUNCTION, FUZZER
+from toolx_kernels.errors import InputError
+from toolx_kernels.toolcall import rows, rows_from
 
 CASES = 800
 
@@ -12,6 +13,13 @@ CASES = 800
 def test_rows_are_read_or_refused():
     counts = fuzz(FUZZER, CASES)
     assert counts["read"] > CASES / 20 and counts["refused"] > CASES / 2
+
+
+@pytest.mark.parametrize("name", [["f"], {"f": 1}, None, 3])
+def test_a_tool_with_a_name_that_is_no_text_is_refused(name):
+    tools = [{"type": "function", "function": {**FUNCTION, "name": name}}]
+    with pytest.raises(InputError, match="^set"):
+        rows_from([{**FORMS["messages"], "tools": tools}], "set")
 
 
 def test_a_planted_fault_is_found(monkeypatch):

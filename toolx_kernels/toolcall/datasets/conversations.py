@@ -79,7 +79,7 @@ def conversation_row(raw: Mapping, messages: list[dict], place: str, used: list[
     if not turns:
         raise LeftOutError("no turn of the assistant")
     begin = end = next(iter(calls), turns[0])
-    names = {tool.get("name") for tool in tools}
+    names = {name for tool in tools if isinstance(name := tool.get("name"), str)}
     if not calls and _mentions(messages[begin]["content"], names):
         raise LeftOutError("calls that cannot be read")
     answer: list[dict] = []
