@@ -68,6 +68,8 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
     place = f"{where}:{index}"
     if not isinstance(raw, Mapping):
         raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {short(raw)}.")
+    if isinstance(raw.get("id"), int | list | dict):  # before it is written
+        _check_json(raw["id"], "id", place)
     row_id = place if raw.get("id") is None else str(raw["id"])
     if row_id != place:
         place += f" (id {row_id!r})"

@@ -22,6 +22,21 @@ def test_a_tool_with_a_name_that_is_no_text_is_refused(name):
         rows_from([{**FORMS["messages"], "tools": tools}], "set")
 
 
+def test_values_that_python_cannot_write_are_refused():
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    for value in (10**5000, deep):
+        for raw in (
+            FORMS["ours"] | {"id": value},
+            FORMS["ours"] | {"prompt": value},
+            FORMS["xLAM"] | {"answers": value},
+            FORMS["ToolACE"] | {"conversations": value},
+        ):
+            with pytest.raises(InputError, match="^set"):
+                rows_from([raw], "set")
+
+
 def test_a_planted_fault_is_found(monkeypatch):
     monkeypatch.setattr(rows, "json_fault", lambda value, name: None)
     monkeypatch.setattr("tests.fuzzing.SHRINKING", 0.0)
