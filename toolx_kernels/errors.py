@@ -63,6 +63,8 @@ def short(value: object) -> str:
         text = " ".join(repr(value).split("\n"))
     except ValueError:  # Python writes no whole number of more than 4300 digits
         return "a number of thousands of digits"
+    except RecursionError:
+        return "a value nested hundreds deep"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

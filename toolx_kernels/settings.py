@@ -109,7 +109,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
     if wanted is dict and isinstance(value, str):  # from the command line
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -131,7 +131,7 @@ def _is_json(value: Any) -> bool:
     """Whether ``value`` survives a round trip through JSON, so that a run's files can hold it."""
     try:
         return json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
 
 

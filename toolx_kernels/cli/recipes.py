@@ -81,7 +81,7 @@ def _entries(path: Path, shown: str) -> list[tuple[str, int, Any]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else line
         raise InputError(f"{shown}, line {line} is not YAML ({error.problem}): write settings {EXAMPLE}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # not text, or a date that is not in the calendar
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not text, an impossible date, or nested too deep
         where = f"{shown}, line {line}" if line else shown
         raise InputError(f"{where} is not YAML ({first_line(error)}): write settings {EXAMPLE}.") from None
     if not isinstance(node, yaml.MappingNode):
