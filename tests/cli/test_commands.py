@@ -254,7 +254,7 @@ BAD_FLAGS = [
     (["train", "--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
     (["train", "--learning_rate", "-1e-4"], "learning_rate=-0.0001 must be positive and finite"),
     (["train", "--learning_rate", "-.5E3"], "learning_rate=-500.0 must be positive and finite"),
-    (["train", "--weight_decay", "-inf"], "weight_decay=-inf must not be negative"),
+    (["train", "--weight_decay", "-inf"], "weight_decay=-inf must lie in"),
     (["train", "--reward_weights", "1", "-nan"], "reward_weights=nan must be finite"),
     (["train", "--max_steps", "1" + "0" * 5000], "..."),
     (["train", "--train_rows", "1000000"], "train_rows=1000000: a built-in task generates at most 100,000 rows"),
