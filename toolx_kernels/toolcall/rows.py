@@ -56,7 +56,8 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 
     Tools and calls may be in OpenAI's form, ``{"type": "function", "function": {...}}``, or bare, as ``{"name",
     "parameters"}`` and ``{"name", "arguments"}``; ``tools`` and ``answer`` may be JSON text. ``where`` (a file, a
-    dataset name) and ``index`` (line or position) name the row in messages and form its id if it has none. The free
+    dataset name) and ``index`` (line or position) name the row in messages, and if it has no id its last name and
+    ``index`` are the id, which therefore stays the same if folders are moved. The free
     column ``possible_answers`` (see ``bfcl_match``) requires ``category``; ``tier`` and ``category`` name the parts of
     a score. A column of None counts as absent.
 
@@ -70,8 +71,9 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
         raise InputError(f"{place}: a row must be an object with prompt, tools and answer, not {short(raw)}.")
     if isinstance(raw.get("id"), int | list | dict):  # before it is written
         _check_json(raw["id"], "id", place)
-    row_id = place if raw.get("id") is None else str(raw["id"])
-    if row_id != place:
+    row_id = f"{where.rpartition('/')[2]}:{index}"
+    if raw.get("id") is not None:
+        row_id = str(raw["id"])
         place += f" (id {row_id!r})"
         _check_json(row_id, "id", place)
     for name in _RESERVED:
@@ -122,7 +124,10 @@ def check_set(rows: list[Row], where: str) -> list[Row]:
     seen = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"{where}: the id {row.id!r} occurs twice: make ids unique or leave them out.")
+            raise InputError(
+                f"{where}: the id {row.id!r} occurs twice: give each row an id of its own, or leave ids out and give"
+                " each file a name of its own."
+            )
         seen.add(row.id)
     return rows
 

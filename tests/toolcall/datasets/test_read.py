@@ -28,7 +28,7 @@ def write(path, *lines):
 def test_jsonl(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS[0], "\n", ROWS[1])
     rows = read_dataset(path)
-    assert [row.id for row in rows] == [f"{path}:1", f"{path}:3"]
+    assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
     assert [row.answer for row in rows] == [raw["answer"] for raw in ROWS]
     assert rows[1].columns == {"level": 2}
     assert read_dataset(write(tmp_path / "other.txt", *ROWS))[0].prompt == "a"

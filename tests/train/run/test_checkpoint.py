@@ -627,3 +627,18 @@ def test_a_checkpoint_of_another_config_or_other_rows_is_refused(tmp_path):
     with pytest.raises(InputError, match="two was run with other rows to evaluate on: resume with the same"):
         trainer.train()
     assert trainer.rounds.step == 0 and not trainer.learner.optimizer.state_dict()
+
+
+def test_a_checkpoint_under_another_name_or_beyond_the_run_is_refused(finished, tmp_path):
+    """Its weights would be taken for those of another step."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = contents(run)
+    with pytest.raises(InputError, match="max_steps=1 is less than the 6 steps of .*checkpoint-6: allow at least"):
+        make_trainer(run, resume=True, max_steps=1).train()
+    assert contents(run) == before
+    shutil.copytree(latest_checkpoint(run), run / "checkpoint-9")
+    before = contents(run)
+    with pytest.raises(InputError, match="checkpoint-9 was written at step 6: give it back its name, or remove it"):
+        make_trainer(run, resume=True, max_steps=9).train()
+    assert contents(run) == before

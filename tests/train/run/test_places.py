@@ -43,10 +43,18 @@ def project(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_from_any_working_directory(project, monkeypatch):
+    ids = [
+        row.id
+        for rows in load_rows(parse_train(["--dataset", "rows.jsonl", "--eval_dataset", "more.jsonl"]))
+        for row in rows
+    ]
+    assert ids == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3", "more.jsonl:1", "more.jsonl:2"]
     monkeypatch.chdir("elsewhere")
     config = parse_train(["--resume", "--output_dir", "../run"])
     RunFolder("../run").check(config)
-    assert [len(rows) for rows in (*load_rows(config), load_demonstrations(config))] == [3, 5, 2]
+    loaded = [*load_rows(config), load_demonstrations(config)]
+    assert [len(rows) for rows in loaded] == [3, 5, 2]
+    assert {row.id for rows in loaded for row in rows} == {*ids}, "a run's rows are found again by their ids"
     assert named_rewards(config.reward_funcs)[0](["a"]) == [1.0]
     again = parse_train(["--config", "../run/config.yaml"])
     assert (again.dataset, again.reward_funcs) == (config.dataset, config.reward_funcs)

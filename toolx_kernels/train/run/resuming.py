@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run.checkpoint import Checkpoint, check_reference, resumable_checkpoint
 from toolx_kernels.train.run.folder import LOGS, RunFolder, check_same_settings
@@ -15,8 +16,8 @@ def checkpoint_to_resume(
 ) -> Checkpoint | None:
     """Reads the run's last checkpoint; None if the run was interrupted before its first.
 
-    Raises InputError: the checkpoint is damaged, or is of another model, other settings, rows, prompts or reward
-    functions.
+    Raises InputError: the checkpoint is damaged, is of another model, other settings, rows, prompts, reward functions or
+    another step than its name says, or is beyond ``max_steps``.
     """
     checkpoint = resumable_checkpoint(run.path, model)
     if checkpoint:
@@ -25,6 +26,13 @@ def checkpoint_to_resume(
             check_reference(run.path / "checkpoint-0", why)
         check_same_settings(checkpoint.path, checkpoint.state["settings"], args)
         task.check_same(run.path, checkpoint.state["data"])
+        step = checkpoint.state["rounds"]["step"]
+        if int(checkpoint.path.name.partition("-")[2]) != step:
+            raise InputError(f"{checkpoint.path} was written at step {step}: give it back its name, or remove it.")
+        if 0 < args.max_steps < step:
+            raise InputError(
+                f"max_steps={args.max_steps} is less than the {step} steps of {checkpoint.path}: allow at least as many."
+            )
     return checkpoint
 
 
