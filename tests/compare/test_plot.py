@@ -41,7 +41,7 @@ def means(panel):
 
 def test_the_picture_has_a_panel_for_accuracy_for_hard_rows_and_for_each_tier(tmp_path):
     (part,) = comparison_figure(two_arms(tmp_path)).subfigs
-    assert [*panels(part)] == ["evaluation accuracy", "hard rows (no solved rollout)", "tier easy", "tier office"]
+    assert [*panels(part)] == ["evaluation accuracy", "share of hard rows", "tier easy", "tier office"]
     assert "unfinished" in part.get_suptitle() and "not measured" not in part.get_suptitle()
 
 
@@ -74,7 +74,7 @@ def test_what_was_not_measured_has_no_panel_and_is_named(tmp_path, no_labels):
     arms = arms_of(runs_of(tmp_path, ("a", dict(probes="none")), ("b", dict(arm=1, probes="none"))))
     (part,) = comparison_figure(arms).subfigs
     assert [*panels(part)] == ["evaluation accuracy"]
-    assert part.get_suptitle() == "not measured: hard rows (no solved rollout)"
+    assert part.get_suptitle() == "not measured: share of hard rows"
 
 
 def test_labels_stand_at_the_ends_of_their_lines(tmp_path):

@@ -81,7 +81,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _title(curve: Curve) -> str:
-    names = {ACCURACY: "evaluation accuracy", HARD_SHARE: "hard rows (no solved rollout)"}
+    names = {ACCURACY: "evaluation accuracy", HARD_SHARE: "share of hard rows"}
     return names.get(curve, f"tier {curve.tier}")
 
 

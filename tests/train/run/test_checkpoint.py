@@ -634,7 +634,7 @@ def test_a_checkpoint_under_another_name_or_beyond_the_run_is_refused(finished, 
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     before = contents(run)
-    with pytest.raises(InputError, match="max_steps=1 is less than the 6 steps of .*checkpoint-6: allow at least"):
+    with pytest.raises(InputError, match="max_steps=1 is less than the 6 steps of .*checkpoint-6: allow as many"):
         make_trainer(run, resume=True, max_steps=1).train()
     assert contents(run) == before
     shutil.copytree(latest_checkpoint(run), run / "checkpoint-9")

@@ -16,8 +16,8 @@ def checkpoint_to_resume(
 ) -> Checkpoint | None:
     """Reads the run's last checkpoint; None if the run was interrupted before its first.
 
-    Raises InputError: the checkpoint is damaged, is of another model, other settings, rows, prompts, reward functions or
-    another step than its name says, or is beyond ``max_steps``.
+    Raises InputError: the checkpoint is damaged, is of another model, other settings, rows, prompts or reward functions,
+    is of another step than its name says, or is beyond ``max_steps``.
     """
     checkpoint = resumable_checkpoint(run.path, model)
     if checkpoint:
@@ -31,7 +31,7 @@ def checkpoint_to_resume(
             raise InputError(f"{checkpoint.path} was written at step {step}: give it back its name, or remove it.")
         if 0 < args.max_steps < step:
             raise InputError(
-                f"max_steps={args.max_steps} is less than the {step} steps of {checkpoint.path}: allow at least as many."
+                f"max_steps={args.max_steps} is less than the {step} steps of {checkpoint.path}: allow as many or more."
             )
     return checkpoint
 
