@@ -368,7 +368,7 @@ def test_eval_takes_settings_of_our_runs_only(tmp_path, monkeypatch):
         Path("config.yaml").write_text(content)
         Path("model").mkdir(exist_ok=True)
         Path("model/config.yaml").write_text(content)
-        for log in ("", "3.5\n", '{"loss": 1.5}\n', "step,loss\n"):
+        for log in ("", "3.5\n", "[" * 100_000, '{"loss": 1.5}\n', "step,loss\n"):
             Path("metrics.jsonl").write_text(log)
             Path("model/metrics.jsonl").write_text(log)
             assert settings_of_run("tiny") == settings_of_run("model") == {}

@@ -1,5 +1,8 @@
 """A user's reward functions, as a run calls them before anything else."""
 
+import os
+from dataclasses import replace
+
 import pytest
 
 from tests.train.scripted import scripted_trainer
@@ -36,6 +39,33 @@ def test_own_rewards_are_tried_on_an_answer_before_any_work(trainer, monkeypatch
     assert given["ids"][2][-1] == chat.tokenizer.eos_token_id
     said = given["completions"][0] if isinstance(row.prompt, str) else given["completions"][0][0]["content"]
     assert parse_calls(said) == row.answer
+
+
+def test_own_rewards_are_tried_on_a_row_to_evaluate_on_too(tmp_path):
+    sizes = []
+
+    def by_level(prompts, level, **columns):
+        sizes.append(len(prompts))
+        return [0.0] * len(prompts)
+
+    trainer = scripted_trainer(tmp_path / "run", lambda *_: True, by_level, num_generations=3)
+    trainer.task.rows[0] = replace(trainer.task.rows[0], columns={"level": 1})
+    row = trainer.task.eval_rows[0]
+    with pytest.raises(InputError, match=f"'by_level' raised TypeError: .*'level' for row '{row.id}'"):
+        trainer.train()
+    assert sizes == [3] and not trainer.run.path.exists()
+
+
+def test_a_function_may_change_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moving(prompts, **columns):
+        os.chdir(tmp_path / "elsewhere")
+        return [0.0] * len(prompts)
+
+    scripted_trainer("run", lambda *_: True, moving, max_steps=1, hard_sampling="none").train()
+    assert (tmp_path / "run" / "summary.json").exists() and not any((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("prompt", ["Hello", [{"role": "user", "content": "Hello"}]])

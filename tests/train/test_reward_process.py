@@ -102,6 +102,17 @@ def pid_of(process):
     return int(process(ROWS, WRITTEN).parts["process"][0])
 
 
+def test_a_process_that_is_started_again_finds_its_file(here, tmp_path, monkeypatch):
+    process = RewardProcess(["own.py:process"], None, 30.0)
+    first = pid_of(process)
+    process._process.kill()
+    process._process.wait()
+    with pytest.raises(InputError, match="ended its process, which was ended by SIGKILL"):
+        process(ROWS, WRITTEN)
+    monkeypatch.chdir(tmp_path)
+    assert pid_of(process) != first
+
+
 def test_names_weights_and_state_are_those_of_functions_in_one_place(process):
     assert process.names == ["counts", "process", "later"]
     first, second = (process(ROWS, WRITTEN) for _ in range(2))

@@ -218,7 +218,7 @@ def settings_of_run(model: str) -> dict[str, Any]:
     try:
         with open(folder / METRICS, encoding="utf-8") as lines:
             first = json.loads(lines.readline())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     ours = isinstance(first, dict) and {"event", "step", "timing"} <= first.keys()
     return RunFolder(folder).config() if ours else {}

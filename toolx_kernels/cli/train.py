@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
     logging.disable_progress_bar()  # ours is enough
-    RunFolder(config.output_dir).check(config)
+    run = RunFolder(config.output_dir)
+    run.check(config)
     reward_funcs = named_rewards(config)  # before models and datasets are loaded
     print(announcement(config, flags["config"]), flush=True)
     try:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 environment_factory=builtin_turns.Registry if config.dataset == "builtin-turns" else None,
             ).train(stop)
     except Stopped as stopped:
-        saved = RunFolder(config.output_dir).latest_checkpoint()
+        saved = run.latest_checkpoint()
         how = f"--resume continues from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
         print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
         return 128 + stopped.signal

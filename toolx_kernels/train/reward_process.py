@@ -57,6 +57,7 @@ class RewardProcess:
     def __init__(self, names: Sequence[str], weights: Sequence[float] | None, timeout: float) -> None:
         self.asked, self.weights, self.timeout = list(names), weights, timeout
         self.names: list[str] = []
+        self._folder = os.getcwd()  # a later start finds the same files
         self._start()
 
     def __call__(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Rewards:
@@ -73,7 +74,7 @@ class RewardProcess:
         with theirs:
             fds = theirs.fileno(), reader
             code = START.format(path=[str(place) for place in sys.path], argv=sys.argv, fds=fds)
-            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=fds)
+            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=fds, cwd=self._folder)
         os.close(reader)
         self._end = weakref.finalize(self, _end, self._process, self._connection, writer)
         self.names = self._answer_to((self.asked, self.weights, self.timeout, GRACE_S), None)

@@ -140,15 +140,19 @@ class Task:
         return self.solved(self.rewards(rows, rollouts))
 
     def try_rewards(self, count: int) -> None:
-        """Calls a user's reward functions once, on ``count`` completions with the first row's answer, so that their
-        mistakes show before the work.
+        """Calls a user's reward functions once, on ``count`` completions with the first row's answer, and once on one
+        with that of the first row to evaluate on, so that their mistakes show before the work.
 
         Raises InputError: see ``RewardFunctions``.
         """
         if self.solved is solved_by_default:
             return
-        row, chat = self.rows[0], self.prompts.chat
-        prompt = self.prompts.ids(row)
+        self._try_rewards(self.rows[0], count)
+        if self.eval_rows:
+            self._try_rewards(self.eval_rows[0], 1)
+
+    def _try_rewards(self, row: Row, count: int) -> None:
+        chat, prompt = self.prompts.chat, self.prompts.ids(row)
         ids = chat.completion_ids(row.answer, prompt)
         text, zeros = chat.written_text(ids[:-1], prompt), [0.0] * len(ids)
         rollout = Rollout(ids, zeros, zeros, None, text, [{"role": "assistant", "content": text}], "stop")

@@ -218,7 +218,7 @@ def test_nobody_touches_a_run_that_is_alive(tmp_path, capsys):
     def busy(prompts, completions, completion_ids, **columns):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 4:
             before = contents(folder)
             said = rf"run is in use, process {os.getpid()}, this one, {SINCE} writes to it"
             for settings in ({}, {"resume": True}, {"overwrite": True}):
@@ -235,7 +235,7 @@ def test_nobody_touches_a_run_that_is_alive(tmp_path, capsys):
 
     trainer = make_trainer(folder, busy, max_steps=1)
     trainer.train()
-    assert calls > 3 and not (folder / LOCK).exists()
+    assert calls > 4 and not (folder / LOCK).exists()
     before = contents(folder)
     for again in (lambda: make_trainer(folder), trainer.train):
         with pytest.raises(InputError, match="already holds a run: pass --resume to continue it, or --overwrite"):

@@ -69,7 +69,7 @@ def _record(path: Path, number: int, line: bytes) -> dict:
 def _object(line: bytes) -> dict | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -89,7 +89,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # users' functions may change the working directory
         self._lock: RunLock | None = None  # held while this object writes a run
 
     @contextmanager
@@ -127,18 +127,20 @@ class RunFolder:
 
     def check_content(self, config: ToolExpanderConfig) -> None:
         """``check`` of a folder that may be in use."""
-        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
+        there = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
         if not there.is_dir():
-            raise InputError(f"output_dir={self.path}: {there} is a file, so choose a folder.")
+            raise InputError(f"output_dir={config.output_dir}: {there} is a file, so choose a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise InputError(f"output_dir={self.path}: {there} is not writable, so choose another folder.")
+            raise InputError(f"output_dir={config.output_dir}: {there} is not writable, so choose another folder.")
         longest = os.pathconf(there, "PC_NAME_MAX")  # in bytes
         if too_long := [part for part in self.path.parts if len(os.fsencode(part)) > longest]:
             raise InputError(f"output_dir has the name {too_long[0][:40]}..., which is too long: choose a shorter one.")
         holds_run = (self.path / CONFIG).exists()
         found = self.path.iterdir() if self.path.is_dir() else ()
         if not holds_run and any(path.suffix != ".part" and path.name != LOCK for path in found):
-            raise InputError(f"output_dir={self.path} holds other files but no run: choose an empty or new folder.")
+            raise InputError(
+                f"output_dir={config.output_dir} holds other files but no run: choose an empty or new folder."
+            )
         if holds_run and not (config.resume or config.overwrite):
             raise InputError(
                 f"{self.path} already holds a run: pass --resume to continue it, or --overwrite to delete it, or "
