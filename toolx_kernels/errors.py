@@ -53,19 +53,37 @@ def retry_with_less(work: Callable[[], T], give_back: Callable[[str], bool]) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class name if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, of at most 300 characters; its class name if there is none."""
+    try:
+        line = "".join(str(error).strip().splitlines()[:1])
+    except (Exception, SystemExit):  # raised by a user's __str__
+        line = ""
+    return _cut(line or type(error).__name__, 300)
+
+
+def name_of(function: object) -> str:
+    """``function.__name__`` of at most 80 characters; the name of its type if it has none."""
+    try:
+        name = function.__name__  # type: ignore[attr-defined]
+    except (Exception, SystemExit):  # raised by a user's property
+        name = ""
+    return _cut(name, 80) if isinstance(name, str) and name else type(function).__name__
 
 
 def short(value: object) -> str:
     """``repr(value)`` as one line of at most 80 characters."""
     try:
         text = " ".join(repr(value).split("\n"))
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        return "a number of thousands of digits"
     except RecursionError:
         return "a value nested hundreds deep"
-    return text if len(text) <= 80 else text[:77] + "..."
+    except (Exception, SystemExit) as error:  # Python writes no whole number of more than 4300 digits
+        long = isinstance(error, ValueError) and type(value).__module__ == "builtins"
+        return "a number of thousands of digits" if long else f"an object of {type(value).__name__}"
+    return _cut(text, 80)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def counted(count: int, noun: str) -> str:

@@ -467,3 +467,66 @@ def test_a_function_that_exits_is_named():
 
     with pytest.raises(InputError, match="'leaves' raised SystemExit: 3 for 2 completions, the first of row 'exact'"):
         rewards_of(leaves, [EXACT, Row("two", "p", TOOLS, CALLS, {"level": 2})])
+
+
+def test_an_async_function_that_exits_is_named_and_the_next_call_runs():
+    async def leaves(level, **columns):
+        if level == [2]:
+            sys.exit(3)
+        return [1.0]
+
+    rewards = RewardFunctions(leaves)
+    written = [Written([1], "", [])]
+    with pytest.raises(InputError, match="'leaves' raised SystemExit: 3"):
+        rewards([Row("two", "p", TOOLS, CALLS, {"level": 2})], written)
+    assert rewards([Row("one", "p", TOOLS, CALLS, {"level": 1})], written).total == [1.0]
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+class Nameless:
+    @property
+    def __name__(self):
+        raise RuntimeError("no name")
+
+    __repr__ = Unspeakable.__str__
+
+    def __init__(self, result):
+        self.result = result
+
+    def __call__(self, prompts, **columns):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+    def __deepcopy__(self, memo):
+        raise TypeError("one only")
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (Unspeakable(), "'Nameless' raised Unspeakable for"),
+        (ValueError("long " * 200_000), "'Nameless' raised ValueError: long long"),
+        ([Nameless(0)], "gave an object of Nameless for row"),
+        (Nameless(0), "returned an object of Nameless: it must"),
+    ],
+    ids=["raises", "says much", "in a list", "no list"],
+)
+def test_objects_that_raise_or_say_too_much_are_told_in_a_short_sentence(result, said):
+    with pytest.raises(InputError) as error:
+        rewards_of(Nameless(result), [EXACT])
+    assert said in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_column_that_cannot_be_copied_is_named():
+    row = Row("one", "p", TOOLS, CALLS, {"level": 1, "handle": Nameless(0)})
+    with pytest.raises(
+        InputError, match=r"the column 'handle' cannot be copied .* \(TypeError: one only\): give it pl"
+    ):
+        rewards_of(sometimes, [row])

@@ -413,7 +413,19 @@ def test_what_cannot_be_a_tool_is_refused(arguments, message):
         Toolbox(**({"timeout": 1} | arguments))
 
 
+def test_an_async_tool_that_exits_does_not_end_the_next_call():
+    async def leave() -> str:
+        """Leaves."""
+        raise SystemExit(2)
+
+    first, second = answers(Toolbox([leave, pause_async], timeout=5), call("leave"), call("pause_async", seconds=0))
+    assert "SystemExit: 2" in first and "error" not in second
+
+
 def test_an_environment_factory_that_fails_is_named():
+    with pytest.raises(InputError, match=r"environment_factory raised SystemExit \(no server\): fix it"):
+        Toolbox((), partial(exec, "raise SystemExit('no server')"), timeout=1.0)
+
     def no_server():
         raise RuntimeError("no server")
 

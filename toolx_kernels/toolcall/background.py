@@ -7,9 +7,11 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
+
+from toolx_kernels.errors import first_line
 
 GRACE_S = 30.0  # seconds beyond its limit that a function may hold the interpreter; a busy machine needs some
 
@@ -86,9 +88,10 @@ class Background:
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
         started: Future = Future()
-        threading.Thread(target=asyncio.run, args=(_serve(started),), name=self.name, daemon=True).start()
-        loop, stop = started.result()
-        weakref.finalize(self, loop.call_soon_threadsafe, stop.set)
+        ended = threading.Event()
+        threading.Thread(target=_serve, args=(started, ended), name=self.name, daemon=True).start()
+        loop = started.result()
+        weakref.finalize(self, _end, loop, ended)
         return loop
 
     def start(self, calls: Sequence[Callable[[], Any]], lock: AbstractContextManager | None = None) -> list[Future]:
@@ -129,8 +132,9 @@ def in_time(future: Future, begin: float, timeout: float | None) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The type of an error and the first line of its message."""
-    return ": ".join(filter(None, (type(error).__name__, str(error).strip().partition("\n")[0])))
+    """The type of an error and the first line of its message (``first_line``)."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def _run_all(
@@ -147,7 +151,28 @@ def _run_all(
         ended()
 
 
-async def _serve(started: Future) -> None:
-    stop = asyncio.Event()
-    started.set_result((asyncio.get_running_loop(), stop))
-    await stop.wait()
+def _serve(started: Future, ended: threading.Event) -> None:
+    """Runs an event loop until ``ended``; then cancels what still runs on it."""
+    loop = asyncio.new_event_loop()
+    started.set_result(loop)
+    try:
+        while not ended.is_set():
+            # a task stores such an error as its result, and then raises it out of the loop all the same
+            with suppress(SystemExit, KeyboardInterrupt):
+                loop.run_forever()
+        loop.run_until_complete(_cancel_others())
+    finally:
+        loop.close()
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+def _end(loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
+    ended.set()
+    loop.call_soon_threadsafe(loop.stop)

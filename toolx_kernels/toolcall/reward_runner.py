@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from toolx_kernels.errors import InputError, short
+from toolx_kernels.errors import InputError, name_of, short
 from toolx_kernels.toolcall.background import Background, in_time, one_line, run
 from toolx_kernels.toolcall.rows import Row
 
@@ -81,7 +81,7 @@ class RewardFunctions:
         for func in self.funcs:
             if not callable(func):
                 raise InputError(f"the reward function {short(func)} cannot be called: give a function.")
-        self.names = _distinct([getattr(func, "__name__", type(func).__name__) for func in self.funcs])
+        self.names = _distinct([name_of(func) for func in self.funcs])
         if len(self.weights) != len(self.funcs):
             raise InputError(
                 f"reward_weights has {len(self.weights)} entries for {len(self.funcs)} reward functions: give one each."
@@ -218,8 +218,18 @@ def _arguments(rows: Sequence[Row], completions: Sequence[Completion]) -> dict:
         "id": [row.id for row in rows],
         "tools": [_copy(row.tools) for row in rows],
         "answer": [_copy(row.answer) for row in rows],
-        **{name: [_copy(row.columns.get(name)) for row in rows] for name in names},
+        **{name: _copies(name, rows) for name in names},
     }
+
+
+def _copies(name: str, rows: Sequence[Row]) -> list:
+    """Copies of a column's values."""
+    try:
+        return [_copy(row.columns.get(name)) for row in rows]
+    except (Exception, SystemExit) as error:  # whatever its objects raise
+        raise InputError(
+            f"the column {name!r} cannot be copied for the reward functions ({one_line(error)}): give it plain data."
+        ) from error
 
 
 def _listed(rewards: Any, count: int) -> Any:
@@ -253,7 +263,7 @@ def _number(reward: Any, name: str, row: Row) -> float | None:
         return None
     try:
         value = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)
-    except Exception:  # each library has its own
+    except (Exception, SystemExit):  # each library has its own
         value = math.nan
     if not abs(value) <= _LARGEST:
         raise InputError(

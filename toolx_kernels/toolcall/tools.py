@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from toolx_kernels.errors import InputError, short
+from toolx_kernels.errors import InputError, first_line, short
 from toolx_kernels.toolcall.background import Background, in_time, one_line
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.toolcall.strict_json import encodable
@@ -153,8 +153,12 @@ class Toolbox:
             raise InputError(f"environment_factory did not return within {self.timeout:g} s: fix it.")
         try:
             return made.result()
-        except Exception as error:
-            raise InputError(f"environment_factory raised {type(error).__name__} ({error}): fix it.") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # including SystemExit
+            raise InputError(
+                f"environment_factory raised {type(error).__name__} ({first_line(error)}): fix it."
+            ) from error
 
     def _begin(self, sessions: Sequence[Session]) -> list[str]:
         """Gives each session its environment; returns the texts of ``reset``, which are mostly empty."""

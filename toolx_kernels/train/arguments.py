@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from toolx_kernels.errors import InputError, short
+from toolx_kernels.errors import InputError, name_of, short
 from toolx_kernels.models.adopt import unwrapped
 from toolx_kernels.toolcall.datasets.containers import has_splits
 from toolx_kernels.toolcall.rows import Row
@@ -152,6 +152,6 @@ def _described(value: Any) -> str:
         return f"the number {value}"
     if isinstance(value, list | tuple | dict) and not value:
         return f"an empty {type(value).__name__}"
-    if callable(value) and hasattr(value, "__name__"):
-        return f"the function {value.__name__}"
+    if callable(value) and (name := name_of(value)) != type(value).__name__:
+        return f"the function {name}"
     return f"an object of {type(value).__name__}"
