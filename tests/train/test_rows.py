@@ -100,7 +100,11 @@ def test_overlong_rows_are_counted_or_left_out(rows):
     with pytest.raises(InputError, match=message):
         prompts.fitting_rows(rows, "error")
     assert prompts.fitting_rows(rows, "drop") == [row for row in rows if row not in too_long]
-    with pytest.raises(InputError, match=f"{len(rows)} of {len(rows)} rows do not fit"):
+    shortest = min(rows, key=lambda row: len(chat.prompt_ids(row))).id
+    message = (
+        f"None of {len(rows)} rows is left, .* context of 10 tokens; the shortest is {shortest}, .*: shorten its t"
+    )
+    with pytest.raises(InputError, match=message):
         Prompts(chat, 10).fitting_rows(rows, "drop")
     ends = {row.id: len(chat.prompt_ids(row)) + len(chat.completion_ids(row.answer)) for row in rows}
     least = min(ends, key=ends.get)

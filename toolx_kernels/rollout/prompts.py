@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Literal
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, counted
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.rows import Row
 
@@ -71,9 +71,15 @@ class Prompts:
             lengths.append(len(ids) + (len(self.chat.completion_ids(row.answer, ids)) if answers else 1))
         kept = [row for row, length in zip(rows, lengths, strict=True) if length <= self.context]
         if len(kept) < len(rows) and (overlong == "error" or not kept):
-            longest, row = max(zip(lengths, rows, strict=True), key=lambda of_row: of_row[0])
             what = "prompt and answer have" if answers else "prompt and a token of answer have"
             remedy = "do without a cold start" if answers else "take a model with a longer context"
+            if overlong == "drop":
+                shortest, row = min(zip(lengths, rows, strict=True), key=lambda of_row: of_row[0])
+                raise InputError(
+                    f"None of {counted(len(rows), 'row')} is left, as none fits the model's context of {self.context} "
+                    f"tokens; the shortest is {row.id}, whose {what} {shortest}: shorten its tools, or {remedy}."
+                )
+            longest, row = max(zip(lengths, rows, strict=True), key=lambda of_row: of_row[0])
             raise InputError(
                 f"{len(rows) - len(kept)} of {len(rows)} rows do not fit the model's context of {self.context} tokens; "
                 f"the longest is {row.id}, whose {what} {longest}: shorten its tools, pass --overlong drop to leave "

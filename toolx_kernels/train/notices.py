@@ -52,6 +52,8 @@ CAUSES = {
     "none": "as no reward function applied to a completion: return numbers instead of None.",
     "zero": "as all rewards were 0: begin with cold_start_steps or easier rows, or give a reward that also has values "
     "in between.",
+    "weights": "although single functions' rewards differed, as their weighted sums are equal in each group: give "
+    "other weights than reward_weights={args.reward_weights}.",
     "equal": "as the rewards of each group were equal: take rows of another difficulty, raise "
     "temperature={args.temperature:g}, or give a finer reward.",
     "shaped": "although rewards differed: advantage_shaping={args.advantage_shaping} leaves them no advantage, so "
@@ -170,12 +172,16 @@ class Notices:
         if factors:
             self._look(f"floored:{least:g}", step, True, len(factors), len(learned), most=max(factors))
         self._look("decayed", step, rate < SLOW * self.args.learning_rate, most=rate)
-        if truncated:
-            cause = "cut off"
-        elif unrewarded:
+        if unrewarded:
             cause = "none"
+        elif not equal:
+            cause = "shaped"
+        elif any(len({value or 0.0 for value in part}) > 1 for group in sampled for part in group.parts.values()):
+            cause = "weights"
+        elif any(rewards) or any(value for values in of_function.values() for value in values):
+            cause = "equal"
         else:
-            cause = ("equal" if any(rewards) else "zero") if equal else "shaped"
+            cause = "cut off" if truncated else "zero"
         dead = not any(group.has_gradient for group in learned)
         self._look("no_gradient", step, dead, len(sampled), len(sampled), cause=cause, streak=STREAK)
 

@@ -110,6 +110,9 @@ def test_a_condition_that_always_holds_is_told_once_with_its_figures(name):
     ("settings", "words"),
     [
         (dict(rewards=[0.0] * 4, finish="length"), "as all completions were cut off: raise max_completion_length=64"),
+        (dict(rewards=[1.0] * 4, finish="length"), "as the rewards of each group were equal: take rows of another"),
+        (dict(rewards=[0.0] * 4, parts={"f": None}, finish="length"), "as no reward function applied to a completion"),
+        (dict(rewards=[0.0] * 4, parts={"f": 1.0, "g": -1.0}), "as the rewards of each group were equal: take rows"),
         (dict(rewards=[0.0] * 4, parts={"f": None}), "as no reward function applied to a completion: return numbers"),
         (dict(rewards=[0.0, 1.0] * 2), "although rewards differed: advantage_shaping=difficulty leaves them no advan"),
     ],
@@ -117,6 +120,14 @@ def test_a_condition_that_always_holds_is_told_once_with_its_figures(name):
 def test_the_cause_of_no_gradient_is_named(settings, words):
     steps = Steps(advantage_shaping="difficulty").take(group(**settings))
     assert any(words in sentence for sentence in steps.notices.end(1))
+
+
+def test_functions_that_cancel_are_the_cause_of_no_gradient():
+    dead = group([0.0] * 4, finish="length")
+    dead.parts = {"f": [0.0, 1.0] * 2, "g": [None, -1.0] * 2}
+    steps = Steps(reward_weights=[1.0, 1.0]).take(dead)
+    words = "although single functions' rewards differed, as their weighted sums are equal in each group: give other "
+    assert any(f"{words}weights than reward_weights=[1.0, 1.0]." in sentence for sentence in steps.notices.end(1))
 
 
 def test_a_good_run_is_told_nothing():
