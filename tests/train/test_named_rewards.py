@@ -1,5 +1,6 @@
 """Reward functions by name: how they are found, and one sentence for names that do not work."""
 
+import pickle
 import sys
 
 import pytest
@@ -44,6 +45,13 @@ def test_a_file_hides_no_module_of_its_name(here):
     assert json.dumps(short.__name__) == '"short"'
 
 
+def test_what_a_file_defines_can_be_pickled(here):
+    """As ``multiprocessing`` needs."""
+    (here / "own.rewards.py").write_text(FUNCTION)
+    (short,) = named_rewards(["own.rewards.py:short"])
+    assert pickle.loads(pickle.dumps(short)) is short
+
+
 FAULTS = [
     ("__main__.f", "reward_funcs=__main__.f is in the program that runs, which is not imported again: pass the func"),
     ("short", "reward_funcs=short names no module: write module.function or path/to/file.py:function."),
@@ -62,6 +70,14 @@ FAULTS = [
     ("raises.py:f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): repair that first."),
     ("raises.f", "raises.py, line 2, raised ModuleNotFoundError (No module named 'nowhere'): repair that first."),
     ("leaves.py:f", "leaves.py, line 4, raised SystemExit (with words): repair that first."),
+    ("..f", "reward_funcs=..f names no module: write"),
+    ("own\0.py:f", "names no module: write"),
+    ("zeros.py:f", "reward_funcs=zeros.py:f: its "),  # text or import, in words of the version of Python
+    (
+        "relative.py:f",
+        "relative.py, line 1, raised ImportError (attempted relative import with no known parent package): name the "
+        "function as package.module.function, as a file belongs to no package.",
+    ),
     ("unreadable.py:f", "unreadable.py, line 2, raised SyntaxError (invalid syntax): repair that first."),
 ]
 
@@ -70,6 +86,8 @@ FAULTS = [
 def test_faults_are_told_in_one_sentence(here, name, said):
     (here / "notes.txt").write_text("f")
     (here / "own_faulty.py").write_text(f"WORDS = []\nclass Reward: pass\n{FUNCTION}")
+    (here / "zeros.py").write_bytes(bytes(3))
+    (here / "relative.py").write_text("from . import own_faulty\n")
     (here / "raises.py").write_text("# comment\nimport nowhere\n")
     (here / "leaves.py").write_text("import sys\ndef f():\n    sys.exit('with words\\nand more')\nf()\n")
     (here / "unreadable.py").write_text("f = 1\ndef f(:\n")

@@ -30,7 +30,7 @@ def named_rewards(names: Sequence[str]) -> list[Callable]:
 def _function(name: str) -> Callable:
     asked = f"reward_funcs={name}"
     where, _, attribute = name.rpartition(":" if ":" in name else ".")
-    if not where:
+    if "\0" in name or not (where if ":" in name else all(where.split("."))):
         raise InputError(f"{asked} names no module: {FORMS}.")
     if where == "__main__":
         raise InputError(f"{asked} is in the program that runs, which is not imported again: pass the function itself.")
@@ -64,7 +64,8 @@ def _from_file(file: str, asked: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"{asked}: there is no Python file {file}: {FORMS}.")
-    name = f"reward_funcs:{path}"  # a name that no import statement can use
+    # a name that no import statement can use; without dots, which would make pickle look for a package
+    name = f"reward_funcs:{path}".replace(".", ":")
     if name not in sys.modules:
         _search(path.parent)
         spec = importlib.util.spec_from_file_location(name, path)
@@ -87,12 +88,14 @@ def _search(folder: Path) -> None:
 
 def _raised(error: BaseException, asked: str) -> InputError:
     """Names the line of the user's code that raised ``error``."""
-    said = first_line(error)
+    said, remedy = first_line(error), "repair that first"
     if isinstance(error, SyntaxError):
-        place, said = f"{error.filename}, line {error.lineno}", error.msg
+        place, said = f"{error.filename}, line {error.lineno}" if error.filename else "its text", error.msg
     else:
+        if isinstance(error, ImportError) and "relative import" in said:
+            remedy = "name the function as package.module.function, as a file belongs to no package"
         frames = traceback.extract_tb(error.__traceback__)
         own = (__file__, importlib.__file__)
         users = [frame for frame in frames if frame.filename not in own and not frame.filename.startswith("<frozen")]
         place = f"{users[0].filename}, line {users[0].lineno}" if users else "its import"
-    return InputError(f"{asked}: {place}, raised {type(error).__name__} ({said}): repair that first.")
+    return InputError(f"{asked}: {place}, raised {type(error).__name__} ({said}): {remedy}.")
