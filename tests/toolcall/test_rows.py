@@ -277,3 +277,16 @@ def test_rows_with_so_many_calls():
     assert [row.id for row in with_calls(rows, 1)] == ["0", "3"] and [row.id for row in with_calls(rows, 0)] == ["1"]
     with pytest.raises(InputError, match=r"none of 4 rows has 3 calls .*, 0 \(1 rows\), 1 \(2 rows\), 2 \(1 rows\)\.$"):
         with_calls(rows, 3)
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
+def test_messages_written_as_text(write):
+    """As a cell of a CSV file holds them."""
+    messages = [{"role": "system", "content": "It's s."}, {"role": "user", "content": "u"}]
+    assert check_row({**GOOD, "prompt": f" {write(messages)}\n"}, "d", 0).prompt == messages
+    for text in (write(messages) + " What is this?", write([messages[0], 5]), write([{"name": "x"}]), "[]", "[citation]"):
+        assert check_row({**GOOD, "prompt": text}, "d", 0).prompt == text
+    with pytest.raises(InputError, match="message 0 of field 'prompt' must have a 'role' and a 'content'"):
+        check_row({**GOOD, "prompt": write([{"role": "user"}])}, "d", 0)
+    with pytest.raises(InputError, match="lone surrogate"):
+        check_row({**GOOD, "prompt": json.dumps([{"role": "user", "content": "\ud800"}])}, "d", 0)

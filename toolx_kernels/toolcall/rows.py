@@ -9,8 +9,9 @@ from typing import Any
 
 from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.bfcl_match import possible_fault
+from toolx_kernels.toolcall.pythonic import read_value
 from toolx_kernels.toolcall.schema import schema_fault
-from toolx_kernels.toolcall.strict_json import json_fault, read_json
+from toolx_kernels.toolcall.strict_json import json_at, json_fault, read_json
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -53,6 +54,8 @@ class Row:
 
 def check_row(raw: Mapping, where: str, index: int) -> Row:
     """Checks ``raw``, a mapping with ``prompt``, ``tools``, ``answer``, optionally ``id``, and free columns.
+
+    The prompt is text or a list of chat messages (``chat_message``), which may be written as text (``messages_in``).
 
     Tools and calls may be in OpenAI's form, ``{"type": "function", "function": {...}}``, or bare, as ``{"name",
     "parameters"}`` and ``{"name", "arguments"}``; ``tools`` and ``answer`` may be JSON text. ``where`` (a file, a
@@ -176,6 +179,18 @@ def json_value(text: str, name: str, remedy: str) -> Any:
         raise InputError(f"{name} is not JSON ({error}): {remedy}.") from error
 
 
+def messages_in(text: str) -> list[dict] | None:
+    """The chat messages that a text writes as a list of objects with a ``role``, in JSON or, as pandas writes lists
+    into a CSV file, Python's notation. None for any other text."""
+    text = text.strip()
+    try:
+        value, end = (json_at(text, 0) or read_value(text)) if text.startswith("[") else (None, 0)
+    except ValueError:
+        return None
+    is_chat = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
+    return value if is_chat and end == len(text) else None
+
+
 def chat_message(raw: Any, place: str) -> dict:
     """The chat message ``raw`` as templates expect it: a ``role``, a ``content`` that is text, and other keys.
 
@@ -255,6 +270,8 @@ def _check_columns(columns: dict, tools: list[dict], place: str) -> None:
 def _prompt(prompt: Any, place: str) -> str | list[dict]:
     if not prompt or isinstance(prompt, str) and not prompt.strip():
         raise InputError(f"{place}: field 'prompt' is missing or empty: give a string or a list of chat messages.")
+    if isinstance(prompt, str):
+        prompt = messages_in(prompt) or prompt
     _check_json(prompt, "prompt", place)
     if isinstance(prompt, str):
         return prompt

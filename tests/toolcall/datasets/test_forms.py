@@ -101,6 +101,9 @@ FORMS = {
     "TRL": trl,
     "TRL as text": lambda asked, calls: trl(asked, calls)
     | {"prompt": asked, "completion": hermes(asked, calls)["conversations"][2]["value"], "tools": text(OPENAI_TOOLS)},
+    "TRL, messages as text": lambda asked, calls: {
+        name: text(value) for name, value in trl(asked, calls).items()
+    },
     "xLAM": lambda asked, calls: {"id": asked, "query": asked, "tools": text(FLAT), "answers": text(calls)},
     "xLAM in objects": lambda asked, calls: {"query": asked, "tools": OPENAI_TOOLS, "answers": calls},
     "xLAM, flat in objects": lambda asked, calls: {"query": asked, "tools": FLAT, "answers": calls},

@@ -12,7 +12,7 @@ from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.offered import LeftOutError, read_tools, values_in
 from toolx_kernels.toolcall.datasets.queries import TOOLS, named
 from toolx_kernels.toolcall.parse import read
-from toolx_kernels.toolcall.rows import Row, chat_message, json_value, read_call
+from toolx_kernels.toolcall.rows import Row, chat_message, json_value, messages_in, read_call
 from toolx_kernels.toolcall.tool_format import FORMATS
 
 CALLS = "function_call"  # a turn whose text is a call, or a list of calls
@@ -44,7 +44,7 @@ def from_openai(raw: Mapping, place: str) -> Converted:
 
 
 def from_trl(raw: Mapping, place: str) -> Converted:
-    """Converts a row with ``prompt``, ``completion`` (each text or messages) and ``tools``: the answer is in the
+    """Converts a row with ``prompt``, ``completion`` (each text or messages, also as in ``messages_in``) and ``tools``: the answer is in the
     completion."""
     prompt, completion = _messages(raw, "prompt", place), _messages(raw, "completion", place)
     return conversation_row(raw, [*prompt, *completion], place, ["prompt", "completion"], len(prompt))
@@ -100,7 +100,7 @@ def conversation_row(raw: Mapping, messages: list[dict], place: str, used: list[
 def _messages(raw: Mapping, name: str, place: str) -> list[dict]:
     turns: Any = raw.get(name)
     if isinstance(turns, str) and name in ("prompt", "completion"):
-        return [{"role": "user" if name == "prompt" else "assistant", "content": turns}]
+        turns = messages_in(turns) or [{"role": "user" if name == "prompt" else "assistant", "content": turns}]
     if isinstance(turns, str):
         turns = json_value(turns, f"{place}: field {name!r}", "write it as a list")
     if not isinstance(turns, list):
