@@ -284,7 +284,13 @@ def test_messages_written_as_text(write):
     """As a cell of a CSV file holds them."""
     messages = [{"role": "system", "content": "It's s."}, {"role": "user", "content": "u"}]
     assert check_row({**GOOD, "prompt": f" {write(messages)}\n"}, "d", 0).prompt == messages
-    for text in (write(messages) + " What is this?", write([messages[0], 5]), write([{"name": "x"}]), "[]", "[citation]"):
+    for text in (
+        write(messages) + " What is this?",
+        write([messages[0], 5]),
+        write([{"name": "x"}]),
+        "[]",
+        "[citation]",
+    ):
         assert check_row({**GOOD, "prompt": text}, "d", 0).prompt == text
     with pytest.raises(InputError, match="message 0 of field 'prompt' must have a 'role' and a 'content'"):
         check_row({**GOOD, "prompt": write([{"role": "user"}])}, "d", 0)

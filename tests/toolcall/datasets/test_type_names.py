@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.datasets.annotations import read_annotation
 from toolx_kernels.toolcall.datasets.read import rows_from
 from toolx_kernels.toolcall.datasets.type_names import json_schema
@@ -54,11 +55,12 @@ OPTIONAL = {
     "int = 5": {**INT, "default": 5},
     "float, defaults to 0.5": {**NUM, "default": 0.5}, "bool, default: false": {**BOOL, "default": False},
     "str, optional (default: 'a, b')": {**STR, "default": "a, b"}, "str, default None": STR, "str, default now": STR,
+    **{f"float, default={value}": NUM for value in ("NaN", "1e400", "-Infinity", "nan", "'\\ud800'")},
     "dict, default={'a': [1, 2]}": {"type": "object", "default": {"a": [1, 2]}},
 }  # fmt: skip
 UNREAD = {
     "Foo": {}, "List[Foo]": {"type": "array"}, "Union[int, Foo]": {}, "Callable[[int], str]": {}, "complex": {},
-    "int, float": {}, "Literal[1j]": {}, "": {}, "[[[": {}, "a\0b": {}, "List[int": {}, "f(x=1)": {}, "[" * 5000: {},
+    "int, float": {}, "Literal[1j]": {}, "Literal[1e400]": {}, r"Literal['\ud800']": {}, "": {}, "[[[": {}, "a\0b": {}, "List[int": {}, "f(x=1)": {}, "[" * 5000: {},
     "int" + "|int" * 3000: {},
 }  # fmt: skip
 
@@ -97,13 +99,31 @@ def flat(parameters, **tool):
         ({"a": {"type": "str", "default": "x", "required": "true"}, "b": {"type": "str"}}, None, ["a"]),
         ({"a": {"type": "str"}, "b": {"type": "str"}}, ["b"], ["b"]),
         ({"a": {"type": "str", "required": True}, "b": {"type": "str"}}, [], []),
+        ({"a": {"type": "str", "required": "yes"}, "b": {"type": "str"}}, None, ["a"]),
+        ({"a": {"type": "str", "required": 1}, "b": {"type": "str", "required": 0.0}}, None, ["a"]),
+        ({"a": {"type": "str"}, "b": {"type": "str", "optional": True}}, None, ["a"]),
+        ({"a": {"type": "str", "optional": "no"}, "b": {"type": "str"}}, None, ["a"]),
+        ({"a": {"type": "str"}, "b": {"type": "str"}, "c": {"type": "int"}}, "a, c", ["a", "c"]),
+        ({"a": {"type": "str"}, "b": {"type": ["string", "null"]}}, None, ["a"]),
         ({"a": {"type": "bool, optional, default=True"}, "b": {"type": "int | None"}, "c": {}}, None, ["c"]),
     ],
 )
 def test_what_xlam_requires(parameters, listed, required):
     schema = flat(parameters, required=listed)
     assert schema["required"] == required
-    assert not any("required" in spec for spec in schema["properties"].values())
+    assert not any({"required", "optional"} & spec.keys() for spec in schema["properties"].values())
+
+
+def test_required_parameters_that_a_tool_does_not_have():
+    with pytest.raises(InputError, match="field 'required' of tool 'f' is 'a, z': give a list of names"):
+        flat({"a": {"type": "str"}}, required="a, z")
+
+
+def test_a_list_of_types_in_flat_parameters():
+    schema = flat({"a": {"type": ["string", "null"]}, "b": {"type": ["int", "list[str]"]}})
+    assert schema["properties"]["b"] == {"anyOf": [INT, listed(STR)]}
+    assert arguments_fault({"a": None, "b": ["x"]}, schema) is None
+    assert arguments_fault({"a": 1, "b": 1}, schema)
 
 
 def test_schemas_inside_xlam_parameters():
@@ -164,3 +184,21 @@ def test_names_in_schemas():
         "type": "array"
     }
     assert json_schema({"type": "prose"}) == {"type": "prose"}, "refused when the row is checked"
+    assert json_schema({"properties": {"x": {"type": "Any"}, "y": {"type": ["any", "null"]}}}) == {
+        "properties": {"x": {}, "y": {}}
+    }
+    any_text = json_schema({"properties": {"x": {"type": "any"}, "y": {"type": ["any", "null"]}}}, any_as="string")
+    assert any_text == {"properties": {"x": STR, "y": {"type": ["string", "null"]}}}
+
+
+def test_flags_of_nested_properties():
+    inner = {"b": {"type": "string", "required": True}, "c": {"type": "str", "required": "false"}}
+    spec = {"type": "object", "properties": {"a": {"type": "object", "required": True, "properties": inner}}}
+    assert json_schema(spec) == {
+        "type": "object",
+        "properties": {"a": {"type": "object", "properties": {"b": STR, "c": STR}, "required": ["b"]}},
+        "required": ["a"],
+    }
+    listing = {"type": "object", "optional": True, "properties": {"b": STR}, "required": ["b"]}
+    kept = {"type": "object", "properties": {"b": STR}, "required": ["b"]}
+    assert json_schema({"properties": {"a": listing}}) == {"properties": {"a": kept}}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from toolx_kernels.toolcall.strict_json import json_fault
+
 _LONGEST = 1000  # characters of an annotation that is read
 _ALIASES = {
     "string": "str char character varchar path bytes",
@@ -104,10 +106,9 @@ def _default(text: str) -> dict:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-            json.dumps(value)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-        return {} if value is None else {"default": value}
+        return {} if value is None or json_fault(value, "default") else {"default": value}
     return {}
 
 
@@ -219,8 +220,9 @@ class _Reader:
     def _literal(self, nodes: list[ast.expr], node: ast.expr) -> dict:
         try:
             values = [each.id if isinstance(each, ast.Name) else ast.literal_eval(each) for each in nodes]
-            json.dumps(values)
         except (ValueError, TypeError):
+            values = [node]
+        if json_fault(values, "enum"):
             return self._nothing(ast.unparse(node))
         kinds = {type(value).__name__.lower() for value in values}
         kind = _known(kinds.pop()) if len(kinds) == 1 else None

@@ -68,7 +68,7 @@ def _row(raw: dict, possible: list[dict], category: str) -> dict:
 
 def _tool(function: dict, category: str) -> dict:
     _, _, syntax = _LANGUAGES.get(category, ("python", "Python", "Python 3"))
-    parameters = json_schema(function["parameters"])
+    parameters = json_schema(function["parameters"], any_as="string")  # as its checker expects
     if category in _LANGUAGES:
         parameters["properties"] = {
             name: _literal_schema(spec, category) for name, spec in function["parameters"]["properties"].items()

@@ -66,7 +66,9 @@ def _tools(system: str) -> list[dict] | None:
                 {
                     "name": tool["name"],
                     "description": tool.get("description") or "",
-                    "parameters": json_schema(parameters) if isinstance(parameters, dict) else parameters,
+                    "parameters": json_schema(parameters, any_as="string")
+                    if isinstance(parameters, dict)
+                    else parameters,
                 }
                 for tool in tools
                 for parameters in [tool.get("parameters") or {"type": "object", "properties": {}}]

@@ -15,6 +15,10 @@ from toolx_kernels.toolcall.datasets.annotations import NAMES, Annotation, read_
 _SCHEMAS = frozenset({"items", "additionalProperties", "not", "contains"})
 _LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "items"})
 _MAPS = frozenset({"properties", "$defs", "definitions"})
+_FLAGS = {
+    **dict.fromkeys(("true", "yes", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "0", "0.0"), False),
+}
 _HOLDING = _SCHEMAS | _LISTS | _MAPS
 
 _unread: ContextVar[list[str] | None] = ContextVar("unread", default=None)
@@ -35,25 +39,28 @@ def unread_types_told(where: str) -> Iterator[None]:
         _log.warning("%s: %d types of parameters cannot be read and may be anything: %s", where, len(unread), most)
 
 
-def json_schema(spec: Mapping, unread: list[str] | None = None) -> dict:
+def json_schema(spec: Mapping, unread: list[str] | None = None, any_as: str | None = None) -> dict:
     """A copy of ``spec`` with JSON Schema's type names, also in the schemas inside: ``dict`` becomes ``object``,
-    ``float`` becomes ``number``, ``list(str)`` becomes an array of strings. ``any`` becomes ``string``, as BFCL's
-    checker expects and ToolACE means. Names that cannot be read stay, or with ``unread`` are left out and added to it.
+    ``float`` becomes ``number``, ``list(str)`` becomes an array of strings. ``any`` becomes the type ``any_as``, or
+    without it no type. Names that cannot be read stay, or with ``unread`` are left out and added to it.
 
-    ``required``, if it is a flag of a property, becomes an entry in the list ``required`` around it.
+    A flag ``required`` or ``optional`` of a property becomes an entry in the list ``required`` around it, or none.
     """
-    schema = {key: _inner(key, value, unread) for key, value in spec.items()}
-    if isinstance(properties := spec.get("properties"), Mapping):
-        flags = {name: flag for name, inner in properties.items() if (flag := required_flag(inner)) is not None}
-        for name in flags:
-            del schema["properties"][name]["required"]
+    properties, schema = spec.get("properties"), dict(spec)
+    if isinstance(properties, Mapping):
+        flags = {name: required_flag(inner) for name, inner in properties.items()}
+        schema["properties"] = {name: _without_flags(inner) for name, inner in properties.items()}
         if any(flags.values()) and not isinstance(spec.get("required"), list):
             schema["required"] = [name for name, flag in flags.items() if flag]
+    schema = {key: _inner(key, value, unread, any_as) for key, value in schema.items()}
     stated = spec.get("type")
     if isinstance(stated, list):
-        schema["type"] = [NAMES.get(name.lower(), name) if isinstance(name, str) else name for name in stated]
+        names = NAMES if any_as is None else {**NAMES, "any": any_as}
+        schema["type"] = [names.get(name.lower(), name) if isinstance(name, str) else name for name in stated]
+        if any_as is None and "any" in [str(name).lower() for name in stated]:
+            del schema["type"]
     elif isinstance(stated, str):
-        if named := "string" if stated.lower() == "any" else NAMES.get(stated.lower()):
+        if named := any_as if stated.lower() == "any" else NAMES.get(stated.lower()):
             schema["type"] = named
         elif not (read := read_annotation(stated)).unread:
             del schema["type"]
@@ -64,13 +71,13 @@ def json_schema(spec: Mapping, unread: list[str] | None = None) -> dict:
     return schema
 
 
-def flat_schema(parameters: Mapping[str, Mapping], required: Any) -> dict:
+def flat_schema(parameters: Mapping[str, Mapping], required: list | None) -> dict:
     """The schema of parameters that are described one by one, ``{name: {"type": an annotation, ...}}``. What cannot be
     read may be anything (``unread_types_told``).
 
     A parameter is required unless it has a default or its annotation says that it is optional. What is stated has
-    priority: its flag ``required``, and before that ``required``, a list of names. Where any flag is true, parameters
-    without a flag are not required.
+    priority: its flag (``required_flag``), and before that ``required``, a list of names. Where any flag is true,
+    parameters without a flag are not required.
     """
     flags = {name: required_flag(spec) for name, spec in parameters.items()}
     properties: dict[str, dict] = {}
@@ -78,16 +85,16 @@ def flat_schema(parameters: Mapping[str, Mapping], required: Any) -> dict:
     unread: list[str] = []
     for name, spec in parameters.items():
         stated = spec.get("type")
+        if isinstance(stated, list):  # as JSON Schema has it
+            stated = " | ".join(map(str, stated))
         read = Annotation({}, False, ()) if stated is None else read_annotation(str(stated))
         unread += read.unread
-        rest = {key: value for key, value in spec.items() if key != "type"}
-        if flags[name] is not None:
-            del rest["required"]
+        rest = {key: value for key, value in _without_flags(spec).items() if key != "type"}
         properties[name] = {**read.schema, **(rest if _HOLDING.isdisjoint(rest) else json_schema(rest, unread))}
         by_default = "default" not in spec and not read.optional and True not in flags.values()
         if by_default if flags[name] is None else flags[name]:
             needed.append(name)
-    if isinstance(required, list):
+    if required is not None:
         needed = required
     if (told := _unread.get()) is not None:
         told += unread
@@ -95,15 +102,28 @@ def flat_schema(parameters: Mapping[str, Mapping], required: Any) -> dict:
 
 
 def required_flag(spec: Any) -> bool | None:
-    """The flag ``required`` of a parameter; None if it has none."""
-    flag = spec.get("required") if isinstance(spec, Mapping) else None
-    return {"true": True, "false": False}.get(str(flag).lower()) if isinstance(flag, bool | str) else None
+    """The flag ``required`` of a parameter, or the opposite of its flag ``optional``; None if it has neither."""
+    if not isinstance(spec, Mapping):
+        return None
+    flag, optional = _flag(spec.get("required")), _flag(spec.get("optional"))
+    return flag if flag is not None or optional is None else not optional
 
 
-def _inner(key: str, value: Any, unread: list[str] | None) -> Any:
+def _flag(value: Any) -> bool | None:
+    """What a flag says, which is a bool, a number or a word; None for what is no flag."""
+    return _FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+
+
+def _without_flags(spec: Any) -> Any:
+    if not isinstance(spec, Mapping):
+        return spec
+    return {key: value for key, value in spec.items() if key not in ("required", "optional") or _flag(value) is None}
+
+
+def _inner(key: str, value: Any, unread: list[str] | None, any_as: str | None) -> Any:
     """``value`` of a keyword with JSON Schema's names in the schemas that it holds."""
     if key in _MAPS and isinstance(value, Mapping):
-        return {name: _inner("items", inner, unread) for name, inner in value.items()}
+        return {name: _inner("items", inner, unread, any_as) for name, inner in value.items()}
     if key in _LISTS and isinstance(value, list):
-        return [_inner("items", inner, unread) for inner in value]
-    return json_schema(value, unread) if key in _SCHEMAS and isinstance(value, Mapping) else value
+        return [_inner("items", inner, unread, any_as) for inner in value]
+    return json_schema(value, unread, any_as) if key in _SCHEMAS and isinstance(value, Mapping) else value
