@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import threading
 
 import pytest
 
@@ -140,6 +141,10 @@ def judged(possible, schema=None, category="simple_python"):
         (changed(answer=[CALL, {"name": "f", "arguments": "{}"}]), ["call 1 of field 'answer'"]),
         (changed(answer=["f"]), ["call 0 of field 'answer'"]),
         (changed(prompts=1), ["'prompts'", "reserved"]),
+        (changed(level=nested(900)), ["field 'level'", "level is nested deeper than 64 levels"]),
+        (changed() | {1: "a"}, ["column", "not 1"]),
+        (changed(level=[threading.Lock()]), ["field 'level' is [<unlocked", "cannot be copied"]),
+        (changed(level=(n for n in ())), ["field 'level' is <generator", "cannot be copied"]),
         (with_parameters({"properties": {"a": {"enum": "red"}}}), ["parameters.properties.a.enum is 'red'", "array"]),
         (with_parameters({"properties": {"a": {"anyOf": {"type": "string"}}}}), ["properties.a.anyOf", "array"]),
         (with_parameters({"properties": {"a": {"oneOf": ["string"]}}}), ["properties.a.oneOf[0]", "object"]),
@@ -199,6 +204,11 @@ def test_bad_rows_are_named(raw, words):
 def test_a_bad_id_is_named():
     with pytest.raises(InputError, match=r"data.jsonl:7 \(id '\\ud800'\): id holds the lone surrogate"):
         check_row(changed(id="\ud800"), "data.jsonl", 7)
+
+
+def test_a_column_may_hold_more_than_json():
+    for value in ({1, 2}, math.nan, b"x", {1: "a"}, nested(60)):
+        assert check_row(changed(level=value), "d", 0).columns == {"level": value}
 
 
 def test_good_schemas_and_columns_pass():

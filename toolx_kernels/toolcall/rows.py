@@ -1,5 +1,6 @@
 """Dataset rows: one prompt, the tools it offers, the calls that answer it. Checked once, here."""
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolx_kernels.errors import InputError, short
+from toolx_kernels.errors import InputError, first_line, short
 from toolx_kernels.toolcall.bfcl_match import possible_fault
 from toolx_kernels.toolcall.pythonic import read_value
 from toolx_kernels.toolcall.schema import schema_fault
-from toolx_kernels.toolcall.strict_json import json_at, json_fault, read_json
+from toolx_kernels.toolcall.strict_json import is_shallow, json_at, json_fault, read_json
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -66,8 +67,9 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
     schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values
-    that are not JSON (``json_fault``), a column whose name reward functions reserve, possible answers that
-    ``bfcl_match`` cannot use, or a tier or category that is not a string or is "accuracy", the name of the total score.
+    that are not JSON (``json_fault``), a column whose name is not text or is reserved for reward functions, a column
+    that is nested too deep or cannot be copied, possible answers that ``bfcl_match`` cannot use, or a tier or
+    category that is not a string or is "accuracy", the name of the total score.
     """
     place = f"{where}:{index}"
     if not isinstance(raw, Mapping):
@@ -79,6 +81,8 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
         row_id = str(raw["id"])
         place += f" (id {row_id!r})"
         _check_json(row_id, "id", place)
+    if odd := [name for name in raw if not isinstance(name, str)]:
+        raise InputError(f"{place}: the name of a column must be text, not {short(odd[0])}: rename the column.")
     for name in _RESERVED:
         if name in raw:
             raise InputError(f"{place}: the column name {name!r} is reserved for reward functions: rename the column.")
@@ -248,6 +252,17 @@ def _check_json(value: Any, name: str, place: str) -> None:
 
 
 def _check_columns(columns: dict, tools: list[dict], place: str) -> None:
+    for name, value in columns.items():
+        if isinstance(value, dict | list | tuple) and not is_shallow(value):
+            _check_json(value, name, place)
+        if json_fault(value, name):  # reward functions may take more than JSON, but receive a copy
+            try:
+                copy.deepcopy(value)
+            except Exception as error:  # of whatever class the column holds
+                raise InputError(
+                    f"{place}: field {name!r} is {short(value)}, which cannot be copied for reward functions"
+                    f" ({first_line(error)}): give values such as text and numbers, or leave the column out."
+                ) from error
     for name in ("tier", "category"):
         part = columns.get(name)
         if part is not None and (not isinstance(part, str) or part == "accuracy"):

@@ -499,3 +499,35 @@ def test_files_of_one_array(tmp_path):
     path.write_text('[{"prompt": "a"},\n oops]')
     with pytest.raises(InputError, match="rows.json is not JSON .*line 2 column 2"):
         read_dataset(str(path))
+
+
+def test_an_instruction_continues_in_input():
+    """As in Alpaca's rows."""
+    row = {"instruction": "Weather?", "tools": FLAT, "output": "[]"}
+    (alone, empty, joined) = rows_from([row, row | {"input": " "}, row | {"input": "In Oslo."}])
+    assert (alone.prompt, empty.prompt, joined.prompt) == ("Weather?", "Weather?", "Weather?\n\nIn Oslo.")
+    assert joined.columns == {}
+    with pytest.raises(InputError, match="set:0: field 'input' continues 'instruction', so both must be texts"):
+        rows_from([row | {"input": 5}], "set")
+    query = {"query": "q", "input": "i", "tools": FLAT, "answers": "[]"}
+    assert rows_from([query])[0].columns == {"input": "i"}, "a column of its own"
+
+
+def test_odd_names_of_columns():
+    pandas = pytest.importorskip("pandas")
+    row = FORMS["toolx"](ASKED[0], CALLS[0])
+    frame = pandas.DataFrame([row])
+    with pytest.raises(InputError, match="set has two columns of the name 'prompt'"):
+        rows_from(pandas.concat([frame, frame[["prompt"]]], axis=1), "set")
+    for raw in (row, openai(ASKED[0], CALLS[0])):
+        with pytest.raises(InputError, match="set:0: the name of a column must be text, not 0: rename"):
+            rows_from(pandas.DataFrame([raw | {0: "a"}]), "set")
+
+
+def test_rows_that_are_deep_lists_are_refused():
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    for rows in ([deep], [FORMS["toolx"](ASKED[0], CALLS[0]), deep]):
+        with pytest.raises(InputError, match="a row must be an object, not a value nested hundreds deep"):
+            rows_from(rows, "set")

@@ -60,7 +60,8 @@ OPTIONAL = {
 }  # fmt: skip
 UNREAD = {
     "Foo": {}, "List[Foo]": {"type": "array"}, "Union[int, Foo]": {}, "Callable[[int], str]": {}, "complex": {},
-    "int, float": {}, "Literal[1j]": {}, "Literal[1e400]": {}, r"Literal['\ud800']": {}, "": {}, "[[[": {}, "a\0b": {}, "List[int": {}, "f(x=1)": {}, "[" * 5000: {},
+    "int, float": {}, "Literal[1j]": {}, "": {}, "[[[": {}, "a\0b": {}, "List[int": {}, "f(x=1)": {}, "[" * 5000: {},
+    "Literal[1e400]": {}, r"Literal['\ud800']": {},
     "int" + "|int" * 3000: {},
 }  # fmt: skip
 

@@ -44,6 +44,9 @@ def values_of(dataset: Any, where: str) -> list[Any]:
         remedy = "give a list of rows" if isinstance(dataset, Mapping) else "give the rows that read_dataset returns"
         raise InputError(f"{where} is of type {type(dataset).__name__}: {remedy}.")
     if type(dataset).__module__.partition(".")[0] == "pandas" and hasattr(dataset, "columns"):
+        if not dataset.columns.is_unique:
+            twice = dataset.columns[dataset.columns.duplicated()][0]
+            raise InputError(f"{where} has two columns of the name {twice!r}: give each a name of its own.")
         records = dataset.to_dict("records")
         return without_filling([{k: None if _is_missing(v) else _plain(v) for k, v in raw.items()} for raw in records])
     if hasattr(dataset, "with_format"):
@@ -64,7 +67,7 @@ def without_filling(raws: list[Any]) -> list[Any]:
     allows null for it: so an argument that is meant to be null is lost only if it looks like filling in all of this.
     JSON text is never changed.
     """
-    if not all(is_shallow(raw) for raw in raws if isinstance(raw, dict)):
+    if not all(is_shallow(raw) for raw in raws if isinstance(raw, dict | list | tuple)):
         return raws  # they will be refused
     tools = [raw[name] for raw in raws if isinstance(raw, Mapping) for name in TOOLS if raw.get(name) is not None]
     filled = any(map(_has_null_keyword, tools))

@@ -44,8 +44,8 @@ def from_openai(raw: Mapping, place: str) -> Converted:
 
 
 def from_trl(raw: Mapping, place: str) -> Converted:
-    """Converts a row with ``prompt``, ``completion`` (each text or messages, also as in ``messages_in``) and ``tools``: the answer is in the
-    completion."""
+    """Converts a row with ``prompt``, ``completion`` (each text or messages, which may be written as text) and
+    ``tools``: the answer is in the completion."""
     prompt, completion = _messages(raw, "prompt", place), _messages(raw, "completion", place)
     return conversation_row(raw, [*prompt, *completion], place, ["prompt", "completion"], len(prompt))
 

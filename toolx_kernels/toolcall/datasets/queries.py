@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.datasets.offered import read_tools
 from toolx_kernels.toolcall.rows import json_value, read_call
 
@@ -23,8 +24,10 @@ def is_query(raw: Mapping) -> bool:
 
 
 def from_query(raw: Mapping, place: str) -> dict:
-    """Converts a row of xLAM's format to ours. Raises InputError, beginning with ``place``, if it is not in that
-    format."""
+    """Converts a row of xLAM's format to ours. An ``instruction`` continues in ``input``, as Alpaca's rows have it.
+
+    Raises InputError, beginning with ``place``, if the row is not in that format.
+    """
     query, tools, answers = (named(raw, names) for names in (QUERY, TOOLS, ANSWERS))
     answer: Any = raw[answers] if answers else None
     if isinstance(answer, str):
@@ -33,9 +36,15 @@ def from_query(raw: Mapping, place: str) -> dict:
         answer = [answer]
     if isinstance(answer, list):  # what is no call stays, for check_row to refuse
         answer = [read_call(call) or call for call in answer]
+    used, prompt = [query, tools, answers], raw[query] if query else None
+    if query == "instruction" and raw.get("input") is not None:
+        if not isinstance(prompt, str) or not isinstance(raw["input"], str):
+            raise InputError(f"{place}: field 'input' continues 'instruction', so both must be texts: fix the row.")
+        used.append("input")
+        prompt = "\n\n".join(part for part in (prompt, raw["input"]) if part.strip())
     return {
-        **{key: value for key, value in raw.items() if key not in (query, tools, answers)},
-        "prompt": raw[query] if query else None,
+        **{key: value for key, value in raw.items() if key not in used},
+        "prompt": prompt,
         "tools": read_tools(raw[tools] if tools else None, place),
         "answer": answer,
     }
