@@ -3,16 +3,15 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from toolx_kernels.errors import InputError, first_line, short
 from toolx_kernels.toolcall.bfcl_match import possible_fault
 from toolx_kernels.toolcall.pythonic import read_value
 from toolx_kernels.toolcall.schema import schema_fault
-from toolx_kernels.toolcall.strict_json import is_shallow, json_at, json_fault, read_json
+from toolx_kernels.toolcall.strict_json import is_shallow, json_at, json_fault, json_value, read_json
 
 _RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -151,36 +150,6 @@ def with_calls(rows: Iterable[Row], calls: int) -> list[Row]:
             f" {', '.join(f'{number} ({count} rows)' for number, count in there)}."
         )
     return kept
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for each line that is not blank in a file of JSON values; or (place from 0, value)
-    for each value of a file that is one JSON array.
-
-    Raises InputError, naming file and line, if the file cannot be read or is not UTF-8 text, or a line is not JSON.
-    """
-    remedy = "write one JSON object per line, or all in one array"
-    try:
-        with Path(path).open(encoding="utf-8-sig") as lines:  # Windows editors may write a byte order mark
-            begun = False
-            for number, line in enumerate(lines, 1):
-                if not begun and line.lstrip().startswith("["):
-                    yield from enumerate(json_value(line + lines.read(), str(path), remedy))
-                elif line.strip():
-                    yield number, json_value(line, f"{path}:{number}", remedy)
-                begun = begun or bool(line.strip())
-    except OSError as error:
-        raise InputError(f"cannot read the dataset file {path} ({error.strerror}): name a readable file.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
-
-
-def json_value(text: str, name: str, remedy: str) -> Any:
-    """Parses ``text`` with ``read_json``. Raises InputError, with ``name`` and ``remedy``, if it is not JSON."""
-    try:
-        return read_json(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({error}): {remedy}.") from error
 
 
 def messages_in(text: str) -> list[dict] | None:

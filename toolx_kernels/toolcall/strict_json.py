@@ -1,9 +1,16 @@
-"""Strict JSON, as calls are read: each text has one meaning, and its nesting is bounded."""
+"""Strict JSON, as calls and files are read: each text has one meaning, and its nesting is bounded."""
 
 import json
 import math
 import re
+import zlib
+from collections.abc import Iterator
+from gzip import GzipFile
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
+
+from toolx_kernels.errors import InputError, first_line, short
 
 MAX_DEPTH = 64  # deeper arguments are malformed, so that code may recurse through a parsed call
 _MOST_BITS = 14_000  # Python writes and reads no number of more than 4,300 digits
@@ -56,6 +63,44 @@ def json_fault(value: Any, path: str) -> str | None:
     return _json_fault(value, path)
 
 
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, value) for each line that is not blank in a file of JSON values; or (place from 0, value)
+    for each value of a file that is one JSON array. The file may be packed by gzip.
+
+    Raises InputError, naming file and line, if the file cannot be read or is not UTF-8 text, or a line is not JSON.
+    """
+    remedy = "write one JSON object per line, or all in one array"
+    try:
+        with Path(path).open("rb") as file:
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            # Windows editors may write a byte order mark
+            lines = TextIOWrapper(GzipFile(fileobj=file) if packed else file, encoding="utf-8-sig")
+            begun = False
+            for number, line in enumerate(lines, 1):
+                if not begun and line.lstrip().startswith("["):
+                    yield from enumerate(json_value(line + lines.read(), str(path), remedy))
+                elif line.strip():
+                    yield number, json_value(line, f"{path}:{number}", remedy)
+                begun = begun or bool(line.strip())
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"cannot read the dataset file {path} ({reason}): name a readable file.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the dataset file {path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
+
+
+def json_value(text: str, name: str, remedy: str) -> Any:
+    """Parses ``text`` with ``read_json``. Raises InputError, with ``name``, if it is not JSON; ``remedy`` is for a text
+    that is not written as JSON at all."""
+    try:
+        return read_json(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} is not JSON ({error}): {remedy}.") from error
+    except (ValueError, RecursionError) as error:  # Python's words go on about its settings
+        reason = str(error).partition(":")[0]
+        raise InputError(f"{name} is not JSON that can be used ({reason}): change or remove this value.") from error
+
+
 def skip_space(text: str, start: int) -> int:
     """The end of the white space that begins at ``start``."""
     found = _NOT_SPACE.search(text, start)
@@ -66,7 +111,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict:
     """A dict of ``pairs``. Raises ValueError for a repeated key."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("repeated key")
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeated key {short(next(name for name in names if names.count(name) > 1))}")
     return found
 
 
@@ -105,7 +151,7 @@ def _json_fault(value: Any, path: str) -> str | None:
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
+    raise ValueError(f"the constant {constant}")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=_refuse)

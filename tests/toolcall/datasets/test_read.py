@@ -1,7 +1,9 @@
+import gzip
 import json
 import logging
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +50,58 @@ def test_jsonl(tmp_path):
 def test_bad_lines_are_named(tmp_path, line, words):
     with pytest.raises(InputError, match=words):
         read_jsonl(write(tmp_path / "rows.jsonl", ROWS[0], line))
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ('"a": 1, "a": 2', "repeated key 'a'"),
+        ('"a": NaN', "the constant NaN"),
+        ('"a": ' + "9" * 5000, "Exceeds the limit (4300 digits) for integer string conversion"),
+        ('"a": 1e999', "number out of range"),
+    ],
+)
+def test_values_that_cannot_be_used_are_told_from_other_notations(tmp_path, field, reason):
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "p", {field}}}')
+    words = f"rows.jsonl:1 is not JSON that can be used ({reason}): change or remove this value."
+    with pytest.raises(InputError, match=re.escape(words) + "$"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_files_packed_by_gzip(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    packed = gzip.compress(b"".join(json.dumps({**ROWS[0], "id": n}).encode() + b"\n" for n in range(100)))
+    for name in ("rows.jsonl.gz", "unnamed.jsonl"):
+        (tmp_path / name).write_bytes(packed)
+        assert len(read_dataset(str(tmp_path / name))) == 100
+    for damaged in (packed[:60], packed[:20] + b"x" + packed[21:], packed[:2] + b"garbage"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"cannot read the dataset file .*rows.jsonl.gz \(.+\): name a readable"):
+            read_dataset(str(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nix.parquet", "nix.CSV", "nix.jsonl.gz", "nix.arrow", "nix.json", "./nix", "../nix", "/nix/", "~/nix", "a/b/c"],
+)
+def test_paths_that_do_not_exist(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"(nix\S*|a/b/c) \(No such file or directory\): name a readable file"):
+        read_dataset(name)
+
+
+def test_tables_without_rows(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    empty = datasets.Dataset.from_dict({"prompt": [], "tools": []})
+    empty.to_parquet(tmp_path / "rows.parquet")
+    empty.save_to_disk(tmp_path / "saved")
+    for name, text in (("none.csv", ""), ("head.csv", "prompt,tools\n"), ("none.parquet", ""), ("none.arrow", "")):
+        (tmp_path / name).write_text(text)
+    for name in ("rows.parquet", "saved", "none.csv", "head.csv", "none.parquet", "none.arrow"):
+        with pytest.raises(InputError, match=f"{name} holds no rows: give a dataset with at least one"):
+            read_dataset(str(tmp_path / name))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):

@@ -12,7 +12,8 @@ from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.offered import LeftOutError, read_tools, values_in
 from toolx_kernels.toolcall.datasets.queries import TOOLS, named
 from toolx_kernels.toolcall.parse import read
-from toolx_kernels.toolcall.rows import Row, chat_message, json_value, messages_in, read_call
+from toolx_kernels.toolcall.rows import Row, chat_message, messages_in, read_call
+from toolx_kernels.toolcall.strict_json import json_value
 from toolx_kernels.toolcall.tool_format import FORMATS
 
 CALLS = "function_call"  # a turn whose text is a call, or a list of calls

@@ -7,8 +7,7 @@ from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.datasets.xlam import flat_tool
 from toolx_kernels.toolcall.pythonic import read_value
-from toolx_kernels.toolcall.rows import json_value
-from toolx_kernels.toolcall.strict_json import json_at, skip_space
+from toolx_kernels.toolcall.strict_json import json_at, json_value, skip_space
 
 
 class LeftOutError(Exception):

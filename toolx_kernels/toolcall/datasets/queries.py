@@ -5,7 +5,8 @@ from typing import Any
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall.datasets.offered import read_tools
-from toolx_kernels.toolcall.rows import json_value, read_call
+from toolx_kernels.toolcall.rows import read_call
+from toolx_kernels.toolcall.strict_json import json_value
 
 # the names of each field, the usual one first; a row's first name that is not empty counts
 QUERY, TOOLS, ANSWERS = (

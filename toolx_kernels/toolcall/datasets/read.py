@@ -5,22 +5,29 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import InputError, first_line
 from toolx_kernels.files import expanded
 from toolx_kernels.toolcall.datasets.bfcl import read_bfcl
 from toolx_kernels.toolcall.datasets.containers import chosen_split, values_of, without_filling
 from toolx_kernels.toolcall.datasets.forms import read_rows
 from toolx_kernels.toolcall.datasets.seal_tools import read_seal_tools
-from toolx_kernels.toolcall.rows import Row, check_set, json_lines
+from toolx_kernels.toolcall.rows import Row, check_set
+from toolx_kernels.toolcall.strict_json import json_lines
 
 _NAMES = "bfcl:<category>, seal-tools:<path>, a file of rows, or a dataset on the Hugging Face hub"
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # ending -> builder of ``datasets``
+_ENDINGS = (*_TABLES, ".jsonl", ".json", ".ndjson", ".txt", ".tsv", ".gz", ".zip", ".zst")
+# what libraries say of a table without rows
+_NO_ROWS = (
+    "No columns to parse from file", "corresponds to no data", "BatchSize must be greater than 0",
+    "file size is 0 bytes", "File is too small: 0", "list index out of range",
+)  # fmt: skip
 
 
 def read_dataset(spec: str) -> list[Row]:
     """Reads the rows of ``spec``: ``bfcl:<category>``, ``seal-tools:<path>`` (``read_seal_tools``), a table
-    (``read_table``), any other file or path that ends in ``.jsonl`` (``read_jsonl``), or else a name on the hub; or
-    several of these, separated by commas.
+    (``read_table``), any other file (``read_jsonl``), or else a folder or a name on the hub (``read_hub``); or several
+    of these, separated by commas.
 
     Raises InputError for what cannot be found or read, and for an id that occurs in two of them.
     """
@@ -34,9 +41,10 @@ def read_dataset(spec: str) -> list[Row]:
         return read_bfcl(name)
     if kind == "seal-tools":
         return read_seal_tools(name)
-    if spec.endswith(".jsonl") or os.path.isfile(spec):
-        return read_table(spec) if Path(spec).suffix.lower() in _TABLES else read_jsonl(spec)
-    return read_hub(spec)
+    if os.path.isfile(spec) and _ending(spec) in _TABLES:
+        return read_table(spec)
+    is_file = not os.path.isdir(spec) if os.path.exists(spec) else _is_path(spec)
+    return read_jsonl(spec) if is_file else read_hub(spec)
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
@@ -48,13 +56,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def read_table(path: str | Path) -> list[Row]:
-    """Reads rows from a .parquet, .arrow or .csv file, whose lists and objects may be JSON text.
+    """Reads rows from a .parquet, .arrow, .csv or .csv.gz file, whose lists and objects may be JSON text.
 
     Raises InputError if the ``datasets`` library is not installed or cannot load it.
     """
-    return rows_from(
-        _loaded(str(path), _TABLES[Path(path).suffix.lower()], data_files=str(path), split="train"), str(path)
-    )
+    return rows_from(_loaded(str(path), _TABLES[_ending(path)], data_files=str(path), split="train"), str(path))
 
 
 def read_hub(name: str, split: str | None = None) -> list[Row]:
@@ -85,6 +91,15 @@ def rows_from(dataset: Iterable[Mapping | Row], where: str = "dataset", *, for_t
     return read_rows(list(enumerate(values_of(chosen, where))), where, split)
 
 
+def _ending(path: str | Path) -> str:
+    return Path(str(path).lower().removesuffix(".gz")).suffix
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path: the hub has none with a file's ending, or with more than one slash."""
+    return name.lower().endswith(_ENDINGS) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
 def _loaded(shown: str, kind: str, **options: Any) -> Any:
     """What ``datasets`` loads, called ``shown`` in messages."""
     try:
@@ -99,7 +114,9 @@ def _loaded(shown: str, kind: str, **options: Any) -> Any:
             saved = datasets.load_from_disk(kind)
             return saved if split is None else saved[split]
         return datasets.load_dataset(kind, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = first_line(error.__cause__ or error)
+        if any(words in reason for words in _NO_ROWS):
+            raise InputError(f"{shown} holds no rows: give a dataset with at least one.") from error
         part = f"split {split!r} of " if split else ""
         raise InputError(f"cannot load {part}dataset {shown!r} ({reason}): give {_NAMES}.") from error

@@ -16,7 +16,8 @@ from typing import Any
 
 from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.type_names import json_schema
-from toolx_kernels.toolcall.rows import Row, check_numbered, check_set, json_lines
+from toolx_kernels.toolcall.rows import Row, check_numbered, check_set
+from toolx_kernels.toolcall.strict_json import json_lines
 
 SPLITS = ("train", "dev", "test_in_domain", "test_out_domain")
 _OUTPUT = re.compile(r"API_call_\d+")
