@@ -7,7 +7,7 @@ import pytest
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.toolcall import Row, bfcl_match, check_row, check_rows
-from toolx_kernels.toolcall.rows import with_calls
+from toolx_kernels.toolcall.rows import chat_message, with_calls
 
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
 TOOL = {"type": "function", "function": FUNCTION}
@@ -306,3 +306,17 @@ def test_messages_written_as_text(write):
         check_row({**GOOD, "prompt": write([{"role": "user"}])}, "d", 0)
     with pytest.raises(InputError, match="lone surrogate"):
         check_row({**GOOD, "prompt": json.dumps([{"role": "user", "content": "\ud800"}])}, "d", 0)
+
+
+def test_texts_and_calls_of_a_message():
+    message = {
+        "role": "user",
+        "content": [{"type": "text", "text": None}, {"type": "text", "text": "a"}, {"type": "text"}],
+    }
+    assert chat_message(message, "d")["content"] == "a"
+    with pytest.raises(InputError, match="d must have a 'role' and a 'content' that are strings"):
+        chat_message({"role": "user", "content": [{"type": "text", "text": 5}]}, "d")
+    new, old = CALL, {"name": "g", "arguments": {}}
+    for listed, call in (([new], new), ([], old), (None, old)):
+        read = chat_message({"role": "assistant", "tool_calls": listed, "function_call": old}, "d")
+        assert [each["function"] for each in read["tool_calls"]] == [call]

@@ -57,7 +57,8 @@ WRONG = [
     (2, {"exclusiveMinimum": 2}, "breaks the rule exclusiveMinimum 2"),
     (2, {"minimum": 2, "exclusiveMinimum": True}, "breaks the rule minimum 2"),
     (4, {"maximum": 3}, "breaks the rule maximum 3"),
-    (10**400, {"multipleOf": 0.5}, "cannot be checked"),
+    (19.995, {"multipleOf": 0.01}, "multipleOf"),
+    (10**400 + 1, {"multipleOf": 2.0}, "multipleOf"),
     ("b", {"pattern": "^a"}, "breaks the rule pattern '^a'"),
     ("x", {"$ref": "#/$defs/n"}, "argument 'a' is 'x', which is not of type integer"),
     ({"b": {"b": {"c": 1}}}, {"$ref": "#/$defs/tree"}, "the schema has no argument 'a.b.b.c'"),
@@ -78,7 +79,15 @@ DEFS = {
 }
 
 
-@pytest.mark.parametrize(("value", "schema"), RIGHT)
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        *RIGHT,
+        (10**400, {"multipleOf": 0.5}),
+        *((value, {"multipleOf": 0.01}) for value in (19.99, -0.07, 1e300, 3, 0.0, True, "x")),
+        (0.3, {"multipleOf": 0.1, "$schema": "http://json-schema.org/draft-04/schema#"}),
+    ],
+)
 def test_right_values(value, schema):
     assert fault_of(value, schema, **{"$defs": DEFS}) is None
 

@@ -1,7 +1,7 @@
 """Exact match of calls with an answer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from toolx_kernels.toolcall.schema import whole_numbers
@@ -10,8 +10,8 @@ from toolx_kernels.toolcall.schema import whole_numbers
 def exact_match(calls: list[dict] | None, answer: list[dict], tools: Sequence[dict] | None = None) -> bool:
     """Whether ``calls`` and ``answer`` are the same multiset of (name, arguments).
 
-    Types are JSON's and strict: True is not 1, and 1 is not 1.0. Order matters inside lists, not between calls or
-    keys. None (malformed output) never matches.
+    Types are JSON's and strict: True is not 1, and 1 is not 1.0, but -0.0 is 0.0. Order matters inside lists, not
+    between calls or keys. None (malformed output) never matches.
 
     With ``tools``, those of the row, 1 and 1.0 are the same where a tool's schema has a number or, as JSON Schema
     means it, an integer; also inside arrays and objects, and in one of several alternatives. Their values are compared
@@ -27,12 +27,15 @@ def exact_match(calls: list[dict] | None, answer: list[dict], tools: Sequence[di
 
 def call_key(call: dict) -> str:
     """A string that two calls share exactly if ``exact_match`` considers them equal without tools."""
-    return json.dumps([call["name"], call["arguments"]], sort_keys=True)
+    text = json.dumps([call["name"], call["arguments"]], sort_keys=True)
+    if "-0.0" not in text:
+        return text
+    return json.dumps([call["name"], _with_floats(call["arguments"], lambda number: number or 0.0)], sort_keys=True)
 
 
 def loose_key(call: dict) -> str:
     """A string that two calls share if ``exact_match`` considers them equal with any tools."""
-    return json.dumps([call["name"], _all_whole(call["arguments"])], sort_keys=True)
+    return json.dumps([call["name"], _with_floats(call["arguments"], _whole)], sort_keys=True)
 
 
 def alike(calls: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
@@ -45,12 +48,17 @@ def alike(calls: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
     return [{**call, "arguments": whole_numbers(call["arguments"], schemas.get(call["name"]))} for call in calls]
 
 
-def _all_whole(value: Any) -> Any:
+def _with_floats(value: Any, change: Callable[[float], float]) -> Any:
+    """``value`` with ``change`` of each float in it."""
     if isinstance(value, dict):
-        return {key: _all_whole(item) for key, item in value.items()}
+        return {key: _with_floats(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_all_whole(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return [_with_floats(item, change) for item in value]
+    return change(value) if isinstance(value, float) else value
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
 
 
 def _keys(calls: Sequence[dict]) -> list[str]:

@@ -168,16 +168,19 @@ def chat_message(raw: Any, place: str) -> dict:
     """The chat message ``raw`` as templates expect it: a ``role``, a ``content`` that is text, and other keys.
 
     Keys of None are dropped. The text parts of a content are joined, and a tool's result that is no text becomes JSON.
-    ``tool_calls``, or OpenAI's older ``function_call``, become a list of ``{"type": "function", "function": {"name",
-    "arguments": object}}``. Beside calls the content may be absent, and becomes "".
+    ``tool_calls``, or without any OpenAI's older ``function_call``, become a list of ``{"type": "function", "function":
+    {"name", "arguments": object}}``. Beside either of these, even an empty list, the content may be absent, and becomes
+    "".
 
     Raises InputError, with ``place``, for anything else.
     """
     message = {key: value for key, value in raw.items() if value is not None} if isinstance(raw, Mapping) else {}
-    calls: Any = [message.pop("function_call")] if "function_call" in message else message.pop("tool_calls", [])
-    parts = message.get("content", "" if calls else None)
-    if isinstance(parts, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
-        parts = "".join(str(part.get("text", "")) for part in parts)
+    older = [message.pop("function_call")] if "function_call" in message else None
+    listed: Any = message.pop("tool_calls", older)
+    calls = listed or older
+    parts = message.get("content", None if listed is None else "")
+    if isinstance(parts, list) and all(map(_is_text, parts)):
+        parts = "".join(part.get("text") or "" for part in parts)
     elif message.get("role") == "tool" and not isinstance(parts, str):  # the value that a tool returned
         parts = json.dumps(parts, ensure_ascii=False)
     if not isinstance(message.get("role"), str) or not isinstance(parts, str):
@@ -198,6 +201,10 @@ def chat_message(raw: Any, place: str) -> dict:
             {**named, "type": "function", "function": call} for named, call in zip(ids, read, strict=True)
         ]
     return message
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str | None)
 
 
 def read_call(value: Any) -> dict | None:
@@ -290,12 +297,15 @@ def _tool(tool: Any, place: str, n: int) -> dict:
     if "parameters" not in function:
         raise InputError(f"{place}: tool {name!r} has no 'parameters': give it a JSON schema of type 'object'.")
     parameters = function["parameters"]
+    if isinstance(parameters, str) and parameters.lstrip().startswith("{"):
+        parameters = json_value(parameters, f"{place}: field 'parameters' of tool {name!r}", "write it as an object")
+        _check_json(parameters, "tools", place)
     fault = schema_fault(parameters, "parameters")
     if fault is None and parameters.get("type", "object") != "object":
         fault = f"parameters.type is {parameters['type']!r}, not 'object'"
     if fault:
         raise InputError(f"{place}: tool {name!r} of field 'tools' is not a JSON schema ({fault}): fix it.")
-    return {"type": "function", "function": dict(function)}
+    return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
 def _call(call: Any, place: str, n: int, offered: list[str]) -> dict:

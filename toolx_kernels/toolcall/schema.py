@@ -75,8 +75,6 @@ class _Schema:
                 return _argument_words(error)
         except (RecursionError, EndlessError):
             return "the arguments cannot be checked, as the schema refers to itself without end"
-        except ArithmeticError as error:
-            return f"the arguments cannot be checked ({error})"
         return next((_no_argument(name) for name in self._all_unknown(arguments, [self.root], "")), None)
 
     def unknown(self, members: dict, schemas: Iterable[Any] | None = None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -531,3 +532,36 @@ def test_rows_that_are_deep_lists_are_refused():
     for rows in ([deep], [FORMS["toolx"](ASKED[0], CALLS[0]), deep]):
         with pytest.raises(InputError, match="a row must be an object, not a value nested hundreds deep"):
             rows_from(rows, "set")
+
+
+def test_a_tool_that_toolace_lists_twice():
+    row = toolace(ASKED[0], CALLS[0])
+    (read,) = rows_from([row | {"system": text([WEATHER, TAXES, WEATHER])}])
+    assert read.tool_names == ["weather", "taxes"]
+    with pytest.raises(InputError, match="1 row.*two different tools of one name|left out: two different tools"):
+        rows_from([row | {"system": text([WEATHER, WEATHER | {"description": "?"}])}])
+
+
+@pytest.mark.parametrize("name", ["toolx", "OpenAI", "xLAM in objects"])
+def test_parameters_written_as_text(name):
+    row = FORMS[name](ASKED[0], CALLS[0])
+    written = [{"type": "function", "function": tool | {"parameters": text(tool["parameters"])}} for tool in (WEATHER,)]
+    (read,) = rows_from([row | {"tools": written}])
+    assert read.tools == OPENAI_TOOLS[:1]
+    for parameters in (text(nested(400)), '{"items": ' * 3000 + "{}" + "}" * 3000, '{"a": "\\ud800"}', "{oops"):
+        with pytest.raises(InputError, match="^set"):
+            rows_from([row | {"tools": [WEATHER | {"parameters": parameters}]}], "set")
+
+
+def test_a_refused_tool_is_quoted_as_it_is_written():
+    words = re.escape(
+        "tool 0 of field 'tools' must be a function with 'name' and 'parameters', not {'parameters': {'a': {}}}"
+    )
+    with pytest.raises(InputError, match=words):
+        rows_from([FORMS["xLAM"](ASKED[0], CALLS[0]) | {"tools": [{"parameters": {"a": {}}}]}])
+
+
+def test_an_empty_list_of_calls_beside_no_content():
+    row = openai(ASKED[0], CALLS[2])
+    row["messages"][1] = {"role": "assistant", "content": None, "tool_calls": []}
+    assert rows_from([row])[0].answer == []

@@ -1,13 +1,13 @@
 """Offered tools as datasets publish them: OpenAI's, bare JSON schemas, and xLAM's flat parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.datasets.xlam import flat_tool
 from toolx_kernels.toolcall.pythonic import read_value
-from toolx_kernels.toolcall.strict_json import json_at, json_value, skip_space
+from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow, json_at, json_value, skip_space
 
 
 class LeftOutError(Exception):
@@ -31,13 +31,18 @@ def read_tools(value: Any, place: str) -> list[dict]:
         value = json_value(value, f"{place}: field 'tools'", "write it as a list") if found is None else found
     if not isinstance(value, list):
         raise InputError(f"{place}: field 'tools' must be a list of functions, not {short(value)}.")
-    tools: list[dict] = []
-    for tool in (_tool(tool, place, n) for n, tool in enumerate(value)):
-        if tool not in tools:
-            tools.append(tool)
-    if len({repr(tool.get("name")) for tool in tools}) < len(tools):
+    return each_once(_tool(tool, place, n) for n, tool in enumerate(value))
+
+
+def each_once(tools: Iterable[dict]) -> list[dict]:
+    """Functions without those that occur before. Raises LeftOutError if two of one name differ."""
+    once: list[dict] = []
+    for tool in tools:
+        if tool not in once:
+            once.append(tool)
+    if len({tool["name"] for tool in once}) < len(once):
         raise LeftOutError("two different tools of one name")
-    return tools
+    return once
 
 
 def values_in(text: str) -> list[Any] | None:
@@ -57,13 +62,21 @@ def values_in(text: str) -> list[Any] | None:
 
 
 def _tool(tool: Any, place: str, n: int) -> dict:
+    written = tool
     if isinstance(tool, str):  # TRL keeps a schema that Arrow would fill with nulls as text
-        tool = json_value(tool, f"{place}: tool {n} of field 'tools'", "write it as an object")
+        tool = _object_in(tool, f"{place}: tool {n} of field 'tools'")
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping):
-        raise InputError(f"{place}: field 'tools' must be a list of functions, and tool {n} is {short(tool)}.")
+        raise InputError(f"{place}: field 'tools' must be a list of functions, and tool {n} is {short(written)}.")
+    if not isinstance(function.get("name"), str):
+        raise InputError(
+            f"{place}: tool {n} of field 'tools' must be a function with 'name' and 'parameters', not {short(written)}."
+        )
     function = {key: value for key, value in function.items() if value is not None and key != "type"}
     parameters: Any = function.get("parameters")
+    if isinstance(parameters, str) and parameters.strip():
+        parameters = _object_in(parameters, f"{place}: field 'parameters' of tool {function['name']!r}")
+        function["parameters"] = parameters
     if not _is_schema(parameters):
         return flat_tool(function, place)
     properties = parameters.get("properties")
@@ -73,6 +86,16 @@ def _tool(tool: Any, place: str, n: int) -> dict:
     else:
         schema = json_schema(parameters)
     return {**function, "parameters": schema}
+
+
+def _object_in(text: str, name: str) -> Any:
+    """The value that a text holds, which should be an object."""
+    if (found := values_in(text)) and len(found) == 1:
+        return found[0]
+    value = json_value(text, name, "write it as an object")
+    if isinstance(value, list | dict) and not is_shallow(value):
+        raise InputError(f"{name} is nested deeper than {MAX_DEPTH} levels: leave the row out.")
+    return value
 
 
 def _is_schema(parameters: Any) -> bool:

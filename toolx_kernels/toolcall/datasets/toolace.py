@@ -6,7 +6,7 @@ from typing import Any
 
 from toolx_kernels.errors import InputError, short
 from toolx_kernels.toolcall.datasets.conversations import Converted
-from toolx_kernels.toolcall.datasets.offered import LeftOutError
+from toolx_kernels.toolcall.datasets.offered import LeftOutError, each_once
 from toolx_kernels.toolcall.datasets.type_names import json_schema
 from toolx_kernels.toolcall.pythonic import read_arguments
 
@@ -21,7 +21,8 @@ def from_toolace(raw: Mapping, place: str) -> Converted:
 
     Raises:
         InputError: beginning with ``place``, if the row is not in that format.
-        LeftOutError: it has more than one user turn, no list of tools, or calls that cannot be read.
+        LeftOutError: it has more than one user turn, no list of tools, two different tools of one name, or calls that
+            cannot be read.
     """
     system, turns = _fields(raw, place)
     roles = [_ROLES.get(turn["from"], turn["from"]) for turn in turns]
@@ -62,7 +63,7 @@ def _tools(system: str) -> list[dict] | None:
             start = system.find("[{", start + 1)
             continue
         if all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
-            return [
+            return each_once(
                 {
                     "name": tool["name"],
                     "description": tool.get("description") or "",
@@ -72,7 +73,7 @@ def _tools(system: str) -> list[dict] | None:
                 }
                 for tool in tools
                 for parameters in [tool.get("parameters") or {"type": "object", "properties": {}}]
-            ]
+            )
         start = system.find("[{", start + 1)
     return None
 

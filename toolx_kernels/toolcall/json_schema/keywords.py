@@ -7,6 +7,7 @@ import logging
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -60,6 +61,7 @@ def _lenient(dialect: Any) -> Any:
     lists, flags, base = Draft7Validator.VALIDATORS, Draft4Validator.VALIDATORS, dialect.VALIDATORS
     own = {name: check for name, check in base.items() if name != "unevaluatedProperties"}
     own |= {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional}
+    own["multipleOf"] = _multiple_of
     for name, check, is_old in (
         ("items", lists, lambda schema: isinstance(schema["items"], list)),
         ("additionalItems", lists, lambda schema: isinstance(schema.get("items"), list)),
@@ -94,6 +96,18 @@ def _bounded(check: Callable) -> Callable:
             yield from check(validator, value, instance, schema) or ()
 
     return bounded
+
+
+def _multiple_of(validator: Any, factor: float, instance: Any, schema: dict) -> Iterator:
+    from jsonschema import ValidationError
+
+    if validator.is_type(instance, "number") and (_as_written(instance) / _as_written(factor)).denominator != 1:
+        yield ValidationError("")
+
+
+def _as_written(number: float) -> Fraction:
+    """The number that the digits of a float say: 19.99 is a multiple of 0.01, though as binary fractions it is not."""
+    return Fraction(float.__repr__(number)) if isinstance(number, float) else Fraction(number)
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: dict) -> Iterator:
