@@ -86,6 +86,31 @@ def test_integer_and_half_precision_rewards():
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_memory_grows_with_the_batch_and_not_with_its_square(scale):
+    rewards, order = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)), torch.randperm(1 << 16)
+    by_size = advantages.in_torch(rewards, 2, None, scale, 1e-4, 0.0)  # a matrix of groups by rewards has 17 GB
+    by_id = advantages.in_torch(rewards[order], 0, order // 2 * 3 - 7, scale, 1e-4, 0.0)
+    torch.testing.assert_close(by_id, by_size[order], rtol=1e-6, atol=1e-6)
+    expected = reference.group_advantages(rewards[:64].double(), group_size=2, scale="group")
+    if scale == "group":
+        torch.testing.assert_close(by_size[:64].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_numbers_that_fp32_does_not_hold():
+    actual = group_advantages(torch.tensor([2**24, 2**24 + 1], device=DEVICE), group_size=2, eps=0.0)
+    assert torch.equal(actual, rewards_of(-(0.5**0.5), 0.5**0.5))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("size", [1e-200, 5e-324])
+def test_rewards_whose_squares_underflow(scale, size):
+    actual = group_advantages(rewards_of(0, size, size, 0, dtype=torch.float64), group_size=4, scale=scale, eps=0.0)
+    assert actual.isfinite().all() and actual.abs().max() > 0.5
+    small = group_advantages(rewards_of(0, size, dtype=torch.float64), group_size=2, scale=scale)
+    assert (small.abs() < 1e-190).all()
+
+
 def test_the_bonus_trap():
     """A bonus of 0.01 in an all-correct group of five becomes an advantage of about 1.75 when divided by the std."""
     rewards = rewards_of(1, 1, 1, 1, 1.01)

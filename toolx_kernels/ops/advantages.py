@@ -7,6 +7,7 @@ from torch import Tensor
 
 from toolx_kernels.errors import InputError, short
 from toolx_kernels.ops import library
+from toolx_kernels.ops.lm_head.checks import check_tensors
 from toolx_kernels.reference import compute_dtype
 from toolx_kernels.settings import COUNT, NOT_NEGATIVE, between, check_number
 
@@ -41,8 +42,7 @@ def group_advantages(
         InputError: neither or both of group_size and group_ids, a group_size that does not divide B, an unknown scale,
             a ``min_std`` that is negative or not finite, a reward that is not a finite fp32 number.
     """
-    if not isinstance(rewards, Tensor) or rewards.layout != torch.strided or rewards.is_complex():
-        raise InputError(f"rewards is {short(rewards)}: pass a tensor of one number per completion.")
+    check_tensors(rewards=rewards)
     if rewards.ndim != 1 or rewards.shape[0] == 0:
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
     if not (isinstance(scale, str) and scale in ("group", "batch", "none")):
@@ -68,10 +68,12 @@ def group_advantages(
             )
     else:
         raise InputError("Give either group_size or group_ids, so that the groups are known.")
-    rewards = rewards.to(compute_dtype(rewards) if rewards.is_floating_point() else torch.float32)
-    return torch.ops.toolx.group_advantages(
-        rewards.detach(), group_size or 0, group_ids, scale, eps, min_std, check_finite
+    whole = not rewards.is_floating_point()  # fp32 does not hold every int64
+    rewards = rewards.detach().to(torch.float64 if whole else compute_dtype(rewards))
+    advantages = torch.ops.toolx.group_advantages(
+        rewards, group_size or 0, group_ids, scale, eps, min_std, check_finite
     )
+    return advantages.float() if whole else advantages
 
 
 def check_rewards(rewards: Tensor) -> None:
@@ -88,26 +90,30 @@ def in_torch(
 ) -> Tensor:  # fmt: skip
     if check_finite:
         check_rewards(rewards)
-    dtype, rewards = rewards.dtype, rewards.double()
+    dtype, rewards, tiny = rewards.dtype, rewards.double(), torch.finfo(torch.float64).tiny
     if group_ids is None:
-        index = torch.arange(len(rewards), device=rewards.device) // group_size
-        n_groups = len(rewards) // group_size
+        sizes = torch.full((len(rewards) // group_size,), group_size, device=rewards.device)
+        order = torch.arange(len(rewards), device=rewards.device)
+        group = order // group_size
     else:
-        unique, index = group_ids.unique(return_inverse=True)
-        n_groups = len(unique)
-    member = index == torch.arange(n_groups, device=rewards.device)[:, None]  # (groups, B): B is small
-    count = member.sum(1)
-    mean = torch.where(member, rewards, 0).sum(1) / count
-    centred = rewards - mean[index]
-    infinity = torch.full_like(rewards, torch.inf)
-    low = torch.where(member, rewards, infinity).amin(1)
-    high = torch.where(member, rewards, -infinity).amax(1)
+        _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+        order = group.argsort(stable=True)
+
+    def of_groups(values: Tensor, reduce: str) -> Tensor:  # (groups); adds up in the order of the batch on every device
+        return torch.segment_reduce(values[order], reduce, lengths=sizes, unsafe=True)
+
+    low, high = of_groups(rewards, "min")[group], of_groups(rewards, "max")[group]
+    advantages = rewards - (of_groups(rewards, "sum") / sizes)[group]
     if scale == "group":
-        variance = torch.where(member, centred.square(), 0).sum(1) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt().clamp(min=min_std)[index] + eps)
+        spread = (high - low).clamp(min=tiny)  # squares of what is divided by it do not underflow
+        advantages = advantages / spread
+        variance = of_groups(advantages.square(), "sum") / (sizes - 1).clamp(min=1)
+        advantages = advantages / (torch.maximum(variance.sqrt()[group], min_std / spread) + eps / spread)
     elif scale == "batch" and len(rewards) > 1:
-        centred = centred / (rewards.std().clamp(min=min_std) + eps)
-    return torch.where((low == high)[index], 0, centred).to(dtype)
+        spread = (rewards.amax() - rewards.amin()).clamp(min=tiny)
+        std = ((rewards - rewards.mean()) / spread).std()
+        advantages = advantages / spread / (torch.maximum(std, min_std / spread) + eps / spread)
+    return torch.where(low == high, 0, advantages).to(dtype)
 
 
 if triton is not None:

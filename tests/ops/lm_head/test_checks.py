@@ -54,3 +54,21 @@ def test_more_rows_than_int32_bounds_can_name_are_refused():
     hidden, targets = torch.ones(1, D).expand(2**31, D), torch.zeros(1, dtype=torch.int64).expand(2**31)
     with pytest.raises(InputError, match="hidden has 2,147,483,648 rows: give at most 2,147,483,647"):
         linear_logprob(hidden, HEAD["weight"], targets)
+
+
+@pytest.mark.parametrize("denominator", [-1.0, 0.0, torch.nan, torch.inf, 1j, True, [1.0, 2.0]], ids=str)
+def test_a_denominator_in_a_tensor_is_checked_as_a_number_is(denominator):
+    usual = {key: value for key, value in CALLS[linear_grpo_loss].items() if value is not None}
+    with pytest.raises(InputError, match="denominator"):
+        linear_grpo_loss(**usual | {"denominator": torch.tensor(denominator)})
+
+
+def test_tensors_that_torch_cannot_compute_with_are_refused():
+    usual = {key: value for key, value in CALLS[linear_grpo_loss].items() if value is not None}
+    nested = torch.nested.nested_tensor([torch.ones(D)] * N)
+    narrow = torch.ones(2).to(torch.float8_e4m3fn)
+    for wrong in ({"hidden": nested}, {"rewards": narrow}, {"cu_seqlens": usual["cu_seqlens"].to(torch.uint64)}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            linear_grpo_loss(**usual | wrong)
+    with pytest.raises(InputError, match="rewards is a torch.strided tensor of torch.float8_e4m3fn"):
+        group_advantages(narrow, group_size=2)

@@ -38,8 +38,11 @@ def given_denominator(denominator: float | Tensor | None, hidden: Tensor) -> Ten
     if denominator is None:
         return None
     if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise InputError(f"denominator has shape {tuple(denominator.shape)}: it must be one number.")
+        check_tensors(denominator=denominator)
+        if denominator.numel() != 1 or denominator.dtype == torch.bool:
+            raise InputError(
+                f"denominator is {denominator.dtype} of shape {tuple(denominator.shape)}: it must be one number."
+            )
         return denominator.reshape(()).to(hidden.device, compute_dtype(hidden))
     check_number("denominator", denominator, POSITIVE, whole=False)
     return torch.full((), float(denominator), dtype=compute_dtype(hidden), device=hidden.device)
@@ -99,10 +102,10 @@ def check_vectors(
     check_tensors(cu_seqlens=cu_seqlens, **{name: vector for name, vector in vectors.items() if vector is not None})
     if not isinstance(config, GRPOLossConfig):
         raise InputError(f"config is {short(config)}: pass a GRPOLossConfig.")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise InputError(
-            f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 integer bounds of at "
-            "least one completion."
+            f"cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype} must hold the B + 1 bounds, int32 or int64, "
+            "of at least one completion."
         )
     if (rewards is None) == (advantages is None):
         raise InputError("Give either rewards or advantages, not both.")
@@ -130,8 +133,13 @@ def check_tensors(**given: Any) -> None:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is {short(tensor)}: pass a tensor.")
-        if tensor.layout != torch.strided or tensor.is_complex():
-            raise InputError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}: pass a dense one of real numbers.")
+        narrow = tensor.is_floating_point() and tensor.itemsize < 2  # fp8 and fp4, which torch hardly computes with
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_complex() or narrow:
+            nested = "nested " * tensor.is_nested
+            raise InputError(
+                f"{name} is a {nested}{tensor.layout} tensor of {tensor.dtype}: pass a dense one of real numbers of at "
+                "least 16 bits."
+            )
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
@@ -160,6 +168,17 @@ def check_values(targets: Tensor, temperature: Tensor, vocab_size: int, live: Te
         )
     row = int(frozen.nonzero()[0])
     raise InputError(f"temperature[{row}] = {float(temperature[row])} must be positive and finite.")
+
+
+def wrong_denominator(denominator: Tensor) -> Tensor:
+    """() bool"""
+    return ~((denominator > 0) & denominator.isfinite())
+
+
+def check_denominator(denominator: Tensor | None) -> None:
+    """Raises InputError for a denominator that is not positive and finite."""
+    if denominator is not None and wrong_denominator(denominator):
+        raise InputError(f"denominator = {float(denominator)} must be positive and finite.")
 
 
 def check_advantages(advantages: Tensor) -> None:

@@ -33,6 +33,7 @@ from toolx_kernels.ops.lm_head import live_rows
 from toolx_kernels.ops.lm_head.checks import (
     check_advantages,
     check_bounds,
+    check_denominator,
     check_first_derivative,
     check_head,
     check_saved,
@@ -118,9 +119,9 @@ def linear_grpo_loss(
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, bounds that do not cover N rows, targets outside the
-            vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, ``beta``
-            without ``ref_logprobs``. It is raised before any GEMM. The check of values and the number of rows together
-            wait for a GPU once.
+            vocabulary, both or neither of rewards and advantages, a reward or advantage that is not finite, a
+            denominator that is not positive and finite, ``beta`` without ``ref_logprobs``. It is raised before any
+            GEMM. The check of values and the number of rows together wait for a GPU once.
     """
     check_head(hidden, weight, bias, softcap)
     check_targets(hidden, weight, targets, shard)
@@ -252,6 +253,7 @@ def _batch(inputs: HeadInputs, given: LossInputs, config: GRPOLossConfig) -> Bat
         check_rewards(given.rewards)
     check_bounds(on_host.cu_seqlens, n_rows)
     if on_host.wrong:
+        check_denominator(given.denominator)
         check_advantages(given.advantages)
         computed = torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, rows, True)
         check_values(targets, inputs.temperature, vocab_size, computed)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolx_kernels.loss_config import GRPOLossConfig
 from toolx_kernels.ops.dual import is_finite
-from toolx_kernels.ops.lm_head.checks import wrong_rows
+from toolx_kernels.ops.lm_head.checks import wrong_denominator, wrong_rows
 from toolx_kernels.ops.lm_head.head import Head, Trained
 from toolx_kernels.ops.lm_head.objective import RowVectors, token_weights
 
@@ -95,6 +95,8 @@ def in_torch(call: Call, config: GRPOLossConfig, dtype: torch.dtype) -> LiveRows
     wrong = ((outside | frozen) & computed).any() | ~advantages.isfinite().all()
     if call.rewards is not None:
         wrong |= ~call.rewards.isfinite().all()
+    if call.denominator is not None:
+        wrong |= wrong_denominator(call.denominator)
     unmasked = per_completion(mask)
     counts = torch.stack([per_completion(computed), unmasked, wrong.expand(len(unmasked))])
     facts = torch.cat([call.cu_seqlens[None], torch.nn.functional.pad(counts, (0, 1))])
@@ -220,6 +222,8 @@ if triton is not None:
             n_rows, call.vocab_size, EVERY_ROW=config.computes_every_row,
             WHOLE=per_token and config.needs_whole_sequences, HAS_REWARDS=rewards is not None, **flags,
         )  # fmt: skip
+        if call.denominator is not None:
+            facts[3, 0] += wrong_denominator(call.denominator)
         weights = token_weights(facts[2, :-1].to(dtype), config, call.denominator)
         rows, per_row = torch.empty_like(targets), weights.new_empty(2, n_rows)
         place_rows_kernel[(n_completions,)](
