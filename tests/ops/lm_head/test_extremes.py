@@ -15,6 +15,7 @@ from tests.ops.cases import (
     PATHS,
     double,
     force,
+    make_case,
     make_head,
     needs_triton,
     run_loss,
@@ -231,3 +232,14 @@ def test_the_slope_of_a_gate_near_1_keeps_its_digits(log_ratio):
     ratio = math.exp(float(logprob - old))
     gate = 1 / (1 + math.exp(ratio - 1))
     assert math.isclose(out[1], -4 * gate * (1 - gate) * ratio, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("softcap", [1e-3, 1e-2, 0.1, 1.0])
+def test_gradients_of_small_softcaps_are_those_of_float64(softcap, dtype, tolerance):
+    case = without_logprobs(make_case(dtype=dtype, extras=("bias",))) | {"softcap": softcap}
+    _, expected = run_loss(linear_grpo_loss, double(case), GRPOLossConfig(recompute=True))
+    _, actual = run_loss(linear_grpo_loss, case, GRPOLossConfig())
+    tolerance = max(tolerance, 1.5e-7 / softcap)  # the rounding of the logits
+    for name, gradient in actual.items():
+        assert (gradient.double() - expected[name]).norm() <= tolerance * expected[name].norm(), name

@@ -41,7 +41,8 @@ def with_one(name: str, row: int, value: float) -> dict:
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"mask": None}, {"rewards": None, "denominator": torch.tensor(3.0)}, {"advantages": torch.zeros(6)},
+        {}, {"mask": None}, {"rewards": None, "denominator": torch.tensor(3.0)},
+        {"denominator": torch.tensor(-1.0)}, {"advantages": torch.zeros(6)},
         {"advantages": torch.tensor([1, 0, 2, 0, 0, 3])}, {"mask": torch.zeros(N, dtype=torch.bool)},
         with_one("targets", DEAD, VOCAB), with_one("targets", ALIVE, -1), with_one("temperature", ALIVE, 0.0),
         with_one("temperature", DEAD, torch.nan), with_one("temperature", N - 1, torch.inf),
