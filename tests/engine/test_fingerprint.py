@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,38 @@ def test_a_hook_in_the_place_of_another_is_seen():
         seen.add(fingerprint(model).hooks)
         handle.remove()
     assert len(seen) == 20 and fingerprint(model).hooks == ()
+
+
+def test_global_hooks_are_seen():
+    model = torch.nn.Linear(2, 2)
+    for register in ("register_module_forward_hook", "register_module_forward_pre_hook"):
+        before = fingerprint(model)
+        handle = getattr(torch.nn.modules.module, register)(lambda *_: None)
+        try:
+            assert fingerprint(model).hooks == (*before.hooks, handle.id)
+        finally:
+            handle.remove()
+        assert fingerprint(model) == before
+
+
+def test_attributes_inside_containers_and_numpy_arrays_are_seen():
+    model = torch.nn.Linear(2, 2)
+    model.table, model.scale = np.arange(3000.0), np.float32(1.0)
+    model.nested = {"a": [{"b": (1.0, torch.zeros(2), object())}]}
+    model.nested["a"].append(model.nested)  # around in a circle
+    inner = model.nested["a"][0]
+    seen = [fingerprint(model)]
+    for change in (
+        lambda: model.table.__setitem__(1500, -1.0),
+        lambda: setattr(model, "scale", np.float32(2.0)),
+        lambda: inner["b"][1].data.fill_(1.0),
+        lambda: inner.update(b=(2.0, *inner["b"][1:])),
+        lambda: inner.update(b=[inner["b"][0], [inner["b"][1]]]),
+    ):
+        assert fingerprint(model) == seen[-1]
+        change()
+        assert fingerprint(model) not in seen
+        seen.append(fingerprint(model))
 
 
 def with_adapters():
