@@ -1,14 +1,16 @@
 """The rollout engine against transformers' ``generate``, and its guarantees about randomness and memory."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from tests.ops.cases import DEVICE
+from tests.ops.cases import DEVICE, make_case, run_loss
 from tests.small_models import ARCHITECTURES, VOCAB
 from tests.small_models import small_model as cpu_model
+from toolx_kernels import GRPOLossConfig, group_advantages, linear_grpo_loss, sample
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.engine import engine as engine_module
 from toolx_kernels.engine import runner as runner_module
@@ -308,9 +310,75 @@ def test_siblings_are_samples_of_the_models_distribution():
 
 def test_a_callback_cannot_call_the_engine_that_called_it():
     engine = RolloutEngine(small_model("llama"))
-    with pytest.raises(InputError, match="from its own on_completion"):
+    with pytest.raises(InputError, match="is already running, in another thread or around its own on_completion"):
         engine.generate([[5]], 1, GREEDY, on_completion=lambda *_: engine.generate([[6]], 1, WARM))
     assert engine.generate([[5]], 1, GREEDY)
+
+
+def test_threads_share_a_model_but_not_an_engine():
+    model = small_model("llama").train()
+    engine, other = RolloutEngine(model), RolloutEngine(model)
+    expected, own = ids(other.generate(prompts(), 2, WARM)), model.config._attn_implementation
+    inside, entered, refused = [], threading.Event(), []
+
+    def second():
+        with pytest.raises(InputError, match="is already running, in another thread"):
+            engine.generate([[6]], 1, WARM)
+        refused.append(True)
+        entered.set()
+        RolloutEngine(model)
+        inside.append(other.generate(prompts(), 2, WARM))
+
+    def callback(*_):
+        if not thread.ident:
+            thread.start()
+            assert entered.wait(60)
+            thread.join(0.05)  # it goes on only after this call
+        inside.append(None)
+
+    thread = threading.Thread(target=second)
+    assert ids(engine.generate(prompts(), 2, WARM, on_completion=callback)) == expected
+    thread.join()
+    assert refused and ids(inside.pop()) == expected and inside == [None] * 2 * len(expected)
+    assert model.training and model.config._attn_implementation == own
+
+
+def test_a_callback_may_call_another_engine_on_the_model():
+    model = small_model("llama")
+    engine, other, found = RolloutEngine(model), RolloutEngine(model), []
+    expected = ids(engine.generate([[5, 6]], 2, WARM))
+    engine.generate([[5, 6]], 1, WARM, on_completion=lambda *_: found.append(other.generate([[5, 6]], 2, WARM)))
+    assert [ids(groups) for groups in found] == [expected]
+
+
+def test_an_engine_keeps_its_model():
+    engine = RolloutEngine(small_model("llama"))
+    with pytest.raises(AttributeError, match="model"):
+        engine.model = small_model("qwen2")
+
+
+def test_a_default_device_changes_nothing():
+    model, prompt = small_model("llama"), prompts()[:2]
+    usual = ids(RolloutEngine(model).generate(prompt, 2, WARM))
+    case, streams = make_case(), torch.zeros(3, 5, dtype=torch.int64, device=DEVICE)
+    group_ids = case["cu_seqlens"][1:].clone()
+    with torch.device("meta"):
+        assert ids(RolloutEngine(model).generate(prompt, 2, WARM)) == usual
+        for recompute in (False, True):
+            assert run_loss(linear_grpo_loss, case, GRPOLossConfig(recompute=recompute))[0].loss.isfinite()
+        assert (sample(case["hidden"][:3], case["weight"], streams=streams, top_k=3).tokens >= 0).all()
+        assert group_advantages(case["rewards"], group_size=4).isfinite().all()
+        assert group_advantages(case["rewards"], group_ids=group_ids).isfinite().all()
+
+
+def test_an_engine_may_be_built_in_inference_mode_but_not_its_model():
+    model = small_model("llama")
+    with torch.inference_mode():
+        engine = RolloutEngine(model)
+        made = small_model("llama")
+    assert engine.generate([[5]], 1, GREEDY)
+    with pytest.raises(InputError, match="LlamaForCausalLM was made under torch.inference_mode"):
+        RolloutEngine(made)
 
 
 def test_a_callback_may_call_the_model():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import warnings
 from collections import abc
 from functools import partial
@@ -77,7 +78,7 @@ class RolloutEngine:
         if not isinstance(compile, bool):
             raise InputError(f"compile={short(compile)} must be True or False.")
         check_supported(model)
-        self.model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
+        self._model, self.page_size, self.max_pages, self.seed = model, page_size, max_pages, seed
         self.compile = compile
         self.config = model.get_decoder().config
         needed, there = (max_pages or 1) * self._page_bytes, device_memory(self._device)
@@ -88,12 +89,17 @@ class RolloutEngine:
             )
         self.runner: Runner | None = None
         self.preemptions = 0
-        self._running = False
+        self._running = threading.Lock()  # held by a call of generate
         self._weights: Fingerprint | None = None  # of the weights that wrote the pages
         # lowered when memory runs out
         self._most_pages = sys.maxsize
         self._max_sequences = MAX_SEQUENCES
         self._warned: set[str] = set()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; another one needs another engine."""
+        return self._model
 
     @property
     def pool(self) -> PagePool | None:
@@ -106,7 +112,8 @@ class RolloutEngine:
         Cached prefixes were computed in another batch, so they may differ in the last bits: call this where a run must
         be exactly repeatable, and after a change that a call does not notice. It notices changes of weights, buffers,
         adapters, hooks and plain attributes of modules, however they were made, but not of the model's config, nor
-        functions that were replaced (``fingerprint`` lists both).
+        functions that were replaced (``fingerprint`` lists both). It looks when it starts, so it does not notice what
+        ``on_completion`` changes until the next call.
         """
         if self.pool:
             self.pool.forget_all()
@@ -137,21 +144,23 @@ class RolloutEngine:
 
         ``on_completion(index of the prompt, rollout index, completion)`` is called with each completion as soon as
         it ends; if it returns True, the unfinished ones of the prompt are cancelled. It may call the model, which is in
-        evaluation mode then, but not this engine.
+        evaluation mode then, or another engine on it, but not this engine. It must not change the weights, which are
+        looked at only when a call starts.
+
+        Calls of several engines on one model wait for each other; ``on_completion`` must not wait for such a call in
+        another thread.
 
         It computes in the weights' dtype, even inside autocast. The model is left unchanged.
 
         Raises:
-            InputError: an argument of the wrong type, n < 1, more than 2**20 completions in all, an empty prompt, an id
-                outside the vocabulary, a prompt that fills the model's context, one whose sequence would not fit the
-                pool, a limit below 1, or a step, row id or rollout index outside [0, 2**32); raised before anything
-                runs, naming the prompt.
+            InputError: this engine is already running; an argument of the wrong type, n < 1, more than 2**20
+                completions in all, an empty prompt, an id outside the vocabulary, a prompt that fills the model's
+                context, one whose sequence would not fit the pool, a limit below 1, or a step, row id or rollout index
+                outside [0, 2**32); raised before anything runs, naming the prompt.
             DivergedError: a log-prob is not finite.
         """
         if on_completion is not None and not callable(on_completion):
             raise InputError(f"on_completion={short(on_completion)} must be a function, or None.")
-        if self._running:
-            raise InputError("generate was called from its own on_completion: call it after that call has returned.")
         vocab_size = head_of(self.model)["weight"].shape[0]
         groups = sequences_of(
             prompts,
@@ -167,24 +176,27 @@ class RolloutEngine:
         if not groups:
             return []
 
-        own = self.config._attn_implementation
-
-        def ended(seq: Sequence) -> bool:
-            if on_completion is None:
-                return False
-            with attention_of(self.model, own):  # it may call the model
-                return on_completion(seq.group, seq.stream[3], seq.completion)
-
-        self._running = True
+        if not self._running.acquire(blocking=False):
+            raise InputError(
+                "This engine is already running, in another thread or around its own on_completion: call generate "
+                "after that call has returned."
+            )
         try:
             with (
                 torch.inference_mode(False),  # the pool outlives this call, so it must not hold inference tensors
                 torch.no_grad(),
                 torch.cuda.device_of(next(self.model.parameters())),
                 torch.autocast(self._device.type, enabled=False),
+                toolx_attention(self.model) as own,
                 evaluating(self.model),
-                toolx_attention(self.model),
             ):
+
+                def ended(seq: Sequence) -> bool:
+                    if on_completion is None:
+                        return False
+                    with attention_of(self.model, own):  # it may call the model
+                        return on_completion(seq.group, seq.stream[3], seq.completion)
+
                 runner = self._runner_for(groups, params)
                 scheduler = Scheduler(runner.pool, list(chain(*groups)), params, self._max_sequences, ended)
                 while not scheduler.is_finished:
@@ -195,7 +207,7 @@ class RolloutEngine:
             self.runner = None  # drops whatever was held at that moment (Ctrl-C, out of memory)
             raise
         finally:
-            self._running = False
+            self._running.release()
         return [Group(siblings[0].prompt, [seq.completion for seq in siblings]) for siblings in groups]
 
     def _prefill(self, runner: Runner, scheduler: Scheduler) -> None:

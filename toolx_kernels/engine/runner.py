@@ -104,7 +104,8 @@ class Runner:
         if not self.graphs.in_use:
             sizes = exact._replace(siblings=sizes.siblings)  # which torch.compile treats as a constant
         if sizes != self._packed_sizes:
-            self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            pinned = self.device.type == "cuda"
+            self._packed = torch.zeros(buffer_length(sizes), dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._parts, self._packed_sizes = parts_of(self._packed.numpy(), sizes), sizes
         pack(inputs, self._parts)  # safe to overwrite: the result of the previous step has been read
         graph = self.graphs.graph_of(self._step, sizes, self._packed)

@@ -9,10 +9,12 @@ while forward and backward run (activation checkpointing calls attention again i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +64,23 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, co
     return hidden if scale == 1 else hidden * scale
 
 
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # by the decoder, whose config is changed
+_making_a_lock = threading.Lock()
+
+
 @contextmanager
-def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Makes the model's layers call our attention inside the block; restores the model afterwards.
+def alone_with(model: PreTrainedModel) -> Iterator[None]:
+    """Other threads wait at this call for the same model until the block ends; the own thread may enter it again."""
+    with _making_a_lock:
+        lock = _locks.setdefault(model.get_decoder(), threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def toolx_attention(model: PreTrainedModel) -> Iterator[str]:
+    """Makes the model's layers call our attention inside the block; restores the model afterwards. Yields the name of
+    the attention function that it had. Threads enter it one at a time (``alone_with``).
 
     Raises:
         InputError: the architecture does not take its attention from transformers' registry.
@@ -73,18 +89,19 @@ def toolx_attention(model: PreTrainedModel) -> Iterator[None]:
         raise InputError(
             f"{type(model).__name__} does not take its attention function from transformers' registry: {SUPPORTED}."
         )
-    with attention_of(model, NAME):
-        yield
+    with alone_with(model), attention_of(model, NAME) as own:
+        yield own
 
 
 @contextmanager
-def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Makes the model's layers call the attention function ``name`` of transformers' registry inside the block."""
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """Makes the model's layers call the attention function ``name`` of transformers' registry inside the block; yields
+    the name of the one that it had."""
     config = model.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = name
     try:
-        yield
+        yield before
     finally:
         config._attn_implementation = before
 

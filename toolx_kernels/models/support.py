@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from toolx_kernels.errors import InputError, out_of_memory
-from toolx_kernels.models.bridge import Unsupported, attention_of, evaluating, head_of
+from toolx_kernels.models.bridge import Unsupported, alone_with, attention_of, evaluating, head_of
 from toolx_kernels.models.config import meta_model
 from toolx_kernels.models.narrow import narrow_copies
 from toolx_kernels.models.shape import SUPPORTED, cache_shape, context_of, has_experts
@@ -113,6 +113,11 @@ def _try_architecture(model: PreTrainedModel) -> float:
 
 def _check_weights(model: PreTrainedModel) -> None:
     weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if any(weight.is_inference() for weight in weights):
+        raise InputError(
+            f"{type(model).__name__} was made under torch.inference_mode, so it has no gradients: make it "
+            "outside, or under torch.no_grad."
+        )
     if any(type(weight).__name__ == "DTensor" for weight in weights):  # by name: importing it takes a second
         raise Unsupported("its weights are sharded (FSDP's fully_shard), but one process must hold them whole")
     devices = sorted({str(weight.device) for weight in weights})
@@ -229,6 +234,7 @@ def _made(model_class: type[PreTrainedModel], config: PreTrainedConfig, kinds: s
 # ---- the model itself
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _try_itself(model: PreTrainedModel) -> None:
     """Tests a few tokens, packed after a row that they must not see, with the real weights, hooks and adapters."""
@@ -236,7 +242,7 @@ def _try_itself(model: PreTrainedModel) -> None:
     ids = torch.arange(other + length, device=device) * 7919 % len(head_of(model)["weight"])
     positions = torch.cat([torch.arange(other, device=device), torch.arange(length, device=device)])
     try:
-        with evaluating(model), torch.autocast(device.type, enabled=False):
+        with alone_with(model), evaluating(model), torch.autocast(device.type, enabled=False):
             ours = packed_logprobs(model, ids, positions, [(other, []), (length, [])])[other:]
             # sdpa ignores softcaps
             with attention_of(model, "eager") if getattr(config, "attn_logit_softcapping", None) else nullcontext():

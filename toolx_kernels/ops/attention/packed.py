@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -109,11 +109,11 @@ class PackedContext:
             device = self.tokens.position.device
             buckets = like_sized(cut_into_blocks(self.lengths))
             self._blocks = [Blocks.of(*(part.to(device) for part in _padded(bucket))) for bucket in buckets]
-            places, start = torch.empty(len(self.tokens.position), dtype=torch.int64), 0
+            places, start = torch.empty(len(self.tokens.position), dtype=torch.int64, device="cpu"), 0
             for bucket in buckets:
                 widest = max(len(queries) for queries, _ in bucket)
                 for queries, _ in bucket:
-                    places[queries] = torch.arange(start, start + len(queries))
+                    places[queries] = torch.arange(start, start + len(queries), device="cpu")
                     start += widest
             self._inverse = places.to(device)
         return self._blocks
@@ -181,9 +181,10 @@ def like_sized(blocks: Sequence[tuple[list[int], list[int]]]) -> list[list[tuple
 
 def _padded(bucket: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     widest, longest = (max(len(block[side]) for block in bucket) for side in (0, 1))
-    queries = torch.tensor([queries + queries[:1] * (widest - len(queries)) for queries, _ in bucket])
-    keys = torch.tensor([keys + keys[:1] * (longest - len(keys)) for _, keys in bucket])
-    filled = torch.arange(longest) < torch.tensor([len(keys) for _, keys in bucket])[:, None]
+    on_host = partial(torch.tensor, device="cpu")  # whatever the default device is
+    queries = on_host([queries + queries[:1] * (widest - len(queries)) for queries, _ in bucket])
+    keys = on_host([keys + keys[:1] * (longest - len(keys)) for _, keys in bucket])
+    filled = torch.arange(longest, device="cpu") < on_host([len(keys) for _, keys in bucket])[:, None]
     return queries, keys, filled
 
 
@@ -209,9 +210,11 @@ def check_flex(
     """
     for scaled in (1, 3):
         context = PackedContext([(100 * scaled, [60, 60]), (20, [7 * scaled])], device)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         shapes = [(len(context.tokens.position), n, dim) for n in (heads, kv_heads, kv_heads, heads)]
-        *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        *inputs, upstream = (
+            torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes
+        )
         inputs = [tensor.requires_grad_() for tensor in inputs]
         results = []
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
