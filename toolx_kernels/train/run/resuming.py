@@ -16,8 +16,8 @@ def checkpoint_to_resume(
 ) -> Checkpoint | None:
     """Reads the run's last checkpoint; None if the run was interrupted before its first.
 
-    Raises InputError: the checkpoint is damaged, of another model, other settings, rows, prompts or reward functions, of
-    another step than its name says, or beyond ``max_steps``.
+    Raises InputError: the checkpoint is damaged or beyond ``max_steps``, or of another model, other settings, rows,
+    prompts or reward functions, or of another step than its name says.
     """
     checkpoint = resumable_checkpoint(run.path, model)
     if checkpoint:
