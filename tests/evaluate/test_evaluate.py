@@ -184,6 +184,7 @@ def test_a_completion_that_ends_early_cancels_none_of_its_siblings(tiny):
         (0.7, 0, (), "num_generations=0 must be at least 1"),
         (0.7, 4, (1, 5), "pass@5 needs a k from 1 to num_generations=4"),
         (0.7, 4, (0,), "pass@0"),
+        (0.7, 4, (1, 2, 1), "pass@1 is asked for twice: name each k once."),
         (0.0, 1, (2,), "pass@2"),
     ],
 )

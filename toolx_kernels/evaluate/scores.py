@@ -212,10 +212,13 @@ MOST_GENERATIONS = 4096
 
 
 def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
-    """Raises InputError for several greedy completions, which would all be the same, and for pass@k with k > n."""
+    """Raises InputError for several greedy completions, which would all be the same, for pass@k with k > n, and for
+    the same k twice."""
     check_number("num_generations", n, between(1, MOST_GENERATIONS))
     if temperature == 0 and n > 1:
         raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
     for k in ks:
         if not 1 <= k <= n:
             raise InputError(f"pass@{k} needs a k from 1 to num_generations={n}: give another k or more generations.")
+    if twice := [k for k in ks if list(ks).count(k) > 1]:
+        raise InputError(f"pass@{twice[0]} is asked for twice: name each k once.")

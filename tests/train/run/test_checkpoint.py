@@ -25,7 +25,7 @@ from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run import checkpoint as module
 from toolx_kernels.train.run.checkpoint import load_weights, resumable_checkpoint, save_checkpoint
-from toolx_kernels.train.run.folder import LOGS, MAY_DIFFER, RunFolder
+from toolx_kernels.train.run.folder import LOGS, MAY_DIFFER, RunFolder, binding_settings, check_same_settings
 from toolx_kernels.train.run.stopping import Stop, Stopped
 
 TOKENIZER = tiny_tokenizer()
@@ -241,6 +241,20 @@ def test_settings_of_other_versions_count_as_their_defaults(tmp_path):
     (run.path / "config.yaml").write_text(yaml.safe_dump(settings | {"momentum": 0.5}))
     with pytest.raises(InputError, match="momentum=0.5, which is not a setting now"):
         run.check(ToolExpanderConfig(output_dir=str(run.path), resume=True))
+
+
+def test_a_setting_of_inf_is_resumed_as_inf(tmp_path):
+    """A bound of inf means none; a checkpoint and the run folder give it back, and tell it from a number."""
+    given = {"epsilon_high": float("inf"), "num_iterations": 2, "hard_sampling": "none"}
+    config = ToolExpanderConfig(output_dir=str(tmp_path / "run"), **given)
+    run, model = RunFolder(tmp_path / "run"), small_model("llama").to(DEVICE)
+    run.start(config)
+    save(run.path, 1, model, settings=binding_settings(config))
+    settings = resumable_checkpoint(run.path, model).state["settings"]
+    for before in (settings, run.config()):
+        check_same_settings(run.path, before, config)
+        with pytest.raises(InputError, match="epsilon_high=inf, not 0.3: resume"):
+            check_same_settings(run.path, before, ToolExpanderConfig(**given | {"epsilon_high": 0.3}))
 
 
 # ---- full disks, read-only and deleted folders

@@ -296,7 +296,7 @@ def _record(checkpoint: Path) -> dict:
 
 def _signed(record: dict) -> str:
     """Returns the record as JSON, with its own CRC."""
-    return json.dumps(record | {"crc": _crc_of(record)}, allow_nan=False)
+    return json.dumps(record | {"crc": _crc_of(record)})  # which writes inf, a value of some settings, as Infinity
 
 
 def _crc_of(record: dict) -> int:
