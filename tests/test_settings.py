@@ -1,13 +1,23 @@
 """Settings: each has help and bounds and belongs to a section; values are checked against types and bounds."""
 
 import math
+import re
+from collections import OrderedDict
 from dataclasses import dataclass, fields
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from functools import partial
 from typing import get_type_hints
 
+import numpy as np
 import pytest
+import yaml
 
+from toolx_kernels.engine.types import SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.loss_config import GRPOLossConfig
+from toolx_kernels.models.load import resolve_device
 from toolx_kernels.settings import FINITE, NOT_NEGATIVE, POSITIVE, Settings, setting, without_none
 from toolx_kernels.train.config import ToolExpanderConfig
 
@@ -100,6 +110,67 @@ def test_a_misspelt_setting_is_refused():
 def test_values_become_what_the_fields_are():
     small = Small(steps=1, decay=2, rate="5e-4")
     assert (small, type(small.decay)) == (Small(1, decay=2.0, rate=5e-4), float) and Small().rate is None
+
+
+class Name(str, Enum):  # as strings of a wider program may be; StrEnum and NumPy's str_ are derived from str too
+    CHECKED = "retry"
+
+
+class Fifth(float):
+    pass
+
+
+def test_numbers_texts_and_lists_of_other_libraries_become_pythons_own(tmp_path):
+    config = ToolExpanderConfig(
+        learning_rate=np.float64(1e-3), temperature=np.float32(0.5), lr_decay=Fifth(0.2), beta=Fraction(1, 4),
+        num_generations=np.int64(6), max_completion_length=np.uint8(200), output_dir=tmp_path,
+        hard_sampling=Name.CHECKED, dataset=np.str_("rows.jsonl"), reward_weights=(np.float32(1), 2),
+        reward_funcs=(tmp_path / "a.py", "b.py:f"), chat_template_kwargs=OrderedDict(a=np.float64(1)),
+    )  # fmt: skip
+    wanted = {
+        "learning_rate": 1e-3, "temperature": 0.5, "lr_decay": 0.2, "beta": 0.25, "num_generations": 6,
+        "max_completion_length": 200, "output_dir": str(tmp_path), "hard_sampling": "retry", "dataset": "rows.jsonl",
+        "reward_weights": [1.0, 2.0], "reward_funcs": [f"{tmp_path}/a.py", "b.py:f"],
+        "chat_template_kwargs": {"a": 1.0},
+    }  # fmt: skip
+    assert repr({name: getattr(config, name) for name in wanted}) == repr(wanted)
+    assert yaml.safe_load(yaml.safe_dump(config.to_dict())) == config.to_dict()  # it knows no other types
+    loss = GRPOLossConfig(
+        beta=np.float32(0.5), epsilon=Fifth(0.2), loss_type="dr_grpo", max_completion_length=np.int64(7)
+    )
+    same = GRPOLossConfig(beta=0.5, loss_type="dr_grpo", max_completion_length=7)
+    assert (loss, loss.key) == (same, same.key) and "Fifth" not in repr(loss)
+    sampling = SamplingParams(np.int64(8), temperature=np.float32(0.5), stop_token_ids=(np.int64(2),))
+    assert repr(sampling) == repr(SamplingParams(8, temperature=0.5, stop_token_ids=(2,)))
+
+
+@pytest.mark.parametrize("wrong", [np.bool_(True), np.array([1.0]), 1j, Decimal(1), b"1", object])
+def test_what_is_no_number_stays_refused(wrong):
+    for make, name, words in (
+        (ToolExpanderConfig, "learning_rate", "a number"),
+        (ToolExpanderConfig, "num_generations", "a whole number"),
+        (GRPOLossConfig, "beta", "a number"),
+        (partial(SamplingParams, max_new_tokens=1), "top_k", "a whole number"),
+    ):
+        with pytest.raises(InputError, match=rf"^{name}=.* must be {words}\.$"):
+            make(**{name: wrong})
+
+
+@pytest.mark.parametrize("device", ["cuda:\u0663", "cuda:-1", "cuda:256"])  # torch takes 256 for 0
+def test_a_device_is_one_that_torch_can_number(device):
+    for use in (resolve_device, lambda name: ToolExpanderConfig(device=name)):
+        with pytest.raises(InputError, match="is unknown: use auto, cpu, cuda or cuda:<number>"):
+            use(device)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if without_none(kind) is str])
+@pytest.mark.parametrize("empty", ["", " \t"])
+def test_empty_text_is_no_value(name, empty):
+    """``--dataset ''``, from a variable of a shell that is not set, must not mean the built-in task."""
+    with pytest.raises(
+        InputError, match=f"^{name}={re.escape(repr(empty))} is empty: give a value, or leave {name} out"
+    ):
+        ToolExpanderConfig(**{name: empty})
 
 
 def test_the_loss_has_every_setting_that_it_shares_a_name_with():

@@ -145,7 +145,9 @@ class GRPOLossConfig:
                 if not isinstance(value, bool):
                     raise InputError(f"{name}={short(value)} must be True or False.")
             elif not (name in ("epsilon_high", "delta", "max_completion_length", "workspace_mib") and value is None):
-                check_number(name, value, BOUNDS[name], whole=name in ("max_completion_length", "workspace_mib"))
+                whole = name in ("max_completion_length", "workspace_mib")
+                values[name] = check_number(name, value, BOUNDS[name], whole=whole)
+                object.__setattr__(self, name, values[name])
         self._check_combinations()
         object.__setattr__(self, "key", json.dumps(values))
 

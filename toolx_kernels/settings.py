@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -40,12 +42,28 @@ def between(least: int, most: int) -> Bounds:
 TOP_K = between(0, COUNT)
 
 
-def check_number(name: str, value: Any, bounds: Bounds, *, whole: bool = True) -> None:
-    """Raises InputError unless the argument ``name`` is a Python number (or a whole one) within its bounds."""
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+def plain_number(value: Any) -> Any:
+    """``value`` as an ``int`` or a ``float`` if it is a number of Python's, of NumPy's, or of a class derived from
+    these; anything else unchanged, ``bool`` too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:  # a fraction
+        return value
+
+
+def check_number(name: str, value: Any, bounds: Bounds, *, whole: bool = True) -> Any:
+    """The argument ``name`` as a plain number; raises InputError unless it is a number (or a whole one) within its
+    bounds."""
+    number = plain_number(value)
+    if type(number) is not int and (whole or type(number) is not float):
         raise InputError(f"{name}={short(value)} must be a {'whole ' * whole}number.")
-    if not bounds.allow(value):
-        raise InputError(f"{name}={short(value)} must {bounds.words}.")
+    if not bounds.allow(number):
+        raise InputError(f"{name}={short(number)} must {bounds.words}.")
+    return number
 
 
 def setting(
@@ -92,47 +110,62 @@ class Settings:
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the field's type, or InputError. Numbers may be text, because YAML reads 5e-4 as text."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        if not (isinstance(value, str) and value in choices):
-            remedy = did_you_mean(value, choices, f"choose one of {', '.join(choices)}.")
-            raise InputError(f"{name}={short(value)} is unknown: {remedy}")
-        return value
+    """``value`` as the field's type, or InputError. Numbers may be text, because YAML reads 5e-4 as text; text may be a
+    path, lists may be tuples, and all may be of classes derived from the field's type."""
     if value is None and NoneType in get_args(kind):
         return None
     wanted = without_none(kind)
+    if get_origin(wanted) is Literal:
+        choices, plain = get_args(wanted), _plain(value, str)
+        if plain not in choices:
+            remedy = did_you_mean(value, choices, f"choose one of {', '.join(choices)}.")
+            raise InputError(f"{name}={short(value)} is unknown: {remedy}")
+        return plain
     if get_origin(wanted) is list:
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list | tuple) or not value:
             raise InputError(f"{name}={short(value)} must be a list, one item after the other.")
         return [_of_kind(name, item, get_args(wanted)[0]) for item in value]
-    if wanted is dict and isinstance(value, str):  # from the command line
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
-    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not wanted or (wanted is dict and not _is_json(value)):
+    plain = _plain(value, wanted)
+    if plain is None:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
         raise InputError(f"{name}={short(value)} must be {words[wanted]}.")
-    if isinstance(value, str):
+    if isinstance(plain, str):
+        if not plain.strip():
+            raise InputError(f"{name}={short(plain)} is empty: give a value, or leave {name} out.")
         try:
-            return expanded(value)
+            return expanded(plain)
         except InputError as error:
             raise InputError(f"{name}={error}") from None
-    return value
+    return plain
 
 
-def _is_json(value: Any) -> bool:
-    """Whether ``value`` survives a round trip through JSON, so that a run's files can hold it."""
+def _plain(value: Any, wanted: type) -> Any:
+    """``value`` as an object of exactly this type; None if it is nothing of the kind."""
+    if wanted is str:
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return str.__str__(text) if isinstance(text, str) else None  # str() of a member of an enum is its name
+    if wanted is dict:
+        return _json_object(value)
+    number = plain_number(value)
+    if wanted is float and (isinstance(number, str) or type(number) is int):
+        try:
+            return float(number)
+        except (ValueError, OverflowError):
+            return None
+    return number if type(number) is wanted else None
+
+
+def _json_object(value: Any) -> dict | None:
+    """The mapping, or the JSON text of one from the command line, as plain Python objects; None if it does not survive
+    a round trip through JSON, so that no file of a run could hold it."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False)) == value
+        if isinstance(value, str):
+            value = json.loads(value)
+        given = dict(value) if isinstance(value, Mapping) else None
+        plain = json.loads(json.dumps(given, allow_nan=False))
+        return plain if plain == given else None
     except (TypeError, ValueError, RecursionError):
-        return False
+        return None
 
 
 def without_none(kind: Any) -> Any:

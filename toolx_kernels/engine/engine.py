@@ -71,10 +71,10 @@ class RolloutEngine:
         seed: int = 0,
         compile: bool = False,
     ):
-        check_number("page_size", page_size, between(1, MOST_PAGE_TOKENS))
+        page_size = check_number("page_size", page_size, between(1, MOST_PAGE_TOKENS))
         if max_pages is not None:
-            check_number("max_pages", max_pages, between(1, MOST_PAGES))
-        check_number("seed", seed, between(0, 2**32 - 1))
+            max_pages = check_number("max_pages", max_pages, between(1, MOST_PAGES))
+        seed = check_number("seed", seed, between(0, 2**32 - 1))
         if not isinstance(compile, bool):
             raise InputError(f"compile={short(compile)} must be True or False.")
         check_supported(model)

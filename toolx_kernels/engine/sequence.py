@@ -48,7 +48,7 @@ def sequences_of(
     limits: abc.Sequence[int] | None,
 ) -> list[list[Sequence]]:
     """``n`` sequences for each prompt. Arguments and errors are those of ``RolloutEngine.generate``."""
-    check_number("n", n, between(1, MOST_SEQUENCES))
+    n = check_number("n", n, between(1, MOST_SEQUENCES))
     if not isinstance(params, SamplingParams):
         raise InputError(f"params is {short(params)}: pass SamplingParams(max_new_tokens=...).")
     given = _listed("prompts", prompts, "a list of prompts, each a list of token ids")

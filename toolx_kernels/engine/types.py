@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from toolx_kernels.errors import InputError, short
-from toolx_kernels.settings import SHARE, TEMPERATURE, TOP_K, TOP_P, between, check_number
+from toolx_kernels.settings import SHARE, TEMPERATURE, TOP_K, TOP_P, between, check_number, plain_number
 
 SAMPLING = {
     "max_new_tokens": between(1, 1 << 20),
@@ -37,11 +37,12 @@ class SamplingParams:
 
     def __post_init__(self):
         for name, bounds in SAMPLING.items():
-            check_number(name, getattr(self, name), bounds, whole=name in ("max_new_tokens", "top_k"))
+            whole = name in ("max_new_tokens", "top_k")
+            object.__setattr__(self, name, check_number(name, getattr(self, name), bounds, whole=whole))
         stops: tuple = (None,)
         if not isinstance(self.stop_token_ids, str | bytes):
             with suppress(TypeError):
-                stops = tuple(self.stop_token_ids)
+                stops = tuple(map(plain_number, self.stop_token_ids))
         if not all(type(token) is int for token in stops):
             raise InputError(f"stop_token_ids={short(self.stop_token_ids)} must be token ids, such as (2,).")
         object.__setattr__(self, "stop_token_ids", stops)

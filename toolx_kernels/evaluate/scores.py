@@ -214,7 +214,7 @@ MOST_GENERATIONS = 4096
 def check_sampling(temperature: float, n: int, ks: Sequence[int]) -> None:
     """Raises InputError for several greedy completions, which would all be the same, for pass@k with k > n, and for
     the same k twice."""
-    check_number("num_generations", n, between(1, MOST_GENERATIONS))
+    n = check_number("num_generations", n, between(1, MOST_GENERATIONS))
     if temperature == 0 and n > 1:
         raise InputError(f"num_generations={n} greedy completions would all be the same: give a temperature, say 0.7.")
     for k in ks:

@@ -56,7 +56,7 @@ def load_model(
         raise InputError(f"name is {short(name)}: give the name of a model, or a path.")
     if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise InputError(f"dtype={short(dtype)} is unknown: give 'float32', 'bfloat16', 'float16' or 'float64'.")
-    check_number("seed", seed, between(0, 2**63 - 1))
+    seed = check_number("seed", seed, between(0, 2**63 - 1))
     on = resolve_device(device)
     source, name = resolve(name), os.fspath(name)
     model: PreTrainedModel
@@ -175,7 +175,7 @@ def checkpoints(run: Path) -> list[Path]:
     found = [
         (int(m[1]), path)
         for path in run.glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        if (m := re.fullmatch(r"checkpoint-([0-9]+)", path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(found)]
 
@@ -187,7 +187,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 def resolve_device(device: str) -> torch.device:
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", device):
         raise InputError(f"device={short(device)} is unknown: use auto, cpu, cuda or cuda:<number>.")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():

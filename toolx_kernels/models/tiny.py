@@ -60,7 +60,7 @@ CHAT_TEMPLATE = """\
 
 def is_tiny(name: str) -> bool:
     """Whether a model's name is ``tiny``, or ``tiny:<seed of its weights>``."""
-    return re.fullmatch(r"tiny(:\d+)?", name) is not None
+    return re.fullmatch(r"tiny(:[0-9]+)?", name) is not None
 
 
 def _pieces() -> list[str]:

@@ -47,12 +47,12 @@ def group_advantages(
         raise InputError(f"rewards {tuple(rewards.shape)} must be one number per completion.")
     if not (isinstance(scale, str) and scale in ("group", "batch", "none")):
         raise InputError(f"scale={short(scale)} is unknown: choose one of group, batch, none.")
-    check_number("min_std", min_std, NOT_NEGATIVE, whole=False)
-    check_number("eps", eps, NOT_NEGATIVE, whole=False)
+    min_std = check_number("min_std", min_std, NOT_NEGATIVE, whole=False)
+    eps = check_number("eps", eps, NOT_NEGATIVE, whole=False)
     if not isinstance(check_finite, bool):
         raise InputError(f"check_finite={short(check_finite)} must be True or False.")
     if group_size is not None and group_ids is None:
-        check_number("group_size", group_size, between(1, COUNT))
+        group_size = check_number("group_size", group_size, between(1, COUNT))
         if rewards.shape[0] % group_size:
             raise InputError(f"group_size={group_size} does not divide the {len(rewards)} rewards.")
     elif group_ids is not None and group_size is None:

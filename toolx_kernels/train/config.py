@@ -48,7 +48,7 @@ class RunSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             raise InputError(f"device={self.device!r} is unknown: use auto, cpu, cuda or cuda:<number>.")
         if self.resume and self.overwrite:
             raise InputError("resume=True keeps the run that overwrite=True deletes: choose one.")

@@ -147,7 +147,7 @@ def linear_grpo_loss(
     needs = [torch.is_grad_enabled() and is_trained(t) for t in (hidden, weight, bias)]
     temperature = row_temperatures(config.temperature if temperature is None else temperature, hidden, targets)
     head = HeadInputs(
-        hidden, weight, saved(targets), temperature, bias, softcap or 0.0, -1 if shard is None else shard.key
+        hidden, weight, saved(targets), temperature, bias, float(softcap or 0), -1 if shard is None else shard.key
     )
     if gradients_in_backward(head, config):
         check_saved(hidden=hidden, weight=weight, bias=bias)

@@ -80,7 +80,7 @@ def linear_logprob(
     temperature = row_temperatures(temperature, hidden, targets)
     check_transforms(hidden, weight, bias, temperature)
     inputs = HeadInputs(
-        hidden, weight, saved(targets), temperature, bias, softcap or 0.0, -1 if shard is None else shard.key
+        hidden, weight, saved(targets), temperature, bias, float(softcap or 0), -1 if shard is None else shard.key
     )
     logprobs, lse, entropies = torch.ops.toolx.linear_logprob(*inputs, entropy)
     return TokenStats(logprobs, lse, entropies if entropy else None)

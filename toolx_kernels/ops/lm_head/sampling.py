@@ -61,11 +61,13 @@ def sample(
     check_devices(hidden.device, streams=streams)
     if len(weight) == 0:
         raise InputError("weight has no rows: there must be a token to sample.")
-    check_number("temperature", temperature, TEMPERATURE, whole=False)
-    check_number("top_k", top_k, TOP_K)
-    check_number("top_p", top_p, TOP_P, whole=False)
-    check_number("min_p", min_p, SHARE, whole=False)
-    outputs = torch.ops.toolx.sample(hidden, weight, streams, temperature, top_k, top_p, min_p, bias, softcap or 0.0)
+    temperature = check_number("temperature", temperature, TEMPERATURE, whole=False)
+    top_k = check_number("top_k", top_k, TOP_K)
+    top_p = check_number("top_p", top_p, TOP_P, whole=False)
+    min_p = check_number("min_p", min_p, SHARE, whole=False)
+    outputs = torch.ops.toolx.sample(
+        hidden, weight, streams, temperature, top_k, top_p, min_p, bias, float(softcap or 0)
+    )
     return Sample(*outputs)
 
 
