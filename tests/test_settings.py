@@ -1,7 +1,6 @@
 """Settings: each has help and bounds and belongs to a section; values are checked against types and bounds."""
 
 import math
-import re
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -161,16 +160,6 @@ def test_a_device_is_one_that_torch_can_number(device):
     for use in (resolve_device, lambda name: ToolExpanderConfig(device=name)):
         with pytest.raises(InputError, match="is unknown: use auto, cpu, cuda or cuda:<number>"):
             use(device)
-
-
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if without_none(kind) is str])
-@pytest.mark.parametrize("empty", ["", " \t"])
-def test_empty_text_is_no_value(name, empty):
-    """``--dataset ''``, from a variable of a shell that is not set, must not mean the built-in task."""
-    with pytest.raises(
-        InputError, match=f"^{name}={re.escape(repr(empty))} is empty: give a value, or leave {name} out"
-    ):
-        ToolExpanderConfig(**{name: empty})
 
 
 def test_the_loss_has_every_setting_that_it_shares_a_name_with():

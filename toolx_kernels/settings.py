@@ -130,8 +130,6 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a JSON object"}
         raise InputError(f"{name}={short(value)} must be {words[wanted]}.")
     if isinstance(plain, str):
-        if not plain.strip():
-            raise InputError(f"{name}={short(plain)} is empty: give a value, or leave {name} out.")
         try:
             return expanded(plain)
         except InputError as error:

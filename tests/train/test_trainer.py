@@ -17,7 +17,7 @@ from toolx_kernels.compare.plot import comparison_figure
 from toolx_kernels.compare.report import describe
 from toolx_kernels.compare.runs import read_run
 from toolx_kernels.engine import RolloutEngine
-from toolx_kernels.errors import InputError
+from toolx_kernels.errors import DivergedError, InputError
 from toolx_kernels.models.load import load_model
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.train.config import ToolExpanderConfig
@@ -209,6 +209,17 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
     with pytest.raises(InputError, match=said):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights(run, 3).values())
+
+
+@pytest.mark.parametrize(
+    "given, lower",
+    [({}, "the learning rate"), ({"beta": 1e30, "sft_coef": 0.5}, "the learning rate or beta or sft_coef")],
+)
+def test_a_loss_that_is_not_finite_names_the_weights_that_can_make_it_so(tmp_path, given, lower):
+    trainer = make_trainer(tmp_path / "run", **given)
+    with pytest.raises(DivergedError, match=rf"^step 1: the loss is inf; .* is none yet; lower {lower}\.$"):
+        with trainer._naming("step 1"):
+            raise DivergedError("the loss is inf")
 
 
 def test_weights_that_explode_stop_the_run_though_no_group_has_a_gradient(tmp_path):

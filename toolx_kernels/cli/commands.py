@@ -95,6 +95,7 @@ def _run(argv: list[str]) -> int:
         action="version",
         version=f"toolx_kernels {package}, torch {torch}, transformers {transformers}",
     )
+    parser.register("type", None, str)  # the words after a command are for its own parser to check
     commands = parser.add_subparsers(metavar="<command>", parser_class=CommandParser)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, module=command.module)

@@ -109,7 +109,8 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"unknown {what} {value!r}: {did_you_mean(value, known, f'use one of {_listed(known)}.')}")
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help.")
+        said = message.removeprefix("argument ")
+        raise InputError(said if said.endswith(".") else f"{said}; see {self.prog} --help.")
 
 
 class Texts(argparse.RawDescriptionHelpFormatter):

@@ -298,8 +298,10 @@ class ToolExpanderTrainer:
             yield
         except DivergedError as error:
             last = self.run.latest_checkpoint() or "none yet"
-            said = f"{where}: {error}; the last good checkpoint is {last}; lower the learning rate."
-            raise DivergedError(said) from None
+            lower = " or ".join(
+                ["the learning rate", *(name for name in ("beta", "sft_coef") if getattr(self.args, name))]
+            )
+            raise DivergedError(f"{where}: {error}; the last good checkpoint is {last}; lower {lower}.") from None
 
     # ---- checkpoints
 
