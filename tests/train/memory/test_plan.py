@@ -15,14 +15,14 @@ from toolx_kernels.cli import commands
 from toolx_kernels.engine import RolloutEngine, SamplingParams
 from toolx_kernels.errors import InputError
 from toolx_kernels.models.bridge import checkpointed, toolx_attention
-from toolx_kernels.models.config import meta_model
+from toolx_kernels.models.config import config_of, meta_model
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
 from toolx_kernels.toolcall.chat import Chat
 from toolx_kernels.toolcall.datasets import builtin
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.train.config import ToolExpanderConfig
-from toolx_kernels.train.memory import activations
+from toolx_kernels.train.memory import activations, workload
 from toolx_kernels.train.memory import planner as plan_module
 from toolx_kernels.train.memory.activations import Activations, LiveBytes, training_activations
 from toolx_kernels.train.memory.plan import GIB, OVERHEAD, Bytes
@@ -432,6 +432,20 @@ def test_the_command_knows_the_built_in_prompts(capsys):
         and " with demonstrations" in out
         and "fits a machine with" in out
     )
+
+
+def test_of_many_rows_the_longest_are_measured(monkeypatch):
+    args = ToolExpanderConfig(model="tiny", dataset="builtin", train_rows=60, eval_rows=50, hard_sampling="none")
+    whole, nothing = Workload.planned(args, config_of("tiny"))
+    monkeypatch.setattr(workload, "MOST_MEASURED", 9)
+    rendered, render = [], Prompts.render
+    monkeypatch.setattr(Prompts, "render", lambda self, row, *how: rendered.append(row) or render(self, row, *how))
+    some, assumed = Workload.planned(args, config_of("tiny"))
+    assert assumed == "of 60 rows, the prompts of the 9 with most characters are measured" and not nothing
+    assert len(rendered) == 2 * 9 and some == whole == Workload(whole.prompt_length, whole.prompt_length, 60, 50)
+    rendered.clear()
+    Workload.planned(replace(args, overlong="drop"), config_of("tiny"))
+    assert len(rendered) == 60 + 50, "those that fit are counted"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import nlargest
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from toolx_kernels.train.rows import (
 from toolx_kernels.train.task import prompts_of
 
 MOST_SHOWN = 256  # rows whose prompts are measured with demonstrations
+MOST_MEASURED = 1000  # rows whose prompts are measured; of more rows the longest
 LARGEST_DATASET = 16 << 20  # bytes; prompts of larger files are not measured
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".yaml")
 ASSUMED_LENGTH = 1000  # tokens of prompts that are not measured
@@ -89,7 +91,8 @@ class Workload:
         cls, args: ToolExpanderConfig, config: PreTrainedConfig, prompt_length: int | None = None
     ) -> tuple[Workload, str]:
         """The workload of the run with these settings, and what of it is assumed, in words: nothing if rows and
-        tokenizer are on this machine, because the rows are measured then. ``prompt_length`` is measured if it is None.
+        tokenizer are on this machine, and the rows no more than ``MOST_MEASURED``, because all are measured then.
+        ``prompt_length`` is measured if it is None.
 
         Raises InputError for a dataset that is not there or cannot be read.
         """
@@ -115,10 +118,21 @@ class Workload:
             assumed += " are assumed (--prompt_length gives another number)"
             return cls(ASSUMED_LENGTH, ASSUMED_LENGTH, len(rows), len(eval_rows)), assumed
         prompts = prompts_of(args, tokenizer, context_of(config.get_text_config(decoder=True)), args.self_exemplify)
-        rows, eval_rows = (prompts.fitting_rows(those, args.overlong) for those in (rows, eval_rows))
+        if args.overlong == "drop":  # the length of each row decides
+            rows, eval_rows = (prompts.fitting_rows(those, "drop") for those in (rows, eval_rows))
+        longest, _ = [prompts.fitting_rows(_longest(those), "error") for those in (rows, eval_rows)]
+        assumed = f"of {len(rows):,} rows, the prompts of the {len(longest):,} with most characters are measured"
         more = load_demonstrations(args)
         index = DemonstrationIndex(demonstration_rows(rows if args.demonstrate_training_rows else (), more))
-        return cls.of(args, prompts, index, rows, eval_rows), ""
+        work = replace(cls.of(args, prompts, index, longest, eval_rows), train_rows=len(rows))
+        return work, assumed * (len(longest) < len(rows))
+
+
+def _longest(rows: Sequence[Row]) -> Sequence[Row]:
+    """The ``MOST_MEASURED`` rows with most characters."""
+    if len(rows) <= MOST_MEASURED:
+        return rows
+    return nlargest(MOST_MEASURED, rows, key=lambda row: len(str(row.messages)) + len(str(row.tools)))
 
 
 def _is_local(dataset: str) -> bool:
