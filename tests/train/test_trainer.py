@@ -213,7 +213,7 @@ def test_a_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "given, lower",
-    [({}, "the learning rate"), ({"beta": 1e30, "sft_coef": 0.5}, "the learning rate or beta or sft_coef")],
+    [({}, "learning_rate"), ({"beta": 1e30, "sft_coef": 0.5}, "learning_rate or beta or sft_coef")],
 )
 def test_a_loss_that_is_not_finite_names_the_weights_that_can_make_it_so(tmp_path, given, lower):
     trainer = make_trainer(tmp_path / "run", **given)

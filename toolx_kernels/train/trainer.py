@@ -298,9 +298,7 @@ class ToolExpanderTrainer:
             yield
         except DivergedError as error:
             last = self.run.latest_checkpoint() or "none yet"
-            lower = " or ".join(
-                ["the learning rate", *(name for name in ("beta", "sft_coef") if getattr(self.args, name))]
-            )
+            lower = " or ".join(name for name in ("learning_rate", "beta", "sft_coef") if getattr(self.args, name))
             raise DivergedError(f"{where}: {error}; the last good checkpoint is {last}; lower {lower}.") from None
 
     # ---- checkpoints
