@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "continues a run from its last checkpoint."
         )
     except KeyboardInterrupt:
-        remedy = "; the same command with --resume continues from the last checkpoint" if argv[0] == "train" else ""
-        print(f"{prog}: interrupted{remedy}.", file=sys.stderr)
+        print(f"{prog}: interrupted.", file=sys.stderr)
         return 130
     print(f"{prog}: {message}", file=sys.stderr)
     return 2

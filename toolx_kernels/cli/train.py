@@ -85,12 +85,14 @@ def run(args: argparse.Namespace) -> int:
                 environment_factory=builtin_turns.Registry if config.dataset == "builtin-turns" else None,
             ).train(stop)
     except Stopped as stopped:
-        saved = run.latest_checkpoint()
-        how = f"--resume continues from {saved}" if saved else "nothing was saved yet, so --overwrite starts it again"
-        print(f"toolx train: stopped by {stopped.signal.name}: {how}.", file=sys.stderr)
-        return 128 + stopped.signal
-    print(describe(config, summary))
-    return 0
+        how, code = f"stopped by {stopped.signal.name}", 128 + stopped.signal
+    except KeyboardInterrupt:
+        how, code = "interrupted", 130
+    else:
+        print(describe(config, summary))
+        return 0
+    print(f"toolx train: {how}: {run.way_on()}.", file=sys.stderr)
+    return code
 
 
 def announcement(config: ToolExpanderConfig, recipes: Sequence[str]) -> str:
@@ -145,7 +147,7 @@ def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
 
     Raises InputError, which names the file and line of a setting that comes from one.
     """
-    from toolx_kernels.train.run.folder import CONFIG, RunFolder
+    from toolx_kernels.train.run.folder import RunFolder
 
     settings: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -156,7 +158,7 @@ def config_from(flags: dict[str, Any]) -> ToolExpanderConfig:
     if settings.get("output_dir") is None:
         settings["output_dir"] = default_folder(flags["config"], str(settings.get("dataset") or DEFAULT_DATASET))
     folder = Path(expanded(str(settings["output_dir"])))
-    if settings.get("resume") and (folder / CONFIG).exists():
+    if settings.get("resume") and RunFolder(folder).holds_run():
         started, names = RunFolder(folder).config(), ToolExpanderConfig.__dataclass_fields__
         settings = {name: value for name, value in started.items() if name in names} | settings
     settings |= {

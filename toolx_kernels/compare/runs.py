@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.run.folder import CONFIG, METRICS, SUMMARY, RunFolder
+from toolx_kernels.train.run.metrics import PLACED, Reader, read_object
 
 LEAST_BEST = 0.05  # the accuracy that a run must have reached before it can collapse
 
@@ -155,11 +155,9 @@ def read_run(path: Path) -> Run:
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
     if lines and not run.finished and not lines[-1].endswith(b"\n"):
         del lines[-1]  # still being written
-    for number, line in enumerate(lines, 1):
-        try:
-            _take(run, json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise InputError(f"{metrics}, line {number}, is damaged: repair it, or leave this run out.") from None
+    reader = Reader(metrics, "repair it, or leave this run out")
+    for line in lines:
+        _take(run, reader.read(line))
     if not run.curves:
         raise InputError(f"{path} has no evaluation or probe to show yet: leave it out, or wait.")
     return run
@@ -168,22 +166,19 @@ def read_run(path: Path) -> Run:
 def _summary(path: Path) -> tuple[int | None, float | None]:
     """Returns a finished run's number of evaluated rows, and its seconds."""
     try:
-        summary = json.loads(path.read_bytes())
+        summary = read_object(path.read_bytes())
         seconds = summary.get("wall_seconds")
         return summary.get("eval_rows"), None if seconds is None else float(seconds)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InputError(f"{path} is damaged: repair it, or leave this run out.") from None
 
 
 def _take(run: Run, record: dict[str, Any]) -> None:
-    """Adds a line of the metrics to the run; raises ValueError, KeyError, TypeError, AttributeError or OverflowError if
-    the line is invalid."""
+    """Adds a line of the metrics to the run."""
     event = record["event"]
-    if event not in ("sft", "step", "eval", "probe"):
+    if event not in PLACED:
         return
-    if record["step"] < run.step:  # two processes wrote to this file
-        raise ValueError(record["step"])
-    run.step = int(record["step"])
+    run.step = record["step"]
     # runs of older versions count only sampled tokens, and only in steps
     fallback = record.get("tokens", run.tokens) if event == "step" else run.tokens
     tokens = int(record.get("spent_tokens", fallback))
@@ -213,6 +208,4 @@ def _take(run: Run, record: dict[str, Any]) -> None:
             look = Look(run.step, rows, int(record["hard"]), relapsed)
             run.looks[record.get("round", len(run.looks))] = look
     for curve, value in values.items():
-        if not math.isfinite(float(value)):
-            raise ValueError(value)
         run.curves.setdefault(curve, []).append(Point(run.step, tokens, fe, float(value)))

@@ -73,7 +73,7 @@ class Reporter:
             "phases": dict(self.phases.seconds),
             "peaks": dict(self.phases.peaks),
             "notices": self.notices.state_dict(),
-            "lines": self.run.lines(),
+            "marks": self.run.marks(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -176,6 +176,7 @@ class Reporter:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Context around the work of step ``number``: times it, and profiles it if it is ``profile_step``."""
+        self.run.check_started()
         if self._gemm_speed is None:
             self._gemm_speed = gemm_speed(self.model.device, self.model.dtype)
         profiler = torch.profiler.profile() if number == self.args.profile_step else None

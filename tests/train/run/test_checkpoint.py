@@ -344,12 +344,13 @@ def test_a_disk_that_fills_up_at_any_sync_leaves_nothing(run, monkeypatch):
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     run = RunFolder(tmp_path)
     run.log("data", 0, {})
+    kept = run.marks()
     with largest_file(30), pytest.raises(InputError, match="metrics.jsonl could not be written .File too large.: fix"):
         run.log("step", 1, {})
     with largest_file(30), pytest.raises(InputError, match="hard_samples.jsonl could not be written"):
         run.write_hard_samples([{"id": "x" * 100}])
     assert not (tmp_path / "hard_samples.jsonl").exists() and not list(tmp_path.glob("*.part"))
-    run.forget_after({"metrics.jsonl": 1, "rollouts.jsonl": 0})
+    run.forget_after(kept)
     assert [line["event"] for line in run.metrics()] == ["data"]
 
 
@@ -436,22 +437,25 @@ def test_a_start_sweeps_but_leaves_what_is_not_ours(tmp_path):
 
 
 def test_a_log_with_fewer_lines_than_the_checkpoint_counts_is_refused(tmp_path):
-    run = RunFolder(tmp_path)
+    run, kept = RunFolder(tmp_path), []
     for step in range(3):
-        run.log("step", step, {})
+        run.log("step", step + 1, {})
         run.log_rollout(step=step)
+        kept.append(run.marks())
     for name, cut in (("rollouts.jsonl", 4), ("metrics.jsonl", 1)):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-cut])
         before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
         with pytest.raises(InputError, match=f"{name} has 2 whole lines, and the checkpoint counts 3: restore"):
-            run.forget_after({"metrics.jsonl": 3, "rollouts.jsonl": 3 if name == "rollouts.jsonl" else 2})
+            run.forget_after(
+                kept[2] | ({} if name == "rollouts.jsonl" else {"rollouts.jsonl": kept[1]["rollouts.jsonl"]})
+            )
         assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
-    run.forget_after({"metrics.jsonl": 2, "rollouts.jsonl": 1})
-    assert [line["step"] for line in run.metrics()] == [0, 1]
+    run.forget_after({"metrics.jsonl": kept[1]["metrics.jsonl"], "rollouts.jsonl": kept[0]["rollouts.jsonl"]})
+    assert [line["step"] for line in run.metrics()] == [1, 2]
     (tmp_path / "rollouts.jsonl").unlink()
     with pytest.raises(InputError, match="rollouts.jsonl has 0 whole lines, and the checkpoint counts 1"):
-        run.forget_after({"metrics.jsonl": 1, "rollouts.jsonl": 1})
+        run.forget_after(kept[0])
 
 
 def test_an_adapter_goes_on_with_its_own_base_alone(tmp_path):
@@ -470,7 +474,7 @@ def test_logs_are_cut_at_lines_and_not_at_other_separators(tmp_path):
     run = RunFolder(tmp_path)
     for number in range(3):
         run.log_rollout(step=number, completion="a\u2028b\x85c\x0cd\re")
-    kept = run.lines()
+    kept = run.marks()
     whole = (tmp_path / LOGS[1]).read_bytes()
     run.log_rollout(step=3)
     with open(tmp_path / LOGS[1], "a") as file:
@@ -490,10 +494,20 @@ def test_a_damaged_line_is_named_before_anything_changes(finished, tmp_path):
     """Except in the table of rows, which is written anew from the checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
-    said = "line 2, is damaged: restore the file, or start another run"
+    said, kept = "line 2, is damaged: restore the file, or start another run", RunFolder(run).marks()
     for name, damages in {
         "rollouts.jsonl": [b'"text"', b'{"step": 1, "prompt', b"{}{}", b'{"prompt": "\0"}'],
-        "metrics.jsonl": [b"{", b"[1]", b"null", b'{"event": "step"}', b'{"step": 1}', b'{"a": "\xff"}', b"", b"\0\0"],
+        "metrics.jsonl": [
+            b"{",
+            b"[1]",
+            b"null",
+            b'{"event": "step"}',
+            b'{"step": 1}',
+            b'{"a": "\xff"}',
+            b"",
+            b"\0\0",
+            b"[" * 200_000,
+        ],
     }.items():
         whole = (run / name).read_bytes()
         for damage in damages:
@@ -502,7 +516,7 @@ def test_a_damaged_line_is_named_before_anything_changes(finished, tmp_path):
             (run / name).write_bytes(b"\n".join(lines))
             there = contents(run)
             with pytest.raises(InputError, match=f"{name}, {said}"):
-                RunFolder(run).forget_after({"metrics.jsonl": 4, "rollouts.jsonl": 4})
+                RunFolder(run).forget_after(kept)
             assert contents(run) == there
         if name == "rollouts.jsonl":
             (run / name).write_bytes(whole)

@@ -30,6 +30,7 @@ from toolx_kernels.files import file_crc, sync, write_atomically
 from toolx_kernels.models.adapters import WEIGHTS_FILE, adapter_tensors, check_same_adapter, has_adapter, save_adapter
 from toolx_kernels.models.load import checkpoints, latest_checkpoint
 from toolx_kernels.train.run.lock import gone
+from toolx_kernels.train.run.metrics import read_object
 
 FORMAT = 5  # of checkpoints; raised when the content of state.json or its meaning changes
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
@@ -76,15 +77,20 @@ def remove(checkpoint: Path) -> None:
     """Removes the checkpoint; what an interrupted removal leaves is not taken for a checkpoint."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(leaving)
-    shutil.rmtree(leaving)
+    _delete(leaving)
 
 
 def sweep(run: Path) -> None:
     """Removes checkpoints that a killed process left half-written or half-removed."""
     for path in run.glob(".checkpoint-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
     for path in run.glob(f"checkpoint-*/{STATE_FILE}.part"):
-        path.unlink()
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Of a checkpoint that was moved to another disk, and is linked to, only the link."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 # ---- writing
@@ -280,9 +286,10 @@ def _read(checkpoint: Path, model: PreTrainedModel) -> Checkpoint:
 def _record(checkpoint: Path) -> dict:
     """Reads state.json and checks its format and CRC."""
     try:
-        record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        version = record.get("format", 0)
-    except (OSError, ValueError, AttributeError) as error:
+        record = read_object((checkpoint / STATE_FILE).read_bytes())
+        if type(version := record.get("format", 0)) is not int:
+            raise ValueError("its format is no number")
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{checkpoint} has no readable {STATE_FILE} ({first_line(error)})") from None
     if version != FORMAT:
         raise InputError(

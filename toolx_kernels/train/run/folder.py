@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from io import BytesIO
@@ -20,13 +22,18 @@ from toolx_kernels.models.load import checkpoints, latest_checkpoint
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run.checkpoint import remove, sweep
 from toolx_kernels.train.run.lock import LOCK, RunLock, check_free, gone
+from toolx_kernels.train.run.metrics import Reader, read_line, read_object, readable
 from toolx_kernels.train.run.places import absolute, without_folders
 
 CONFIG, METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "hard_samples.jsonl", "summary.json", "curves.png", "trace.json",
 )  # fmt: skip
+Mark = tuple[int, int]  # the lines of a log, and the CRC of their bytes
+NOTHING: Mark = (0, 0)
 NOUNS = {"cold_start": "cold-start step", "sft": "step", "step": "step", "probe": "probe", "eval": "evaluation"}
 LOGS, REPLACED = (METRICS, ROLLOUTS), (CONFIG, HARD_SAMPLES, SUMMARY)  # appended to; replaced as a whole
+# the log and the config last, because they mark the folder as a run
+OWN = (ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE, METRICS, CONFIG)
 MAY_DIFFER = (
     "resume", "overwrite", "max_steps", "max_tokens", "max_fe", "num_train_epochs", "device", "output_dir",
     "log_completions", "save_steps", "save_total_limit", "profile_step",
@@ -58,26 +65,18 @@ def check_same_settings(path: Path, before: dict, config: ToolExpanderConfig) ->
         )
 
 
-def _record(path: Path, number: int, line: bytes) -> dict:
-    """The object in line ``number`` of a log; raises InputError if it is damaged."""
-    found = next(iter(_readable([line])), None) if path.name == METRICS else _object(line)
-    if found is None:
-        raise InputError(f"{path}, line {number}, is damaged: restore the file, or start another run folder.")
-    return found
-
-
-def _object(line: bytes) -> dict | None:
+def _settings(path: Path) -> dict | None:
+    """The settings in a config.yaml; None if it is damaged."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def _readable(lines: Iterable[bytes]) -> list[dict]:
-    """The lines of metrics.jsonl that are not damaged."""
-    found = [record for line in lines if (record := _object(line))]
-    return [record for record in found if isinstance(record.get("event"), str) and type(record.get("step")) is int]
+def _reader(path: Path) -> Reader:
+    parse = read_line if path.name == METRICS else read_object
+    return Reader(path, "restore the file, or start another run folder", parse)
 
 
 class RunFolder:
@@ -91,6 +90,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()  # users' functions may change the working directory
         self._lock: RunLock | None = None  # held while this object writes a run
+        self._started = False
 
     @contextmanager
     def writing(self, config: ToolExpanderConfig) -> Iterator[None]:
@@ -135,11 +135,17 @@ class RunFolder:
         longest = os.pathconf(there, "PC_NAME_MAX")  # in bytes
         if too_long := [part for part in self.path.parts if len(os.fsencode(part)) > longest]:
             raise InputError(f"output_dir has the name {too_long[0][:40]}..., which is too long: choose a shorter one.")
-        holds_run = (self.path / CONFIG).exists()
+        self._check_kinds()
+        holds_run = self.holds_run()
         found = self.path.iterdir() if self.path.is_dir() else ()
         if not holds_run and any(path.suffix != ".part" and path.name != LOCK for path in found):
             raise InputError(
                 f"output_dir={config.output_dir} holds other files but no run: choose an empty or new folder."
+            )
+        outer = (path for path in self.path.resolve().parents if RunFolder(path).holds_run())
+        if not holds_run and (run := next(outer, None)):
+            raise InputError(
+                f"output_dir={config.output_dir} is inside {run}, which holds a run: choose a folder outside it."
             )
         if holds_run and not (config.resume or config.overwrite):
             raise InputError(
@@ -152,13 +158,39 @@ class RunFolder:
             check_same_settings(self.path, self.config(), config)
             self._check_saved()
 
+    def holds_run(self) -> bool:
+        """Whether the folder holds a run of this package: a config.yaml with most of its settings, as a run writes it,
+        or any other beside a log that begins as a run's. Others have a config.yaml and checkpoints, too."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        known = ToolExpanderConfig.__dataclass_fields__.keys()
+        if 2 * len(known & (_settings(self.path / CONFIG) or {}).keys()) > len(known):
+            return True
+        if not (self.path / METRICS).is_file():
+            return False
+        with open(self.path / METRICS, "rb") as file:
+            try:
+                return "timing" in read_line(file.readline())
+            except ValueError:
+                return False
+
+    def _check_kinds(self) -> None:
+        """Raises InputError if something else has the name of a file or a checkpoint of a run."""
+        for name in (*OWN, *(f"{name}.part" for name in REPLACED), LOCK):
+            path = self.path / name
+            if os.path.lexists(path) and (not path.is_file() or (name == LOCK and path.is_symlink())):
+                raise InputError(f"{path} is no plain file: move it away, or choose another --output_dir.")
+        for path in self.path.glob("checkpoint-*"):
+            if re.fullmatch(r"checkpoint-\d+", path.name) and not path.is_dir():
+                raise InputError(f"{path} is no folder that can be reached: mend that, or choose another --output_dir.")
+
     def _check_saved(self) -> None:
         """Raises InputError if all checkpoints are gone: a run has one before its first probe and step."""
         if latest_checkpoint(self.path):
             return
         path = self.path / METRICS
         with open(path, "rb") if path.exists() else BytesIO() as file:
-            later = [record["step"] for record in _readable(file) if record["event"] in ("probe", "sft", "step")]
+            later = [record["step"] for record in readable(file) if record["event"] in ("probe", "sft", "step")]
         if later or any((self.path / name).exists() for name in (ROLLOUTS, HARD_SAMPLES, SUMMARY)):
             raise InputError(
                 f"{self.path} has logged {counted(max(later, default=0), 'step')} and holds no checkpoint: put its "
@@ -168,11 +200,8 @@ class RunFolder:
     def config(self) -> dict:
         """Returns the settings that the run was started with."""
         path = self.path / CONFIG
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            settings = None
-        if not isinstance(settings, dict) or not settings.keys() & ToolExpanderConfig.__dataclass_fields__.keys():
+        settings = _settings(path)
+        if settings is None or not settings.keys() & ToolExpanderConfig.__dataclass_fields__.keys():
             raise InputError(f"{path} is damaged: start another run folder, or pass --overwrite.")
         return settings
 
@@ -184,11 +213,10 @@ class RunFolder:
 
     def start(self, config: ToolExpanderConfig) -> None:
         """Prepares the folder: a new run gets an empty one with its config, a resumed run keeps its files."""
-        if config.overwrite and (self.path / CONFIG).exists():
+        if config.overwrite and self.holds_run():
             for checkpoint in checkpoints(self.path):
                 remove(checkpoint)
-            # the config last, because it marks the folder as a run
-            for name in (METRICS, ROLLOUTS, HARD_SAMPLES, SUMMARY, CURVES, TRACE, CONFIG):
+            for name in OWN:
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / SUMMARY).unlink(missing_ok=True)  # of the run before this resumption
@@ -198,6 +226,24 @@ class RunFolder:
         if not config.resume:
             settings = {k: v for k, v in config.to_dict().items() if k not in ("resume", "overwrite")}
             self._replace(CONFIG, yaml.safe_dump(settings, sort_keys=False))
+        self._started = True
+
+    def check_started(self) -> None:
+        """Raises InputError if this object has begun no run."""
+        if not self._started:
+            raise InputError(f"No run has begun in {self.path}: call train(), which calls step() itself.")
+
+    def way_on(self) -> str:
+        """How a run that was stopped goes on, in words."""
+        if saved := self.latest_checkpoint():
+            return f"--resume continues from {saved}"
+        if not self.holds_run():
+            return "no run had begun, so the same command starts it"
+        try:
+            self._check_saved()
+        except InputError as error:
+            return str(error).removesuffix(".")
+        return "nothing was saved yet, so --overwrite starts it again"
 
     def latest_checkpoint(self) -> Path | None:
         return latest_checkpoint(self.path)
@@ -237,45 +283,55 @@ class RunFolder:
         """Raises InputError, naming the line, if one is damaged."""
         path = self.path / METRICS
         lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_record(path, number, line) for number, line in enumerate(lines, 1)]
+        return [*map(_reader(path).read, lines)]
 
-    def forget_after(self, lines: dict[str, int]) -> str:
-        """Truncates each log to the number of lines that it had at the resumed checkpoint; returns what that drops in
-        words, e.g. ``2 steps and 1 probe``.
+    def forget_after(self, marks: dict[str, Mark]) -> str:
+        """Truncates each log to what it held at the resumed checkpoint, which kept ``marks``; returns what that drops
+        in words, e.g. ``2 steps and 1 probe``.
 
         Raises:
-            InputError: a file has fewer whole lines, or a damaged one among these; then no file is changed.
+            InputError: a file has fewer whole lines, or a damaged or other one among these; then no file is changed.
         """
-        ends, dropped = {}, []
+        ends: dict[Path, int] = {}
+        dropped: list[dict] = []
         for name in LOGS:
-            path, start = self.path / name, 0
+            path, start, crc, (lines, kept) = self.path / name, 0, 0, marks[name]
+            reader = _reader(path)
             with open(path, "rb") if path.exists() else BytesIO() as file:
-                for number in range(lines[name]):  # as bytes, because text mode splits at more than \n
+                for number in range(lines):  # as bytes, because text mode splits at more than \n
                     line = file.readline()
                     if not line.endswith(b"\n"):
                         raise InputError(
-                            f"{path} has {counted(number, 'whole line')}, and the checkpoint counts {lines[name]}: "
+                            f"{path} has {counted(number, 'whole line')}, and the checkpoint counts {lines}: "
                             "restore the file, or start another run folder."
                         )
-                    _record(path, number + 1, line)
-                    start += len(line)
-                dropped += _readable(file) if name == METRICS else []
+                    reader.read(line)
+                    start, crc = start + len(line), zlib.crc32(line, crc)
+                if crc != kept:
+                    raise InputError(
+                        f"{path} has changed in the {counted(lines, 'line')} that the checkpoint counts: restore the "
+                        "file, or start another run folder."
+                    )
+                dropped += readable(file) if name == METRICS else []
             ends[path] = start
         for path, end in ends.items():
             if path.exists():
                 os.truncate(path, end)
         kinds = Counter(NOUNS[record["event"]] for record in dropped if record["event"] in NOUNS)
-        return " and ".join(counted(count, noun) for noun, count in kinds.items())
+        return " and ".join(counted(number, noun) for noun, number in kinds.items())
 
-    def lines(self) -> dict[str, int]:
-        """Returns the number of lines in each log, after syncing them to disk."""
-        counts = dict.fromkeys(LOGS, 0)
+    def marks(self) -> dict[str, Mark]:
+        """Returns the number of lines and the CRC of each log, after syncing them to disk."""
+        found = dict.fromkeys(LOGS, NOTHING)
         for name in LOGS:
             if (path := self.path / name).exists():
                 with open(path, "rb") as file:
-                    counts[name] = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+                    lines, crc = NOTHING
+                    while block := file.read(1 << 20):
+                        lines, crc = lines + block.count(b"\n"), zlib.crc32(block, crc)
+                    found[name] = lines, crc
                     os.fsync(file.fileno())
-        return counts
+        return found
 
     def write_hard_samples(self, lines: list[dict]) -> None:
         """Replaces the table of row states, one line per row."""

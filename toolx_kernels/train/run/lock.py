@@ -28,10 +28,15 @@ def gone(run: Path) -> InputError:
     )
 
 
+def _open(path: str, flags: int) -> int:
+    """Opens the lock's file; follows no link, whose target would be overwritten, and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def check_free(run: Path) -> None:
     """Raises InputError if a process writes to the run folder: another one, or this one. Changes nothing."""
     try:
-        with open(run / LOCK, "rb", buffering=0) as file:
+        with open(run / LOCK, "rb", buffering=0, opener=_open) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that those who look do not meet each other
             fcntl.flock(file, fcntl.LOCK_UN)
     except BlockingIOError:
@@ -48,7 +53,7 @@ def _holder(path: Path) -> str:
         try:
             told = json.loads(path.read_bytes())
             pid, host, since = told["pid"], told["host"], told["since"]
-        except (OSError, ValueError, TypeError, KeyError):  # not written yet
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not written yet
             time.sleep(PAUSE)
             continue
         where = f" on {host}" if host != socket.gethostname() else ", this one," if pid == os.getpid() else ""
@@ -106,7 +111,7 @@ class RunLock:
 
     def _acquire(self) -> None:
         for _ in range(TRIES):
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by _drop)
+            self._file = open(self.path, "a+b", buffering=0, opener=_open)  # noqa: SIM115 (closed by _drop)
             _held.add(self)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

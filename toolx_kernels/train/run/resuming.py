@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from toolx_kernels.errors import InputError
 from toolx_kernels.train.config import ToolExpanderConfig
 from toolx_kernels.train.run.checkpoint import Checkpoint, check_reference, resumable_checkpoint
-from toolx_kernels.train.run.folder import LOGS, RunFolder, check_same_settings
+from toolx_kernels.train.run.folder import LOGS, NOTHING, RunFolder, check_same_settings
 from toolx_kernels.train.task import Task
 
 
@@ -41,6 +41,6 @@ def rewind(run: RunFolder, checkpoint: Checkpoint | None) -> str:
 
     Raises InputError: a log is damaged before that place; then nothing is changed.
     """
-    repeated = run.forget_after(checkpoint.state["reporter"]["lines"] if checkpoint else dict.fromkeys(LOGS, 0))
+    repeated = run.forget_after(checkpoint.state["reporter"]["marks"] if checkpoint else dict.fromkeys(LOGS, NOTHING))
     start = f"from {checkpoint.path.name}" if checkpoint else "from the start, as nothing was saved yet"
     return f"resuming {start}" + (f", repeating {repeated}" if repeated else "")
