@@ -95,6 +95,7 @@ def test_a_value_of_a_resumed_run_is_not_of_the_recipe(tmp_path, monkeypatch):
     assert "num_generations" in read_recipe("builtin").settings
     Path("runs/builtin").mkdir(parents=True)
     Path("runs/builtin/config.yaml").write_text("num_generations: 1\n")
+    Path("runs/builtin/metrics.jsonl").write_text('{"event": "data", "step": 0, "timing": {}}\n')
     with pytest.raises(InputError, match=r"^num_generations=1 has"):
         parse_train(["--resume"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -209,19 +208,12 @@ def settings_of_run(model: str) -> dict[str, Any]:
     unless the model is a checkpoint of ours.
     """
     from toolx_kernels.train.run.checkpoint import STATE_FILE
-    from toolx_kernels.train.run.folder import CONFIG, METRICS, RunFolder
+    from toolx_kernels.train.run.folder import CONFIG, RunFolder
 
     path = Path(os.path.expanduser(model))
     folder = path.parent if (path / STATE_FILE).is_file() else path
-    if not (folder / CONFIG).is_file() or not (folder / METRICS).is_file():
-        return {}
-    try:
-        with open(folder / METRICS, encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
-    except (ValueError, RecursionError):
-        return {}
-    ours = isinstance(first, dict) and {"event", "step", "timing"} <= first.keys()
-    return RunFolder(folder).config() if ours else {}
+    run = RunFolder(folder)
+    return run.config() if (folder / CONFIG).is_file() and run.log_begins() else {}
 
 
 def held_out_fraction(args: argparse.Namespace, trained: Mapping[str, Any]) -> float:

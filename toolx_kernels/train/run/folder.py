@@ -166,6 +166,10 @@ class RunFolder:
         known = ToolExpanderConfig.__dataclass_fields__.keys()
         if 2 * len(known & (_settings(self.path / CONFIG) or {}).keys()) > len(known):
             return True
+        return self.log_begins()
+
+    def log_begins(self) -> bool:
+        """Whether metrics.jsonl begins as that of a run."""
         if not (self.path / METRICS).is_file():
             return False
         with open(self.path / METRICS, "rb") as file:
