@@ -135,13 +135,13 @@ class RunFolder:
         longest = os.pathconf(there, "PC_NAME_MAX")  # in bytes
         if too_long := [part for part in self.path.parts if len(os.fsencode(part)) > longest]:
             raise InputError(f"output_dir has the name {too_long[0][:40]}..., which is too long: choose a shorter one.")
-        self._check_kinds()
         holds_run = self.holds_run()
         found = self.path.iterdir() if self.path.is_dir() else ()
         if not holds_run and any(path.suffix != ".part" and path.name != LOCK for path in found):
             raise InputError(
                 f"output_dir={config.output_dir} holds other files but no run: choose an empty or new folder."
             )
+        self._check_kinds()
         outer = (path for path in self.path.resolve().parents if RunFolder(path).holds_run())
         if not holds_run and (run := next(outer, None)):
             raise InputError(
@@ -172,11 +172,11 @@ class RunFolder:
         """Whether metrics.jsonl begins as that of a run."""
         if not (self.path / METRICS).is_file():
             return False
-        with open(self.path / METRICS, "rb") as file:
-            try:
+        try:
+            with open(self.path / METRICS, "rb") as file:
                 return "timing" in read_line(file.readline())
-            except ValueError:
-                return False
+        except (OSError, ValueError):
+            return False
 
     def _check_kinds(self) -> None:
         """Raises InputError if something else has the name of a file or a checkpoint of a run."""
