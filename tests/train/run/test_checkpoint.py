@@ -368,7 +368,7 @@ def test_a_folder_that_must_not_be_written_to(run):
             else:
                 (folder / "run").chmod(0o555)
             with pytest.raises(InputError, match=r"output_dir=.*run: .*run is not writable"):
-                RunFolder(folder / "run").check(ToolExpanderConfig())
+                RunFolder(folder / "run").check(ToolExpanderConfig(output_dir=str(folder / "run")))
             with pytest.raises(InputError, match="checkpoint-1, .* could not be written .Permission denied"):
                 save(folder / "run", 1, small_model("llama"))
             code = 0

@@ -135,9 +135,10 @@ def test_of_a_checkpoint_on_another_disk_the_link_is_removed(run):
 
 def test_a_run_is_not_put_into_another(run, tmp_path):
     for inner in ("new", "checkpoint-2", "checkpoint-2/x"):
+        inner_path = run.path / inner
         said = f"{inner} is inside {run.path}, which holds a run: choose a folder outside it"
         with pytest.raises(InputError, match=f"{said}|holds other files"):
-            RunFolder(run.path / inner).check(ToolExpanderConfig())
+            RunFolder(inner_path).check(ToolExpanderConfig(output_dir=str(inner_path)))
     (tmp_path / "link").symlink_to(run.path)
     with pytest.raises(InputError, match="is inside"):
         RunFolder(tmp_path / "link" / "new").check(ToolExpanderConfig())
