@@ -245,7 +245,10 @@ def test_hidden_and_weight_of_different_dtypes():
         ({"weight": torch.zeros(9, 5)}, r"hidden \(2, 4\) and weight \(9, 5\)"),
         ({"hidden": torch.zeros(2, 4, 1)}, r"hidden \(2, 4, 1\) and weight"),
         ({"hidden": torch.zeros(2, 4, dtype=torch.int64)}, "hidden is torch.int64: it must be fp32, bf16, fp16"),
-        ({"hidden": torch.zeros(2, 4, dtype=torch.float8_e4m3fn)}, "hidden is torch.float8_e4m3fn"),
+        (
+            {"hidden": torch.zeros(2, 4, dtype=torch.float8_e4m3fn)},
+            "hidden is a torch.strided tensor of torch.float8_e4m3fn: pass a dense one",
+        ),
         ({"targets": torch.tensor([0, 1], dtype=torch.int32)}, "must be int64"),
         ({"targets": torch.tensor([0])}, "one id for each of the 2 rows"),
         ({"targets": torch.tensor([0, 9])}, r"targets\[1\] = 9 is outside the vocabulary of 9"),

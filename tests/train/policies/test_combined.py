@@ -127,9 +127,9 @@ def test_a_probe_gives_reward_functions_no_more_than_a_step_does(tmp_path):
         return even_is_good(prompts, completions, completion_ids)
 
     make_trainer(tmp_path / "run", reward, max_steps=1, probe_rollouts=10, eval_on_start=False).train()
-    assert sizes.pop(0) == 4, "they are tried once"
-    assert sizes.pop() == 6, "the evaluation at the end"
-    assert max(sizes) == 4 * 4 and sum(sizes) == 16 + 2 * 4 * 10, "a step, and two probes in which nothing is solved"
+    assert [sizes.pop(0), sizes.pop(0)] == [4, 1], "they are tried on a group and on a row to evaluate on"
+    assert max(sizes) == 4 * 4, "no more than a step"
+    assert sum(sizes) == 16 + 2 * 4 * 10 + 6, "a step, two probes in which nothing is solved, an evaluation"
 
 
 # ---- settings that conflict or have no effect
