@@ -606,7 +606,10 @@ def first_is_small(prompts, completions, completion_ids, **columns):
     return [float(ids[0] % 4 == 0) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = ("before a probe, decay per round", "add")  # the others hold most of what they do
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.soak if form in SLOW else ()) for form in FORMS])
 def test_ten_steps_are_five_and_five(tmp_path, form):
     cut, settings = FORMS[form]
     reward = first_is_small if form == "dynamic" else even_is_good

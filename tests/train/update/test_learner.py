@@ -390,7 +390,7 @@ def test_a_run_tells_where_its_time_and_memory_went(tmp_path):
         {"optim": "adamw_8bit"},
         {"optim": "adamw_offload", "gradient_checkpointing": True},
         {"optim": "adamw_stochastic", "dtype": "bfloat16"},
-        {"dtype": "bfloat16"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.soak),  # as adamw_stochastic, with master weights
         {"use_peft": True, "lora_r": 4, "beta": 0.01, "learning_rate": 3e-2},
         {"num_iterations": 2, "importance_sampling_mode": "token_truncate"},
     ],
