@@ -19,7 +19,7 @@ def _style():
 
 
 ALL = [
-    "evaluation accuracy: 10.0% to 30.0%", "mean reward", "hard rows (of those probed): 80.0% to 40.0%",
+    "evaluation accuracy: 10.0% to 30.0%", "mean reward", "share of hard rows: 80.0% to 40.0%",
     "truncated completions",
     "clipped tokens", "KL to the model before RL", "entropy (nats per token)", "completion length (tokens)",
     "gradient norm",
@@ -67,7 +67,7 @@ def test_what_a_run_lacks_is_named_and_has_no_panel():
     assert first.colspan.stop - first.colspan.start == 2, "no place of the grid is empty"
     assert all(place.colspan.stop - place.colspan.start == 1 for place in others)
     figure = curves_figure([line for line in records(5) if line["event"] == "step"], "title")
-    assert "evaluation accuracy, hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
+    assert "evaluation accuracy, share of hard rows" in figure.get_supxlabel() and "thin" not in figure.get_supxlabel()
 
 
 def test_a_partial_probe_is_no_drop_of_hard_rows():

@@ -54,7 +54,7 @@ class Panel:
 PANELS = (
     Panel("evaluation accuracy", "eval", {"accuracy": ("", BLUE)}, percent=True, top=1.0),
     Panel("mean reward", "step", {"reward": ("", GREEN)}),
-    Panel("hard rows (of those probed)", "probe", {"hard_share": ("", VERMILION)}, percent=True, top=1.0),
+    Panel("share of hard rows", "probe", {"hard_share": ("", VERMILION)}, percent=True, top=1.0),
     Panel("truncated completions", "step", {"truncated": ("", PINK)}, percent=True),
     Panel("clipped tokens", "step", {"clip_high": ("above", BLACK), "clip_low": ("below", GRAY)}, percent=True),
     Panel("KL to the model before RL", "step", {"kl": ("", SKY)}),
