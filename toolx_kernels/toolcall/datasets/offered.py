@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from toolx_kernels.errors import InputError, short
-from toolx_kernels.toolcall.datasets.type_names import json_schema
-from toolx_kernels.toolcall.datasets.xlam import flat_tool
+from toolx_kernels.toolcall.datasets.type_names import flat_schema, json_schema
 from toolx_kernels.toolcall.pythonic import read_value
 from toolx_kernels.toolcall.strict_json import MAX_DEPTH, is_shallow, json_at, json_value, skip_space
 
@@ -18,7 +17,7 @@ def read_tools(value: Any, place: str) -> list[dict]:
     """The functions ``{"name", "description"?, "parameters"}`` in ``value``: a list of tools, or text of one.
 
     A tool is bare, or in OpenAI's form, ``{"type": "function", "function": {...}}``. Its parameters are a JSON schema,
-    in which type names of Python are translated; or flat, as xLAM's (``flat_tool``); or absent, if it takes none.
+    in which type names of Python are translated; or flat, as xLAM's (``_flat_tool``); or absent, if it takes none.
 
     A tool that occurs twice is offered once.
 
@@ -78,14 +77,39 @@ def _tool(tool: Any, place: str, n: int) -> dict:
         parameters = _object_in(parameters, f"{place}: field 'parameters' of tool {function['name']!r}")
         function["parameters"] = parameters
     if not _is_schema(parameters):
-        return flat_tool(function, place)
+        return _flat_tool(function, place)
     properties = parameters.get("properties")
     if isinstance(properties, Mapping) and any(map(_is_annotated, [parameters, *properties.values()])):
         listed = {"parameters": properties, "required": parameters.get("required", function.get("required"))}
-        schema = {**parameters, **flat_tool({**function, **listed}, place)["parameters"]}
+        schema = {**parameters, **_flat_tool({**function, **listed}, place)["parameters"]}
     else:
         schema = json_schema(parameters)
     return {**function, "parameters": schema}
+
+
+def _flat_tool(tool: Mapping, place: str) -> dict:
+    """Converts a tool whose ``parameters`` are flat: name -> ``{"type": a Python annotation, "description", "default"?,
+    "required"?}``; ``flat_schema`` says which are required, and the tool itself may list them in ``required``, also in
+    a text, separated by commas.
+
+    Raises InputError, beginning with ``place``, for parameters of another form.
+    """
+    parameters = tool.get("parameters") or {}
+    if not isinstance(parameters, Mapping) or not all(isinstance(spec, Mapping) for spec in parameters.values()):
+        raise InputError(f"{place}: the parameters of tool {tool.get('name')!r} must map names to their descriptions.")
+    required = tool.get("required")
+    if isinstance(required, str):
+        required = [name.strip() for name in required.split(",") if name.strip()]
+        if not set(required) <= parameters.keys():
+            raise InputError(
+                f"{place}: field 'required' of tool {tool.get('name')!r} is {short(tool['required'])}: give a list of"
+                " names of its parameters."
+            )
+    return {
+        "name": tool.get("name"),
+        "description": tool.get("description", ""),
+        "parameters": flat_schema(parameters, required if isinstance(required, list) else None),
+    }
 
 
 def _object_in(text: str, name: str) -> Any:

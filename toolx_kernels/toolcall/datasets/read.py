@@ -16,7 +16,7 @@ from toolx_kernels.toolcall.strict_json import json_lines
 
 _NAMES = "bfcl:<category>, seal-tools:<path>, a file of rows, or a dataset on the Hugging Face hub"
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # ending -> builder of ``datasets``
-_ENDINGS = (*_TABLES, ".jsonl", ".json", ".ndjson", ".txt", ".tsv", ".gz", ".zip", ".zst")
+_ENDINGS = (*_TABLES, ".jsonl", ".json", ".ndjson", ".txt", ".tsv", ".gz", ".zip", ".zst", ".yaml")
 # what libraries say of a table without rows
 _NO_ROWS = (
     "No columns to parse from file", "corresponds to no data", "BatchSize must be greater than 0",
@@ -43,7 +43,7 @@ def read_dataset(spec: str) -> list[Row]:
         return read_seal_tools(name)
     if os.path.isfile(spec) and _ending(spec) in _TABLES:
         return read_table(spec)
-    is_file = not os.path.isdir(spec) if os.path.exists(spec) else _is_path(spec)
+    is_file = not os.path.isdir(spec) if os.path.exists(spec) else is_path(spec)
     return read_jsonl(spec) if is_file else read_hub(spec)
 
 
@@ -95,7 +95,7 @@ def _ending(path: str | Path) -> str:
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether a name can only be a path: the hub has none with a file's ending, or with more than one slash."""
     return name.lower().endswith(_ENDINGS) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 

@@ -15,7 +15,7 @@ from toolx_kernels.models.load import resolve
 from toolx_kernels.models.shape import context_of
 from toolx_kernels.models.tiny import tiny_tokenizer
 from toolx_kernels.rollout.prompts import Prompts
-from toolx_kernels.toolcall.datasets.read import read_dataset
+from toolx_kernels.toolcall.datasets.read import is_path, read_dataset
 from toolx_kernels.toolcall.demonstrations import DemonstrationIndex
 from toolx_kernels.toolcall.rows import Row
 from toolx_kernels.train.collect import MAX_ROLLOUTS
@@ -35,7 +35,6 @@ from toolx_kernels.train.task import prompts_of
 MOST_SHOWN = 256  # rows whose prompts are measured with demonstrations
 MOST_MEASURED = 1000  # rows whose prompts are measured; of more rows the longest
 LARGEST_DATASET = 16 << 20  # bytes; prompts of larger files are not measured
-DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".yaml")
 ASSUMED_LENGTH = 1000  # tokens of prompts that are not measured
 
 
@@ -147,7 +146,7 @@ def _is_local(dataset: str) -> bool:
         return path.stat().st_size <= LARGEST_DATASET
     if dataset in BUILT_IN or dataset.startswith(("bfcl:", "seal-tools:")) or not dataset.strip():
         return True
-    if not path.exists() and (path.suffix in DATA_FILES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset)):
+    if not path.exists() and (is_path(dataset) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset)):
         raise InputError(
             f"there is no file {dataset}: give the path of a dataset, or its name on the Hugging Face hub."
         )
