@@ -63,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
     from toolx_kernels.train.rows import load_demonstrations, load_rows
     from toolx_kernels.train.run.folder import RunFolder
     from toolx_kernels.train.run.stopping import Stopped, stop_on_signals
-    from toolx_kernels.train.task import named_rewards
+    from toolx_kernels.train.task import reward_process
     from toolx_kernels.train.trainer import ToolExpanderTrainer
 
     logging.disable_progress_bar()  # ours is enough
     run = RunFolder(config.output_dir)
     run.check(config)
-    reward_funcs = named_rewards(config)  # before models and datasets are loaded
+    reward_funcs = reward_process(config)  # before models and datasets are loaded
     print(announcement(config, flags["config"]), flush=True)
     try:
         with stop_on_signals() as stop:

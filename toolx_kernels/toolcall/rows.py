@@ -60,9 +60,9 @@ def check_row(raw: Mapping, where: str, index: int) -> Row:
     Tools and calls may be in OpenAI's form, ``{"type": "function", "function": {...}}``, or bare, as ``{"name",
     "parameters"}`` and ``{"name", "arguments"}``; ``tools`` and ``answer`` may be JSON text. ``where`` (a file, a
     dataset name) and ``index`` (line or position) name the row in messages, and if it has no id its last name and
-    ``index`` are the id, which therefore stays the same if folders are moved. The free
-    column ``possible_answers`` (see ``bfcl_match``) requires ``category``; ``tier`` and ``category`` name the parts of
-    a score. A column of None counts as absent.
+    ``index`` are the id, which therefore stays the same if folders are moved. The free column ``possible_answers`` (see
+    ``bfcl_match``) requires ``category``; ``tier`` and ``category`` name the parts of a score. A column of None counts
+    as absent.
 
     Raises InputError, naming row and field, for a missing or empty prompt, missing tools, tools that are not JSON
     schemas or share a name, an answer that is missing, not a list of calls or calls a tool that is not offered, values

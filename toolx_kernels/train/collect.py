@@ -135,7 +135,7 @@ class Collector:
             flags = [flag for scores in self._in_parts(rows, rollouts) for flag in self.task.solved(scores)]
         return [any(flags[place * n : (place + 1) * n]) for place in range(len(prompts))]
 
-    def total(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> list[float]:
+    def total_rewards(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> list[float]:
         """Returns the total reward of each rollout."""
         return [total for scores in self._in_parts(rows, rollouts) for total in scores.total]
 

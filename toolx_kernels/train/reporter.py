@@ -252,9 +252,9 @@ class Reporter:
 
     # ---- the end
 
-    def summary(self, eval_after: float | None, probed: dict, checkpoint: Path, **values) -> dict:
+    def summary(self, eval_after: float | None, probed: dict, checkpoint: Path, rounds: Rounds) -> dict:
         """Writes ``summary.json`` and ``curves.png``; ``probed`` has the counters of the last probe."""
-        task, peaks = self.task, self.phases.peaks
+        task, peaks, collector = self.task, self.phases.peaks, rounds.collector
         before = self.eval_rewards[0] if self.eval_rewards and self.eval_before is not None else None
         after = self.eval_rewards[-1] if self.eval_rewards else None
         summary = {
@@ -267,13 +267,18 @@ class Reporter:
             "train_rows": len(task.rows),
             "eval_rows": len(task.eval_rows),
             "eval_rows_seen": task.eval_rows_seen,
-            **values,
+            "steps": rounds.step,
+            "sampled_tokens": sum(collector.tokens.values()),
+            **rounds.spent,
+            "trained_tokens": rounds.trained_tokens,
+            "tokens": dict(collector.tokens),
+            "prefilled": dict(collector.prefilled),
             "wall_seconds": round(time.perf_counter() - self._started, 1),
             "peak_memory_bytes": max(peaks.values(), default=0),
             "phases": {name: round(spent, 1) for name, spent in self.phases.seconds.items()},
             "memory": self._plan.compared(peaks) if self._plan else None,
             "checkpoint": str(checkpoint),
-            "notices": self.notices.end(values["steps"]),
+            "notices": self.notices.end(rounds.step),
         }
         self.run.write_summary(summary)
         write_curves(self.run.path, model=type(self.model).__name__)

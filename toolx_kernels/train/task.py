@@ -38,8 +38,8 @@ def solved_by_total(least: float, rewards: Rewards) -> list[bool]:
     return [total >= least for total in rewards.total]
 
 
-def named_rewards(args: RewardSettings) -> RewardProcess | None:
-    """The running functions that ``args`` name; None if they name none.
+def reward_process(args: RewardSettings) -> RewardProcess | None:
+    """Starts the process of the reward functions that ``args`` name; None if they name none.
 
     Raises InputError: see ``RewardProcess``.
     """
@@ -145,7 +145,7 @@ class Task:
 
         Raises InputError: see ``RewardFunctions``.
         """
-        if self.solved is solved_by_default:
+        if not self.own_rewards:
             return
         self._try_rewards(self.rows[0], count)
         if self.eval_rows:

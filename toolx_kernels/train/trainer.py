@@ -52,13 +52,14 @@ from toolx_kernels.train.run.checkpoint import save_checkpoint
 from toolx_kernels.train.run.folder import RunFolder, binding_settings
 from toolx_kernels.train.run.resuming import checkpoint_to_resume, rewind
 from toolx_kernels.train.run.stopping import Stop
-from toolx_kernels.train.task import Task, judge_and_rewards, named_rewards, prompts_of
+from toolx_kernels.train.task import Task, judge_and_rewards, prompts_of, reward_process
 from toolx_kernels.train.update.learner import Learner
 from toolx_kernels.train.update.policy_model import policy_model
 from toolx_kernels.train.update.reference_model import ReferenceModel
 from toolx_kernels.train.verification import Verification
 
-WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")  # parts whose state a checkpoint keeps
+# parts whose state a checkpoint keeps, besides weights and optimizer
+WITH_STATE = ("rounds", "collector", "imitation", "learner", "reporter")
 
 
 class ToolExpanderTrainer:
@@ -107,9 +108,13 @@ class ToolExpanderTrainer:
         advantage_shaper: AdvantageShaper | None = None,
         policy_loss: PolicyLoss | None = None,
     ):
-        positional = (model, reward_funcs, args, train_dataset, eval_dataset, processing_class)
         check_arguments(
-            *positional,
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
             demonstrations=demonstrations,
             cold_start=cold_start,
             hard_sample_policy=hard_sample_policy,
@@ -121,7 +126,7 @@ class ToolExpanderTrainer:
         args = (args or ToolExpanderConfig()).settled(own_rewards=reward_funcs is not None)
         self.run = RunFolder(args.output_dir)
         self.run.check(args)
-        reward_funcs = named_rewards(args) if reward_funcs is None else reward_funcs
+        reward_funcs = reward_process(args) if reward_funcs is None else reward_funcs
         self.args = args = self.run.settled(args)
         rows = rows_from(train_dataset)
         eval_rows = [] if eval_dataset is None else rows_from(eval_dataset, for_training=False)
@@ -156,7 +161,8 @@ class ToolExpanderTrainer:
         )
         self.group_selector = group_selector or chosen_group_selector(args)
         self.advantage_shaper = advantage_shaper or chosen_advantage_shaper(args)
-        self.stop, self._begun = Stop(), False  # a run that has begun has changed the model
+        self.stop = Stop()
+        self._begun = False  # a run that has begun has changed the model
 
     # ---- the run
 
@@ -201,17 +207,7 @@ class ToolExpanderTrainer:
             checkpoint = self._save()
             accuracy = report.eval_before if rounds.step == 0 and report.eval_before is not None else self._evaluate()
             probed = self._measure()
-        return report.summary(
-            accuracy,
-            probed,
-            checkpoint,
-            steps=rounds.step,
-            sampled_tokens=sum(self.collector.tokens.values()),
-            **rounds.spent,
-            trained_tokens=rounds.trained_tokens,
-            tokens=dict(self.collector.tokens),
-            prefilled=dict(self.collector.prefilled),
-        )
+        return report.summary(accuracy, probed, checkpoint, rounds)
 
     @property
     def finished(self) -> bool:  # by steps, epochs, tokens or forward-equivalents
@@ -256,7 +252,8 @@ class ToolExpanderTrainer:
     def evaluate(self) -> Scores:
         """Scores greedy answers to the held-out rows; with their rewards, if these are the user's own."""
         task, bar = self.task, self.reporter.bar
-        asked, reward = (task.prompts, task.eval_rows, self.greedy), self.collector.total if task.own_rewards else None
+        reward = self.collector.total_rewards if task.own_rewards else None
+        asked = (task.prompts, task.eval_rows, self.greedy)
         return evaluate(self.rollouter, *asked, judge=task.judge, bar=bar, reward=reward)
 
     # ---- its parts
